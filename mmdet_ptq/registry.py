@@ -1,0 +1,25 @@
+"""Registries of mmdet-ptq: children of mmengine's roots, scope ``mmdet_ptq``.
+
+``locations`` makes every scoped name (``type='mmdet_ptq.X'``) resolve without ``custom_imports``.
+"""
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import Registry
+
+SCOPE = 'mmdet_ptq'
+
+# number formats: tensor in, integer codes and tensor out
+QUANTIZERS = Registry('quantizer', scope=SCOPE, locations=['mmdet_ptq.quantizers'])
+# statistics of a tensor that become a quantization range
+OBSERVERS = Registry('observer', scope=SCOPE, locations=['mmdet_ptq.quantizers'])
+# local reconstruction methods
+RECONSTRUCTIONS = Registry('reconstruction', scope=SCOPE, locations=['mmdet_ptq.calibration'])
+# inference runtimes that execute an exported detector
+RUNTIMES = Registry('runtime', scope=SCOPE, locations=['mmdet_ptq.deploy'])
+
+RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope=SCOPE, locations=['mmdet_ptq.engine'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_ptq.engine'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope=SCOPE, locations=['mmdet_ptq.engine'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_ptq.datasets'])
