@@ -1,0 +1,7 @@
+"""Every head family's raw outputs as aligned scores and boxes, before NMS."""
+from . import heads  # noqa: F401  registers mmdet's heads
+from .aligned import AlignedPredictions
+from .dispatch import adapter, align_head, align_raw
+from .forward import predict_aligned, raw_predictions
+
+__all__ = ['AlignedPredictions', 'adapter', 'align_head', 'align_raw', 'predict_aligned', 'raw_predictions']

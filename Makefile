@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up they need (tools/setup_env.py says how) and are safe to interrupt.
+# PYTHON=/path/to/python, an active environment, STACK=onedl and TORCH=2.10.0 are respected.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench docs doctor clean
+
+# A Python that works (pyenv shims may exist and fail) runs the set-up, which then chooses the environment.
+BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; done),$(error \
+	No working Python 3.10 to 3.12 was found; install one (Debian, Ubuntu: apt install python3 python3-venv python3-dev)))
+RUN = @$(BOOT) tools/setup_env.py
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## only the set-up
+	$(RUN)
+
+demo:  ## quantize the embedded detector and show what it cost
+	$(RUN) tools/ptq.py configs/ssdlite_mbv2_ptq.py
+
+test:  ## run the tests
+	$(RUN) -m pytest
+
+test-slow:  ## run the tests that take minutes, too
+	$(RUN) -m pytest -m ''
+
+lint:  ## check the style
+	$(RUN) -m ruff check .
+
+docs:  ## build the documentation into site/
+	$(RUN) -c "import material" 2>/dev/null || $(subst @,,$(RUN)) -m pip install --quiet -e '.[docs]'
+	$(RUN) -m mkdocs build --strict
+
+doctor:  ## say what is wrong with the environment and how to mend it
+	$(RUN) tools/doctor.py
+
+clean:  ## remove what was built; the environment (.venv) and the results (work_dirs) stay
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

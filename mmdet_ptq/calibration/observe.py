@@ -1,0 +1,65 @@
+"""Observing: calibration images through the float detector, ranges out, scales set."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from mmengine.dist import all_gather_object, get_world_size
+from mmengine.logging import print_log
+from rich.progress import track
+from torch import nn
+
+from ..config import PTQConfig
+from ..errors import PTQError
+from ..registry import OBSERVERS
+from ..wrapping import quantization_mode
+from ..wrapping.inputs import STATE
+
+
+@torch.no_grad()
+def observe_activations(detector: nn.Module, batches: Iterable[Any], cfg: PTQConfig) -> None:
+    """Sets the scale and zero point of every activation quantizer.
+
+    Args:
+        detector: The prepared detector (see :func:`mmdet_ptq.wrapping.prepare_detector`), in eval mode.
+        batches: Calibration batches as a dataloader yields them.
+        cfg: The ``ptq`` block.
+
+    Raises:
+        PTQError: An activation is not finite (the layer is named), or no batch came.
+    """
+    state = getattr(detector, STATE)
+    for name, quantizer in state.activations.items():
+        state.observers[name] = OBSERVERS.build(
+            {**cfg.activations.observer, 'num_channels': quantizer.num_channels,
+             'channel_axis': quantizer.channel_axis})
+    try:
+        with quantization_mode(detector, 'observe'):
+            for batch in track(batches, description='observing activation ranges'):
+                data = detector.data_preprocessor(batch, False)
+                detector(**data, mode='predict')
+        _merge_ranks(state.observers)
+        for name, quantizer in state.activations.items():
+            try:
+                lo, hi = state.observers[name].range(quantizer.bits, quantizer.symmetric)
+            except PTQError as error:
+                raise PTQError(f'activation {name}: {error}') from error
+            quantizer.set_range(lo, hi)
+    finally:
+        state.observers.clear()
+    print_log(f'{len(state.activations)} activation quantizers have their ranges', 'current')
+
+
+def _merge_ranks(observers: dict) -> None:
+    if get_world_size() == 1:
+        return
+    mine = {name: observer.state() for name, observer in observers.items()}
+    for rank, states in enumerate(all_gather_object(mine)):
+        for name, observer in observers.items():
+            if rank == 0:
+                observer.load_state(states[name])
+            else:
+                other = type(observer)(num_channels=observer.num_channels, channel_axis=observer.channel_axis)
+                other.load_state(states[name])
+                observer.merge(other)

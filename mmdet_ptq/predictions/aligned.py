@@ -1,0 +1,74 @@
+"""What every head family's outputs are brought to before they are compared: one row per prior, before NMS."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmdet_ptq.errors import PTQError
+
+
+@dataclass
+class AlignedPredictions:
+    """Per-prior outputs before NMS, in the same order for the float and the quantized detector.
+
+    N images, P priors (all levels, level by level, in mmdet's own order), C classes without background.
+    Either ``cls_logits`` or ``raw`` is set.
+
+    Args:
+        cls_logits (Tensor | None): (N, P, C) for sigmoid heads; (N, P, C + 1) for softmax heads, background last.
+        boxes (Tensor | None): (N, P, 4) decoded ``x1, y1, x2, y2`` in pixels of the network input, differentiable
+            and not clipped to the image (clipping stops gradients). None for heads without boxes.
+        activation (str): ``'sigmoid'`` or ``'softmax'``. Defaults to ``'sigmoid'``.
+        quality_logits (Tensor | None): (N, P) objectness, centerness or predicted IoU. Defaults to None.
+        distributions (Tensor | None): (N, P, 4, reg_max + 1) logits over the sides' distances (GFL). Defaults to None.
+        level_sizes (tuple[int, ...]): Priors per level; sums to P. Defaults to ``()``.
+        raw (list[Tensor] | None): The flat raw outputs of a head that no adapter knows. Defaults to None.
+        proposals (Tensor | None): (M, 5) RoIs (image index, then the box) that a two-stage detector's second stage
+            was evaluated on. Defaults to None.
+        proposal_stage (AlignedPredictions | None): The region proposal network's own predictions. Defaults to None.
+    """
+
+    cls_logits: Tensor | None
+    boxes: Tensor | None = None
+    activation: str = 'sigmoid'
+    quality_logits: Tensor | None = None
+    distributions: Tensor | None = None
+    level_sizes: tuple[int, ...] = ()
+    raw: list[Tensor] | None = None
+    proposals: Tensor | None = None
+    proposal_stage: AlignedPredictions | None = None
+
+    def confidence(self) -> Tensor:
+        """Returns the score that filters boxes, (N, P): best class without background, times the quality."""
+        if self.cls_logits is None:
+            raise PTQError('raw outputs have no confidence: register an adapter for the head with align_head.register')
+        if self.activation == 'softmax':
+            best = self.cls_logits.softmax(-1)[..., :-1].amax(-1)
+        else:
+            best = self.cls_logits.amax(-1).sigmoid()
+        return best if self.quality_logits is None else best * self.quality_logits.sigmoid()
+
+    def detach(self) -> AlignedPredictions:
+        """Returns the same values, cut from the graph."""
+        changes = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.raw is not None:
+            changes['raw'] = [value.detach() for value in self.raw]
+        if self.proposal_stage is not None:
+            changes['proposal_stage'] = self.proposal_stage.detach()
+        return replace(self, **changes)
+
+    def take(self, index: Tensor) -> AlignedPredictions:
+        """Returns the priors named by ``index``, image by image; ``level_sizes`` becomes the one size K.
+
+        Args:
+            index (Tensor): (N, K) integer positions along the prior axis.
+        """
+        changes = {}
+        for name in ('cls_logits', 'boxes', 'quality_logits', 'distributions'):
+            value = getattr(self, name)
+            if value is not None:
+                images = torch.arange(len(index), device=index.device)[:, None]
+                changes[name] = value[images, index]
+        return replace(self, level_sizes=(index.shape[1], ), **changes)

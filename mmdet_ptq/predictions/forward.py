@@ -1,0 +1,52 @@
+"""One forward pass of a whole detector, float or quantized, to its aligned predictions."""
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet.models.detectors import SingleStageDetector
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from .aligned import AlignedPredictions
+from .dispatch import align_head
+from .two_stage import is_two_stage, predict_two_stage
+
+
+def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_samples: list) -> Any:
+    """Returns what the detector's ``mode='tensor'`` forward returns.
+
+    The root module itself is called, never its parts: quantized detectors reset their per-call state there.
+
+    Args:
+        detector (nn.Module): Float or quantized detector, or its data parallel wrapper.
+        batch_inputs (Tensor): (N, 3, H, W) preprocessed images.
+        batch_data_samples (list[DetDataSample]): Meta information of the N images.
+    """
+    return detector(batch_inputs, batch_data_samples, mode='tensor')
+
+
+def predict_aligned(detector: nn.Module,
+                    batch_inputs: Tensor,
+                    batch_data_samples: list,
+                    reference: AlignedPredictions | None = None) -> AlignedPredictions:
+    """Runs the detector (in eval mode) and aligns its predictions before NMS.
+
+    Args:
+        detector (nn.Module): Float or quantized detector, or its data parallel wrapper.
+        batch_inputs (Tensor): (N, 3, H, W) preprocessed images.
+        batch_data_samples (list[DetDataSample]): Meta information of the N images.
+        reference (AlignedPredictions | None): The float detector's predictions on the same images. Two-stage
+            detectors need them: the quantized second stage is evaluated on the float detector's proposals and
+            classes. Ignored by all others. Defaults to None.
+
+    Raises:
+        PTQError: If the detector is in training mode.
+    """
+    model = detector.module if is_model_wrapper(detector) else detector
+    if is_two_stage(model):
+        return predict_two_stage(detector, model, batch_inputs, batch_data_samples, reference)
+    outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
+    metas = [sample.metainfo for sample in batch_data_samples]
+    # a detector with a forward of its own may be taught as a whole: align_head.register(MyDetector)
+    plain = isinstance(model, SingleStageDetector) and type(model)._forward is SingleStageDetector._forward
+    return align_head(model.bbox_head if plain else model, outputs, metas)

@@ -1,0 +1,106 @@
+"""Two-stage detectors: the second stage of both detectors answers for the float detector's proposals."""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.structures.bbox import get_box_tensor
+from torch import Tensor, nn
+
+from .aligned import AlignedPredictions
+from .dispatch import align_head, align_raw, own_decoding
+
+# the background logit of padding rows: their confidence is zero, so no filter lets them pass
+PADDING_LOGIT = 50.
+
+
+def is_two_stage(detector: nn.Module) -> bool:
+    """Returns whether the detector runs its stages as ``TwoStageDetector`` does."""
+    return isinstance(detector, TwoStageDetector) and type(detector)._forward is TwoStageDetector._forward
+
+
+def predict_two_stage(detector: nn.Module, model: nn.Module, batch_inputs: Tensor, batch_data_samples: list,
+                      reference: AlignedPredictions | None) -> AlignedPredictions:
+    """Runs the whole detector once and aligns both stages; see :func:`predict_aligned`.
+
+    The region proposal network's predictions are the result's ``proposal_stage``. A RoI head without an adapter
+    (cascades, for instance) leaves only those, and the log says so.
+    """
+    metas = [sample.metainfo for sample in batch_data_samples]
+    problem = _roi_problem(model.roi_head)
+    rois = None if reference is None else reference.proposals
+    with _captured(model, rois, second_stage=problem is None) as seen:
+        outputs = detector(batch_inputs, batch_data_samples, mode='tensor')
+    first = align_head(model.rpn_head, seen['rpn'], metas) if model.with_rpn else None
+    if problem is not None:
+        second = align_raw(model.roi_head, outputs, problem)
+        return second if first is None else first
+    second = _align_rois(model.roi_head.bbox_head, *seen['box_head'], seen['rois'], len(metas), reference)
+    return replace(second, proposal_stage=first)
+
+
+def _roi_problem(roi_head: nn.Module) -> str | None:
+    """Returns why the RoI head cannot be aligned, or None."""
+    for method in ('forward', '_bbox_forward'):
+        if getattr(type(roi_head), method) is not getattr(StandardRoIHead, method, None):
+            return f'it runs its boxes in another way than StandardRoIHead ({method})'
+    box_head = roi_head.bbox_head
+    if not isinstance(box_head, BBoxHead) or own_decoding(type(box_head), BBoxHead):
+        return f'{type(box_head).__name__} decodes in another way than BBoxHead'
+    if box_head.custom_cls_channels:
+        return 'its scores come from the activation of a custom classification loss'
+    return None
+
+
+@contextmanager
+def _captured(model: nn.Module, rois: Tensor | None, second_stage: bool):
+    """Collects both stages' raw outputs in one forward pass, and gives the second stage ``rois`` if there are any."""
+    seen: dict = {}
+
+    def swap_rois(_, args):
+        if 'rois' not in seen:  # a mask branch may use the same extractor later
+            seen['rois'] = args[1] if rois is None else rois
+            return args[0], seen['rois']
+        return None
+
+    handles = []
+    if model.with_rpn:
+        handles.append(model.rpn_head.register_forward_hook(lambda _, args, out: seen.update(rpn=out)))
+    if second_stage:
+        handles.append(model.roi_head.bbox_roi_extractor.register_forward_pre_hook(swap_rois))
+        handles.append(model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _align_rois(box_head: nn.Module, cls_score: Tensor, bbox_pred: Tensor | None, rois: Tensor, num_images: int,
+                reference: AlignedPredictions | None) -> AlignedPredictions:
+    """Returns (N, P, ...) predictions, P the largest number of proposals of an image; the rest is padding."""
+    image = rois[:, 0].long()
+    counts = torch.bincount(image, minlength=num_images)
+    position = torch.arange(len(rois), device=rois.device) - (counts.cumsum(0) - counts)[image]
+    size = int(counts.max())
+
+    fill = cls_score.new_zeros(num_images, size, cls_score.shape[1])
+    fill[..., -1] = PADDING_LOGIT
+    aligned = AlignedPredictions(
+        cls_logits=fill.index_put((image, position), cls_score),
+        activation='softmax',
+        level_sizes=(size, ),
+        proposals=rois)
+    if bbox_pred is None:
+        return aligned
+    # one box per proposal: the one of the class that the float detector sees there
+    scores = (aligned if reference is None else reference).cls_logits.detach()
+    deltas = bbox_pred.reshape(len(rois), -1, box_head.bbox_coder.encode_size)
+    label = scores[image, position, :-1].argmax(-1) if deltas.shape[1] > 1 else torch.zeros_like(image)
+    chosen = deltas[torch.arange(len(rois), device=rois.device), label]
+    boxes = get_box_tensor(box_head.bbox_coder.decode(rois[:, 1:], chosen)).reshape(-1, 4)
+    return replace(aligned, boxes=boxes.new_zeros(num_images, size, 4).index_put((image, position), boxes))

@@ -1,0 +1,50 @@
+"""The coverage table: what computes in integers, what does not, and its share of the multiply-accumulates."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .structure import Structure
+
+
+@dataclass
+class CoverageRow:
+    """One layer or uncovered operation of the table."""
+
+    name: str
+    kind: str
+    part: str
+    macs: int
+    weight: str
+    activation: str
+    integer: bool
+    reason: str
+
+
+def _format(spec: dict | None) -> str:
+    if spec is None:
+        return 'float'
+    style = {'AffineQuantizer': 'affine', 'LogAffineQuantizer': 'log-affine'}.get(
+        spec['type'].rpartition('.')[2], spec['type'])
+    return f"{spec['bits']}-bit {style}"
+
+
+def coverage_rows(structure: Structure) -> list[CoverageRow]:
+    """One row per layer, then one per uncovered operation."""
+    rows = []
+    for layer in structure.layers:
+        specs = [structure.activations[name]['spec'] if name else None for name in layer.inputs]
+        formats = sorted({_format(spec) + (' per channel' if spec and spec.get('num_channels') else '')
+                          for spec in specs}) or ['float']
+        rows.append(CoverageRow(layer.name, layer.kind, layer.part, layer.macs, _format(layer.weight),
+                                ', '.join(formats), layer.integer, layer.reason))
+    for op in structure.uncovered:
+        rows.append(CoverageRow(op['module'], op['operation'], op['module'].split('.')[0], op['macs'], 'float',
+                                'float', False, op['reason']))
+    return rows
+
+
+def integer_mac_share(structure: Structure) -> float:
+    """Share of one image's multiply-accumulates that run on integer weights and integer activations."""
+    rows = coverage_rows(structure)
+    total = sum(row.macs for row in rows)
+    return sum(row.macs for row in rows if row.integer) / total if total else 0.0

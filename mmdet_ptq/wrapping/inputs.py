@@ -1,0 +1,152 @@
+"""Quantized inputs as forward pre-hooks: one quantizer per tensor, one range per call of a shared layer."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..errors import PTQError
+from ..quantizers import Observer, Quantizer
+from .weights import quantized_weights
+
+STATE = 'ptq'  # attribute of the detector that holds its quantization state
+MODES = ('float', 'observe', 'quantize')
+
+
+class QuantizationState(nn.Module):
+    """What a quantized detector carries: its activation quantizers and how far a forward pass has come.
+
+    Lives in the detector as ``detector.ptq``, so that ``.to()``, ``state_dict`` and deep copies include it.
+
+    Args:
+        quantizers: Activation name to quantizer.
+        readers: Activation name to how many layer calls read it in one forward pass.
+    """
+
+    def __init__(self, quantizers: dict[str, Quantizer], readers: dict[str, int]) -> None:
+        super().__init__()
+        self.activations = nn.ModuleDict(quantizers)
+        self.readers = readers
+        self.mode = 'quantize'
+        self.observers: dict[str, Observer] = {}
+        self.hooks: list[QuantizedInput] = []
+        # activation -> (tensor, version, quantized tensor, readers left); the reason for one quantizer per tensor
+        # is also that its work is done once
+        self._shared: dict[str, tuple[Tensor, int, Tensor, int]] = {}
+
+    def reset(self) -> None:
+        """Starts a forward pass: every layer is about to be called for the first time."""
+        self._shared.clear()
+        for hook in self.hooks:
+            hook.calls = 0
+
+    def apply_to(self, name: str, x: Tensor, layer: str) -> Tensor:
+        """Quantizes, observes or passes a tensor that a layer is about to read."""
+        if self.mode == 'float':
+            return x
+        shared = self._shared.get(name)
+        if shared is not None and shared[0] is x and shared[1] == x._version:
+            out, left = shared[2], shared[3] - 1
+            if left:
+                self._shared[name] = (x, shared[1], out, left)
+            else:
+                del self._shared[name]
+            return out
+        if self.mode == 'observe':
+            try:
+                self.observers[name].update(x.detach())
+            except PTQError as error:
+                raise PTQError(f'input of layer {layer}: {error}') from error
+            out = x
+        else:
+            out = self.activations[name](x)
+        if self.readers[name] > 1:
+            self._shared[name] = (x, x._version, out, self.readers[name] - 1)
+        return out
+
+
+class QuantizedInput:
+    """Forward pre-hook of one layer. An object, not a closure, so that a deep copy refers to its own state.
+
+    Args:
+        state: The detector's quantization state.
+        layer: The layer's name, for messages.
+        names: One activation name per call of the layer in a forward pass; None leaves that call's input float.
+    """
+
+    def __init__(self, state: QuantizationState, layer: str, names: list[str | None]) -> None:
+        self.state = state
+        self.layer = layer
+        self.names = names
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        name = self.names[self.calls % len(self.names)]
+        self.calls += 1
+        if name is None:
+            return args, kwargs
+        if args:
+            return (self.state.apply_to(name, args[0], self.layer), *args[1:]), kwargs
+        key = next(iter(kwargs))
+        return args, {**kwargs, key: self.state.apply_to(name, kwargs[key], self.layer)}
+
+
+class _ForwardScope:
+    """Hooks of the detector itself: a forward pass begins and ends."""
+
+    def __init__(self, detector: nn.Module, state: QuantizationState, begins: bool) -> None:
+        self.weights = tuple(quantized_weights(detector).values())
+        self.state = state
+        self.begins = begins
+
+    def __call__(self, *_) -> None:
+        self.state.reset()
+        for weight in self.weights:
+            weight.set_caching(self.begins)
+
+
+def attach_inputs(detector: nn.Module, state: QuantizationState, inputs: dict[str, list[str | None]]) -> None:
+    """Puts the quantization state and the hooks into a detector whose weights are already quantized.
+
+    Args:
+        detector: The detector.
+        state: Its activation quantizers.
+        inputs: Layer name to one activation name per call.
+    """
+    for name, names in inputs.items():
+        hook = QuantizedInput(state, name, names)
+        state.hooks.append(hook)
+        detector.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    setattr(detector, STATE, state)
+    detector.register_forward_pre_hook(_ForwardScope(detector, state, begins=True))
+    detector.register_forward_hook(_ForwardScope(detector, state, begins=False), always_call=True)
+
+
+def is_quantized(detector: nn.Module) -> bool:
+    """Whether the detector carries a quantization state."""
+    return isinstance(getattr(detector, STATE, None), QuantizationState)
+
+
+def set_mode(detector: nn.Module, mode: str) -> None:
+    """Switches a quantized detector between ``'float'``, ``'observe'`` and ``'quantize'``.
+
+    While observing, weights are float: ranges belong to the float detector.
+    """
+    if mode not in MODES:
+        raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
+    state = getattr(detector, STATE)
+    state.mode = mode
+    for weight in quantized_weights(detector).values():
+        weight.enabled = mode == 'quantize'
+
+
+@contextmanager
+def quantization_mode(detector: nn.Module, mode: str) -> Iterator[None]:
+    """Runs a block of code with the detector in another mode (see :func:`set_mode`)."""
+    before = getattr(detector, STATE).mode
+    set_mode(detector, mode)
+    try:
+        yield
+    finally:
+        set_mode(detector, before)

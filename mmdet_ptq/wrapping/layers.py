@@ -1,0 +1,76 @@
+"""Which modules are quantized, and how their weight becomes a matrix with one row per output channel."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+QUANTIZABLE = (_ConvNd, nn.Linear)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as (in, out / groups, ...)."""
+    return isinstance(module, _ConvTransposeNd)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether every output channel reads exactly one input channel."""
+    return isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels
+
+
+def out_channels(module: nn.Module) -> int:
+    """Number of output channels of a convolution or linear layer."""
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+
+
+def in_channels(module: nn.Module) -> int:
+    """Number of input channels of a convolution or linear layer."""
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The axis of a layer's input that holds the channels."""
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def kind(module: nn.Module) -> str:
+    """The layer's kind, as it stands in the coverage table."""
+    if isinstance(module, nn.Linear):
+        return 'linear'
+    if is_transposed(module):
+        return 'transposed convolution'
+    return 'depthwise convolution' if is_depthwise(module) else 'convolution'
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a weight in torch's layout becomes a matrix (out_channels, -1), and back.
+
+    Args:
+        transposed: The weight is stored as (in, out / groups, ...).
+        groups: Groups of the convolution; 1 for a linear layer.
+    """
+
+    transposed: bool = False
+    groups: int = 1
+
+    @classmethod
+    def of(cls, module: nn.Module) -> RowLayout:
+        """The layout of a layer's weight."""
+        return cls(is_transposed(module), getattr(module, 'groups', 1))
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Views a weight as (out_channels, -1), which is what every weight quantizer works on."""
+        if not self.transposed:
+            return weight.flatten(1)
+        rows = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+        return rows.transpose(1, 2).reshape(self.groups * weight.shape[1], -1)
+
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of :meth:`to_rows` for a weight of the given shape."""
+        if not self.transposed:
+            return rows.reshape(shape)
+        weight = rows.reshape(self.groups, shape[1], shape[0] // self.groups, -1).transpose(1, 2)
+        return weight.reshape(shape)

@@ -1,0 +1,136 @@
+"""Float detector in, quantized detector out: probe, fold, resolve policies, build."""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..config import PTQConfig, TensorConfig
+from ..errors import PTQError
+from ..registry import QUANTIZERS
+from .fit import fit_weight_quantizer
+from .folding import find_folds, fold_norms
+from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
+from .policy import LayerPolicy, LayerRole, resolve_policies
+from .probe import LayerCall, Probe, head_names, probe_detector
+from .structure import LayerStructure, Structure, apply_structure, disable_checkpointing
+from .weights import quantized_weights
+
+
+def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]) -> Structure:
+    """Folds and wraps a float detector, in place; weights are fitted, activations still need their ranges.
+
+    Args:
+        detector: The float detector with its trained weights, in eval mode.
+        cfg: The ``ptq`` block.
+        run: Calls the detector on one image with ``mode='predict'``.
+
+    Returns:
+        The structure of the quantized detector.
+
+    Raises:
+        PTQError: A weight is not finite, or an override matches no layer.
+    """
+    check_finite(detector)
+    disable_checkpointing(detector)
+    probe = probe_detector(detector, run)
+    if not probe.calls:
+        raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
+    folds, kept = find_folds(detector, probe.norms)
+    fold_norms(detector, folds)
+    structure, fitted = _plan(detector, cfg, probe)
+    structure.norms = kept
+    apply_structure(detector, structure)  # the folds are done; the structure records them only now
+    structure.folds = [list(pair) for pair in folds]
+    for name, quantized in quantized_weights(detector).items():
+        quantized.quantizer.load_state_dict(fitted[name].state_dict())
+    device = next(detector.parameters()).device
+    detector.to(device)
+    return structure
+
+
+def check_finite(detector: nn.Module) -> None:
+    """Refuses weights that are NaN or infinite, naming the first one."""
+    for name, tensor in detector.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise PTQError(f'the weight {name} holds NaN or infinity; the checkpoint is damaged, train or load it '
+                           'again.')
+
+
+def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe) -> tuple[Structure, dict[str, nn.Module]]:
+    heads = head_names(detector)
+    calls = defaultdict(list)
+    for call in probe.calls:
+        calls[call.layer].append(call)
+    layers = {n: m for n, m in detector.named_modules() if isinstance(m, QUANTIZABLE)}
+    roles = [
+        LayerRole(name, in_head=name.split('.')[0] in heads, first=any(c.reads_image for c in calls[name]),
+                  last=name in probe.outputs)
+        for name in layers]
+    policies = resolve_policies(cfg, roles)
+    structure, fitted = Structure(uncovered=[vars(u) for u in probe.uncovered]), {}
+    for name, module in layers.items():
+        layer = LayerStructure(
+            name, kind(module), name.split('.')[0], sum(c.macs for c in calls[name]), module.weight.numel())
+        layer.reason = _obstacle(name, module, calls[name], probe)
+        structure.layers.append(layer)
+        policy = policies[name]
+        if layer.reason:
+            continue
+        if policy.weights.float:
+            layer.reason = 'its weight is left float by the policy'
+        else:
+            fitted[name] = _fit(name, module, policy.weights)
+            layer.weight = fitted[name].spec()
+        if policy.activations.float:
+            layer.reason = 'its input is left float by the policy'
+        layer.inputs = [None] * len(calls[name])
+    _share_inputs(structure, layers, policies, probe.calls)
+    for layer in structure.layers:
+        if not layer.integer:
+            print_log(f'{layer.name} ({layer.kind}) is not in integers: {layer.reason}', 'current')
+    return structure, fitted
+
+
+def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe) -> str:
+    if not calls:
+        return 'it never runs in `predict`'
+    if name not in probe.direct:
+        return 'its weight is transformed inside the forward pass'
+    return ''
+
+
+def _fit(name: str, module: nn.Module, policy: TensorConfig) -> nn.Module:
+    rows = RowLayout.of(module).to_rows(module.weight.detach())
+    try:
+        return fit_weight_quantizer(policy, rows)
+    except PTQError as error:
+        raise PTQError(f'weight of layer {name}: {error}') from error
+
+
+def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: dict[str, LayerPolicy],
+                  calls: list[LayerCall]) -> None:
+    """Gives every tensor that quantized layers read one quantizer."""
+    by_name = {layer.name: layer for layer in structure.layers}
+    groups: dict[tuple, list[LayerCall]] = defaultdict(list)
+    for call in calls:
+        layer = by_name[call.layer]
+        if layer.inputs and not policies[call.layer].activations.float:
+            groups[call.input_key].append(call)
+    for readers in groups.values():
+        # the widest format any reader asks for: one tensor, one quantizer
+        policy = max((policies[c.layer].activations for c in readers), key=lambda p: p.bits)
+        first = readers[0]
+        name = first.layer.replace('.', '/') + (f'#{first.index}' if len(by_name[first.layer].inputs) > 1 else '')
+        per_channel = policy.depthwise_per_channel and all(is_depthwise(layers[c.layer]) for c in readers)
+        quantizer = QUANTIZERS.build({
+            **policy.quantizer, 'bits': policy.bits,
+            'num_channels': in_channels(layers[first.layer]) if per_channel else None,
+            'channel_axis': channel_axis(layers[first.layer])})
+        structure.activations[name] = dict(spec=quantizer.spec(), readers=len(readers))
+        for call in readers:
+            by_name[call.layer].inputs[call.index] = name

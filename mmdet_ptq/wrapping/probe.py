@@ -1,0 +1,276 @@
+"""One probing forward pass: which layer runs when, what it reads, how much it costs.
+
+No code is traced or rewritten. Forward hooks record the identity of every layer's input; a
+``TorchFunctionMode`` sees the functional calls, so a weight that never reaches an operation as it is (weight
+standardisation, attention's in-projection, weights generated per image) is found instead of guessed; the autograd
+graph of the same pass tells which layers read the image and which ones write the head's outputs.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .layers import QUANTIZABLE
+
+_WEIGHTED = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+             torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
+             torch.conv_transpose3d}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
+
+
+@dataclass
+class LayerCall:
+    """One call of a quantizable layer: its input tensor's identity and its multiply-accumulates."""
+
+    layer: str
+    index: int
+    input_key: tuple[int, int]
+    input_ndim: int
+    output_key: tuple[int, int] | None = None
+    macs: int = 0
+    reads_image: bool = False
+
+
+@dataclass
+class Uncovered:
+    """A weighted operation that no quantized layer stands for."""
+
+    module: str
+    operation: str
+    reason: str
+    macs: int
+
+
+@dataclass
+class Probe:
+    """What one forward pass showed.
+
+    Attributes:
+        calls: Every call of a quantizable layer, in order.
+        direct: Names of layers whose own weight tensor reached an operation unchanged.
+        outputs: Names of the layers that write the heads' outputs (no other layer comes after them).
+        norms: (convolution, normalisation) name pairs, one per normalisation call fed by a convolution alone.
+        uncovered: Weighted operations outside quantizable layers.
+        image_macs: Multiply-accumulates of the whole pass.
+    """
+
+    calls: list[LayerCall] = field(default_factory=list)
+    direct: set[str] = field(default_factory=set)
+    outputs: set[str] = field(default_factory=set)
+    norms: list[tuple[str, str]] = field(default_factory=list)
+    uncovered: list[Uncovered] = field(default_factory=list)
+
+    @property
+    def image_macs(self) -> int:
+        return sum(c.macs for c in self.calls) + sum(u.macs for u in self.uncovered)
+
+
+def head_names(detector: nn.Module) -> list[str]:
+    """Names of the detector's children that predict: bbox_head, rpn_head, roi_head, mask_head, ..."""
+    return [name for name, _ in detector.named_children() if name.endswith('head')]
+
+
+def _key(tensor: Tensor) -> tuple[int, int]:
+    # in-place operations keep the object and raise its version
+    return id(tensor), tensor._version
+
+
+def _tensors(value: Any):
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class _Operations(TorchFunctionMode):
+    """Counts multiply-accumulates of functional calls and sees which tensors they take as weights."""
+
+    def __init__(self, prober: _Prober) -> None:
+        super().__init__()
+        self.prober = prober
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in _WEIGHTED:
+            weight = args[1] if len(args) > 1 else kwargs['weight']
+            source = args[0] if args else kwargs['input']
+            transposed = 'transpose' in func.__name__
+            macs = (source.numel() if transposed else out.numel()) * prod(weight.shape[1:])
+            self.prober.weighted(func.__name__, weight, macs)
+        elif func in _PRODUCTS and len(args) > 1 and isinstance(args[0], Tensor) and args[0].ndim > 1:
+            self.prober.product(func.__name__, args, out.numel() * args[0].shape[-1])
+        elif func is F.multi_head_attention_forward:
+            self.prober.attention(args, kwargs or {})
+        return out
+
+
+class _Prober:
+    def __init__(self, detector: nn.Module) -> None:
+        self.probe = Probe()
+        self.alive: list[Any] = []  # keeps every tensor, so that an id is never used twice
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.counts: dict[str, int] = {}
+        self.open: list[LayerCall] = []
+        self.nodes: dict[Any, str] = {}  # autograd node of a layer's output -> layer
+        self.produced: dict[tuple[int, int], tuple[str, Any]] = {}
+        self.head_outputs: list[Tensor] = []
+        self.norm_inputs: list[tuple[str, str, Any]] = []
+        self.heads = set(head_names(detector))
+        self.handles = []
+        for name, module in detector.named_modules():
+            self.handles += [
+                module.register_forward_pre_hook(self.enter(name), with_kwargs=True),
+                module.register_forward_hook(self.leave(name), always_call=True)]
+
+    def enter(self, name: str) -> Callable:
+        def hook(module, args, kwargs):
+            self.stack.append((name, module))
+            source = next(_tensors([args, kwargs]), None)
+            if source is None:
+                return
+            if isinstance(module, QUANTIZABLE):
+                self.alive.append(source)
+                index = self.counts[name] = self.counts.get(name, -1) + 1
+                call = LayerCall(name, index, _key(source), source.ndim, reads_image=not _has_layer(source, self))
+                self.probe.calls.append(call)
+                self.open.append(call)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                producer = self.produced.get(_key(source))
+                if producer is not None:
+                    self.norm_inputs.append((producer[0], name, producer[1]))
+        return hook
+
+    def leave(self, name: str) -> Callable:
+        def hook(module, args, output):
+            while self.stack and self.stack.pop()[0] != name:
+                pass
+            if isinstance(module, QUANTIZABLE) and isinstance(output, Tensor):
+                self.alive.append(output)
+                call = self.open.pop()
+                call.output_key = _key(output)
+                if output.grad_fn is not None:
+                    self.nodes[output.grad_fn] = name
+                self.produced[_key(output)] = (name, output.grad_fn)
+            elif type(module).__name__ in _CUSTOM_WEIGHTED and isinstance(output, Tensor):
+                self.probe.uncovered.append(Uncovered(
+                    name, type(module).__name__, 'samples its input off the grid',
+                    output.numel() * prod(module.weight.shape[1:])))
+            elif name in self.heads or type(module).__name__.endswith('Head'):
+                self.head_outputs += [t for t in _tensors(output) if t.grad_fn is not None]
+        return hook
+
+    def weighted(self, operation: str, weight: Tensor, macs: int) -> None:
+        name, module = self.stack[-1] if self.stack else ('', None)
+        if isinstance(module, QUANTIZABLE):
+            self.open[-1].macs += macs
+            if weight is module.weight:
+                self.probe.direct.add(name)
+        else:
+            reason = ('a parameter of a module that is no layer' if isinstance(weight, nn.Parameter)
+                      else 'its weight is computed in the forward pass')
+            self.probe.uncovered.append(Uncovered(name, operation, reason, macs))
+
+    def product(self, operation: str, operands: tuple, macs: int) -> None:
+        name = self.stack[-1][0] if self.stack else ''
+        parameter = any(isinstance(t, nn.Parameter) for t in operands)
+        reason = 'a parameter of a module that is no layer' if parameter else 'activation x activation product'
+        self.probe.uncovered.append(Uncovered(name, operation, reason, macs))
+
+    def attention(self, args: tuple, kwargs: dict) -> None:
+        query, key, width = args[0], args[1], args[3]
+        rows = query.shape[0] * query.shape[1]
+        keys = key.shape[0] * key.shape[1]
+        name = self.stack[-1][0]
+        self.probe.uncovered.append(Uncovered(
+            name, 'attention projections', 'in_proj_weight and out_proj are read by one fused function',
+            (2 * rows + 2 * keys) * width * width))
+        self.probe.uncovered.append(Uncovered(
+            name, 'attention', 'activation x activation product', 2 * rows * key.shape[0] * width))
+
+    def finish(self) -> Probe:
+        for handle in self.handles:
+            handle.remove()
+        self.probe.outputs = _last_layers(self.head_outputs, self.nodes)
+        readers = _reader_counts(self.head_outputs)
+        self.probe.norms = [
+            (conv, norm) for conv, norm, node in self.norm_inputs if readers.get(node, 1) == 1]
+        return self.probe
+
+
+# Convolutions of mmcv that call a compiled operator of their own.
+_CUSTOM_WEIGHTED = {'DeformConv2d', 'DeformConv2dPack', 'ModulatedDeformConv2d', 'ModulatedDeformConv2dPack',
+                    'MaskedConv2d'}
+
+
+def _has_layer(tensor: Tensor, prober: _Prober) -> bool:
+    """Whether any quantizable layer lies upstream (walks the autograd graph back)."""
+    return tensor.grad_fn is not None and bool(_last_layers([tensor], prober.nodes))
+
+
+def _last_layers(tensors: list[Tensor], nodes: dict[Any, str]) -> set[str]:
+    """The first layers met when walking back from the tensors."""
+    found, seen = set(), set()
+    todo = [t.grad_fn for t in tensors]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            found.add(nodes[node])
+        else:
+            todo += [n for n, _ in node.next_functions]
+    return found
+
+
+def _reader_counts(tensors: list[Tensor]) -> dict[Any, int]:
+    """How many graph nodes read each node's output, over everything the tensors depend on."""
+    counts: dict[Any, int] = {}
+    seen = set()
+    todo = [t.grad_fn for t in tensors]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                counts[parent] = counts.get(parent, 0) + 1
+                todo.append(parent)
+    return counts
+
+
+def probe_detector(detector: nn.Module, run: Callable[[], Any]) -> Probe:
+    """Runs the detector once and records its layers.
+
+    Args:
+        detector: Any mmdet detector, in eval mode.
+        run: Calls the detector on one image (``mode='predict'``); its result is ignored.
+
+    Returns:
+        What the pass showed.
+    """
+    frozen = [p for p in detector.parameters() if not p.requires_grad]
+    prober = _Prober(detector)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), _Operations(prober):
+            run()
+        return prober.finish()
+    finally:
+        for handle in prober.handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,107 @@
+"""The structure of a quantized detector as plain data: enough to rebuild it before its numbers are loaded."""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from torch import nn
+
+from ..errors import PTQError
+from ..quantizers import build_quantizer
+from .folding import fold_norms
+from .inputs import QuantizationState, attach_inputs, is_quantized
+from .weights import attach_weight
+
+
+@dataclass
+class LayerStructure:
+    """One convolution or linear layer.
+
+    Attributes:
+        name: Path in the detector.
+        kind: ``'convolution'``, ``'depthwise convolution'``, ``'transposed convolution'`` or ``'linear'``.
+        part: The detector's child it belongs to (backbone, neck, bbox_head, ...).
+        macs: Multiply-accumulates of one image, over all calls.
+        numel: Number of weights.
+        weight: Spec of the weight quantizer; None leaves the weight float.
+        inputs: One activation name per call; None leaves that input float.
+        reason: Why anything of the layer stays float; empty when it computes in integers.
+    """
+
+    name: str
+    kind: str
+    part: str
+    macs: int
+    numel: int
+    weight: dict | None = None
+    inputs: list[str | None] = field(default_factory=list)
+    reason: str = ''
+
+    @property
+    def integer(self) -> bool:
+        return self.weight is not None and bool(self.inputs) and None not in self.inputs
+
+
+@dataclass
+class Structure:
+    """A quantized detector without its numbers.
+
+    Attributes:
+        folds: (convolution, normalisation) pairs that are folded.
+        norms: Normalisations that stay float, and why.
+        layers: Every convolution and linear layer, quantized or not.
+        activations: Activation name to ``dict(spec=..., readers=...)``.
+        uncovered: Weighted operations outside layers: module, operation, reason, macs.
+    """
+
+    folds: list[list[str]] = field(default_factory=list)
+    norms: dict[str, str] = field(default_factory=dict)
+    layers: list[LayerStructure] = field(default_factory=list)
+    activations: dict[str, dict] = field(default_factory=dict)
+    uncovered: list[dict] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain dicts and lists, for a checkpoint that loads without pickle."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Structure:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{**data, 'layers': [LayerStructure(**layer) for layer in data['layers']]})
+
+
+def apply_structure(detector: nn.Module, structure: Structure) -> None:
+    """Turns a float detector into the quantized one a structure describes, in place.
+
+    The quantizers are built but not initialised; load their state or fit them afterwards.
+
+    Args:
+        detector: A float detector of the architecture the structure was made from.
+        structure: What to build.
+
+    Raises:
+        PTQError: The detector is already quantized, or lacks a layer.
+    """
+    if is_quantized(detector):
+        raise PTQError('the detector is already quantized; start from the float checkpoint.')
+    fold_norms(detector, [tuple(pair) for pair in structure.folds])
+    disable_checkpointing(detector)
+    modules = dict(detector.named_modules())
+    missing = [layer.name for layer in structure.layers if layer.name not in modules]
+    if missing:
+        raise PTQError(f'the detector lacks {len(missing)} layers of the quantized checkpoint, first {missing[0]}; '
+                       'use the config the checkpoint was made with.')
+    for layer in structure.layers:
+        if layer.weight is not None:
+            attach_weight(modules[layer.name], build_quantizer(layer.weight))
+    state = QuantizationState(
+        {name: build_quantizer(entry['spec']) for name, entry in structure.activations.items()},
+        {name: entry['readers'] for name, entry in structure.activations.items()})
+    inputs = {layer.name: layer.inputs for layer in structure.layers if any(layer.inputs)}
+    attach_inputs(detector, state, inputs)
+
+
+def disable_checkpointing(detector: nn.Module) -> None:
+    """Switches activation checkpointing off: a recomputed call would count as a second call of a layer."""
+    for module in detector.modules():
+        if getattr(module, 'with_cp', False):
+            module.with_cp = False
