@@ -93,6 +93,19 @@ def clock(seconds: float) -> str:
     return f'{int(seconds) // 60} min {int(seconds) % 60:02d} s' if seconds >= 60 else f'{int(seconds)} s'
 
 
+def stop_group(child: subprocess.Popen) -> None:
+    """Interrupts a command and all that it started (pip leaves its compilers running), kills what stays."""
+    try:
+        os.killpg(child.pid, signal.SIGINT)
+        for _ in range(50):
+            child.poll()
+            os.killpg(child.pid, 0)
+            time.sleep(0.2)
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:    # the group is empty
+        pass
+
+
 # ---- an environment that is already there
 
 def candidates() -> list[str]:
@@ -237,11 +250,7 @@ class Venv:
                         told = time.monotonic()
                         print(f'        {line}', flush=True)
             except KeyboardInterrupt:
-                os.killpg(child.pid, signal.SIGINT)
-                try:
-                    child.wait(10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(child.pid, signal.SIGKILL)
+                stop_group(child)
                 raise
             finally:
                 if sys.stdout.isatty():
@@ -434,7 +443,8 @@ def own_environment(venv: Venv) -> str:
         start = time.monotonic()
         say(f'Setting up {venv.path}, stack {venv.stack}; after Ctrl-C a repeat goes on where it stopped')
         venv.make()
-        say(f'The environment is ready ({clock(time.monotonic() - start)})')
+        if not venv.dry_run:
+            say(f'The environment is ready ({clock(time.monotonic() - start)})')
     return str(venv.python)
 
 

@@ -10,21 +10,20 @@ from mmengine.logging import print_log
 from rich.progress import track
 from torch import nn
 
-from ..config import PTQConfig
 from ..errors import PTQError
 from ..registry import OBSERVERS
-from ..wrapping import quantization_mode
+from ..wrapping import Structure, quantization_mode
 from ..wrapping.inputs import STATE
 
 
 @torch.no_grad()
-def observe_activations(detector: nn.Module, batches: Iterable[Any], cfg: PTQConfig) -> None:
+def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: Structure) -> None:
     """Sets the scale and zero point of every activation quantizer.
 
     Args:
         detector: The prepared detector (see :func:`mmdet_ptq.wrapping.prepare_detector`), in eval mode.
         batches: Calibration batches as a dataloader yields them.
-        cfg: The ``ptq`` block.
+        structure: The detector's structure, which names every activation's observer.
 
     Raises:
         PTQError: An activation is not finite (the layer is named), or no batch came.
@@ -32,7 +31,7 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], cfg: PTQCon
     state = getattr(detector, STATE)
     for name, quantizer in state.activations.items():
         state.observers[name] = OBSERVERS.build(
-            {**cfg.activations.observer, 'num_channels': quantizer.num_channels,
+            {**structure.activations[name]['observer'], 'num_channels': quantizer.num_channels,
              'channel_axis': quantizer.channel_axis})
     try:
         with quantization_mode(detector, 'observe'):

@@ -131,6 +131,7 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
             **policy.quantizer, 'bits': policy.bits,
             'num_channels': in_channels(layers[first.layer]) if per_channel else None,
             'channel_axis': channel_axis(layers[first.layer])})
-        structure.activations[name] = dict(spec=quantizer.spec(), readers=len(readers))
+        structure.activations[name] = dict(
+            spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
         for call in readers:
             by_name[call.layer].inputs[call.index] = name

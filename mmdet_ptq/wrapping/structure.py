@@ -49,7 +49,7 @@ class Structure:
         folds: (convolution, normalisation) pairs that are folded.
         norms: Normalisations that stay float, and why.
         layers: Every convolution and linear layer, quantized or not.
-        activations: Activation name to ``dict(spec=..., readers=...)``.
+        activations: Activation name to ``dict(spec=..., readers=..., observer=...)``.
         uncovered: Weighted operations outside layers: module, operation, reason, macs.
     """
 

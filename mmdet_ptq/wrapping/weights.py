@@ -60,6 +60,10 @@ class QuantizedWeight(nn.Module):
         """Computes the quantized weight once; later forwards return it until :meth:`thaw`."""
         self._frozen = self._quantize(weight).detach()
 
+    def fix(self, value: Tensor) -> None:
+        """Freezes to a given value, such as the one integer codes stand for."""
+        self._frozen = value.detach().clone()
+
     def thaw(self) -> None:
         """Computes the weight in every forward again, so that gradients flow."""
         self._frozen = None

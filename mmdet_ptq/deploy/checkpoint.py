@@ -1,0 +1,120 @@
+"""The integer checkpoint: packed codes, scales, zero points and tables; the simulated model is rebuilt from it."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PTQError
+from ..files import load_tensors, save_tensors
+from ..version import __version__
+from ..wrapping import Structure, apply_structure, float_weight, quantized_weights
+from .packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
+
+FORMAT = 'mmdet_ptq.quantized'
+SCHEMA = 1
+
+
+def is_quantized_checkpoint(checkpoint: object) -> bool:
+    """Whether a loaded checkpoint is one of ours."""
+    return isinstance(checkpoint, Mapping) and checkpoint.get('format') == FORMAT
+
+
+def quantized_state(detector: nn.Module, structure: Structure, config: str, dataset_meta: dict | None) -> dict:
+    """Collects the integer checkpoint of a calibrated detector.
+
+    Args:
+        detector: The quantized detector.
+        structure: Its structure.
+        config: Text of the config, from which the float detector is built.
+        dataset_meta: Class names and palette, as mmdet keeps them.
+
+    Returns:
+        Plain containers of tensors, numbers and strings.
+    """
+    weights = quantized_weights(detector)
+    packed, layers, skip = {}, {}, set()
+    for name, quantized in weights.items():
+        weight = float_weight(detector.get_submodule(name))
+        low, high = quantized.quantizer.code_range
+        codes = quantized.codes(weight)
+        bits = max(1, (high - low).bit_length())
+        packed[name] = pack_codes(codes, bits, low)
+        layers[name] = dict(bits=bits, lowest=low, rows=list(codes.shape), shape=list(weight.shape))
+        skip.add(f'{name}.parametrizations.weight.original')
+    floats = {key: value for key, value in detector.state_dict().items() if key not in skip}
+    return dict(format=FORMAT, schema=SCHEMA, version=__version__, config=config,
+                dataset_meta=_plain(dataset_meta or {}), structure=structure.to_dict(), layers=layers,
+                codes=flatten_tensors(packed), tensors=flatten_tensors(floats))
+
+
+def save_quantized(path: str | os.PathLike, state: dict) -> None:
+    """Writes the integer checkpoint, atomically."""
+    save_tensors(path, state)
+
+
+def read_quantized(path: str | os.PathLike) -> dict:
+    """Reads an integer checkpoint.
+
+    Raises:
+        PTQError: The file is missing, damaged, or no integer checkpoint of a known schema.
+    """
+    state = load_tensors(path)
+    if not is_quantized_checkpoint(state):
+        raise PTQError(f'{str(path)!r} is no quantized checkpoint; make one with tools/ptq.py.')
+    if state['schema'] > SCHEMA:
+        raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
+    return state
+
+
+def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
+    """Turns a float detector of the same architecture into the calibrated quantized one, in place.
+
+    The float weights become the values of the codes, and the quantized weights are frozen to exactly these; call
+    :func:`mmdet_ptq.wrapping.thaw_weights` to train the detector further.
+
+    Args:
+        detector: A float detector of the checkpoint's config; its weights do not matter.
+        state: What :func:`read_quantized` returned.
+
+    Returns:
+        The detector's structure.
+
+    Raises:
+        PTQError: The detector is of another architecture.
+    """
+    structure = Structure.from_dict(state['structure'])
+    apply_structure(detector, structure)
+    weights = quantized_weights(detector)
+    originals = {f'{name}.parametrizations.weight.original' for name in weights}
+    try:
+        result = detector.load_state_dict(unflatten_tensors(state['tensors']), strict=False)
+    except RuntimeError as error:
+        raise PTQError('the quantized checkpoint belongs to another architecture: '
+                       f'{str(error).splitlines()[-1].strip()}') from error
+    wrong = [k for k in result.missing_keys if k not in originals] + list(result.unexpected_keys)
+    if wrong:
+        raise PTQError(f'the quantized checkpoint does not fit the detector ({len(wrong)} tensors, first {wrong[0]}); '
+                       'use the config it was made with.')
+    packed = unflatten_tensors(state['codes'])
+    with torch.no_grad():
+        for name, quantized in weights.items():
+            entry = state['layers'][name]
+            codes = unpack_codes(packed[name], entry['bits'], entry['lowest'], tuple(entry['rows']))
+            values = quantized.quantizer.decode(codes)
+            weight = float_weight(detector.get_submodule(name))
+            weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
+            quantized.fix(weight)
+    return structure
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, int, float, bool, Tensor)) or value is None:
+        return value
+    return str(value)

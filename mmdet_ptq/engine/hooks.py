@@ -1,0 +1,49 @@
+"""Hooks of the global stage."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from ..predictions import predict_aligned
+from ..registry import HOOKS
+from .global_stage import GlobalLossModel
+
+
+@HOOKS.register_module()
+class FilteredGlobalLossHook(Hook):
+    """Supplies the float detector's predictions to the filtered global loss, each iteration.
+
+    The loss (Reg-PTQ, CVPR 2024) compares the quantized detector with these predictions on the boxes that pass the
+    confidence and the IoU filter. The number of kept boxes is logged with the loss terms. Before the first iteration
+    the held-out loss is measured, so that the best state can be the initial one.
+
+    Args:
+        detector: The float detector.
+    """
+
+    # after CheckpointHook, whose before_train must have run before the first held-out loss
+    priority = 'LOWEST'
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.detector = detector.eval()
+
+    def before_train(self, runner: Runner) -> None:
+        if runner.iter == 0 and runner.val_loop is not None:
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        self._set_target(runner, data_batch)
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | Sequence | None = None) -> None:
+        self._set_target(runner, data_batch)
+
+    @torch.no_grad()
+    def _set_target(self, runner: Runner, data_batch: dict) -> None:
+        model: GlobalLossModel = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        data = model.data_preprocessor(data_batch, False)
+        model.target = predict_aligned(self.detector, data['inputs'], data['data_samples']).detach()

@@ -1,0 +1,75 @@
+"""One learning rate per quantization parameter, relative to its size."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from torch import nn
+
+from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+from ..wrapping.inputs import STATE
+from ..wrapping.weights import quantized_weights
+
+# Scales and offsets differ by orders of magnitude between layers; log k and log eps are relative already.
+RELATIVE_KINDS = ('scale', 's', 'mu')
+
+
+def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, float]]:
+    """Every learnable quantization parameter of a detector, and the biases of its quantized layers.
+
+    Args:
+        detector: A quantized detector.
+
+    Yields:
+        Name, kind (``'scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'``, ``'bias'``), parameter, typical size.
+    """
+    for name, quantizer in getattr(detector, STATE).activations.items():
+        for kind, parameter in quantizer.learnable().items():
+            yield f'{name}.{kind}', kind, parameter, _size(parameter)
+    for name, weight in quantized_weights(detector).items():
+        parameters = weight.quantizer.learnable()
+        for kind, parameter in parameters.items():
+            # an offset moves in steps of the scale it stands beside
+            yield f'{name}.weight.{kind}', kind, parameter, _size(parameters['s' if kind == 'mu' else kind])
+        bias = getattr(detector.get_submodule(name), 'bias', None)
+        if isinstance(bias, nn.Parameter):
+            yield f'{name}.bias', 'bias', bias, max(_size(bias), 1e-2)
+
+
+def _size(parameter: nn.Parameter) -> float:
+    return float(parameter.detach().abs().mean())
+
+
+def train_only_quantization(detector: nn.Module, biases: bool) -> None:
+    """Leaves gradients on for exactly the parameters of :func:`learnable_parameters`."""
+    detector.requires_grad_(False)
+    for _, kind, parameter, _ in learnable_parameters(detector):
+        parameter.requires_grad_(biases or kind != 'bias')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class QuantizationParamsConstructor:
+    """Builds the optimizer wrapper of the global stage: one parameter group per quantization parameter.
+
+    Args:
+        optim_wrapper_cfg: mmengine's optimizer wrapper config.
+        paramwise_cfg: ``dict(lr=..., bias_lr=...)``, both relative to the size of the parameter.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
+        self.cfg = dict(optim_wrapper_cfg)
+        self.rates = dict(paramwise_cfg)
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        module = model.module if hasattr(model, 'module') else model
+        groups = []
+        for name, kind, parameter, size in learnable_parameters(module.detector):
+            if not parameter.requires_grad:
+                continue
+            rate = self.rates['bias_lr' if kind == 'bias' else 'lr']
+            scale = size if kind in RELATIVE_KINDS or kind == 'bias' else 1.0
+            groups.append(dict(params=[parameter], lr=rate * scale, name=name))
+        cfg = dict(self.cfg)
+        optimizer = OPTIMIZERS.build({**cfg.pop('optimizer'), 'params': groups})
+        return OPTIM_WRAPPERS.build({'type': 'OptimWrapper', **cfg, 'optimizer': optimizer})

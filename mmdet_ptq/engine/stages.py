@@ -1,0 +1,110 @@
+"""Stages of a run: what each left in the work directory, and whether it still holds."""
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+
+from ..errors import PTQError
+from ..files import load_tensors, save_tensors
+from ..version import __version__
+
+STAGES = ('prepare', 'observe', 'reconstruct', 'global', 'evaluate', 'export', 'report')
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of anything JSON can hold; equal inputs give equal hashes."""
+    text = json.dumps([__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass
+class StageRecord:
+    """What a finished stage left."""
+
+    inputs: str
+    seconds: float
+    state: Any
+
+
+class StageStore:
+    """The stages of one work directory.
+
+    A stage is skipped on resume when the hash of its inputs (which includes the inputs of the stage before) is the
+    one it finished with.
+
+    Args:
+        work_dir: The run's work directory; stages go to its folder ``stages``.
+        resume: Whether finished stages may be taken over.
+    """
+
+    def __init__(self, work_dir: str | Path, resume: bool) -> None:
+        self.folder = Path(work_dir) / 'stages'
+        self.resume = resume
+        self.seconds: dict[str, float] = {}
+        self.current: str | None = None
+
+    def path(self, name: str) -> Path:
+        """File of a stage."""
+        return self.folder / f'{name}.pth'
+
+    def finished(self, name: str, inputs: str) -> StageRecord | None:
+        """What the stage left for these inputs in an earlier run, if it may be taken over."""
+        if not self.resume or not self.path(name).is_file():
+            return None
+        try:
+            record = StageRecord(**load_tensors(self.path(name)))
+        except (PTQError, TypeError) as error:
+            print_log(f'stage {name}: its file cannot be used ({error}); it runs again', 'current', level=30)
+            return None
+        if record.inputs != inputs:
+            print_log(f'stage {name}: the config, checkpoint, images or code changed; it runs again', 'current')
+            return None
+        self.seconds[name] = record.seconds
+        print_log(f'stage {name}: taken over from the earlier run', 'current')
+        return record
+
+    def run(self, name: str, inputs: str, work: Callable[[], Any]) -> tuple[Any, bool]:
+        """Runs a stage unless it is finished.
+
+        Args:
+            name: One of :data:`STAGES`.
+            inputs: Hash of all the stage depends on.
+            work: Does the stage and returns its state, in plain containers and tensors.
+
+        Returns:
+            The state, and whether it was taken over.
+        """
+        record = self.finished(name, inputs)
+        if record is not None:
+            return record.state, True
+        with self.timed(name):
+            state = work()
+        save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[name], state=state))
+        return state, False
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Announces and times a stage."""
+        self.current = name
+        print_log(f'stage {name}: begins', 'current')
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        print_log(f'stage {name}: done in {self.seconds[name]:.1f} s', 'current')

@@ -1,0 +1,99 @@
+"""Reading and writing files so that a run is never left with half of one."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .errors import PTQError
+
+
+def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) -> None:
+    """Writes a file under a temporary name and renames it, so that it is complete or absent.
+
+    Args:
+        path: Where the file goes; its folder is made.
+        write: Writes the content into an open binary file.
+
+    Raises:
+        PTQError: The disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        try:
+            with os.fdopen(handle, 'wb') as file:
+                write(file)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        what = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        raise PTQError(f'cannot write {path}: {what}; free some space or choose another --work-dir, then --resume.'
+                       ) from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + '\n'
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def save_tensors(path: str | os.PathLike, value: Any) -> None:
+    """Writes tensors in plain containers atomically; they load without pickled code."""
+    write_atomic(path, lambda file: torch.save(value, file))
+
+
+def load_tensors(path: str | os.PathLike) -> Any:
+    """Loads a checkpoint without running any code it may carry.
+
+    Raises:
+        PTQError: The file is missing, damaged, or holds pickled objects.
+    """
+    if not os.path.isfile(path):
+        raise PTQError(f'there is no checkpoint {str(path)!r}; check the path.')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        if 'weights_only' in str(error) or 'GLOBAL' in str(error):
+            raise PTQError(
+                f'the checkpoint {str(path)!r} holds pickled objects, which could run code; if you trust it, convert '
+                "it once: torch.save({'state_dict': torch.load(OLD, weights_only=False)['state_dict']}, NEW)."
+            ) from error
+        raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
+
+
+def check_space(folder: str | os.PathLike, needed: int) -> None:
+    """Refuses a work directory that cannot hold what a run writes, before the run begins.
+
+    Args:
+        folder: The work directory; it is made.
+        needed: Bytes the run writes at least.
+
+    Raises:
+        PTQError: Too little space, or the folder cannot be made or written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise PTQError(f'cannot make the work directory {folder}: {error.strerror}; choose another --work-dir.'
+                       ) from error
+    if not os.access(folder, os.W_OK):
+        raise PTQError(f'the work directory {folder} cannot be written; choose another --work-dir.')
+    if free < needed:
+        raise PTQError(f'the work directory {folder} has {free >> 20} MiB free and this run writes about '
+                       f'{needed >> 20} MiB; free some space or choose another --work-dir.')

@@ -1,0 +1,292 @@
+"""Log-affine quantization of weights: fine steps near the location, wide steps in the tails, one int8 table a layer."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.registry import QUANTIZERS
+
+from . import log_grid
+from .base import SCALE_FLOOR, Quantizer, check_bits, check_choice, check_finite
+from .log_fit import fit_log_affine
+
+_MODES = ('log1p', 'exact', 'shift', 'auto')
+_LOCATIONS = ('auto', 'zero', 'median')
+
+
+def unit_and_size(s: Tensor) -> tuple[Tensor, Tensor]:
+    """What weights are divided by, and what levels are multiplied with, for scales ``s``.
+
+    A scale of exactly 0 marks a channel of one value (all zero, say): it is divided by 1 and multiplied with 0, so that
+    the output is the location itself. Every other scale counts by its absolute value, at least SCALE_FLOOR, so that a
+    training step across zero does no harm.
+    """
+    size = torch.where(s == 0, s, s.abs().clamp_min(SCALE_FLOOR))
+    return torch.where(s == 0, torch.ones_like(s), size), size
+
+
+class _LogFakeQuantize(torch.autograd.Function):
+    """w_hat = mu + s * sigma * dh for a (C, K) weight, with straight-through gradients.
+
+    With m = 1[y within the codes], D = d(dh)/d(yh) and yh the code plus 1/2, the rounding of codes and table passed
+    straight through, mode 'log1p' gives
+
+    - dw = m (dh + eps) / (|d| + eps), dmu = 1 - dw, ds = sigma dh - d dw
+    - dk = sigma (dh + eps) (ln 2 / k^2) (m y - yh)
+    - deps = (sigma / eps) (dh - m |d| (dh + eps) / (|d| + eps))
+    - dh(V) = m sigma D, for learned rounding
+
+    in units of s; ds carries the factor 1 / sqrt(K * count) of LSQ (Esser et al., ICLR 2020). Modes 'exact' and
+    'shift' follow from their psi and decoder in the same way.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mu, s, k, offset, rounding, mode, count):  # noqa: D102
+        grid = log_grid.Grid(mode, count, k, offset)
+        unit, size = unit_and_size(s)
+        d = (x - mu) / unit
+        y = grid.psi(d)
+        if rounding is None:
+            c = grid.magnitude_code(d, y)
+            inside = (y >= 0) & (y < count)
+            out = grid.value(grid.code(d, c), mu, size)
+        else:
+            c = torch.floor(y - 0.5) + rounding
+            inside = (c >= 0) & (c <= count - 1)
+            c = c.nan_to_num(0).clamp_(0, count - 1)
+            out = grid.value(grid.code(d, c.round().long()), mu, size)
+            # between two codes the unrounded level counts, on a code the table's entry
+            soft = log_grid.inverse(mode, c + 0.5, *grid.side_params(d < 0)) * size
+            out = torch.where(c == c.round(), out, mu + torch.where(d < 0, -soft, soft))
+        ctx.save_for_backward(x, mu, s, c, inside)
+        ctx.grid = grid
+        # a table index cannot carry NaN on, the value must
+        return torch.where(torch.isfinite(x), out, math.nan)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        x, mu, s, c, inside = ctx.saved_tensors
+        grid = ctx.grid
+        mode = grid.mode
+        unit, size = unit_and_size(s)
+        d = (x - mu) / unit
+        minus, tiny = d < 0, torch.finfo(x.dtype).tiny
+        magnitude = d.abs().clamp_min(0 if mode == 'log1p' else tiny)
+        k, offset = grid.side_params(minus)
+        y = log_grid.psi(mode, magnitude, k, offset)
+        yh = c.to(x.dtype) + 0.5
+        level = log_grid.inverse(mode, yh, k, offset)
+        slope = log_grid.slope(mode, level, k, offset)
+        ln2 = math.log(2)
+
+        if mode == 'log1p':
+            dw = inside * (level + offset) / (magnitude + offset)
+            dk = slope * (inside * y - yh) / k
+            doff = (level - dw * magnitude) / offset
+        else:
+            dw = inside * slope * k / (ln2 * magnitude)
+            dk = slope * inside * (y - offset) / k
+            if mode == 'exact':
+                dk = dk - slope * (yh - offset) / k
+            doff = slope * (inside.to(x.dtype) - 1)
+        # a channel of one value has no scale to learn, and its output does not follow the weight
+        dw = dw * (s != 0)
+
+        signed = torch.where(minus, -grad, grad)
+        grad_x = grad * dw
+        factor = torch.sign(s) / math.sqrt(x.shape[1] * grid.count)
+        grad_s = (signed * level - grad_x * d).sum(1, keepdim=True) * factor
+        in_units = signed * size
+
+        def per_side(total: Tensor) -> Tensor:
+            return torch.stack([total.masked_fill(minus, 0).sum(), total.masked_fill(~minus, 0).sum()])
+
+        grad_rounding = in_units * slope * inside if ctx.needs_input_grad[5] else None
+        return (grad_x, (grad - grad_x).sum(1, keepdim=True), grad_s, per_side(in_units * dk),
+                per_side(in_units * doff), grad_rounding, None, None)
+
+
+@QUANTIZERS.register_module()
+class LogAffineQuantizer(Quantizer):
+    """Log-affine weight quantizer (after Reg-PTQ, Ding et al., CVPR 2024; the grids are our reconstruction).
+
+    d = (w - mu_c) / s_c is split by its sign; each side has its own slope k and offset, shared by the layer's channels:
+
+    - 'log1p': y = k log2(1 + |d| / eps), the default;
+    - 'exact': y = k log2 |d| + a with its exact inverse;
+    - 'shift': the same y, decoded to powers of two as published, at 2 to 4 bits only: 2^(bits - 1) octaves do not fit
+      an int8 table beyond that (8 of them reach 128; the table's end is 127).
+
+    The code of a magnitude is clip(floor(y)), decoded at the middle of its bin; the levels of a layer are rounded to
+    **one int8 table**, and w_hat = mu_c + (s_c * step) * table[code]. Zero is not a level (as in any mid-rise grid),
+    except in a channel of a single value: its s_c is 0 and its output mu_c, so an all-zero channel stays exactly zero.
+
+    Args:
+        bits (int): 2 to 8; 2 to 4 in mode 'shift'. Defaults to 4.
+        num_channels (int | None): Output channels, on axis 0, with their own mu and s. Defaults to None.
+        mode (str): 'log1p', 'exact', 'shift', or 'auto', which ``resolve_auto`` replaces. Defaults to 'log1p'.
+        location (str): 'zero' fixes mu at 0, 'median' learns it, 'auto' learns it where it takes more than 2 % off the
+            squared error when the weight is fitted (``spec`` then tells 'median' or 'zero'). Defaults to 'auto'.
+        learn (bool): Offer the parameters for training. Defaults to True.
+    """
+
+    def __init__(self,
+                 bits: int = 4,
+                 num_channels: int | None = None,
+                 mode: str = 'log1p',
+                 location: str = 'auto',
+                 learn: bool = True) -> None:
+        check_choice('mode', mode, _MODES)
+        check_choice('location', location, _LOCATIONS)
+        check_bits(bits, (2, 3, 4, 5, 6, 7, 8), '2..8 for a log-affine quantizer')
+        if mode == 'shift':
+            check_bits(bits, (2, 3, 4), "2..4 in mode 'shift', whose powers of two outgrow an int8 table beyond")
+        super().__init__(bits, num_channels, channel_axis=0)
+        self.mode, self.location, self.learn = mode, location, bool(learn)
+        self.count = 2**(bits - 1)
+        self.s = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn)
+        self._set_location(location)
+        k, offset = log_grid.initial_side('log1p' if mode == 'auto' else mode, bits)
+        self.log_k = nn.Parameter(torch.full((2, ), math.log(k)), requires_grad=self.learn)
+        # 'log1p' keeps eps positive through its logarithm, a may have any sign
+        self._offset_name = 'a' if mode in ('exact', 'shift') else 'log_eps'
+        start = torch.full((2, ), offset if self._offset_name == 'a' else math.log(offset))
+        setattr(self, self._offset_name, nn.Parameter(start, requires_grad=self.learn))
+
+    def _set_location(self, location: str) -> None:
+        """Makes mu a parameter, or a zero buffer for location 'zero'."""
+        zeros = torch.zeros_like(self.s.detach())
+        if 'mu' in self._parameters or 'mu' in self._buffers:
+            del self.mu
+        if location == 'zero':
+            self.register_buffer('mu', zeros)
+        else:
+            self.mu = nn.Parameter(zeros, requires_grad=self.learn)
+        self.location = location
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, 2 * self.count - 1
+
+    def any_param(self) -> Tensor:
+        return self.s
+
+    def learnable(self) -> dict[str, nn.Parameter]:
+        """Parameters to train: 'mu' (unless fixed at 0), 's', 'k' (its logarithm), 'eps' (its logarithm, or a)."""
+        if not self.learn:
+            return {}
+        found = {'s': self.s, 'k': self.log_k, 'eps': getattr(self, self._offset_name)}
+        return found if self.location == 'zero' else {'mu': self.mu, **found}
+
+    def spec(self) -> dict[str, Any]:
+        return dict(
+            type='mmdet_ptq.LogAffineQuantizer',
+            bits=self.bits,
+            num_channels=self.num_channels,
+            mode=self.mode,
+            location=self.location,
+            learn=self.learn)
+
+    def side_params(self) -> tuple[Tensor, Tensor]:
+        """Slopes k and offsets (eps or a) of both sides, each of shape (2,)."""
+        if self.mode == 'auto':
+            raise PTQError("A quantizer with `mode='auto'` must be resolved with `resolve_auto(cfg, weight)` before use.")
+        offset = getattr(self, self._offset_name)
+        return self.log_k.exp(), offset.exp() if self._offset_name == 'log_eps' else offset
+
+    def _grid(self) -> log_grid.Grid:
+        return log_grid.Grid(self.mode, self.count, *self.side_params())
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """The layer's int8 table of 2^bits entries in ascending order, indexed by the code.
+
+        Code ``2^(bits-1) + c`` is magnitude ``c`` at or above the location, code ``2^(bits-1) - 1 - c`` below it.
+        """
+        return self._grid().table
+
+    @torch.no_grad()
+    def table_scale(self) -> Tensor:
+        """What a table entry is worth, of shape () or (C,): w_hat = mu + table_scale * table[code]."""
+        return unit_and_size(self.s)[1] * self._grid().step
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        return self.mu.reshape(-1, 1), self.s.reshape(-1, 1)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        self.per_channel(self.s, x)
+        return x.float().reshape(self.s.numel(), -1)
+
+    def forward(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
+        """Simulated quantization with the rounded table.
+
+        Args:
+            x (Tensor): Weight of shape (C, ...).
+            rounding (Tensor | None): Learned rounding h in [0, 1], of the shape of ``x``: the code is
+                clip(floor(y - 1/2) + h). Defaults to None, which takes floor(y).
+
+        Returns:
+            Tensor: Quantized weight, of the shape and type of ``x``.
+        """
+        k, offset = self.side_params()
+        rounding = None if rounding is None else self._rows(rounding)
+        y = _LogFakeQuantize.apply(self._rows(x), *self._columns(), k, offset, rounding, self.mode, self.count)
+        return y.reshape(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
+        """Integer codes, see ``table`` for their order.
+
+        Args:
+            x (Tensor): Weight of shape (C, ...).
+            rounding (Tensor | None): Learned rounding; up where it is 1/2 or more. Defaults to None.
+
+        Returns:
+            Tensor: Codes from 0 to 2^bits - 1, torch.int32.
+
+        Raises:
+            PTQError: If ``x`` is empty or holds NaN or infinity.
+        """
+        check_finite(x, 'tensor')
+        grid, (mu, s) = self._grid(), self._columns()
+        d = (self._rows(x) - mu) / unit_and_size(s)[0]
+        y = grid.psi(d)
+        if rounding is None:
+            c = grid.magnitude_code(d, y)
+        else:
+            c = (torch.floor(y - 0.5) + (self._rows(rounding) >= 0.5)).clamp_(0, self.count - 1).long()
+        return grid.code(d, c).reshape(x.shape).to(torch.int32)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        mu, s = self._columns()
+        rows = codes.long().reshape(self.s.numel(), -1)
+        return self._grid().value(rows, mu, unit_and_size(s)[1]).reshape(codes.shape)
+
+    @torch.no_grad()
+    def fit_weight(self, weight: Tensor, observer: Any = None, importance: Tensor | None = None) -> None:
+        """Searches mu, s, k and eps (or a) for the least squared error.
+
+        Args:
+            weight (Tensor): Weight of shape (C, ...).
+            observer (Observer | None): Not used: a log-affine grid has no clipping range. Defaults to None.
+            importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+
+        Raises:
+            PTQError: If the weight holds NaN or infinity, or a shape does not fit.
+        """
+        self.side_params()
+        check_finite(weight, 'weight')
+        matrix = self.as_matrix(weight)
+        factor = self.importance_matrix(importance, weight)
+        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits, self.location)
+        self._set_location('zero' if mu is None else 'median')
+        if mu is not None:
+            self.mu.copy_(mu.view(self.param_shape))
+        self.s.copy_(s.view(self.param_shape))
+        self.log_k.copy_(k.log())
+        getattr(self, self._offset_name).copy_(offset.log() if self._offset_name == 'log_eps' else offset)

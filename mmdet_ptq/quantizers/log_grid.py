@@ -1,0 +1,167 @@
+"""The arithmetic of log-affine grids: psi, its inverse, bin edges, the int8 table and the search for k and eps.
+
+A side is one half of the number line around the location: index 0 holds d >= 0, index 1 holds d < 0. Each has a slope
+``k`` and an offset, which is ``eps`` in mode 'log1p' and ``a`` in modes 'exact' and 'shift'. All magnitudes are in units
+of the channel's scale. Everything that decides a bin or a table entry is computed in float64, so that it does not
+depend on the device.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# least-error (eps, ln 2 / k) on ideal Laplace and Gaussian weights, from 5 bits on for both at once
+_INITIAL = {2: (2.2, .51), 3: (1.6, .37), 4: (1.24, .236), 5: (1.02, .131), 6: (.905, .0729), 7: (.811, .0396),
+            8: (.767, .0205)}
+_LN2 = 0.6931471805599453
+TABLE_MAX = 127
+# log-spaced bins for the search of k and eps: 64 an octave over 2^-20 .. 2^20
+_BINS_PER_OCTAVE, _OCTAVES = 64, 20
+
+
+def psi(mode: str, magnitude: Tensor, k: Tensor, offset: Tensor) -> Tensor:
+    """y = k log2(1 + |d| / eps) in mode 'log1p', y = k log2 |d| + a in modes 'exact' and 'shift'."""
+    if mode == 'log1p':
+        # log1p keeps the digits of small magnitudes
+        return torch.log1p(magnitude / offset) * (k / _LN2)
+    return torch.log2(magnitude) * k + offset
+
+
+def inverse(mode: str, y: Tensor, k: Tensor, offset: Tensor) -> Tensor:
+    """The magnitude that ``y`` is decoded to; mode 'shift' leaves k out, as published."""
+    if mode == 'log1p':
+        return torch.expm1(y * (_LN2 / k)) * offset
+    return torch.exp2((y - offset) / k) if mode == 'exact' else torch.exp2(y - offset)
+
+
+def slope(mode: str, decoded: Tensor, k: Tensor, offset: Tensor) -> Tensor:
+    """Derivative of ``inverse`` with respect to y, told by the decoded magnitude."""
+    if mode == 'log1p':
+        return (decoded + offset) * (_LN2 / k)
+    return decoded * (_LN2 / k) if mode == 'exact' else decoded * _LN2
+
+
+def levels(mode: str, k: Tensor, offset: Tensor, count: int) -> Tensor:
+    """Decoded magnitudes of the codes 0 .. count - 1, float64 of shape (2, count)."""
+    middle = torch.arange(count, dtype=torch.float64, device=k.device) + 0.5
+    return inverse(mode, middle, k.double()[:, None], offset.double()[:, None])
+
+
+def edges(mode: str, k: Tensor, offset: Tensor, count: int) -> Tensor:
+    """Lower edges of the bins and, last, infinity: float32 of shape (2, count + 1); the first edge is 0."""
+    y = torch.arange(count + 1, dtype=torch.float64, device=k.device)
+    # psi, and not the decoder, decides the bin: in mode 'shift' the two differ
+    edge = inverse('exact' if mode == 'shift' else mode, y, k.double()[:, None], offset.double()[:, None])
+    edge[:, 0], edge[:, -1] = 0, torch.inf
+    return edge.float()
+
+
+def int8_table(level: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds the levels to one int8 table.
+
+    Args:
+        level (Tensor): Magnitudes of shape (2, count).
+
+    Returns:
+        tuple[Tensor, Tensor]: The table of 2 * count entries in ascending order (negative side first, largest
+        magnitude first), int8; and its step, float32 of shape ().
+    """
+    step = level.max() / TABLE_MAX
+    plus, minus = (level / step).round().to(torch.int8).unbind(0)
+    return torch.cat([-minus.flip(0), plus]), step.float()
+
+
+class Grid:
+    """One layer's grid: bin edges and int8 table of both sides.
+
+    A code is the index into the ascending table: code ``count + c`` is magnitude ``c`` at or above the location, code
+    ``count - 1 - c`` is magnitude ``c`` below it. The top bit is thus the sign (1 = not negative), and codes are
+    monotone in the weight.
+
+    Args:
+        mode (str): 'log1p', 'exact' or 'shift'.
+        count (int): Magnitudes per side, 2^(bits - 1).
+        k (Tensor): Slopes of shape (2,).
+        offset (Tensor): Offsets of shape (2,).
+    """
+
+    def __init__(self, mode: str, count: int, k: Tensor, offset: Tensor) -> None:
+        self.mode, self.count = mode, count
+        self.k, self.offset = k.detach(), offset.detach()
+        self.edges = edges(mode, self.k, self.offset, count)
+        self.table, self.step = int8_table(levels(mode, self.k, self.offset, count))
+        self._entries = self.table.float()
+
+    def side_params(self, minus: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope and offset of every element's side."""
+        return torch.where(minus, self.k[1], self.k[0]), torch.where(minus, self.offset[1], self.offset[0])
+
+    def psi(self, d: Tensor) -> Tensor:
+        """The transformed magnitude of normalized weights, with each side's parameters."""
+        return psi(self.mode, d.abs(), *self.side_params(d < 0))
+
+    def magnitude_code(self, d: Tensor, y: Tensor) -> Tensor:
+        """c = clip(floor(y), 0, count - 1), int64.
+
+        The logarithm only proposes the bin, the edges decide: codes are monotone and the same on every device.
+        """
+        top = self.count - 1
+        c = y.nan_to_num(0).floor_().clamp_(0, top).long()
+        magnitude, row = d.abs(), (d < 0) * (self.count + 1)
+        flat = self.edges.flatten()
+        c += magnitude >= flat[row + c + 1]
+        c -= magnitude < flat[row + c]
+        return c.clamp_(0, top)
+
+    def code(self, d: Tensor, c: Tensor) -> Tensor:
+        """Index into the table of magnitude code ``c`` on the side of ``d``."""
+        return torch.where(d < 0, self.count - 1 - c, self.count + c)
+
+    def value(self, code: Tensor, mu: Tensor, size: Tensor) -> Tensor:
+        """mu + (size * step) * table[code]: the only place where codes become values."""
+        return mu + (size * self.step) * self._entries[code]
+
+
+def initial_side(mode: str, bits: int) -> tuple[float, float]:
+    """Slope and offset to start the search from; for 'exact' and 'shift' the top level is 4 mean magnitudes."""
+    if mode == 'log1p':
+        eps, width = _INITIAL[bits]
+        return _LN2 / width, eps
+    count = 2**(bits - 1)
+    k = 1.0 if mode == 'shift' else count / (bits + 1)
+    return k, count - 0.5 - 2 * (k if mode == 'exact' else 1)
+
+
+def side_histogram(magnitude: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean magnitude and weight of every occupied log-spaced bin, float64."""
+    index = (torch.log2(magnitude) + _OCTAVES).mul_(_BINS_PER_OCTAVE).clamp_(0, 2 * _OCTAVES * _BINS_PER_OCTAVE - 1)
+    index, factor = index.long(), factor.double()
+    weight = torch.bincount(index, factor, 2 * _OCTAVES * _BINS_PER_OCTAVE)
+    total = torch.bincount(index, factor * magnitude, 2 * _OCTAVES * _BINS_PER_OCTAVE)
+    occupied = weight > 0
+    return total[occupied] / weight[occupied], weight[occupied]
+
+
+def refine_side(mode: str, magnitude: Tensor, weight: Tensor, k: float, offset: float, count: int,
+                width: float) -> tuple[float, float]:
+    """The best slope and offset on a grid around the given ones, by weighted squared error.
+
+    The grid runs over the top level and, with the top level held, over eps ('log1p') or k ('exact', 'shift').
+    """
+    if magnitude.numel() == 0:
+        return k, offset
+    shape = torch.exp(torch.linspace(-width, width, 13, dtype=torch.float64, device=magnitude.device))
+    old_k, old_offset = shape.new_tensor(k), shape.new_tensor(offset)
+    top, shape = torch.meshgrid(inverse(mode, shape.new_tensor(count - 0.5), old_k, old_offset) * shape, shape,
+                                indexing='ij')
+    top, shape = top.reshape(-1, 1), shape.reshape(-1, 1)
+    if mode == 'log1p':
+        offsets = shape * offset
+        ks = (count - 0.5) * _LN2 / torch.log1p(top / offsets)
+    else:
+        ks = shape * k
+        offsets = count - 0.5 - torch.log2(top) * (ks if mode == 'exact' else 1)
+    y = psi(mode, magnitude, ks, offsets).floor_().clamp_(0, count - 1) + 0.5
+    error = ((inverse(mode, y, ks, offsets) - magnitude).square() * weight).sum(1)
+    best = int(error.argmin())
+    return float(ks[best]), float(offsets[best])
