@@ -77,7 +77,8 @@ class GlobalLossConfig:
         quality_weight: Weight of the objectness / centerness term. Defaults to 1.0.
         distribution_weight: Weight of the box distribution term of GFL-style heads. Defaults to 0.25.
         combine: ``'and'`` (both filters must pass) or ``'or'``. Defaults to ``'and'``.
-        box_loss: ``'l1'`` (divided by the float box's size) or ``'giou'``. Defaults to ``'l1'``.
+        box_loss: ``'l1'`` (divided by the float box's size), ``'giou'`` or ``'deltas'`` (centre shift and log size ratio).
+            Defaults to ``'l1'``.
         p: Exponent of the ``'l1'`` box term. Defaults to 1.
         target: ``'float'`` (the float detector) or ``'ground_truth'``. Defaults to ``'float'``.
         max_boxes: Keep only this many boxes an image, by the float detector's confidence; bounds memory.
@@ -128,7 +129,7 @@ class GlobalLossConfig:
             raise PTQError(f"`{key}.type` is {self.type!r}; only 'mmdet_ptq.FilteredGlobalLoss' is known.")
         _positive(key, self, 'iters', 'batch_size', 'lr', 'val_interval', 'checkpoint_interval', 'log_interval')
         _choice(f'{key}.combine', self.combine, ('and', 'or'))
-        _choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou'))
+        _choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou', 'deltas'))
         _choice(f'{key}.target', self.target, ('float', 'ground_truth'))
         for name in ('score_thr', 'iou_thr'):
             if not 0 <= getattr(self, name) <= 1:

@@ -1,7 +1,8 @@
 """What is installed, what is wrong with it, and how to mend it.
 
 Everything is looked up by import name, never by distribution name: the original OpenMMLab packages and the
-maintained fork (`onedl-*`) install the same modules. Nothing heavy is imported before it is examined.
+maintained fork (`onedl-*`) install the same modules. This file imports none of ours, so that it runs alone where
+the stack, and with it the package, does not import.
 """
 from __future__ import annotations
 
@@ -143,9 +144,9 @@ def _opencv() -> list[Finding]:
     if cv2:
         return [Finding('opencv', _version(cv2))]
     if any(library in reason for library in ('libGL', 'libgthread', 'libglib')):
-        return _missing('opencv', reason, 'The display libraries that opencv-python links are absent; take the '
-                        'build without them: `pip uninstall -y opencv-python && pip install --force-reinstall '
-                        'opencv-python-headless`.')
+        return _missing('opencv', reason, 'The display libraries that opencv-python links are absent; take '
+                        'the build without them: `pip uninstall -y opencv-python && pip install '
+                        '--force-reinstall opencv-python-headless`.')
     return _missing('opencv', reason, '`pip install opencv-python-headless`.')
 
 
@@ -163,8 +164,9 @@ def _mmcv() -> list[Finding]:
     row = Finding('mmcv', f'{_version(mmcv)}{_origin("mmcv")}')
     ops, reason = _import('mmcv.ops')
     if ops is None and 'No module' in reason:
-        return [row, Finding('mmcv.ops', reason, PROBLEM, 'mmdet needs the compiled operators, which mmcv-lite '
-                             f'and an mmcv built without torch lack: build mmcv again, {_rebuild()}.')]
+        return [row, Finding('mmcv.ops', reason, PROBLEM, 'mmdet needs the compiled operators, which '
+                             'mmcv-lite and an mmcv built without torch lack: build mmcv again, '
+                             f'{_rebuild()}.')]
     if ops is None:
         return [row, Finding('mmcv.ops', reason, PROBLEM, 'The operators do not load, as a rule because they '
                              f'were compiled against another torch: build mmcv again, {_rebuild()}.')]
@@ -175,8 +177,8 @@ def _rebuild() -> str:
     """Returns the command that compiles the installed mmcv anew."""
     name = next((d for d in _distributions('mmcv') if d != 'mmcv-lite'), '')
     pin = f'{name}=={importlib.metadata.version(name)}' if name else 'mmcv==2.1.0'
-    return (f'`MMCV_WITH_OPS=1 pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {pin}` '
-            '(it needs `setuptools<82` and a C++ compiler)')
+    return ('`MMCV_WITH_OPS=1 pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation '
+            f'{pin}` (it needs `setuptools<82` and a C++ compiler)')
 
 
 def _operators(ops: ModuleType) -> Finding:
@@ -211,8 +213,8 @@ def _mmdet() -> list[Finding]:
                 for name in ('mmengine', 'mmcv', 'mmdet')}
     if any(len(family) > 1 for family in families.values()):
         both = ', '.join(name for name, family in families.items() if len(family) > 1)
-        return [row, Finding('stack', f'two distributions provide {both}', PROBLEM, 'The files of one overwrite '
-                             'those of the other: uninstall both, then install one of them again.')]
+        return [row, Finding('stack', f'two distributions provide {both}', PROBLEM, 'The files of one '
+                             'overwrite those of the other: uninstall both, then install one of them again.')]
     if len(set().union(*families.values())) > 1:
         return [row, Finding('stack', 'original and onedl packages mixed', NOTE,
                              'It may work; where it does not, take all three from one family.')]
@@ -253,3 +255,7 @@ def _runtimes() -> list[Finding]:
         else:
             rows.append(Finding(name, 'absent (optional)'))
     return rows
+
+
+if __name__ == '__main__':
+    sys.exit(main())

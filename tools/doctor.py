@@ -1,11 +1,6 @@
 """Says what is wrong with the environment and how to mend it; exits with 1 on a real problem."""
-import sys
+import runpy
 from pathlib import Path
 
-# the doctor must work where the package is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from mmdet_ptq.doctor import main
-
-if __name__ == '__main__':
-    sys.exit(main())
+# by path: importing the package imports the very stack that may be broken
+runpy.run_path(str(Path(__file__).resolve().parent.parent / 'mmdet_ptq' / 'doctor.py'), run_name='__main__')

@@ -11,7 +11,7 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from mmengine.utils import ProgressBar
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..config import CalibrationConfig
 from ..errors import PTQError
@@ -215,6 +215,17 @@ class CalibrationDataset(Dataset):
         if self.skipped:
             print_log(f'{len(self.skipped)} of {len(chosen)} calibration images were skipped', 'current', level=30)
 
+    @property
+    def metainfo(self) -> dict:
+        """Class names and palette of the first dataset."""
+        return getattr(self.datasets[0], 'metainfo', {})
+
+    def part(self, positions: Sequence[int]) -> Subset:
+        """Some of the images, by position."""
+        subset = Subset(self, positions)
+        subset.metainfo = self.metainfo
+        return subset
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -225,3 +236,28 @@ class CalibrationDataset(Dataset):
                 'data_samples': copy.deepcopy(self._samples[position]['data_samples'])}
         d, i = self.index[position]
         return self.datasets[d][i]
+
+
+class LoadedSamples(CalibrationDataset):
+    """The images of a dataloader the user made, taken out of their batches.
+
+    Args:
+        batches: Yields mmdet batches ``dict(inputs=[...], data_samples=[...])``.
+
+    Raises:
+        PTQError: There is no batch.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.datasets, self.skipped, self._samples = [], [], []
+        for batch in batches:
+            for inputs, sample in zip(batch['inputs'], batch['data_samples'], strict=True):
+                self._samples.append(dict(inputs=inputs, data_samples=sample))
+        if not self._samples:
+            raise PTQError('the calibration loader is empty; give one that yields mmdet batches.')
+        self.index = list(range(len(self._samples)))
+        self.ids = [sample['data_samples'].metainfo.get('img_id', i) for i, sample in enumerate(self._samples)]
+
+    @property
+    def metainfo(self) -> dict:
+        return {}

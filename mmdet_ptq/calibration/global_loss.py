@@ -1,4 +1,5 @@
-"""The filtered global loss: the whole detector is calibrated on the boxes that matter, against the float detector."""
+"""The filtered global loss: the whole detector against the float one, on the boxes that matter."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.predictions import AlignedPredictions
 
 # sides below one pixel are normalised as one pixel
-MIN_SIDE = 1.
+MIN_SIDE = 1.0
 # a prior whose float box overlaps an annotated box this much stands for it (target='ground_truth')
 MATCH_IOU = 0.5
 
@@ -22,28 +23,29 @@ class FilteredGlobalLoss(nn.Module):
     Per box i, y and b of the float detector, hats of the quantized one, before NMS and paired by prior:
 
     ``L_G = (1/n) sum_i m_i [cls_weight * CE(y_i, y_hat_i) + box_weight * L_p(b_i, b_hat_i)]``,
-    ``m_i = [score_i >= score_thr] * [IoU(b_i, b_hat_i) >= iou_thr]``, n the number of kept boxes of the batch.
+    ``m_i = [score_i >= score_thr] * [IoU(b_i, b_hat_i) >= iou_thr]``, n the kept boxes of the batch.
 
-    Every term is zero when both detectors agree: the target's own entropy is subtracted from the cross entropies.
-    The published formula leaves open how the terms are normalised and weighted: boxes are measured in units of the
-    target's width and height, and n counts kept boxes, because 1 / (all priors) would vanish. The mask carries no
-    gradient. An image of which no box is kept adds zero, and is counted.
+    Every term is zero when both detectors agree: the target's own entropy is subtracted from the cross
+    entropies. The published formula leaves open how the terms are normalised and weighted: boxes are measured
+    in units of the target's width and height, and n counts kept boxes, because 1 / (all priors) would vanish.
+    The mask carries no gradient. An image of which no box is kept adds zero, and is counted.
 
     Args:
         score_thr (float): Lowest confidence of the float detector, in [0, 1]. Defaults to 2e-4.
         iou_thr (float): Lowest overlap of the two boxes, in [0, 1]. Defaults to 0.1.
         box_weight (float): Weight of the box term (lambda in the paper). Defaults to 1.0.
         cls_weight (float): Weight of the classification term. Defaults to 1.0.
-        combine (str): ``'and'`` keeps a box that passes both filters (the paper's product of masks), ``'or'`` one
-            that passes either (the patent's wording can be read so). Defaults to ``'and'``.
-        box_loss (str): ``'l1'``: mean over x1, y1, x2, y2 of ``|difference / side| ** p``; ``'giou'``: 1 - GIoU;
-            ``'deltas'``: the same p-norm of centre shift and log size ratio. Defaults to ``'l1'``.
+        combine (str): ``'and'`` keeps a box that passes both filters (the paper's product of masks), ``'or'``
+            one that passes either (the patent's wording can be read so). Defaults to ``'and'``.
+        box_loss (str): ``'l1'``: mean over x1, y1, x2, y2 of ``|difference / side| ** p``; ``'giou'``: 1 -
+            GIoU; ``'deltas'``: the same p-norm of centre shift and log size ratio. Defaults to ``'l1'``.
         p (float): Exponent of ``'l1'`` and ``'deltas'``, at least 1. Defaults to 1.
         quality_weight (float): Weight of objectness, centerness or predicted IoU. Defaults to 1.0.
         distribution_weight (float): Weight of the side distributions of GFL heads. Defaults to 0.25.
-        target (str): ``'float'``, or ``'ground_truth'``: priors whose float box overlaps an annotated box with an
-            IoU of 0.5 or more are kept with that box and its label, others are background and kept if they pass
-            ``score_thr``. Quality and distributions keep the float detector as target. Defaults to ``'float'``.
+        target (str): ``'float'``, or ``'ground_truth'``: priors whose float box overlaps an annotated box
+            with an IoU of 0.5 or more are kept with that box and its label, others are background and kept if
+            they pass ``score_thr``. Quality and distributions keep the float detector as target. Defaults to
+            ``'float'``.
         max_boxes (int | None): Only the most confident priors of each image enter at all; bounds the memory.
             Defaults to None.
 
@@ -51,18 +53,20 @@ class FilteredGlobalLoss(nn.Module):
         PTQError: If an argument is out of its range.
     """
 
-    def __init__(self,
-                 score_thr: float = 2e-4,
-                 iou_thr: float = 0.1,
-                 box_weight: float = 1.0,
-                 cls_weight: float = 1.0,
-                 combine: str = 'and',
-                 box_loss: str = 'l1',
-                 p: float = 1,
-                 quality_weight: float = 1.0,
-                 distribution_weight: float = 0.25,
-                 target: str = 'float',
-                 max_boxes: int | None = None) -> None:
+    def __init__(
+        self,
+        score_thr: float = 2e-4,
+        iou_thr: float = 0.1,
+        box_weight: float = 1.0,
+        cls_weight: float = 1.0,
+        combine: str = 'and',
+        box_loss: str = 'l1',
+        p: float = 1,
+        quality_weight: float = 1.0,
+        distribution_weight: float = 0.25,
+        target: str = 'float',
+        max_boxes: int | None = None,
+    ) -> None:
         super().__init__()
         _check_choice('combine', combine, ('and', 'or'))
         _check_choice('box_loss', box_loss, ('l1', 'giou', 'deltas'))
@@ -70,11 +74,17 @@ class FilteredGlobalLoss(nn.Module):
         _check_number('score_thr', score_thr, 0, 1)
         _check_number('iou_thr', iou_thr, 0, 1)
         _check_number('p', p, 1)
-        for key, weight in (('box_weight', box_weight), ('cls_weight', cls_weight),
-                            ('quality_weight', quality_weight), ('distribution_weight', distribution_weight)):
+        for key, weight in (
+            ('box_weight', box_weight),
+            ('cls_weight', cls_weight),
+            ('quality_weight', quality_weight),
+            ('distribution_weight', distribution_weight),
+        ):
             _check_number(key, weight, 0)
         if max_boxes is not None and (type(max_boxes) is not int or max_boxes < 1):
-            raise PTQError(f'global_loss.max_boxes must be None or a whole number of at least 1, got {max_boxes!r}')
+            raise PTQError(
+                f'global_loss.max_boxes must be None or a whole number of at least 1, got {max_boxes!r}'
+            )
         self.score_thr = score_thr
         self.iou_thr = iou_thr
         self.box_weight = box_weight
@@ -87,31 +97,32 @@ class FilteredGlobalLoss(nn.Module):
         self.target = target
         self.max_boxes = max_boxes
 
-    def forward(self,
-                student: AlignedPredictions,
-                teacher: AlignedPredictions,
-                batch_gt: list | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, student: AlignedPredictions, teacher: AlignedPredictions, batch_gt: list | None = None
+    ) -> dict[str, Tensor]:
         """Compares the quantized detector's predictions with the float detector's on the same N images.
 
         Args:
             student (AlignedPredictions): Of the quantized detector, with gradients.
             teacher (AlignedPredictions): Of the float detector.
-            batch_gt (list[InstanceData] | None): N items with ``bboxes`` (G, 4) in pixels of the network input and
-                ``labels`` (G,); needed by ``target='ground_truth'``. Defaults to None.
+            batch_gt (list[InstanceData] | None): N items with ``bboxes`` (G, 4) in pixels of the network
+                input and ``labels`` (G,); needed by ``target='ground_truth'``. Defaults to None.
 
         Returns:
-            dict[str, Tensor]: Weighted terms ``loss_cls``, ``loss_box``, ``loss_quality``, ``loss_distribution`` as
-            far as the head has them (``loss_raw`` alone for raw outputs), and for the log ``kept`` (boxes per image),
-            ``kept_share`` (of all priors) and ``images_without_boxes``. The region proposal network of a two-stage
-            detector adds the same with ``rpn_`` in the name.
+            dict[str, Tensor]: Weighted terms ``loss_cls``, ``loss_box``, ``loss_quality``,
+            ``loss_distribution`` as far as the head has them (``loss_raw`` alone for raw outputs), and for
+            the log ``kept`` (boxes per image), ``kept_share`` (of all priors) and ``images_without_boxes``.
+            The region proposal network of a two-stage detector adds the same with ``rpn_`` in the name.
 
         Raises:
             PTQError: If annotations are needed and missing, or the two predictions do not pair.
         """
         teacher = teacher.detach()
         if self.target == 'ground_truth' and batch_gt is None:
-            raise PTQError("global_loss.target='ground_truth' needs annotated calibration images: "
-                           "use target='float' for images without annotations")
+            raise PTQError(
+                "global_loss.target='ground_truth' needs annotated calibration images: "
+                "use target='float' for images without annotations"
+            )
         losses = self._stage(student, teacher, batch_gt)
         if teacher.proposal_stage is not None:
             first = self._stage(student.proposal_stage, teacher.proposal_stage, batch_gt)
@@ -123,26 +134,34 @@ class FilteredGlobalLoss(nn.Module):
         if teacher.raw is not None:
             return {'loss_raw': self.cls_weight * _raw_loss(student.raw, teacher.raw)}
         if student.cls_logits.shape != teacher.cls_logits.shape:
-            raise PTQError(f'the quantized detector predicts {tuple(student.cls_logits.shape)} class scores and the '
-                           f'float one {tuple(teacher.cls_logits.shape)}: both must see the same images and proposals')
+            raise PTQError(
+                f'the quantized detector predicts {tuple(student.cls_logits.shape)} class scores and the '
+                f'float one {tuple(teacher.cls_logits.shape)}: both must see the same images and proposals'
+            )
         num_images, num_priors = teacher.cls_logits.shape[:2]
         if self.max_boxes is not None and self.max_boxes < num_priors:
             best = teacher.confidence().topk(self.max_boxes, dim=1).indices
             student, teacher = student.take(best), teacher.take(best)
-        target = self._float_target(student, teacher) if self.target == 'float' else \
-            self._ground_truth_target(teacher, batch_gt)
+        target = (
+            self._float_target(student, teacher)
+            if self.target == 'float'
+            else self._ground_truth_target(teacher, batch_gt)
+        )
         kept_per_image = target.keep.sum(1)
         losses = self._terms(student, teacher, target)
         losses.update(
             kept=kept_per_image.float().mean(),
             kept_share=kept_per_image.sum() / max(num_images * num_priors, 1),
-            images_without_boxes=(kept_per_image == 0).sum().float())
+            images_without_boxes=(kept_per_image == 0).sum().float(),
+        )
         return losses
 
-    def _terms(self, student: AlignedPredictions, teacher: AlignedPredictions, target: _Target) -> dict[str, Tensor]:
+    def _terms(
+        self, student: AlignedPredictions, teacher: AlignedPredictions, target: _Target
+    ) -> dict[str, Tensor]:
         keep, keep_box = target.keep, target.keep_box
         count, count_box = keep.sum().clamp(min=1), keep_box.sum().clamp(min=1)
-        # sums over an empty selection are zero and stay differentiable, so an empty mask needs no case of its own
+        # sums over an empty selection are zero and differentiable: an empty mask needs no case of its own
         if target.labels is None:
             cls_term = _divergence(student.cls_logits[keep], teacher.cls_logits[keep], teacher.activation)
         else:
@@ -152,8 +171,9 @@ class FilteredGlobalLoss(nn.Module):
             box_term = self._box_term(student.boxes[keep_box], target.boxes[keep_box])
             losses['loss_box'] = self.box_weight * box_term.sum() / count_box
         if teacher.quality_logits is not None:
-            quality_term = _divergence(student.quality_logits[keep][:, None], teacher.quality_logits[keep][:, None],
-                                       'sigmoid')
+            quality_term = _divergence(
+                student.quality_logits[keep][:, None], teacher.quality_logits[keep][:, None], 'sigmoid'
+            )
             losses['loss_quality'] = self.quality_weight * quality_term.sum() / count
         if teacher.distributions is not None:
             sides = _divergence(student.distributions[keep_box], teacher.distributions[keep_box], 'softmax')
@@ -171,7 +191,9 @@ class FilteredGlobalLoss(nn.Module):
     @torch.no_grad()
     def _ground_truth_target(self, teacher: AlignedPredictions, batch_gt) -> _Target:
         if teacher.boxes is None:
-            raise PTQError("global_loss.target='ground_truth' needs a head that predicts boxes: use target='float'")
+            raise PTQError(
+                "global_loss.target='ground_truth' needs a head that predicts boxes: use target='float'"
+            )
         labels = torch.zeros_like(teacher.cls_logits)
         if teacher.activation == 'softmax':
             labels[..., -1] = 1
@@ -188,7 +210,9 @@ class FilteredGlobalLoss(nn.Module):
             boxes[i, rows] = annotated[match[rows]]
             labels[i, rows] = 0
             # a region proposal network knows one class, whatever the object
-            classes = instances.labels.to(match.device)[match[rows]] if num_classes > 1 else torch.zeros_like(rows)
+            classes = (
+                instances.labels.to(match.device)[match[rows]] if num_classes > 1 else torch.zeros_like(rows)
+            )
             labels[i, rows, classes] = 1
         keep = positive | (teacher.confidence() >= self.score_thr)
         return _Target(keep, positive, boxes, labels)
@@ -197,7 +221,7 @@ class FilteredGlobalLoss(nn.Module):
         """Returns one value per pair of boxes (K, 4), zero where they are equal."""
         if self.box_loss == 'giou':
             # GIoU is undefined where the target has no area
-            return torch.where(_area(target) > 0, 1 - generalized_box_iou(boxes, target), 0.)
+            return torch.where(_area(target) > 0, 1 - generalized_box_iou(boxes, target), 0.0)
         size = (target[:, 2:] - target[:, :2]).clamp(min=MIN_SIDE)
         if self.box_loss == 'l1':
             difference = (boxes - target) / size.repeat(1, 2)
@@ -223,7 +247,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the GIoU (Rezatofighi et al., CVPR 2019) of boxes (..., 4) that broadcast against each other."""
+    """Returns the GIoU (Rezatofighi et al., CVPR 2019) of boxes (..., 4) that broadcast."""
     overlap, union, hull = _overlap(a, b)
     return overlap / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
 
@@ -249,25 +273,34 @@ def _cross_entropy(logits: Tensor, probabilities: Tensor, activation: str) -> Te
 def _divergence(logits: Tensor, target_logits: Tensor, activation: str) -> Tensor:
     """Returns the cross entropy less the target's entropy: exactly zero for equal logits."""
     probabilities = target_logits.sigmoid() if activation == 'sigmoid' else target_logits.softmax(-1)
-    return _cross_entropy(logits, probabilities, activation) - _cross_entropy(target_logits, probabilities, activation)
+    return _cross_entropy(logits, probabilities, activation) - _cross_entropy(
+        target_logits, probabilities, activation
+    )
 
 
 def _raw_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Returns the mean over tensors of the squared error in units of the float tensor's variance."""
     if [s.shape for s in student] != [t.shape for t in teacher]:
-        raise PTQError('the raw outputs of the quantized and the float detector differ in shape, so they do not pair: '
-                       'register an adapter for the head with mmdet_ptq.predictions.align_head.register')
-    terms = [((s - t)**2).mean() / t.var(correction=0).clamp(min=1e-6) for s, t in zip(student, teacher) if t.numel()]
+        raise PTQError(
+            'the raw outputs of the quantized and the float detector differ in shape, so they do not pair: '
+            'register an adapter for the head with mmdet_ptq.predictions.align_head.register'
+        )
+    pairs = zip(student, teacher, strict=True)
+    terms = [((s - t) ** 2).mean() / t.var(correction=0).clamp(min=1e-6) for s, t in pairs if t.numel()]
     if not terms:
-        raise PTQError('the head returned no floating-point tensor, so the global loss has nothing to compare: '
-                       'register an adapter for it with mmdet_ptq.predictions.align_head.register')
+        raise PTQError(
+            'the head returned no floating-point tensor, so the global loss has nothing to compare: '
+            'register an adapter for it with mmdet_ptq.predictions.align_head.register'
+        )
     return torch.stack(terms).mean()
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise PTQError(f'global_loss.{key} must be one of {", ".join(known)}, got {value!r}.' +
-                       did_you_mean(value, known))
+        raise PTQError(
+            f'global_loss.{key} must be one of {", ".join(known)}, got {value!r}.'
+            + did_you_mean(value, known)
+        )
 
 
 def _check_number(key: str, value: float, low: float, high: float | None = None) -> None:

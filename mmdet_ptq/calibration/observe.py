@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import nn
 
 from ..errors import PTQError
-from ..registry import OBSERVERS
+from ..quantizers import build_observer
 from ..wrapping import Structure, quantization_mode
 from ..wrapping.inputs import STATE
 
@@ -30,7 +30,7 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
     """
     state = getattr(detector, STATE)
     for name, quantizer in state.activations.items():
-        state.observers[name] = OBSERVERS.build(
+        state.observers[name] = build_observer(
             {**structure.activations[name]['observer'], 'num_channels': quantizer.num_channels,
              'channel_axis': quantizer.channel_axis})
     try:

@@ -13,7 +13,7 @@ from numpy import ndarray
 from .shapes import CLASSES, SHAPES
 
 MAX_OBJECTS = 8
-MIN_SIZE, MAX_SIZE = 16.0, 160.0  # diameter of a shape's circumscribed circle, pixels
+MIN_SIZE, MAX_SIZE = 18.0, 160.0  # diameter of a shape's circumscribed circle, pixels
 MIN_VISIBLE = 0.3  # objects of which less can be seen are not annotated
 MAX_OVERLAP = 0.55  # of the smaller of two bounding squares; more is tried again elsewhere
 PLACEMENT_TRIALS = 12
@@ -222,8 +222,8 @@ def _place(dice: Dice, height: int, width: int) -> list[Placement]:
     placed: list[Placement] = []
     for _ in range(dice.integer(1, MAX_OBJECTS, power=1.3)):
         label = dice.integer(0, len(CLASSES) - 1)
-        radius = 0.5 * MIN_SIZE * (MAX_SIZE / MIN_SIZE)**dice.uniform(0, 1, power=1.1)
-        angle, aspect = dice.uniform(0, 2 * np.pi), dice.uniform(1, 0.7, power=1.5)
+        radius = 0.5 * MIN_SIZE * (MAX_SIZE / MIN_SIZE)**dice.uniform(0, 1, power=0.8)
+        angle, aspect = dice.uniform(0, 2 * np.pi), dice.uniform(1, 0.75, power=1.5)
         for _ in range(PLACEMENT_TRIALS):
             margin = 0.5 * radius
             center = (dice.uniform(margin, width - margin), dice.uniform(margin, height - margin))
@@ -269,7 +269,7 @@ def _paint_shape(dice: Dice, canvas: ndarray, placement: Placement) -> tuple[nda
     x, y = window.grid()
     distance = placement.distance(x, y)
     base = _mean_colour(canvas, window)
-    colour = main = _contrasting(dice, base, dice.uniform(26, 150, power=1.4))
+    colour = main = _contrasting(dice, base, dice.uniform(32, 160))
     other = _contrasting(dice, main, dice.uniform(10, 70))
     mix = _texture(dice, placement, window)
     if mix is not None:

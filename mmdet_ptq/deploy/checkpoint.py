@@ -22,13 +22,14 @@ def is_quantized_checkpoint(checkpoint: object) -> bool:
     return isinstance(checkpoint, Mapping) and checkpoint.get('format') == FORMAT
 
 
-def quantized_state(detector: nn.Module, structure: Structure, config: str, dataset_meta: dict | None) -> dict:
+def quantized_state(detector: nn.Module, structure: Structure, config: dict, dataset_meta: dict | None) -> dict:
     """Collects the integer checkpoint of a calibrated detector.
 
     Args:
         detector: The quantized detector.
         structure: Its structure.
-        config: Text of the config, from which the float detector is built.
+        config: The config as a plain dict; the float detector is built from it. Kept as data, not as text, so
+            that loading runs no code.
         dataset_meta: Class names and palette, as mmdet keeps them.
 
     Returns:
@@ -45,7 +46,7 @@ def quantized_state(detector: nn.Module, structure: Structure, config: str, data
         layers[name] = dict(bits=bits, lowest=low, rows=list(codes.shape), shape=list(weight.shape))
         skip.add(f'{name}.parametrizations.weight.original')
     floats = {key: value for key, value in detector.state_dict().items() if key not in skip}
-    return dict(format=FORMAT, schema=SCHEMA, version=__version__, config=config,
+    return dict(format=FORMAT, schema=SCHEMA, version=__version__, config=_plain(config),
                 dataset_meta=_plain(dataset_meta or {}), structure=structure.to_dict(), layers=layers,
                 codes=flatten_tensors(packed), tensors=flatten_tensors(floats))
 
@@ -113,8 +114,12 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, set)):
         return [_plain(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, type):
+        return f'{value.__module__}.{value.__qualname__}'
     if isinstance(value, (str, int, float, bool, Tensor)) or value is None:
         return value
     return str(value)

@@ -42,6 +42,9 @@ class GlobalLossModel(BaseModel):
         self.detector.eval()
         return self
 
+    def init_weights(self) -> None:
+        """Does nothing: mmengine calls it before training, and the weights are the trained ones."""
+
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'loss') -> dict[str, Tensor]:
         """Returns the loss terms; there is no other mode.
 

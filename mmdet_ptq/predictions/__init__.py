@@ -1,4 +1,5 @@
 """Every head family's raw outputs as aligned scores and boxes, before NMS."""
+
 from . import heads  # noqa: F401  registers mmdet's heads
 from .aligned import AlignedPredictions
 from .dispatch import adapter, align_head, align_raw

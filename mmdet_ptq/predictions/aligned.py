@@ -1,4 +1,5 @@
 """What every head family's outputs are brought to before they are compared: one row per prior, before NMS."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -17,17 +18,21 @@ class AlignedPredictions:
     Either ``cls_logits`` or ``raw`` is set.
 
     Args:
-        cls_logits (Tensor | None): (N, P, C) for sigmoid heads; (N, P, C + 1) for softmax heads, background last.
-        boxes (Tensor | None): (N, P, 4) decoded ``x1, y1, x2, y2`` in pixels of the network input, differentiable
-            and not clipped to the image (clipping stops gradients). None for heads without boxes.
+        cls_logits (Tensor | None): (N, P, C) for sigmoid heads; (N, P, C + 1) for softmax heads, background
+            last.
+        boxes (Tensor | None): (N, P, 4) decoded ``x1, y1, x2, y2`` in pixels of the network input,
+            differentiable and not clipped to the image (clipping stops gradients). None for heads without
+            boxes.
         activation (str): ``'sigmoid'`` or ``'softmax'``. Defaults to ``'sigmoid'``.
         quality_logits (Tensor | None): (N, P) objectness, centerness or predicted IoU. Defaults to None.
-        distributions (Tensor | None): (N, P, 4, reg_max + 1) logits over the sides' distances (GFL). Defaults to None.
+        distributions (Tensor | None): (N, P, 4, reg_max + 1) logits over the sides' distances (GFL). Defaults
+            to None.
         level_sizes (tuple[int, ...]): Priors per level; sums to P. Defaults to ``()``.
         raw (list[Tensor] | None): The flat raw outputs of a head that no adapter knows. Defaults to None.
-        proposals (Tensor | None): (M, 5) RoIs (image index, then the box) that a two-stage detector's second stage
-            was evaluated on. Defaults to None.
-        proposal_stage (AlignedPredictions | None): The region proposal network's own predictions. Defaults to None.
+        proposals (Tensor | None): (M, 5) RoIs (image index, then the box) that a two-stage detector's second
+            stage was evaluated on. Defaults to None.
+        proposal_stage (AlignedPredictions | None): The region proposal network's own predictions. Defaults to
+            None.
     """
 
     cls_logits: Tensor | None
@@ -43,7 +48,9 @@ class AlignedPredictions:
     def confidence(self) -> Tensor:
         """Returns the score that filters boxes, (N, P): best class without background, times the quality."""
         if self.cls_logits is None:
-            raise PTQError('raw outputs have no confidence: register an adapter for the head with align_head.register')
+            raise PTQError(
+                'raw outputs have no confidence: register an adapter for the head with align_head.register'
+            )
         if self.activation == 'softmax':
             best = self.cls_logits.softmax(-1)[..., :-1].amax(-1)
         else:
@@ -71,4 +78,4 @@ class AlignedPredictions:
             if value is not None:
                 images = torch.arange(len(index), device=index.device)[:, None]
                 changes[name] = value[images, index]
-        return replace(self, level_sizes=(index.shape[1], ), **changes)
+        return replace(self, level_sizes=(index.shape[1],), **changes)

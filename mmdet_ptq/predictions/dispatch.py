@@ -1,4 +1,5 @@
 """From a head's raw outputs to :class:`AlignedPredictions`: single dispatch on the head's class."""
+
 from __future__ import annotations
 
 import functools
@@ -15,14 +16,21 @@ from mmdet_ptq.errors import PTQError
 from .aligned import AlignedPredictions
 
 # A head decodes in these methods, in mmdet and in whatever inherits from it.
-DECODING_METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_decode', '_bbox_post_process')
+DECODING_METHODS = (
+    'predict',
+    'predict_by_feat',
+    '_predict_by_feat_single',
+    '_bbox_decode',
+    '_bbox_post_process',
+)
 
 
 @functools.singledispatch
 def align_head(head: Any, outputs: Any, batch_img_metas: list[dict]) -> AlignedPredictions:
     """Aligns what a head's (or an unusual detector's) forward returned; extend it for a head of your own.
 
-    A head that nothing is registered for, or whose subclass decodes in its own way, falls back to raw outputs.
+    A head that nothing is registered for, or whose subclass decodes in its own way, falls back to raw
+    outputs.
 
     Args:
         head (nn.Module): The head; its class selects the adapter.
@@ -48,17 +56,18 @@ def align_raw(head: Any, outputs: Any, reason: str) -> AlignedPredictions:
         outputs (Any): Tensors in nested lists, tuples and mappings.
         reason (str): Why no adapter could be used.
     """
-    _announce(type(head).__name__, reason)
+    name = type(head).__name__
+    announce(
+        f'{name}: {reason}, so the global loss compares raw outputs instead of filtered boxes; '
+        f'mmdet_ptq.predictions.align_head.register({name}) teaches it.'
+    )
     return AlignedPredictions(cls_logits=None, raw=list(_float_tensors(outputs)))
 
 
-@functools.lru_cache(maxsize=None)
-def _announce(name: str, reason: str) -> None:
-    print_log(
-        f'{name}: {reason}, so the global loss compares raw outputs instead of filtered boxes; '
-        f'mmdet_ptq.predictions.align_head.register({name}) teaches it.',
-        logger='current',
-        level=logging.WARNING)
+@functools.cache
+def announce(message: str) -> None:
+    """Logs a warning, the first time it is given."""
+    print_log(message, logger='current', level=logging.WARNING)
 
 
 def _float_tensors(outputs: Any):
@@ -74,16 +83,16 @@ def _float_tensors(outputs: Any):
 
 
 def own_decoding(cls: type, base: type) -> list[str]:
-    """Returns the decoding methods that ``cls`` takes from elsewhere than ``base``, e.g. ``['predict_by_feat']``."""
-    younger = cls.__mro__[:cls.__mro__.index(base)]
+    """Returns the decoding methods that ``cls`` takes from elsewhere than ``base``."""
+    younger = cls.__mro__[: cls.__mro__.index(base)]
     return [name for name in DECODING_METHODS if any(name in vars(klass) for klass in younger)]
 
 
 def adapter(*classes: type) -> Callable:
     """Registers an adapter for head classes, and for those of their subclasses that decode as they do.
 
-    The rule: a subclass that redefines any of ``DECODING_METHODS`` decodes in a way the adapter was not written for,
-    and goes to the raw fallback until an adapter is registered for it.
+    The rule: a subclass that redefines any of ``DECODING_METHODS`` decodes in a way the adapter was not
+    written for, and goes to the raw fallback until an adapter is registered for it.
 
     Args:
         classes (type): Head classes that the decorated function aligns.
@@ -97,13 +106,17 @@ def adapter(*classes: type) -> Callable:
     return register
 
 
-def _checked(cls: type, func: Callable, head: Any, outputs: Any, batch_img_metas: list[dict]) -> AlignedPredictions:
+def _checked(
+    cls: type, func: Callable, head: Any, outputs: Any, batch_img_metas: list[dict]
+) -> AlignedPredictions:
     redefined = own_decoding(type(head), cls)
     if redefined:
         return align_raw(head, outputs, f'it redefines {", ".join(redefined)} of {cls.__name__}')
     if head.training:
-        raise PTQError(f'{type(head).__name__} returns other outputs in training mode than it decodes: '
-                       'call detector.eval() before aligning predictions')
+        raise PTQError(
+            f'{type(head).__name__} returns other outputs in training mode than it decodes: '
+            'call detector.eval() before aligning predictions'
+        )
     return func(head, outputs, batch_img_metas)
 
 

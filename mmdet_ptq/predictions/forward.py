@@ -1,4 +1,5 @@
 """One forward pass of a whole detector, float or quantized, to its aligned predictions."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,10 +26,12 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
     return detector(batch_inputs, batch_data_samples, mode='tensor')
 
 
-def predict_aligned(detector: nn.Module,
-                    batch_inputs: Tensor,
-                    batch_data_samples: list,
-                    reference: AlignedPredictions | None = None) -> AlignedPredictions:
+def predict_aligned(
+    detector: nn.Module,
+    batch_inputs: Tensor,
+    batch_data_samples: list,
+    reference: AlignedPredictions | None = None,
+) -> AlignedPredictions:
     """Runs the detector (in eval mode) and aligns its predictions before NMS.
 
     Args:

@@ -1,9 +1,18 @@
-"""Adapters of mmdet's dense heads. Each mirrors one decoding method of mmdet, for all priors and with gradients."""
+"""Adapters of mmdet's dense heads: each mirrors one decoding method, for all priors and with gradients."""
+
 from __future__ import annotations
 
 import torch
-from mmdet.models.dense_heads import (FoveaHead, GFLHead, PAAHead, RepPointsHead, RPNHead, TOODHead, YOLOV3Head,
-                                      YOLOXHead)
+from mmdet.models.dense_heads import (
+    FoveaHead,
+    GFLHead,
+    PAAHead,
+    RepPointsHead,
+    RPNHead,
+    TOODHead,
+    YOLOV3Head,
+    YOLOXHead,
+)
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
@@ -17,8 +26,9 @@ def align_dense(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     """Heads that decode in ``BaseDenseHead``, with the head's own prior generator and box coder.
 
     Anchor heads (SSD, RetinaNet, ATSS, DDOD, FSAF, FreeAnchor, YOLOF, ...), point heads (FCOS, VFNet, RTMDet,
-    AutoAssign, CenterNetUpdate, ...); what a forward multiplies by the stride (FCOS, RTMDet) is in its outputs
-    already. RPNHead and PAAHead have methods of their own that decode alike; PAA's score is the square root of ours.
+    AutoAssign, CenterNetUpdate, ...); what a forward multiplies by the stride (FCOS, RTMDet) is in its
+    outputs already. RPNHead and PAAHead have methods of their own that decode alike; PAA's score is the
+    square root of ours.
     """
     if getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False):
         return align_raw(head, outputs, 'its scores come from the activation of a custom classification loss')
@@ -31,7 +41,8 @@ def align_dense(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
         boxes=_decode(head, _priors(head, cls_maps), deltas),
         activation='sigmoid' if head.use_sigmoid_cls else 'softmax',
         quality_logits=flatten_levels(quality_maps[0], 1)[..., 0] if quality_maps else None,
-        level_sizes=level_sizes(cls_maps, channels))
+        level_sizes=level_sizes(cls_maps, channels),
+    )
 
 
 @adapter(GFLHead)
@@ -48,7 +59,8 @@ def align_gfl(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPredi
         cls_logits=cls_logits,
         boxes=_decode(head, centers, distances),
         distributions=logits.reshape(*logits.shape[:2], 4, bins),
-        level_sizes=sizes)
+        level_sizes=sizes,
+    )
 
 
 @adapter(YOLOXHead)
@@ -61,23 +73,27 @@ def align_yolox(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
         cls_logits=flatten_levels(cls_maps, channels),
         boxes=head._bbox_decode(_priors(head, cls_maps, with_stride=True), deltas),
         quality_logits=flatten_levels(objectness_maps, 1)[..., 0],
-        level_sizes=level_sizes(cls_maps, channels))
+        level_sizes=level_sizes(cls_maps, channels),
+    )
 
 
 @adapter(YOLOV3Head)
 def align_yolov3(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPredictions:
     """YOLOv3: boxes, objectness and classes in one map per level."""
-    maps, = outputs
+    (maps,) = outputs
     values = flatten_levels(maps, head.num_attrib)
     sizes = level_sizes(maps, head.num_attrib)
     deltas = torch.cat([values[..., :2].sigmoid(), values[..., 2:4]], -1)
     priors = torch.cat(head.prior_generator.grid_priors([m.shape[-2:] for m in maps], device=values.device))
-    strides = torch.cat([values.new_full((size, 1), s) for size, s in zip(sizes, head.featmap_strides)])
+    strides = torch.cat(
+        [values.new_full((size, 1), s) for size, s in zip(sizes, head.featmap_strides, strict=True)]
+    )
     return AlignedPredictions(
         cls_logits=values[..., 5:],
         boxes=get_box_tensor(head.bbox_coder.decode(priors, deltas, strides)),
         quality_logits=values[..., 4],
-        level_sizes=sizes)
+        level_sizes=sizes,
+    )
 
 
 @adapter(TOODHead)
@@ -90,7 +106,8 @@ def align_tood(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPred
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels).logit(eps=1e-6),
         boxes=boxes * _strides(head, sizes, boxes),
-        level_sizes=sizes)
+        level_sizes=sizes,
+    )
 
 
 @adapter(RepPointsHead)
@@ -100,12 +117,15 @@ def align_reppoints(head, outputs: tuple, batch_img_metas: list[dict]) -> Aligne
     channels = head.cls_out_channels
     sizes = level_sizes(cls_maps, channels)
     offsets = flatten_levels(box_maps, 4)
-    strides = torch.cat([offsets.new_full((size, 1), s) for size, s in zip(sizes, head.point_strides)])
+    strides = torch.cat(
+        [offsets.new_full((size, 1), s) for size, s in zip(sizes, head.point_strides, strict=True)]
+    )
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
         boxes=offsets * strides + _priors(head, cls_maps)[:, :2].repeat(1, 2),
         activation='sigmoid' if head.use_sigmoid_cls else 'softmax',
-        level_sizes=sizes)
+        level_sizes=sizes,
+    )
 
 
 @adapter(FoveaHead)
@@ -115,13 +135,16 @@ def align_fovea(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     channels = head.cls_out_channels
     sizes = level_sizes(cls_maps, channels)
     exponents = flatten_levels(box_maps, 4)
-    lengths = torch.cat([exponents.new_full((size, 1), s) for size, s in zip(sizes, head.base_edge_list)])
+    lengths = torch.cat(
+        [exponents.new_full((size, 1), s) for size, s in zip(sizes, head.base_edge_list, strict=True)]
+    )
     distances = exponents.exp() * lengths
     points = _priors(head, cls_maps)[:, :2]
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
         boxes=torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1),
-        level_sizes=sizes)
+        level_sizes=sizes,
+    )
 
 
 def _priors(head, maps, **kwargs) -> Tensor:
@@ -134,7 +157,8 @@ def _priors(head, maps, **kwargs) -> Tensor:
 
 def _strides(head, sizes: tuple[int, ...], like: Tensor) -> Tensor:
     """Returns each prior's stride, (P, 1)."""
-    return torch.cat([like.new_full((size, 1), s[0]) for size, s in zip(sizes, head.prior_generator.strides)])
+    strides = head.prior_generator.strides
+    return torch.cat([like.new_full((size, 1), s[0]) for size, s in zip(sizes, strides, strict=True)])
 
 
 def _decode(head, priors: Tensor, deltas: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Two-stage detectors: the second stage of both detectors answers for the float detector's proposals."""
+
 from __future__ import annotations
 
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from .aligned import AlignedPredictions
-from .dispatch import align_head, align_raw, own_decoding
+from .dispatch import align_head, align_raw, announce, own_decoding
 
 # the background logit of padding rows: their confidence is zero, so no filter lets them pass
-PADDING_LOGIT = 50.
+PADDING_LOGIT = 50.0
 
 
 def is_two_stage(detector: nn.Module) -> bool:
@@ -23,12 +24,17 @@ def is_two_stage(detector: nn.Module) -> bool:
     return isinstance(detector, TwoStageDetector) and type(detector)._forward is TwoStageDetector._forward
 
 
-def predict_two_stage(detector: nn.Module, model: nn.Module, batch_inputs: Tensor, batch_data_samples: list,
-                      reference: AlignedPredictions | None) -> AlignedPredictions:
+def predict_two_stage(
+    detector: nn.Module,
+    model: nn.Module,
+    batch_inputs: Tensor,
+    batch_data_samples: list,
+    reference: AlignedPredictions | None,
+) -> AlignedPredictions:
     """Runs the whole detector once and aligns both stages; see :func:`predict_aligned`.
 
-    The region proposal network's predictions are the result's ``proposal_stage``. A RoI head without an adapter
-    (cascades, for instance) leaves only those, and the log says so.
+    The region proposal network's predictions are the result's ``proposal_stage``. A RoI head without an
+    adapter (cascades, for instance) leaves only those, and the log says so.
     """
     metas = [sample.metainfo for sample in batch_data_samples]
     problem = _roi_problem(model.roi_head)
@@ -36,9 +42,14 @@ def predict_two_stage(detector: nn.Module, model: nn.Module, batch_inputs: Tenso
     with _captured(model, rois, second_stage=problem is None) as seen:
         outputs = detector(batch_inputs, batch_data_samples, mode='tensor')
     first = align_head(model.rpn_head, seen['rpn'], metas) if model.with_rpn else None
+    if problem is not None and first is None:
+        return align_raw(model.roi_head, outputs, problem)
     if problem is not None:
-        second = align_raw(model.roi_head, outputs, problem)
-        return second if first is None else first
+        announce(
+            f'{type(model.roi_head).__name__}: {problem}, so only the boxes of the region proposal network '
+            'enter the global loss.'
+        )
+        return first
     second = _align_rois(model.roi_head.bbox_head, *seen['box_head'], seen['rois'], len(metas), reference)
     return replace(second, proposal_stage=first)
 
@@ -46,7 +57,7 @@ def predict_two_stage(detector: nn.Module, model: nn.Module, batch_inputs: Tenso
 def _roi_problem(roi_head: nn.Module) -> str | None:
     """Returns why the RoI head cannot be aligned, or None."""
     for method in ('forward', '_bbox_forward'):
-        if getattr(type(roi_head), method) is not getattr(StandardRoIHead, method, None):
+        if getattr(type(roi_head), method, None) is not getattr(StandardRoIHead, method):
             return f'it runs its boxes in another way than StandardRoIHead ({method})'
     box_head = roi_head.bbox_head
     if not isinstance(box_head, BBoxHead) or own_decoding(type(box_head), BBoxHead):
@@ -58,7 +69,7 @@ def _roi_problem(roi_head: nn.Module) -> str | None:
 
 @contextmanager
 def _captured(model: nn.Module, rois: Tensor | None, second_stage: bool):
-    """Collects both stages' raw outputs in one forward pass, and gives the second stage ``rois`` if there are any."""
+    """Collects both stages' raw outputs in one forward pass; feeds ``rois``, if any, to the second stage."""
     seen: dict = {}
 
     def swap_rois(_, args):
@@ -72,7 +83,9 @@ def _captured(model: nn.Module, rois: Tensor | None, second_stage: bool):
         handles.append(model.rpn_head.register_forward_hook(lambda _, args, out: seen.update(rpn=out)))
     if second_stage:
         handles.append(model.roi_head.bbox_roi_extractor.register_forward_pre_hook(swap_rois))
-        handles.append(model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out)))
+        handles.append(
+            model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out))
+        )
     try:
         yield seen
     finally:
@@ -80,8 +93,14 @@ def _captured(model: nn.Module, rois: Tensor | None, second_stage: bool):
             handle.remove()
 
 
-def _align_rois(box_head: nn.Module, cls_score: Tensor, bbox_pred: Tensor | None, rois: Tensor, num_images: int,
-                reference: AlignedPredictions | None) -> AlignedPredictions:
+def _align_rois(
+    box_head: nn.Module,
+    cls_score: Tensor,
+    bbox_pred: Tensor | None,
+    rois: Tensor,
+    num_images: int,
+    reference: AlignedPredictions | None,
+) -> AlignedPredictions:
     """Returns (N, P, ...) predictions, P the largest number of proposals of an image; the rest is padding."""
     image = rois[:, 0].long()
     counts = torch.bincount(image, minlength=num_images)
@@ -93,8 +112,9 @@ def _align_rois(box_head: nn.Module, cls_score: Tensor, bbox_pred: Tensor | None
     aligned = AlignedPredictions(
         cls_logits=fill.index_put((image, position), cls_score),
         activation='softmax',
-        level_sizes=(size, ),
-        proposals=rois)
+        level_sizes=(size,),
+        proposals=rois,
+    )
     if bbox_pred is None:
         return aligned
     # one box per proposal: the one of the class that the float detector sees there

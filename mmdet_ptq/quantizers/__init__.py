@@ -1,0 +1,13 @@
+"""Number formats: a tensor in, integer codes and the simulated tensor out; and the observers that find their ranges."""
+from .affine import AffineQuantizer
+from .base import Quantizer
+from .log_affine import LogAffineQuantizer
+from .observers import (HistogramObserver, KLObserver, MinMaxObserver, MovingAverageObserver, MSEObserver, Observer,
+                        PercentileObserver)
+from .selection import build_observer, build_quantizer, fit_best, resolve_auto, weight_error
+
+__all__ = [
+    'AffineQuantizer', 'HistogramObserver', 'KLObserver', 'LogAffineQuantizer', 'MSEObserver', 'MinMaxObserver',
+    'MovingAverageObserver', 'Observer', 'PercentileObserver', 'Quantizer', 'build_observer', 'build_quantizer',
+    'fit_best', 'resolve_auto', 'weight_error'
+]

@@ -49,19 +49,19 @@ class _LogFakeQuantize(torch.autograd.Function):
         grid = log_grid.Grid(mode, count, k, offset)
         unit, size = unit_and_size(s)
         d = (x - mu) / unit
-        y = grid.psi(d)
+        minus = log_grid.sign_bit(d)
         if rounding is None:
-            c = grid.magnitude_code(d, y)
-            inside = (y >= 0) & (y < count)
-            out = grid.value(grid.code(d, c), mu, size)
+            c, inside = grid.magnitude_code(d), None
+            out = grid.value(grid.code(minus, c), mu, size)
         else:
-            c = torch.floor(y - 0.5) + rounding
+            k, offset = grid.side_params(minus)
+            c = torch.floor(log_grid.psi(mode, d.abs(), k, offset) - 0.5) + rounding
             inside = (c >= 0) & (c <= count - 1)
-            c = c.nan_to_num(0).clamp_(0, count - 1)
-            out = grid.value(grid.code(d, c.round().long()), mu, size)
+            c = c.nan_to_num(0, count, 0).clamp_(0, count - 1)
+            out = grid.value(grid.code(minus, c.round().to(torch.int32)), mu, size)
             # between two codes the unrounded level counts, on a code the table's entry
-            soft = log_grid.inverse(mode, c + 0.5, *grid.side_params(d < 0)) * size
-            out = torch.where(c == c.round(), out, mu + torch.where(d < 0, -soft, soft))
+            soft = (1 - 2 * minus) * log_grid.inverse(mode, c + 0.5, k, offset)
+            out = torch.where(c == c.round(), out, mu + size * soft)
         ctx.save_for_backward(x, mu, s, c, inside)
         ctx.grid = grid
         # a table index cannot carry NaN on, the value must
@@ -74,10 +74,12 @@ class _LogFakeQuantize(torch.autograd.Function):
         mode = grid.mode
         unit, size = unit_and_size(s)
         d = (x - mu) / unit
-        minus, tiny = d < 0, torch.finfo(x.dtype).tiny
-        magnitude = d.abs().clamp_min(0 if mode == 'log1p' else tiny)
+        minus = log_grid.sign_bit(d)
+        # the logarithm of 'exact' and 'shift' is infinite at 0
+        magnitude = d.abs().clamp_min(0 if mode == 'log1p' else torch.finfo(x.dtype).tiny)
         k, offset = grid.side_params(minus)
         y = log_grid.psi(mode, magnitude, k, offset)
+        inside = ((y >= 0) & (y < grid.count) if inside is None else inside).to(x.dtype)
         yh = c.to(x.dtype) + 0.5
         level = log_grid.inverse(mode, yh, k, offset)
         slope = log_grid.slope(mode, level, k, offset)
@@ -92,18 +94,19 @@ class _LogFakeQuantize(torch.autograd.Function):
             dk = slope * inside * (y - offset) / k
             if mode == 'exact':
                 dk = dk - slope * (yh - offset) / k
-            doff = slope * (inside.to(x.dtype) - 1)
+            doff = slope * (inside - 1)
         # a channel of one value has no scale to learn, and its output does not follow the weight
         dw = dw * (s != 0)
 
-        signed = torch.where(minus, -grad, grad)
+        signed = grad * (1 - 2 * minus)
         grad_x = grad * dw
         factor = torch.sign(s) / math.sqrt(x.shape[1] * grid.count)
         grad_s = (signed * level - grad_x * d).sum(1, keepdim=True) * factor
         in_units = signed * size
 
         def per_side(total: Tensor) -> Tensor:
-            return torch.stack([total.masked_fill(minus, 0).sum(), total.masked_fill(~minus, 0).sum()])
+            below = (total * minus).sum()
+            return torch.stack([total.sum() - below, below])
 
         grad_rounding = in_units * slope * inside if ctx.needs_input_grad[5] else None
         return (grad_x, (grad - grad_x).sum(1, keepdim=True), grad_s, per_side(in_units * dk),
@@ -254,17 +257,18 @@ class LogAffineQuantizer(Quantizer):
         check_finite(x, 'tensor')
         grid, (mu, s) = self._grid(), self._columns()
         d = (self._rows(x) - mu) / unit_and_size(s)[0]
-        y = grid.psi(d)
+        minus = log_grid.sign_bit(d)
         if rounding is None:
-            c = grid.magnitude_code(d, y)
+            c = grid.magnitude_code(d)
         else:
-            c = (torch.floor(y - 0.5) + (self._rows(rounding) >= 0.5)).clamp_(0, self.count - 1).long()
-        return grid.code(d, c).reshape(x.shape).to(torch.int32)
+            y = log_grid.psi(self.mode, d.abs(), *grid.side_params(minus))
+            c = (torch.floor(y - 0.5) + (self._rows(rounding) >= 0.5)).clamp_(0, self.count - 1).to(torch.int32)
+        return grid.code(minus, c).reshape(x.shape)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         mu, s = self._columns()
-        rows = codes.long().reshape(self.s.numel(), -1)
+        rows = codes.to(torch.int32).reshape(self.s.numel(), -1)
         return self._grid().value(rows, mu, unit_and_size(s)[1]).reshape(codes.shape)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ _LOCATION_GAIN = 0.02
 # rows are compared in blocks of about this many elements: bounds the memory and stays in a CPU's cache
 _BLOCK = 2**18
 # half-widths (in log) of the grids for k and eps, and the factors tried on every channel's scale, round by round
-_ROUNDS = ((0.7, torch.exp(torch.linspace(-0.6, 0.6, 13)).tolist()), (0.25, (0.9, 0.95, 1.05, 1.1)),
+_ROUNDS = ((0.7, torch.exp(torch.linspace(-0.5, 0.5, 9)).tolist()), (0.25, (0.9, 0.95, 1.05, 1.1)),
            (0.08, (0.97, 1.03)))
 
 
@@ -37,7 +37,7 @@ class _Problem:
             centred, factor = self._block(rows)
             size = s[rows, None]
             d = centred / torch.where(size == 0, 1, size)
-            code = grid.code(d, grid.magnitude_code(d, grid.psi(d)))
+            code = grid.code(log_grid.sign_bit(d), grid.magnitude_code(d))
             level = grid.value(code, torch.zeros_like(size), torch.ones_like(size))
             errors.append((factor * (size * level - centred).square()).sum(1))
             power = (factor * level.square()).sum(1)
@@ -46,16 +46,14 @@ class _Problem:
         return torch.cat(errors), torch.cat(scales)
 
     def side_histograms(self, s: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Mean magnitude and weight of the log-spaced bins of both sides."""
-        parts: list[list[tuple[Tensor, Tensor]]] = [[], []]
+        """Mean magnitude and weight of the occupied log-spaced bins of both sides."""
+        sums = 0.0
         for rows in self.blocks:
             centred, factor = self._block(rows)
             size = s[rows, None]
             weight = (size.square() * factor).expand_as(centred)
-            d = centred / torch.where(size == 0, 1, size)
-            for side, chosen in enumerate(((d >= 0) & (weight > 0), (d < 0) & (weight > 0))):
-                parts[side].append(log_grid.side_histogram(d[chosen].abs(), weight[chosen]))
-        return [(torch.cat([m for m, _ in side]), torch.cat([w for _, w in side])) for side in parts]
+            sums = sums + log_grid.side_histogram(centred / torch.where(size == 0, 1, size), weight)
+        return [(total[weight > 0] / weight[weight > 0], weight[weight > 0]) for weight, total in sums.unbind(1)]
 
 
 def _search(problem: _Problem, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -93,33 +93,40 @@ class Grid:
         self._entries = self.table.float()
 
     def side_params(self, minus: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope and offset of every element's side."""
-        return torch.where(minus, self.k[1], self.k[0]), torch.where(minus, self.offset[1], self.offset[0])
+        """Slope and offset of every element's side (``minus``: 1 below the location, else 0)."""
+        return _look_up(self.k, minus), _look_up(self.offset, minus)
 
-    def psi(self, d: Tensor) -> Tensor:
-        """The transformed magnitude of normalized weights, with each side's parameters."""
-        return psi(self.mode, d.abs(), *self.side_params(d < 0))
-
-    def magnitude_code(self, d: Tensor, y: Tensor) -> Tensor:
-        """c = clip(floor(y), 0, count - 1), int64.
+    def magnitude_code(self, d: Tensor) -> Tensor:
+        """c = clip(floor(y), 0, count - 1), int32.
 
         The logarithm only proposes the bin, the edges decide: codes are monotone and the same on every device.
         """
-        top = self.count - 1
-        c = y.nan_to_num(0).floor_().clamp_(0, top).long()
-        magnitude, row = d.abs(), (d < 0) * (self.count + 1)
-        flat = self.edges.flatten()
-        c += magnitude >= flat[row + c + 1]
-        c -= magnitude < flat[row + c]
-        return c.clamp_(0, top)
+        magnitude, minus = d.abs(), sign_bit(d)
+        y = psi(self.mode, magnitude, *self.side_params(minus))
+        c = y.nan_to_num_(0, self.count, 0).clamp_(0, self.count - 1).to(torch.int32)
+        edges = self.edges.flatten()
+        index = minus * (self.count + 1) + c
+        c -= (magnitude < _look_up(edges, index)).to(torch.int32)
+        c += (magnitude >= _look_up(edges, index + 1)).to(torch.int32)
+        return c.clamp_(0, self.count - 1)
 
-    def code(self, d: Tensor, c: Tensor) -> Tensor:
-        """Index into the table of magnitude code ``c`` on the side of ``d``."""
-        return torch.where(d < 0, self.count - 1 - c, self.count + c)
+    def code(self, minus: Tensor, c: Tensor) -> Tensor:
+        """Index into the table of magnitude code ``c``: count + c, or count - 1 - c below the location."""
+        return (c ^ -minus) + self.count
 
     def value(self, code: Tensor, mu: Tensor, size: Tensor) -> Tensor:
         """mu + (size * step) * table[code]: the only place where codes become values."""
-        return mu + (size * self.step) * self._entries[code]
+        return _look_up(self._entries, code).mul_(size * self.step).add_(mu)
+
+
+def sign_bit(d: Tensor) -> Tensor:
+    """1 below the location, else 0; int32."""
+    return (d < 0).to(torch.int32)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    # ten times as fast as table[index] on a CPU
+    return table.index_select(0, index.reshape(-1)).view(index.shape)
 
 
 def initial_side(mode: str, bits: int) -> tuple[float, float]:
@@ -132,14 +139,22 @@ def initial_side(mode: str, bits: int) -> tuple[float, float]:
     return k, count - 0.5 - 2 * (k if mode == 'exact' else 1)
 
 
-def side_histogram(magnitude: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean magnitude and weight of every occupied log-spaced bin, float64."""
-    index = (torch.log2(magnitude) + _OCTAVES).mul_(_BINS_PER_OCTAVE).clamp_(0, 2 * _OCTAVES * _BINS_PER_OCTAVE - 1)
-    index, factor = index.long(), factor.double()
-    weight = torch.bincount(index, factor, 2 * _OCTAVES * _BINS_PER_OCTAVE)
-    total = torch.bincount(index, factor * magnitude, 2 * _OCTAVES * _BINS_PER_OCTAVE)
-    occupied = weight > 0
-    return total[occupied] / weight[occupied], weight[occupied]
+def side_histogram(d: Tensor, weight: Tensor) -> Tensor:
+    """Weight, and weight times magnitude, of log-spaced bins of both sides.
+
+    Args:
+        d (Tensor): Normalized weights.
+        weight (Tensor): Factor of the squared error, of the same shape.
+
+    Returns:
+        Tensor: Float64 of shape (2 sums, 2 sides, bins).
+    """
+    bins = 2 * _OCTAVES * _BINS_PER_OCTAVE
+    magnitude = d.abs()
+    index = (torch.log2(magnitude) + _OCTAVES).mul_(_BINS_PER_OCTAVE).clamp_(0, bins - 1).to(torch.int32)
+    index = (index + sign_bit(d) * bins).flatten()
+    sums = [torch.bincount(index, w.flatten().double(), 2 * bins) for w in (weight, weight * magnitude)]
+    return torch.stack(sums).view(2, 2, bins)
 
 
 def refine_side(mode: str, magnitude: Tensor, weight: Tensor, k: float, offset: float, count: int,

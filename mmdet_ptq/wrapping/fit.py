@@ -4,8 +4,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import TensorConfig
-from ..quantizers import Quantizer, resolve_auto
-from ..registry import OBSERVERS, QUANTIZERS
+from ..quantizers import Quantizer, build_observer, build_quantizer, resolve_auto
 
 
 def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, importance: Tensor | None = None) -> Quantizer:
@@ -24,10 +23,10 @@ def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, importance: Tensor 
         return resolve_auto(cfg, rows, importance)
     if cfg['type'].rpartition('.')[2] == 'AffineQuantizer':
         cfg = {'symmetric': True, 'channel_axis': 0, **cfg}
-    quantizer = QUANTIZERS.build(cfg)
+    quantizer = build_quantizer(cfg)
     observer = None
     # the squared error is searched on the weight itself, which is exact, instead of on a histogram of it
     if policy.observer['type'].rpartition('.')[2] != 'MSEObserver':
-        observer = OBSERVERS.build({**policy.observer, 'num_channels': rows.shape[0], 'channel_axis': 0})
+        observer = build_observer({**policy.observer, 'num_channels': rows.shape[0], 'channel_axis': 0})
     quantizer.fit_weight(rows, observer=observer, importance=importance)
     return quantizer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import PTQConfig, TensorConfig
 from ..errors import PTQError
-from ..registry import QUANTIZERS
+from ..quantizers import build_quantizer
 from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
 from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
@@ -127,7 +127,7 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         first = readers[0]
         name = first.layer.replace('.', '/') + (f'#{first.index}' if len(by_name[first.layer].inputs) > 1 else '')
         per_channel = policy.depthwise_per_channel and all(is_depthwise(layers[c.layer]) for c in readers)
-        quantizer = QUANTIZERS.build({
+        quantizer = build_quantizer({
             **policy.quantizer, 'bits': policy.bits,
             'num_channels': in_channels(layers[first.layer]) if per_channel else None,
             'channel_axis': channel_axis(layers[first.layer])})

@@ -10,19 +10,17 @@ from mmdet_ptq.predictions import AlignedPredictions, align_head, dispatch
 def messages(monkeypatch):
     seen = []
     monkeypatch.setattr(dispatch, 'print_log', lambda text, **kwargs: seen.append(text))
-    dispatch._announce.cache_clear()
+    dispatch.announce.cache_clear()
     yield seen
-    dispatch._announce.cache_clear()
+    dispatch.announce.cache_clear()
 
 
 class SameDecoding(RetinaHead):
-
     def loss_by_feat(self, *args, **kwargs):
         raise NotImplementedError
 
 
 class OwnDecoding(RetinaHead):
-
     def _predict_by_feat_single(self, *args, **kwargs):
         raise NotImplementedError
 
@@ -64,7 +62,7 @@ def test_a_user_registers_an_adapter():
 
     @align_head.register(Taught)
     def align_taught(head, outputs, batch_img_metas):
-        return AlignedPredictions(cls_logits=outputs, level_sizes=(outputs.shape[1], ))
+        return AlignedPredictions(cls_logits=outputs, level_sizes=(outputs.shape[1],))
 
     logits = torch.zeros(1, 4, 2)
     assert align_head(Taught(), logits, [{}]).cls_logits is logits

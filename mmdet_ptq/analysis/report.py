@@ -1,0 +1,251 @@
+"""``report.html``: what a run gained and lost, on one page that needs nothing else."""
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from mmengine.logging import print_log
+from torch import nn
+
+from ..errors import PTQError
+from ..wrapping import Structure, coverage_rows, integer_mac_share
+from . import pictures
+from .cost import PartSummary, part_summary
+from .detections import detect_both
+from .drift import LayerError, layer_errors, score_drift
+from .results import write_atomic
+from .table import format_bytes, format_count, headline_metric, metric_value, points, result_lines
+from .weight_grids import weight_grids
+
+NUM_IMAGES = 4
+
+
+@dataclass
+class Picture:
+    """A picture of the report.
+
+    Attributes:
+        alt: What it shows, for those who cannot see it.
+        data: The picture, PNG or JPEG.
+    """
+
+    alt: str
+    data: bytes
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        kind = 'png' if self.data.startswith(b'\x89PNG') else 'jpeg'
+        return f'data:image/{kind};base64,{base64.b64encode(self.data).decode()}'
+
+
+@dataclass
+class Section:
+    """One chapter of pictures.
+
+    Attributes:
+        title: Its heading.
+        text: What the pictures show; or, without pictures, why there are none.
+        pictures: The pictures.
+        errors: Layer errors that stand below as a table.
+    """
+
+    title: str
+    text: str
+    pictures: list[Picture] = field(default_factory=list)
+    errors: list[LayerError] = field(default_factory=list)
+
+
+@dataclass
+class Headline:
+    """One of the large figures at the top.
+
+    Attributes:
+        label: What is measured.
+        value: The figure.
+        detail: Where it comes from.
+    """
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass
+class ReportInputs:
+    """Everything on the page.
+
+    Attributes:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+        structure: The structure of the quantized detector.
+        sections: The chapters of pictures.
+    """
+
+    results: dict[str, Any]
+    structure: Structure
+    sections: list[Section] = field(default_factory=list)
+
+
+def build_report(work_dir: str | Path,
+                 results: dict[str, Any],
+                 structure: Structure,
+                 detector: nn.Module,
+                 float_detector: nn.Module | None,
+                 batches: Sequence[dict[str, Any]]) -> Path:
+    """Draws every picture and writes ``report.html``.
+
+    A picture that this detector or these images do not allow is replaced by one sentence that says why.
+
+    Args:
+        work_dir: Where the report goes.
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+        structure: The structure of the quantized detector.
+        detector: The quantized detector, in eval mode.
+        float_detector: The float detector, wrapped or not; None compares with ``detector`` in float mode, which is
+            the same as long as nothing but quantization parameters was trained.
+        batches: A few batches as a dataloader yields them, images not yet normalized.
+
+    Returns:
+        The path of the page.
+    """
+    reference = detector if float_detector is None else float_detector
+    classes = (getattr(detector, 'dataset_meta', None) or {}).get('classes', ())
+    chapters: dict[str, Callable[[], Section | str]] = {
+        'Detections': lambda: _detections(reference, detector, batches, classes),
+        'Scores and boxes before suppression': lambda: _drift(reference, detector, batches),
+        'Error by layer': lambda: _errors(reference, detector, batches, structure),
+        'Weights and their formats': lambda: _weights(detector, structure)}
+    inputs = ReportInputs(results, structure, [_chapter(title, draw) for title, draw in chapters.items()])
+    path = Path(work_dir) / 'report.html'
+    write_report(path, inputs)
+    return path
+
+
+def write_report(path: str | Path, inputs: ReportInputs) -> None:
+    """Writes the page.
+
+    Args:
+        path: The HTML file.
+        inputs: Everything on it.
+
+    Raises:
+        PTQError: The file cannot be written.
+    """
+    environment = Environment(loader=PackageLoader('mmdet_ptq.analysis', '.'), autoescape=True, trim_blocks=True,
+                              lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(count=format_count, percent=_percent, weights=_weights_by_bits)
+    results, structure = inputs.results, inputs.structure
+    rows = coverage_rows(structure)
+    page = environment.get_template('report.html.j2').render(
+        results=results,
+        title=Path(results['config']).stem,
+        headlines=headlines(results, structure),
+        models=[row['model'] for row in results['rows']],
+        lines=result_lines(results) if results['rows'] else [],
+        sections=inputs.sections,
+        parts=part_summary(structure),
+        coverage=rows,
+        total_macs=sum(row.macs for row in rows),
+        norms=structure.norms,
+        recipe=json.dumps(results['recipe'], indent=2, default=str))
+    write_atomic(path, page)
+
+
+def headlines(results: dict[str, Any], structure: Structure) -> list[Headline]:
+    """The figures at the top of the page: accuracy, size, bit operations, integer share.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+        structure: The structure of the quantized detector.
+    """
+    found = []
+    models = {row['model']: row for row in results['rows']}
+    before = next(iter(models.values()), None)
+    after = models.get('simulated') or next((row for row in list(models.values())[1:]), None)
+    name = headline_metric(results)
+    values = [metric_value(row['metrics'].get(name)) if row and name else None for row in (before, after)]
+    if None not in values:
+        change = round(points(*values), 1) + 0.0
+        found.append(Headline(name, f'{values[0]:.3f} → {values[1]:.3f}', 'float → quantized'))
+        found.append(Headline('change', f'{change:+.1f} points', f'{after["model"]} against {before["model"]}'))
+    else:
+        found.append(Headline('accuracy', 'not measured', 'the evaluator gave no figure for both detectors'))
+    for label, key, show in (('size', 'size_bytes', format_bytes), ('bit operations', 'bops', format_count)):
+        costs = [row[key] if row else None for row in (before, after)]
+        if all(costs):
+            found.append(Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}'))
+    share = integer_mac_share(structure)
+    found.append(Headline('in integers', _percent(share), 'of the multiply-accumulates'))
+    return found
+
+
+def _chapter(title: str, draw: Callable[[], Section | str]) -> Section:
+    """One chapter; a reason instead of pictures where they cannot be drawn."""
+    try:
+        section = draw()
+    except PTQError as error:
+        section = str(error)
+    except Exception as error:  # noqa: BLE001  a detector of any design comes here, and the run's results must not be lost
+        print_log(f'report, {title}: {type(error).__name__}: {error}', 'current', level=logging.WARNING)
+        section = f'This detector does not allow it ({type(error).__name__}: {error}).'
+    return Section(title, section) if isinstance(section, str) else section
+
+
+def _detections(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], classes: Sequence[str]) -> Section:
+    pairs = list(detect_both(reference, detector, batches, NUM_IMAGES))
+    colours = pictures.class_colours(pairs)
+    drawn = [Picture(f'Detections in image {i}, float left, quantized right.',
+                     pictures.detections_picture(pair, classes, colours)) for i, pair in enumerate(pairs, 1)]
+    return Section('Detections', pictures.detections_finding(pairs) if pairs else 'There were no images to show.', drawn)
+
+
+def _drift(reference: nn.Module, detector: nn.Module, batches: Sequence[dict]) -> Section | str:
+    drift = score_drift(reference, detector, batches)
+    if drift.reason:
+        return f'Not drawn: {drift.reason}.'
+    text = ('Each point is one candidate box, before non-maximum suppression, that either detector is at least 0.05 '
+            'confident of. On the diagonal nothing has changed.')
+    return Section('Scores and boxes before suppression', text,
+                   [Picture('Confidence of the quantized against the float detector.', pictures.drift_picture(drift))])
+
+
+def _errors(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], structure: Structure) -> Section | str:
+    if not batches:
+        return 'Not drawn: there were no images to run on.'
+    errors = layer_errors(reference, detector, batches[0], structure.folds)
+    if not errors:
+        return 'Not drawn: no layer ran alike in both detectors.'
+    text = ("Signal to quantization noise of each layer's output, with everything before it quantized too: where the "
+            f'bars fall, the error enters. {pictures.errors_finding(errors)}')
+    return Section('Error by layer', text, [Picture('Signal to noise by layer.', pictures.errors_picture(errors))],
+                   errors)
+
+
+def _weights(detector: nn.Module, structure: Structure) -> Section | str:
+    grids = weight_grids(detector, structure)
+    if not grids:
+        return 'Not drawn: no weight is quantized.'
+    text = ('Log-affine layers first, then those whose weights lose most. The ticks are the values that the format '
+            'offers; where they are dense, the format is precise.')
+    return Section('Weights and their formats', text,
+                   [Picture('Histograms of weights over the values of their formats.',
+                            pictures.weights_picture(grids))])
+
+
+def _percent(share: float) -> str:
+    """A share as a percentage that says 100 % or 0 % only when it is."""
+    if share in (0, 1):
+        return f'{100 * share:.0f} %'
+    return f'{min(max(100 * share, 0.01), 99.99):.2f} %'
+
+
+def _weights_by_bits(part: PartSummary) -> str:
+    """How many weights have which width."""
+    return ', '.join(f'{format_count(count)} in {"float" if bits == 32 else f"{bits} bits"}'
+                     for bits, count in sorted(part.weights.items())) or 'none'

@@ -1,0 +1,170 @@
+"""``results.json``: everything a run measured, in one file of a fixed schema."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import PTQError
+from ..version import __version__
+from ..wrapping import Structure, coverage_rows, integer_mac_share
+
+SCHEMA = 1
+KEYS = ('schema', 'config', 'recipe', 'seed', 'versions', 'date', 'calibration', 'coverage', 'stages', 'rows')
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a run's figures depend on; ``'missing'`` for what is not installed."""
+    found = {'mmdet_ptq': __version__, 'python': platform.python_version()}
+    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy'):
+        try:
+            found[name] = str(import_module(name).__version__)
+        except ImportError:
+            found[name] = 'missing'
+    return found
+
+
+def new_results(config: str,
+                recipe: Mapping[str, Any],
+                seed: int,
+                structure: Structure,
+                image_ids: Sequence[int | str],
+                skipped: Sequence[str] = ()) -> dict[str, Any]:
+    """Starts the results of a run; stages and rows are added as they come.
+
+    Args:
+        config: The config's path as the user gave it.
+        recipe: The validated ``ptq`` block (:meth:`mmdet_ptq.config.PTQConfig.to_dict`).
+        seed: Seed of the calibration draw.
+        structure: The structure of the quantized detector.
+        image_ids: Ids of the calibration images that were used.
+        skipped: Paths of the calibration images that could not be read. Defaults to none.
+    """
+    return {
+        'schema': SCHEMA,
+        'config': str(config),
+        'recipe': dict(recipe),
+        'seed': seed,
+        'versions': versions(),
+        'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'calibration': {'num_images': len(image_ids), 'image_ids': list(image_ids), 'skipped': list(skipped)},
+        'coverage': {
+            'layers': [asdict(row) for row in coverage_rows(structure)],
+            'integer_mac_share': integer_mac_share(structure)},
+        'stages': {},
+        'rows': []}
+
+
+def result_row(model: str,
+               metrics: Mapping[str, Any],
+               size_bytes: int | None,
+               bops: int | None,
+               latency_ratio: float | None = None) -> dict[str, Any]:
+    """One row of the results: a model and what was measured on it.
+
+    Args:
+        model: ``'float'``, ``'simulated'`` or the name of a runtime.
+        metrics: Every figure of the evaluator; empty where there are no annotations.
+        size_bytes: Bytes of the model's numbers.
+        bops: Bit operations of one image.
+        latency_ratio: Float time / integer time in the same runtime and run. Defaults to None: not measured.
+    """
+    return {'model': model, 'metrics': dict(metrics), 'size_bytes': size_bytes, 'bops': bops,
+            'latency_ratio': latency_ratio}
+
+
+def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Writes the results so that the file is whole at every moment: to a temporary file, then renamed.
+
+    Args:
+        path: The file, ``results.json``.
+        results: See :func:`new_results`.
+
+    Raises:
+        PTQError: The file cannot be written.
+    """
+    order = {key: place for place, key in enumerate(KEYS)}
+    ordered = {key: results[key] for key in sorted(results, key=lambda key: order.get(key, len(KEYS)))}
+    write_atomic(path, json.dumps(_plain(ordered), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Reads a ``results.json``.
+
+    Args:
+        path: The file.
+
+    Raises:
+        PTQError: The file is missing, damaged, or of another schema.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise PTQError(f'{path} cannot be read ({error.strerror}); run tools/ptq.py first.') from error
+    except ValueError as error:
+        raise PTQError(f'{path} is no valid JSON file ({error}); delete it and run tools/ptq.py again.') from error
+    missing = [key for key in KEYS if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise PTQError(f'{path} is no results file of mmdet-ptq: it lacks {", ".join(missing)}.')
+    if results['schema'] != SCHEMA:
+        raise PTQError(f'{path} has schema {results["schema"]!r}, this version reads {SCHEMA}; '
+                       'run tools/ptq.py again.')
+    return results
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes a text file through a temporary file in the same folder.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        text: The whole content.
+
+    Raises:
+        PTQError: The file cannot be written (no space, no permission).
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile('w', encoding='utf-8', dir=path.parent, prefix=f'.{path.name}.',
+                                         delete=False) as file:
+            temporary = file.name
+            file.write(text)
+        # a temporary file is private to its owner, a result is as readable as any other file
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+        temporary = None
+    except OSError as error:
+        raise PTQError(f'{path} cannot be written ({error.strerror}); free some space or choose another '
+                       '--work-dir.') from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """What json can hold: numpy and torch numbers become numbers, NaN and infinity become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, int, type(None))):
+        return value
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,166 @@
+"""The results and the coverage as tables: plain cells, and the same on the terminal."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..wrapping import Structure, coverage_rows, integer_mac_share
+
+ABSENT = '-'
+
+
+@dataclass
+class ResultLine:
+    """One figure of all models.
+
+    Attributes:
+        label: Name of the figure.
+        metric: Whether it is the evaluator's; a cost otherwise.
+        values: The figure of each model, as text.
+        changes: Its difference to the first model, as text; empty for the first model itself.
+    """
+
+    label: str
+    metric: bool
+    values: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+
+
+def metric_value(value: Any) -> float | None:
+    """A metric as a number; None where the evaluator had none to give (COCO writes -1 for "no such objects")."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value == -1:
+        return None
+    return float(value)
+
+
+def points(reference: float, value: float) -> float:
+    """Difference in points: hundredths for figures between 0 and 1, the figure's own unit for larger ones."""
+    scale = 100 if max(abs(reference), abs(value)) <= 1 else 1
+    return scale * (value - reference)
+
+
+def headline_metric(results: Mapping[str, Any]) -> str | None:
+    """The metric that stands for a run: the first named mAP, AP or PQ, else the first number; None without any.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    if not results['rows']:
+        return None
+    named = [name for name, value in results['rows'][0]['metrics'].items() if metric_value(value) is not None]
+    for ending in ('mAP', 'AP', 'PQ'):
+        for name in named:
+            if name.endswith(ending):
+                return name
+    return named[0] if named else None
+
+
+def result_lines(results: Mapping[str, Any]) -> list[ResultLine]:
+    """Every figure of the evaluator, then size, bit operations and latency, one line each.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`. The first row is what the others are compared to.
+    """
+    rows = results['rows']
+    names = list(dict.fromkeys(name for row in rows for name in row['metrics']))
+    lines = [_metric_line(name, [row['metrics'].get(name) for row in rows]) for name in names]
+    lines.append(_cost_line('size', [row['size_bytes'] for row in rows], format_bytes))
+    lines.append(_cost_line('bit operations', [row['bops'] for row in rows], format_count))
+    speeds = [row['latency_ratio'] for row in rows]
+    if any(speed is not None for speed in speeds):
+        shown = [ABSENT if speed is None else f'{speed:.2f}x' for speed in speeds]
+        lines.append(ResultLine('speed against float', False, shown, [''] * len(speeds)))
+    return lines
+
+
+def _metric_line(name: str, raw: list[Any]) -> ResultLine:
+    values = [metric_value(value) for value in raw]
+    line = ResultLine(name, True)
+    for given, value in zip(raw, values, strict=True):
+        line.values.append(given if isinstance(given, str) else ABSENT if value is None else f'{value:.3f}')
+        known = value is not None and values[0] is not None
+        # + 0.0 turns a difference that rounds to nothing into +0.0 instead of -0.0
+        line.changes.append(f'{round(points(values[0], value), 1) + 0.0:+.1f}' if known else ABSENT)
+    line.changes[:1] = ['']
+    return line
+
+
+def _cost_line(name: str, costs: list[int | None], show) -> ResultLine:
+    line = ResultLine(name, False)
+    for cost in costs:
+        line.values.append(ABSENT if cost is None else show(cost))
+        line.changes.append(f'{costs[0] / cost:.2f}x less' if cost and costs[0] else ABSENT)
+    line.changes[:1] = ['']
+    return line
+
+
+def format_bytes(size: int) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    return _scaled(size, ('B', 'kB', 'MB', 'GB', 'TB'))
+
+
+def format_count(count: int) -> str:
+    """A count with the usual decimal prefix (k, M, G, T, P)."""
+    return _scaled(count, ('', 'k', 'M', 'G', 'T', 'P')).rstrip()
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    place = 0
+    # 999.95 is written as 1000.0
+    while value >= 999.95 and place < len(units) - 1:
+        value, place = value / 1000, place + 1
+    return f'{value:.1f} {units[place]}' if place else f'{value:.0f} {units[0]}'
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """The results as a terminal table: one line per figure, one column per model and its difference to the first.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    table = Table(title='results', caption='differences to float: metrics in points, costs as ratios')
+    table.add_column('figure', no_wrap=True)
+    for place, row in enumerate(results['rows']):
+        table.add_column(row['model'], justify='right', no_wrap=True)
+        if place:
+            table.add_column('difference', justify='right', no_wrap=True)
+    lines = result_lines(results) if results['rows'] else []
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        cells = [cell for pair in zip(line.values, line.changes, strict=True) for cell in pair]
+        del cells[1]  # the first model has no difference to itself
+        table.add_row(line.label, *cells, end_section=line.metric and not following.metric)
+    return table
+
+
+def coverage_table(structure: Structure) -> Table:
+    """What computes in integers, layer by layer, as a terminal table.
+
+    Args:
+        structure: The structure of the quantized detector.
+    """
+    rows = coverage_rows(structure)
+    total = sum(row.macs for row in rows) or 1
+    table = Table(title=f'coverage: {100 * integer_mac_share(structure):.2f} % of the multiply-accumulates in integers')
+    for heading, justify in (('layer', 'left'), ('kind', 'left'), ('MACs', 'right'), ('share', 'right'),
+                             ('weight', 'left'), ('activation', 'left'), ('why not in integers', 'left')):
+        table.add_column(heading, justify=justify)
+    for row in rows:
+        table.add_row(row.name, row.kind, format_count(row.macs), f'{100 * row.macs / total:.2f} %', row.weight,
+                      row.activation, row.reason, style=None if row.integer else 'yellow')
+    return table
+
+
+def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the results table.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+        console: Where to. Defaults to the terminal.
+    """
+    (console or Console()).print(results_table(results))

@@ -1,0 +1,124 @@
+"""The command lines behind tools/: arguments in, one runner, one sentence when something is wrong."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import PTQError, did_you_mean
+
+
+def _guarded(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+    """A user's mistake becomes one sentence and exit code 2; Ctrl-C says how to go on."""
+
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except PTQError as error:
+            sys.exit(f'error: {error}')
+        except KeyboardInterrupt:
+            print('\ninterrupted; the finished stages are kept, run the same command with --resume to go on',
+                  file=sys.stderr)
+            sys.exit(130)
+
+    run.__doc__ = main.__doc__
+    return run
+
+
+def _parser(description: str, checkpoint: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='mmdet config file')
+    parser.add_argument('checkpoint', nargs='?' if checkpoint == 'optional' else None,
+                        help='checkpoint file' + (', default: load_from of the config' if checkpoint == 'optional' else ''))
+    parser.add_argument('--work-dir', help='where results go, default: work_dirs/CONFIG_NAME')
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='changes to the config')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N, default: cuda where there is one')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def load_config(path: str, options: list[str] | None = None):
+    """Reads an mmdet config.
+
+    Args:
+        path: The config file.
+        options: ``key=value`` changes.
+
+    Raises:
+        PTQError: The file, one of its bases or a module it imports is missing.
+    """
+    from mmengine.config import Config, DictAction
+    if not os.path.isfile(path):
+        folder = Path(path).parent
+        near = did_you_mean(Path(path).name, [p.name for p in folder.glob('*.py')]) if folder.is_dir() else ''
+        raise PTQError(f'there is no config {path!r}.{near}')
+    from .compat import check_pkg_resources
+    check_pkg_resources()
+    try:
+        cfg = Config.fromfile(path)
+    except (FileNotFoundError, ImportError, SyntaxError, KeyError) as error:
+        raise PTQError(f'the config {path!r} cannot be read: {error}.') from error
+    if options:
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+        cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    return cfg
+
+
+def _prepare(args: argparse.Namespace):
+    if args.device == 'cpu':
+        # mmengine takes the GPU wherever it sees one
+        os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
+    elif args.device and args.device.startswith('cuda:'):
+        os.environ['CUDA_VISIBLE_DEVICES'] = args.device.removeprefix('cuda:')
+    elif args.device not in (None, 'cuda'):
+        raise PTQError(f'--device must be cpu, cuda or cuda:N, got {args.device!r}.')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options)
+    if args.device and args.device != 'cpu':
+        import torch
+        if not torch.cuda.is_available():
+            raise PTQError(f'--device {args.device} was asked for, but torch sees no GPU; use --device cpu.')
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    return cfg
+
+
+@_guarded
+def ptq(argv: list[str] | None = None) -> None:
+    """tools/ptq.py."""
+    parser = _parser('Quantize an mmdet detector and report what it cost.', 'optional')
+    parser.add_argument('--preset', help='replaces ptq.preset')
+    parser.add_argument('--resume', action='store_true', help='take over finished stages of an interrupted run')
+    parser.add_argument('--seed', type=int, help='replaces ptq.calibration.seed')
+    args = parser.parse_args(argv)
+    cfg = _prepare(args)
+    cfg.setdefault('ptq', {})
+    if args.preset:
+        cfg.ptq.preset = args.preset
+    if not cfg.ptq:
+        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
+    if args.seed is not None:
+        cfg.ptq.setdefault('calibration', {})
+        cfg.ptq.calibration.seed = args.seed
+        cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed}
+    if args.checkpoint:
+        cfg.load_from = args.checkpoint
+    cfg.resume = args.resume
+    from .engine import PTQRunner
+    PTQRunner.from_cfg(cfg).run()
+
+
+@_guarded
+def test(argv: list[str] | None = None) -> None:
+    """tools/test.py."""
+    args = _parser("Evaluate a quantized checkpoint with mmdet's own evaluator.", 'required').parse_args(argv)
+    cfg = _prepare(args)
+    from .analysis import metrics_table
+    from .engine import evaluate, load_quantized
+    metrics = evaluate(cfg, load_quantized(args.checkpoint, cfg))
+    from rich import print as rich_print
+    rich_print(metrics_table(metrics))

@@ -1,0 +1,180 @@
+"""Every known fault of a torch / mmengine / mmcv / mmdet version that we work around, one entry each.
+
+``apply_workarounds`` mends what can be mended once per process; ``replace_sync_bn`` and ``check_pkg_resources`` are
+called where their fault bites.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_distributed
+from mmengine.logging import HistoryBuffer, print_log
+
+from .errors import PTQError
+
+
+@dataclass(frozen=True)
+class Workaround:
+    """A fault and its repair.
+
+    Args:
+        name (str): What the fault is about.
+        versions (str): The versions known to have it.
+        why (str): What goes wrong without the repair.
+        applies (Callable[[], bool]): Whether the fault is there, found by looking rather than by version.
+        apply (Callable[[], None]): Repairs it; afterwards ``applies`` is false.
+    """
+    name: str
+    versions: str
+    why: str
+    applies: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+def apply_workarounds() -> list[str]:
+    """Repairs what is broken in the installed stack; calling it again changes nothing.
+
+    Returns:
+        list[str]: Names of the workarounds applied by this call.
+    """
+    applied = []
+    for workaround in WORKAROUNDS:
+        try:
+            if not workaround.applies():
+                continue
+            workaround.apply()
+        except (ImportError, AssertionError) as error:  # mmdet asserts the version of mmcv at import
+            print_log(f"Workaround '{workaround.name}' is left out, because its package fails to import: {error}",
+                      logger='current', level=logging.WARNING)
+            continue
+        print_log(f"Workaround '{workaround.name}' ({workaround.versions}): {workaround.why}",
+                  logger='current', level=logging.DEBUG)
+        applied.append(workaround.name)
+    return applied
+
+
+# ---- SSDHead without loss_cls ----
+
+
+def _ssd_head_lacks_loss_cls() -> bool:
+    from mmdet.models import SSDHead
+    return 'loss_cls' not in SSDHead.__init__.__code__.co_names
+
+
+def _give_ssd_head_loss_cls() -> None:
+    from mmdet.models import SSDHead
+    init = SSDHead.__init__
+
+    # on the instance, after __init__: a class attribute would hide a submodule that a subclass registers
+    @functools.wraps(init)
+    def init_with_loss_cls(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        if not hasattr(self, 'loss_cls'):
+            self.loss_cls = None
+
+    SSDHead.__init__ = init_with_loss_cls
+
+
+# ---- checkpoints of mmengine under weights_only ----
+
+
+def _history_statistic(owner: object, name: str) -> Callable:
+    """Stands in for the ``getattr`` that pickled history buffers call for their statistics, and for nothing else."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'refused to look up {name!r} of {owner!r}')
+    return getattr(HistoryBuffer, name)
+
+
+def _mmengine_globals() -> list[Any]:
+    """What mmengine's CheckpointHook pickles beyond tensors: logged scalars as numpy arrays in history buffers."""
+    array_from_pickle, scalar_from_pickle = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    kinds = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
+    return [
+        HistoryBuffer, np.ndarray, np.dtype,
+        *sorted({type(np.dtype(kind)) for kind in kinds}, key=lambda cls: cls.__name__),
+        # numpy 2 renamed `numpy.core`; a checkpoint names whichever its writer had
+        *[(function, f'{module}.{name}')
+          for function, name in ((array_from_pickle, '_reconstruct'), (scalar_from_pickle, 'scalar'))
+          for module in ('numpy.core.multiarray', 'numpy._core.multiarray')],
+        (_history_statistic, 'builtins.getattr'),
+    ]
+
+
+def _weights_only_refuses_history() -> bool:
+    version = tuple(int(part) for part in torch.__version__.split('+')[0].split('.')[:2])
+    return version >= (2, 6) and HistoryBuffer not in torch.serialization.get_safe_globals()
+
+
+def _allow_history() -> None:
+    torch.serialization.add_safe_globals(_mmengine_globals())
+
+
+WORKAROUNDS: tuple[Workaround, ...] = (
+    Workaround(
+        name='SSDHead.loss_cls',
+        versions='mmdet 3.3.0, onedl-mmdetection 3.5.1',
+        why='BaseDenseHead._predict_by_feat_single reads self.loss_cls, which SSDHead does not have, so that every '
+        'SSD detector crashes at inference',
+        applies=_ssd_head_lacks_loss_cls,
+        apply=_give_ssd_head_loss_cls),
+    Workaround(
+        name='mmengine checkpoints with weights_only',
+        versions='torch >= 2.6 with mmengine <= 0.10.7',
+        why="torch.load refuses the HistoryBuffer and numpy values of mmengine's own checkpoints",
+        applies=_weights_only_refuses_history,
+        apply=_allow_history),
+)
+
+
+# ---- called where the fault bites ----
+
+
+def replace_sync_bn(model_cfg: Any) -> int:
+    """Turns synchronized batch norms of a model config into plain ones when no process group exists.
+
+    Both compute the same in evaluation mode, but the synchronized ones refuse to run in a single process on a CPU.
+
+    Args:
+        model_cfg (dict | list | Any): A model config, changed in place.
+
+    Returns:
+        int: How many norm configs were rewritten.
+    """
+    if is_distributed():
+        return 0
+    count = _replace_sync_bn(model_cfg)
+    if count:
+        print_log(f'Replaced {count} synchronized batch norm configs by BN: there is no process group.',
+                  logger='current')
+    return count
+
+
+def _replace_sync_bn(cfg: Any) -> int:
+    if isinstance(cfg, dict):
+        count = 0
+        if getattr(cfg.get('type'), '__name__', cfg.get('type')) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
+            cfg['type'] = 'BN'
+            count = 1
+        return count + sum(_replace_sync_bn(value) for value in cfg.values())
+    if isinstance(cfg, (list, tuple)):
+        return sum(_replace_sync_bn(value) for value in cfg)
+    return 0
+
+
+def check_pkg_resources() -> None:
+    """Makes sure that mmengine can resolve ``_base_ = 'mmdet::...'``, which it does through ``pkg_resources``.
+
+    Raises:
+        PTQError: setuptools is missing or too new (82 removed ``pkg_resources``).
+    """
+    if find_spec('pkg_resources') is None:
+        raise PTQError("pkg_resources is missing, which mmengine needs to resolve `_base_ = 'mmdet::...'`; "
+                       "install it with: pip install 'setuptools<82'.")

@@ -1,0 +1,89 @@
+"""Quantizing and loading from Python, without the command line."""
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.utils import import_modules_from_strings
+from torch import nn
+
+from ..calibration import LoadedSamples
+from ..compat import replace_sync_bn
+from ..config import PTQConfig
+from ..deploy import load_quantized_state, read_quantized
+from ..errors import PTQError
+from .runner import PTQRunner
+
+
+def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 'w8a8', *,
+             ptq: dict | None = None, work_dir: str | None = None) -> nn.Module:
+    """Quantizes a trained mmdet detector.
+
+    Args:
+        model: The float detector, e.g. from ``mmdet.apis.init_detector``; it is not changed.
+        calibration_loader: Yields mmdet batches ``dict(inputs=[...], data_samples=[...])``.
+        preset: Name of a preset. Defaults to ``'w8a8'``.
+        ptq: Further keys of the ``ptq`` block. Defaults to None.
+        work_dir: Keeps the integer checkpoint ``quantized.pth`` and the logs. Defaults to None, which keeps nothing.
+
+    Returns:
+        The quantized detector, rebuilt from its integer codes.
+
+    Raises:
+        PTQError: The preset or block is wrong, or the loader yields nothing.
+    """
+    block = PTQConfig.from_dict(ptq or {}, preset=preset)
+    samples = LoadedSamples(calibration_loader)
+    with tempfile.TemporaryDirectory() as temporary:
+        runner = PTQRunner(
+            model=copy.deepcopy(model), work_dir=work_dir or temporary, ptq=block, calibration=samples,
+            default_scope='mmdet', randomness=dict(seed=block.calibration.seed), cfg=getattr(model, 'cfg', None),
+            log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False))
+        detector = runner.calibrate()
+    for name in ('cfg', 'dataset_meta'):
+        if hasattr(model, name):
+            setattr(detector, name, getattr(model, name))
+    return detector
+
+
+def load_quantized(path: str | os.PathLike, config: Config | str | None = None, device: str = 'cpu') -> nn.Module:
+    """Loads a quantized detector, ready for ``mmdet.apis.inference_detector``.
+
+    Args:
+        path: A ``quantized.pth``.
+        config: Replaces the config stored in the checkpoint.
+        device: Where the detector goes. Defaults to ``'cpu'``.
+
+    Returns:
+        The detector in eval mode, its weights exactly the values of the integer codes.
+
+    Raises:
+        PTQError: The file is no quantized checkpoint, or does not fit the config.
+    """
+    from mmdet.registry import MODELS
+    state = read_quantized(path)
+    if config is None:
+        config = Config(state['config'])
+    elif not isinstance(config, Config):
+        config = Config.fromfile(str(config))
+    if config.get('model') is None:
+        raise PTQError(f'{str(path)!r} carries no model config; give `config`.')
+    if config.get('custom_imports'):
+        import_modules_from_strings(**config['custom_imports'])
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    model = copy.deepcopy(config['model'])
+    replace_sync_bn(model)
+    if config.get('data_preprocessor'):
+        model.setdefault('data_preprocessor', config['data_preprocessor'])
+    detector = MODELS.build(model)
+    load_quantized_state(detector, state)
+    detector.cfg = config
+    detector.dataset_meta = state['dataset_meta']
+    return detector.to(device).eval()
+
+

@@ -1,0 +1,106 @@
+"""A streaming histogram per channel whose range grows by doubling, so that no count is ever split."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 2048
+# narrowest bin, 2^-40: what is smaller counts as zero
+_LEAST_EXPONENT = -40
+_STATE = ('exponent', 'first', 'counts', 'low', 'high')
+
+
+def _needed_exponent(low: Tensor, high: Tensor) -> Tensor:
+    """The least e for which bins of width 2^e from low to high (zero included) number at most NUM_BINS."""
+    _, exponent = torch.frexp(((high - low) / NUM_BINS).clamp_min(2.0**_LEAST_EXPONENT))
+    exponent = exponent.long()
+    for _ in range(2):
+        width = torch.exp2(exponent.double())
+        exponent = exponent + (torch.floor(high / width) - torch.floor(low / width) >= NUM_BINS)
+    return exponent
+
+
+class StreamingHistogram:
+    """Counts in NUM_BINS bins a channel; bin i of the absolute grid is [i * 2^e, (i + 1) * 2^e).
+
+    The edges are multiples of the bin width and the width is a power of two, so that a coarser grid joins whole bins:
+    growing the range and merging two histograms are exact. The range always contains zero.
+
+    Args:
+        channels (int): Number of histograms.
+        device (torch.device | str): Where the counts live. Defaults to 'cpu'.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = 'cpu') -> None:
+        self.exponent = torch.full((channels, ), _LEAST_EXPONENT, dtype=torch.long, device=device)
+        # absolute index of the first bin
+        self.first = torch.zeros(channels, dtype=torch.long, device=device)
+        self.counts = torch.zeros(channels, NUM_BINS, dtype=torch.float64, device=device)
+        # the covered range
+        self.low = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.high = torch.zeros_like(self.low)
+
+    @property
+    def width(self) -> Tensor:
+        """Bin widths, float64 of shape (C,)."""
+        return torch.exp2(self.exponent.double())
+
+    def absolute_index(self) -> Tensor:
+        """Index of every bin on the grid that starts at zero, int64 of shape (C, NUM_BINS)."""
+        return self.first[:, None] + torch.arange(NUM_BINS, device=self.first.device)
+
+    def centers(self) -> Tensor:
+        """Bin centers, float64 of shape (C, NUM_BINS); the bin that starts at zero is represented by zero."""
+        index = self.absolute_index()
+        return torch.where(index == 0, 0, (index + 0.5) * self.width[:, None])
+
+    def grow(self, low: Tensor, high: Tensor, exponent: Tensor | None = None) -> None:
+        """Makes the bins cover [low, high] of shape (C,) as well, with bins no narrower than the given exponent."""
+        self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
+        new = torch.maximum(self.exponent, _needed_exponent(self.low, self.high))
+        if exponent is not None:
+            new = torch.maximum(new, exponent)
+        width = torch.exp2(new.double())
+        first, last = (torch.floor(end / width).long() for end in (self.low, self.high))
+        if bool(((new == self.exponent) & (first >= self.first) & (last < self.first + NUM_BINS)).all()):
+            return
+        moved = self._moved(self.absolute_index(), self.exponent, new, first)
+        self.counts = torch.zeros_like(self.counts).scatter_add_(1, moved, self.counts)
+        self.exponent, self.first = new, first
+
+    @staticmethod
+    def _moved(index: Tensor, old: Tensor, new: Tensor, first: Tensor) -> Tensor:
+        """Positions, in bins of exponent ``new`` from ``first`` on, of absolute indices on the grid ``old``."""
+        # bins outside the covered range hold nothing, wherever they are clamped to
+        return ((index >> (new - old).clamp_max(62)[:, None]) - first[:, None]).clamp_(0, NUM_BINS - 1)
+
+    def add(self, samples: Tensor, low: Tensor, high: Tensor) -> None:
+        """Counts samples of shape (C, n) that lie within [low, high] of shape (C,)."""
+        self.grow(low, high)
+        index = torch.floor(samples.double() / self.width[:, None]).long() - self.first[:, None]
+        index = index.clamp_(0, NUM_BINS - 1) + torch.arange(len(index), device=index.device)[:, None] * NUM_BINS
+        self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+
+    def merge(self, other: StreamingHistogram) -> None:
+        """Adds the counts of another histogram with as many channels."""
+        self.grow(other.low, other.high, other.exponent)
+        moved = self._moved(other.absolute_index(), other.exponent, self.exponent, self.first)
+        self.counts.scatter_add_(1, moved, other.counts)
+
+    def magnitudes(self) -> Tensor:
+        """Counts of |x| in NUM_BINS bins from zero, float64 of shape (C, NUM_BINS)."""
+        index = self.absolute_index()
+        folded = torch.where(index < 0, -index - 1, index).clamp_max(NUM_BINS - 1)
+        return torch.zeros_like(self.counts).scatter_add_(1, folded, self.counts)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything counted, as plain tensors."""
+        return {name: getattr(self, name).clone() for name in _STATE}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> StreamingHistogram:
+        """The histogram that gave ``state``."""
+        histogram = cls(len(state['first']), state['first'].device)
+        for name in _STATE:
+            setattr(histogram, name, state[name].clone())
+        return histogram

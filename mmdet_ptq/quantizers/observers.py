@@ -1,0 +1,239 @@
+"""Observers: statistics of a tensor over the calibration images that become a quantization range."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.registry import OBSERVERS
+
+from .histogram import StreamingHistogram
+from .range_search import kl_threshold, mse_range, quantile_range
+
+# elements that enter a histogram per call, at most (extremes always come from all elements)
+MAX_SAMPLES = 2**18
+
+
+class Observer:
+    """Collects statistics of a tensor and turns them into a range.
+
+    Args:
+        num_channels (int | None): Channels with their own range; None for one range per tensor. Defaults to None.
+        channel_axis (int): Axis of the channels. Defaults to 1.
+    """
+
+    def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
+        self.num_channels, self.channel_axis = num_channels, channel_axis
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+        self.num_updates = 0
+
+    def _view(self, x: Tensor) -> Tensor:
+        """The tensor as (outer, C, inner), without a copy if it is contiguous."""
+        if self.num_channels is None:
+            return x.reshape(1, 1, -1)
+        axis = self.channel_axis + (x.dim() if self.channel_axis < 0 else 0)
+        if not 0 <= axis < x.dim() or x.shape[axis] != self.num_channels:
+            raise PTQError(f'The observer holds {self.num_channels} channels on axis {self.channel_axis}, but the '
+                           f'tensor has shape {tuple(x.shape)}.')
+        return x.reshape(x.shape[:axis].numel(), self.num_channels, -1)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Takes in one batch; an empty tensor changes nothing.
+
+        Args:
+            x (Tensor): Activations of any shape that has the channels on ``channel_axis``.
+
+        Raises:
+            PTQError: If ``x`` holds NaN or infinity, or its channels do not fit.
+        """
+        if x.numel() == 0:
+            return
+        view = self._view(x.detach().float())
+        low, high = view.amin((0, 2)), view.amax((0, 2))
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise PTQError('The observed tensor holds NaN or infinity (non-finite activations).')
+        self._take(view, low, high)
+        self.num_updates += 1
+
+    def _take(self, view: Tensor, low: Tensor, high: Tensor) -> None:
+        """Takes in a batch of shape (outer, C, inner) with its extremes of shape (C,)."""
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    @torch.no_grad()
+    def range(self, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """The range to quantize.
+
+        Args:
+            bits (int): Bits of the codes.
+            symmetric (bool): Whether the range must be symmetric around zero.
+
+        Returns:
+            tuple[Tensor, Tensor]: Lower and upper end, float32 of shape () or (C,), zero included.
+
+        Raises:
+            PTQError: If nothing was observed.
+        """
+        if self.low is None:
+            raise PTQError('An observer was asked for a range before it saw any data: is the layer never run, or the '
+                           'calibration set empty?')
+        low, high = self._range(self.low.clamp_max(0), self.high.clamp_min(0), bits, symmetric)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        low, high = low.float(), high.float()
+        return (low, high) if self.num_channels is not None else (low[0], high[0])
+
+    def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """The range for extremes of shape (C,) that enclose zero."""
+        return low, high
+
+    def merge(self, other: Observer) -> None:
+        """Takes in what another observer of the same kind has seen, in another process say.
+
+        Raises:
+            PTQError: If the other observer is of another kind or has other channels.
+        """
+        if type(other) is not type(self) or other.num_channels != self.num_channels:
+            raise PTQError(f'{type(self).__name__} with {self.num_channels} channels cannot merge '
+                           f'{type(other).__name__} with {other.num_channels}.')
+        if other.low is None:
+            return
+        if self.low is None:
+            self.load_state(other.state())
+            return
+        self._join(other)
+        self.num_updates += other.num_updates
+
+    def _join(self, other: Observer) -> None:
+        """Joins the statistics of two observers that both saw data."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+
+    def state(self) -> dict[str, Any]:
+        """Everything seen, as a dict of tensors; empty if nothing was."""
+        if self.low is None:
+            return {}
+        return dict(low=self.low.clone(), high=self.high.clone(), num_updates=torch.tensor(self.num_updates))
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what another observer's ``state`` tells."""
+        self.low = state['low'].clone() if state else None
+        self.high = state['high'].clone() if state else None
+        self.num_updates = int(state['num_updates']) if state else 0
+
+
+@OBSERVERS.register_module()
+class MinMaxObserver(Observer):
+    """Least and greatest value over all images."""
+
+
+@OBSERVERS.register_module()
+class MovingAverageObserver(Observer):
+    """Exponential moving average of each batch's extremes.
+
+    Args:
+        momentum (float): Share of the past in every update. Defaults to 0.9.
+        num_channels (int | None): Channels with their own range. Defaults to None.
+        channel_axis (int): Axis of the channels. Defaults to 1.
+    """
+
+    def __init__(self, momentum: float = 0.9, num_channels: int | None = None, channel_axis: int = 1) -> None:
+        super().__init__(num_channels, channel_axis)
+        if not 0 <= momentum < 1:
+            raise PTQError(f'`momentum` must be at least 0 and below 1, got {momentum!r}.')
+        self.momentum = momentum
+
+    def _take(self, view: Tensor, low: Tensor, high: Tensor) -> None:
+        if self.low is None:
+            self.low, self.high = low, high
+        else:
+            self.low = torch.lerp(low, self.low, self.momentum)
+            self.high = torch.lerp(high, self.high, self.momentum)
+
+    def _join(self, other: Observer) -> None:
+        share = other.num_updates / (self.num_updates + other.num_updates)
+        self.low, self.high = torch.lerp(self.low, other.low, share), torch.lerp(self.high, other.high, share)
+
+
+class HistogramObserver(Observer):
+    """Base of the observers that search a range on a histogram of at most ``MAX_SAMPLES`` elements a call."""
+
+    def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
+        super().__init__(num_channels, channel_axis)
+        self.histogram: StreamingHistogram | None = None
+
+    def _take(self, view: Tensor, low: Tensor, high: Tensor) -> None:
+        super()._take(view, low, high)
+        if self.histogram is None:
+            self.histogram = StreamingHistogram(len(low), low.device)
+        # an odd stride does not fall in step with the even sizes of feature maps
+        stride = -(-view.numel() // MAX_SAMPLES) | 1
+        inner = min(stride, view.shape[2])
+        samples = view[::-(-stride // inner), :, ::inner] if stride > 1 else view
+        self.histogram.add(samples.transpose(0, 1).flatten(1), low, high)
+
+    def _join(self, other: Observer) -> None:
+        super()._join(other)
+        self.histogram.merge(other.histogram)
+
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        if self.histogram is not None:
+            state.update({f'histogram.{name}': t for name, t in self.histogram.state().items()})
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        parts = {k.split('.', 1)[1]: v for k, v in state.items() if k.startswith('histogram.')}
+        self.histogram = StreamingHistogram.from_state(parts) if parts else None
+
+
+@OBSERVERS.register_module()
+class PercentileObserver(HistogramObserver):
+    """Leaves out the outermost elements at either end (symmetric: the largest magnitudes).
+
+    Args:
+        percentile (float): Percentile of the upper end; 100 minus it is that of the lower end. Defaults to 99.99.
+        num_channels (int | None): Channels with their own range. Defaults to None.
+        channel_axis (int): Axis of the channels. Defaults to 1.
+    """
+
+    def __init__(self, percentile: float = 99.99, num_channels: int | None = None, channel_axis: int = 1) -> None:
+        super().__init__(num_channels, channel_axis)
+        if not 50 < percentile <= 100:
+            raise PTQError(f'`percentile` must be above 50 and at most 100, got {percentile!r}.')
+        self.percentile = percentile
+
+    def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        if self.percentile == 100:
+            return low, high
+        return quantile_range(self.histogram, low, high, self.percentile / 100, symmetric)
+
+
+@OBSERVERS.register_module()
+class KLObserver(HistogramObserver):
+    """Clips where the clipped and quantized distribution stays nearest to the observed one, by KL divergence.
+
+    TensorRT's entropy calibration (Migacz, GTC 2017) on magnitudes; the threshold clips both ends. With as many levels
+    as histogram bins there is nothing to choose, and the whole range is kept.
+    """
+
+    def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        # codes for a magnitude: all of them if nothing is negative and the codes are unsigned, else half
+        threshold = kl_threshold(self.histogram, 2**(bits - 1), 2**bits if not symmetric else 2**(bits - 1), low < 0)
+        return torch.maximum(low, -threshold), torch.minimum(high, threshold)
+
+
+@OBSERVERS.register_module()
+class MSEObserver(HistogramObserver):
+    """Searches the ends with the least squared quantization error, by coordinate descent on the histogram.
+
+    The default for weights and activations. Codes finer than the histogram's bins (16 bits) keep the whole range.
+    """
+
+    def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        return mse_range(self.histogram, low, high, bits, symmetric)

@@ -1,0 +1,161 @@
+"""Quantization ranges from histograms: percentiles, KL divergence, squared error."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .histogram import NUM_BINS, StreamingHistogram
+
+# thresholds tried by the KL search, and ratios tried in a sweep of the squared-error search
+_KL_CANDIDATES = 64
+_COARSE, _FINE = torch.linspace(1, 0.02, 50).tolist(), torch.linspace(1.04, 0.96, 17).tolist()
+# rows of a histogram evaluated at once: 2^22 float32 elements
+_ROWS = 2**22 // NUM_BINS
+
+
+def quantile_range(histogram: StreamingHistogram, low: Tensor, high: Tensor, share: float,
+                   symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Ends that leave out ``1 - share`` of the elements on either side (symmetric: of the magnitudes).
+
+    Args:
+        histogram (StreamingHistogram): Counts of C channels.
+        low (Tensor): Observed minimum, at most 0, of shape (C,).
+        high (Tensor): Observed maximum, at least 0, of shape (C,).
+        share (float): Share of the elements below the upper end, between 0.5 and 1.
+        symmetric (bool): Whether magnitudes are counted.
+
+    Returns:
+        tuple[Tensor, Tensor]: Ends of shape (C,), linear within a bin.
+    """
+
+    def quantile(counts: Tensor, first: Tensor, q: float) -> Tensor:
+        total = counts.cumsum(1)
+        target = total[:, -1:] * q
+        index = (total < target).sum(1, keepdim=True).clamp_max(NUM_BINS - 1)
+        count = counts.gather(1, index)
+        part = (target - (total.gather(1, index) - count)) / count.clamp_min(1)
+        return ((first[:, None] + index + part) * histogram.width[:, None]).squeeze(1)
+
+    if symmetric:
+        top = quantile(histogram.magnitudes(), torch.zeros_like(histogram.first), share)
+        top = torch.minimum(top, torch.maximum(-low, high).double())
+        return -top, top
+    ends = [quantile(histogram.counts, histogram.first, q) for q in (1 - share, share)]
+    return torch.maximum(ends[0].clamp_max(0), low.double()), torch.minimum(ends[1].clamp_min(0), high.double())
+
+
+def kl_divergence(counts: Tensor, size: Tensor, levels: int) -> Tensor:
+    """KL divergence between clipped counts and the same counts quantized to ``levels`` levels.
+
+    Args:
+        counts (Tensor): Counts of magnitudes of shape (C, NUM_BINS).
+        size (Tensor): Bins that are kept, int64 of shape (C,); what lies beyond joins the last of them.
+        levels (int): Levels that share the kept bins.
+
+    Returns:
+        Tensor: Divergence in nats, of shape (C,).
+    """
+    index = torch.arange(counts.shape[1], device=counts.device)
+    size = size[:, None]
+    kept = torch.where(index < size, counts, 0)
+    beyond = (counts - kept).sum(1, keepdim=True)
+    reference = torch.where(index == size - 1, kept + beyond, kept)
+    group = (index * levels // size).clamp_max(levels - 1)
+    empty = counts.new_zeros(len(counts), levels)
+    sums = empty.scatter_add(1, group, kept)
+    occupied = empty.scatter_add(1, group, (kept > 0).to(counts.dtype))
+    spread = torch.where(kept > 0, (sums / occupied.clamp_min(1)).gather(1, group), 0)
+    p = reference / reference.sum(1, keepdim=True).clamp_min(1)
+    q = spread / spread.sum(1, keepdim=True).clamp_min(1)
+    # clipped elements that fall on an empty bin cost much, but not infinitely much
+    return torch.where(p > 0, p * (p.clamp_min(1e-30) / q.clamp_min(1e-10)).log(), 0).sum(1)
+
+
+def kl_threshold(histogram: StreamingHistogram, signed_levels: int, unsigned_levels: int, negative: Tensor) -> Tensor:
+    """The magnitude to clip at, float64 of shape (C,): infinite where nothing should be clipped.
+
+    Args:
+        histogram (StreamingHistogram): Counts of C channels.
+        signed_levels (int): Levels for magnitudes in channels that hold negative values.
+        unsigned_levels (int): Levels for magnitudes in the others.
+        negative (Tensor): Which channels hold negative values, of shape (C,).
+    """
+    magnitudes, width = histogram.magnitudes(), histogram.width
+    # zero has a code of its own: a ReLU's spike there must not decide the clipping
+    magnitudes[:, 0] = magnitudes[:, 1]
+    threshold = torch.full_like(width, math.inf)
+    for levels, rows in ((signed_levels, negative), (unsigned_levels, ~negative)):
+        for part in rows.nonzero().squeeze(1).split(_ROWS):
+            counts = magnitudes[part]
+            used = torch.where(counts > 0, torch.arange(1, NUM_BINS + 1, device=counts.device), 0).amax(1)
+            # as many bins as levels: nothing to choose
+            best = torch.where(used <= levels, -math.inf, math.inf).to(width)
+            found = torch.full_like(best, math.inf)
+            for share in torch.linspace(1, 0, _KL_CANDIDATES).tolist():
+                size = levels + ((used - levels) * share).round().long().clamp_min(0)
+                divergence = kl_divergence(counts, size, levels)
+                better = divergence < best
+                best = torch.where(better, divergence, best)
+                found = torch.where(better, math.inf if share == 1 else size * width[part], found)
+            threshold[part] = found
+    return threshold
+
+
+def _squared_error(centers: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Squared error of each row of a histogram, quantized with the ends of shape (C,)."""
+    if symmetric:
+        last = 2**(bits - 1) - 1
+        first, scale = -last - 1, high / last
+        zero = torch.zeros_like(scale)
+    else:
+        first, last = 0, 2**bits - 1
+        scale = (high - low) / last
+        zero = (-low / scale.clamp_min(1e-30)).round()
+    scale, zero = scale.clamp_min(1e-30)[:, None], zero[:, None]
+    rounded = torch.div(centers, scale).round_().add_(zero).clamp_(first, last).sub_(zero).mul_(scale)
+    return rounded.sub_(centers).square_().mul_(counts).sum(1)
+
+
+def mse_range(histogram: StreamingHistogram, low: Tensor, high: Tensor, bits: int,
+              symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Ends with the least squared quantization error, found by coordinate descent on clip ratios.
+
+    Args:
+        histogram (StreamingHistogram): Counts of C channels.
+        low (Tensor): Observed minimum, at most 0, of shape (C,).
+        high (Tensor): Observed maximum, at least 0, of shape (C,).
+        bits (int): Bits of the codes.
+        symmetric (bool): Whether both ends are the same, and codes signed.
+
+    Returns:
+        tuple[Tensor, Tensor]: Ends of shape (C,), within the observed ones (symmetric: within the larger of them).
+    """
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    if 2**bits > NUM_BINS // 2:
+        return low, high
+    # both ends together, then one by one, coarse and fine
+    sweeps = [(_COARSE, 1, 1), (_FINE, 1, 1)]
+    if not symmetric and bool((low < 0).any()):
+        sweeps += [(_COARSE, 0, 1), (_COARSE, 1, 0), (_FINE, 0, 1), (_FINE, 1, 0)]
+    found = []
+    for rows in torch.arange(len(low), device=low.device).split(_ROWS):
+        centers, counts = histogram.centers()[rows].float(), histogram.counts[rows].float()
+        full = torch.stack([low[rows], high[rows]])
+        ends, best = full, _squared_error(centers, counts, *full, bits, symmetric)
+        for ratios, move_low, move_high in sweeps:
+            start = ends
+            for ratio in ratios:
+                # a coarse ratio is one of the full range, a fine one of the best so far
+                moved = (full if ratios is _COARSE else start) * ratio
+                trial = torch.stack([moved[0] if move_low else start[0], moved[1] if move_high else start[1]])
+                trial = torch.maximum(torch.minimum(trial, full[1]), full[0])
+                error = _squared_error(centers, counts, *trial, bits, symmetric)
+                better = error < best
+                best, ends = torch.where(better, error, best), torch.where(better, trial, ends)
+        found.append(ends)
+    low, high = torch.cat(found, 1)
+    return low, high

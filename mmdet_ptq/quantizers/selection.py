@@ -1,0 +1,109 @@
+"""Building quantizers and observers from plain descriptions, and choosing between formats by their error."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.registry import Registry
+from torch import Tensor
+
+from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.registry import OBSERVERS, QUANTIZERS
+
+from .base import Quantizer
+
+
+def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get('type'), (str, type)):
+        raise PTQError(f'A {what} must be a dict with a `type`, got {cfg!r}.')
+    kwargs = dict(cfg)
+    kind = kwargs.pop('type')
+    # `get` and not `build`: the default scope of a running mmdet job would be searched first, with a warning each time
+    cls = kind if isinstance(kind, type) else registry.get(kind)
+    if cls is None:
+        known = sorted(registry.module_dict)
+        raise PTQError(f"Unknown {what} type '{kind}', known are {', '.join(known)}."
+                       f"{did_you_mean(str(kind).split('.')[-1], known)}")
+    accepted = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        for key in kwargs:
+            if key not in accepted:
+                raise PTQError(f"{cls.__name__} has no option '{key}'.{did_you_mean(key, accepted)}")
+    return cls(**kwargs)
+
+
+def build_quantizer(spec: Mapping[str, Any]) -> Quantizer:
+    """Builds a quantizer from its ``spec`` or from a config dict.
+
+    Args:
+        spec (Mapping): ``type`` (with or without the scope ``mmdet_ptq.``) and the arguments.
+
+    Returns:
+        Quantizer: A quantizer with the structure of the one that gave the spec, its parameters not yet set.
+
+    Raises:
+        PTQError: If the type or an argument is unknown or invalid.
+    """
+    return _build(QUANTIZERS, spec, 'quantizer')
+
+
+def build_observer(cfg: Mapping[str, Any]) -> Any:
+    """Builds an observer from a config dict, with the errors of ``build_quantizer``."""
+    return _build(OBSERVERS, cfg, 'observer')
+
+
+@torch.no_grad()
+def weight_error(quantizer: Quantizer, weight: Tensor, importance: Tensor | None = None) -> float:
+    """(Importance-weighted) sum of squared differences between a weight and its quantized values."""
+    error = (quantizer(weight) - weight).double().square_()
+    return float((error if importance is None else error * importance).sum())
+
+
+def fit_best(candidates: list[Quantizer], weight: Tensor, importance: Tensor | None = None) -> Quantizer:
+    """Fits every candidate to a weight and returns the one with the least error; the first wins a tie.
+
+    Args:
+        candidates (list[Quantizer]): Quantizers for the weight, fitted in place.
+        weight (Tensor): Weight of shape (C, ...).
+        importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+
+    Returns:
+        Quantizer: The chosen candidate.
+
+    Raises:
+        PTQError: If there is no candidate, or the weight holds NaN or infinity.
+    """
+    if not candidates:
+        raise PTQError('`fit_best` needs at least one candidate quantizer.')
+    errors = []
+    for candidate in candidates:
+        candidate.fit_weight(weight, importance=importance)
+        errors.append(weight_error(candidate, weight, importance))
+    return candidates[errors.index(min(errors))]
+
+
+def resolve_auto(cfg: Mapping[str, Any], weight: Tensor, importance: Tensor | None = None) -> Quantizer:
+    """Resolves ``LogAffineQuantizer(mode='auto')`` for one layer.
+
+    Args:
+        cfg (Mapping): Config or spec of the quantizer, with ``mode='auto'``.
+        weight (Tensor): Weight of shape (C, ...).
+        importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+
+    Returns:
+        Quantizer: A fitted symmetric ``AffineQuantizer`` or a fitted 'log1p' ``LogAffineQuantizer``, whichever has the
+        least error; the uniform one, which is simpler, wins a tie.
+
+    Raises:
+        PTQError: If ``cfg`` is not a log-affine quantizer in mode 'auto'.
+    """
+    auto = build_quantizer(cfg)
+    if getattr(auto, 'mode', None) != 'auto':
+        raise PTQError(f"`resolve_auto` needs a quantizer with `mode='auto'`, got {dict(cfg)!r}.")
+    spec = auto.spec()
+    uniform = dict(type='mmdet_ptq.AffineQuantizer', bits=spec['bits'], symmetric=True,
+                   num_channels=spec['num_channels'], channel_axis=0, learn_scale=spec['learn'])
+    candidates = [build_quantizer(uniform), build_quantizer({**spec, 'mode': 'log1p'})]
+    return fit_best([c.to(weight.device) for c in candidates], weight, importance)

@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import affine
+
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import AffineQuantizer, MinMaxObserver, build_quantizer
+
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def make(bits=8, symmetric=False, channels=None, axis=1, low=-1.3, high=2.1, **kwargs):
+    q = AffineQuantizer(bits, symmetric, channels, axis, **kwargs)
+    spread = torch.ones(()) if channels is None else torch.linspace(0.5, 2, channels)
+    q.set_range(low * spread, high * spread)
+    return q
+
+
+@pytest.mark.parametrize('bits', BITS)
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('channels,axis', [(None, 1), (3, 1), (2, 0), (5, -1)])
+@pytest.mark.parametrize('learned', [True, False])
+def test_value_and_gradient_match_reference(bits, symmetric, channels, axis, learned):
+    torch.manual_seed(0)
+    q = make(bits, symmetric, channels, axis)
+    x = (torch.randn(2, 3, 4, 5) * 2).requires_grad_()
+    h = torch.rand(x.shape).requires_grad_() if learned else None
+    grad = torch.randn(x.shape)
+    y = q(x, h)
+    y.backward(grad)
+    shape = [1] * 4
+    if channels:
+        shape[axis] = channels
+    scale, zero = q.scale.detach().double().view(shape).numpy(), q.zero_point.view(shape).numpy()
+    low, high = q.code_range
+    # the division is made in float32 by the quantizer
+    value, dx, ds, dh = affine(x.detach().double().numpy(), scale, zero, low, high,
+                               h.detach().double().numpy() if learned else None)
+    ours = y.detach().numpy()
+    ties = np.abs(ours - value) > 1e-4
+    assert ties.mean() < (0.02 if bits == 16 else 1e-9)
+    g = grad.double().numpy()
+    np.testing.assert_allclose(x.grad.numpy(), g * dx, rtol=1e-5, atol=1e-6)
+    factor = 1 / np.sqrt(x.numel() // q.scale.numel() * high)
+    axes = tuple(i for i in range(4) if shape[i] == 1)
+    if bits < 16:
+        np.testing.assert_allclose(q.scale.grad.numpy(), ((g * ds).sum(axes) * factor), rtol=2e-3, atol=2e-3)
+    if learned:
+        np.testing.assert_allclose(h.grad.numpy(), g * dh, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('bits', BITS)
+@pytest.mark.parametrize('shape', [(2, 3, 5, 7), (4, 3, 300, 300)])
+def test_decode_of_encode_is_forward_bit_for_bit(symmetric, bits, shape):
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    for channels in (None, 3):
+        q = make(bits, symmetric, channels)
+        with torch.no_grad():
+            plain = q(x)
+        trained, decoded = q(x.requires_grad_()).detach(), q.decode(q.encode(x))
+        # as integers, so that -0.0 and 0.0 differ
+        assert torch.equal(plain.view(torch.int32), decoded.view(torch.int32))
+        assert torch.equal(trained.view(torch.int32), decoded.view(torch.int32))
+        codes = q.encode(x)
+        assert codes.dtype == torch.int32
+        assert q.code_range[0] <= codes.min() and codes.max() <= q.code_range[1]
+        x = x.detach()
+
+
+def test_hard_learned_rounding_is_what_encode_stores():
+    q, x = make(4, True, 3), torch.randn(2, 3, 8)
+    h = torch.randint(0, 2, x.shape).float()
+    assert torch.equal(q(x, h).detach(), q.decode(q.encode(x, h)))
+    assert not torch.equal(q.encode(x, h), q.encode(x))
+
+
+floats = st.floats(-1e6, 1e6, width=32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(floats, min_size=2, max_size=20), st.sampled_from(BITS), st.booleans())
+def test_numerics(values, bits, symmetric):
+    x = torch.tensor(values).sort().values
+    q = AffineQuantizer(bits, symmetric)
+    q.set_range(x.min(), x.max())
+    assert torch.isfinite(q.scale) and q.scale > 0
+    with torch.no_grad():
+        y = q(x)
+    assert (y.diff() >= 0).all()
+    assert torch.equal(q(y).detach(), y)
+    assert q(torch.zeros(3)).abs().max() == 0
+    low, high = q.decode(torch.tensor(q.code_range)).tolist()
+    assert low <= y.min() and y.max() <= high
+    # half a step inside the range, and half a step more for the rounded zero point
+    assert ((y - x).abs() <= q.scale * 1.001 + 1e-6).all()
+
+
+@pytest.mark.parametrize('fill', [0.0, 3.0, -2.5, 1e-30])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_constant_tensor(fill, symmetric):
+    q, x = AffineQuantizer(8, symmetric, 2, 0), torch.full((2, 9), fill)
+    q.fit_weight(x)
+    assert torch.isfinite(q.scale).all() and (q.scale > 0).all()
+    torch.testing.assert_close(q(x).detach(), x, rtol=1e-2, atol=1e-12)
+
+
+def test_huge_outlier_keeps_the_bulk_when_importance_says_so():
+    torch.manual_seed(0)
+    w = torch.randn(1, 1000)
+    w[0, 0] = 1e6
+    q = AffineQuantizer(8, True, 1, 0)
+    q.fit_weight(w)
+    assert q(w)[0, 0] > 9e5
+    importance = torch.ones(1000)
+    importance[0] = 0
+    q.fit_weight(w, importance=importance)
+    assert q.scale < 1e6 / 127 / 50
+
+
+@pytest.mark.parametrize('bits,least', [(2, 6.8), (3, 11.4), (4, 15.6), (8, 36)])
+def test_fit_on_laplace_beats_min_max(bits, least):
+    torch.manual_seed(0)
+    w = torch.distributions.Laplace(0., 1.).sample((8, 4000))
+    q, plain = AffineQuantizer(bits, True, 8, 0), AffineQuantizer(bits, True, 8, 0)
+    q.fit_weight(w)
+    plain.fit_weight(w, observer=MinMaxObserver(8, 0))
+    sqnr, worse = (10 * torch.log10(w.square().sum() / (m(w) - w).square().sum()).item() for m in (q, plain))
+    assert sqnr > max(least, worse)
+
+
+def test_range_touches_its_ends_and_zero():
+    q = AffineQuantizer(8)
+    q.set_range(torch.tensor(2.0), torch.tensor(5.0))
+    assert q.zero_point == 0 and q(torch.tensor([5.0])).item() == pytest.approx(5.0, rel=1e-6)
+    q = AffineQuantizer(8, symmetric=True, narrow_range=True)
+    q.set_range(torch.tensor(-3.0), torch.tensor(1.0))
+    assert q.code_range == (-127, 127) and q(torch.tensor([-3.0])).item() == pytest.approx(-3.0, rel=1e-6)
+
+
+def test_scale_below_the_floor_recovers():
+    q = make(4, True)
+    q.scale.data.fill_(-1.0)
+    y = q(torch.ones(4))
+    assert torch.isfinite(y).all()
+    (y - 1).square().sum().backward()
+    assert q.scale.grad < 0
+
+
+def test_half_precision_and_empty():
+    q = make()
+    x = torch.randn(4, 4).half()
+    assert q(x).dtype == torch.half and torch.equal(q(x), q(x.float()).half())
+    assert q(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_state_round_trip():
+    q = make(4, False, 3, learn_scale=False)
+    other = build_quantizer(q.spec())
+    other.load_state_dict(q.state_dict(), strict=True)
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(q(x), other(x)) and other.spec() == q.spec() and other.learnable() == {}
+    assert set(make().learnable()) == {'scale'}
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+def test_non_finite_is_refused(bad):
+    q, x = AffineQuantizer(8, True, 2, 0), torch.ones(2, 3)
+    x[1, 1] = bad
+    for call in (q.encode, q.fit_weight, lambda t: q.set_range(t.amin(1), t.sum(1))):
+        with pytest.raises(PTQError, match='NaN or infinity'):
+            call(x)
+
+
+@pytest.mark.parametrize('kwargs,told', [(dict(bits=9), '`bits` must be one of 2..8 or 16, got 9'),
+                                         (dict(bits=1), 'got 1'), (dict(bits=4.0), 'got 4.0'),
+                                         (dict(num_channels=0), '`num_channels`')])
+def test_bad_arguments(kwargs, told):
+    with pytest.raises(PTQError, match=told):
+        AffineQuantizer(**kwargs)
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(PTQError, match='3 channels on axis 1'):
+        make(8, False, 3)(torch.ones(2, 4))
+    with pytest.raises(PTQError, match='does not fit'):
+        AffineQuantizer(8, False, 3).set_range(torch.zeros(2), torch.ones(2))
+    with pytest.raises(PTQError, match='does not broadcast'):
+        AffineQuantizer(8, True, 3, 0).fit_weight(torch.ones(3, 4), importance=torch.ones(5))

@@ -1,0 +1,38 @@
+"""Trains a float detector with mmengine's own loop, and writes a slim checkpoint: weights and plain values only."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import mmengine
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config')
+    parser.add_argument('--export', type=Path, help='where to write the slim checkpoint (no optimizer, no history)')
+    parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the work directory')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    args = parser.parse_args()
+
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options)
+    config.resume = args.resume
+    runner = Runner.from_cfg(config)
+    # twice as fast on a CPU, where a convolution takes the layout of its weights
+    runner.model.to(memory_format=torch.channels_last)
+    runner.train()
+    if args.export:
+        weights = {name: value.cpu().contiguous() for name, value in runner.model.state_dict().items()}
+        meta = dict(dataset_meta={key: list(value) for key, value in runner.train_dataloader.dataset.metainfo.items()},
+                    config=Path(args.config).name, epoch=runner.epoch, seed=runner.seed,
+                    torch_version=str(torch.__version__), mmengine_version=mmengine.__version__)
+        args.export.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state_dict=weights, meta=meta), args.export)
+
+
+if __name__ == '__main__':
+    main()
