@@ -2,7 +2,7 @@
 # PYTHON=/path/to/python, an active environment, STACK=onedl and TORCH=2.10.0 are respected.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench docs doctor clean
+.PHONY: help setup demo test test-slow lint docs doctor clean
 
 # A Python that works (pyenv shims may exist and fail) runs the set-up, which then chooses the environment.
 BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3 python; do \
@@ -29,7 +29,7 @@ lint:  ## check the style
 	$(RUN) -m ruff check .
 
 docs:  ## build the documentation into site/
-	$(RUN) -c "import material" 2>/dev/null || $(subst @,,$(RUN)) -m pip install --quiet -e '.[docs]'
+	$(RUN) -m pip install --quiet mkdocs-material
 	$(RUN) -m mkdocs build --strict
 
 doctor:  ## say what is wrong with the environment and how to mend it

@@ -4,12 +4,13 @@
 #   OMP_NUM_THREADS=2 python tools/train.py configs/ssdlite_mbv2_float.py \
 #       --export configs/checkpoints/ssdlite_mbv2_embedded.pth
 default_scope = 'mmdet'
-num_classes = 8
-input_size = 192
+custom_imports = dict(imports=['mmdet_ptq'], allow_failed_imports=False)
+num_classes = 6
+input_size = 128
 
 # model settings
 norm_cfg = dict(type='BN', eps=0.001, momentum=0.03)
-level_channels = (16, 48, 1280, 256, 128)
+level_channels = (16, 48, 1280, 256)
 model = dict(
     type='SingleStageDetector',
     data_preprocessor=dict(
@@ -23,8 +24,8 @@ model = dict(
         type='SSDNeck',
         in_channels=level_channels[:3],
         out_channels=level_channels,
-        level_strides=(2, 2),
-        level_paddings=(1, 1),
+        level_strides=(2, ),
+        level_paddings=(1, ),
         l2_norm_scale=None,
         use_depthwise=True,
         norm_cfg=norm_cfg,
@@ -41,10 +42,10 @@ model = dict(
         anchor_generator=dict(
             type='SSDAnchorGenerator',
             scale_major=False,
-            strides=[8, 16, 32, 64, 96],
-            ratios=[[2], [2, 3], [2, 3], [2, 3], [2, 3]],
-            min_sizes=[14, 30, 58, 92, 130],
-            max_sizes=[30, 58, 92, 130, 170]),
+            strides=[8, 16, 32, 64],
+            ratios=[[2], [2, 3], [2, 3], [2, 3]],
+            min_sizes=[12, 25, 45, 70],
+            max_sizes=[25, 45, 70, 100]),
         bbox_coder=dict(
             type='DeltaXYWHBBoxCoder',
             target_means=[.0, .0, .0, .0],
@@ -78,12 +79,6 @@ train_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='Resize', scale=(input_size, input_size), keep_ratio=False),
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
-    dict(
-        type='PhotoMetricDistortion',
-        brightness_delta=32,
-        contrast_range=(0.7, 1.3),
-        saturation_range=(0.7, 1.3),
-        hue_delta=18),
     dict(type='PackDetInputs')
 ]
 test_pipeline = [
@@ -93,7 +88,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
 ]
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=1,
     persistent_workers=True,
     drop_last=True,
@@ -123,27 +118,27 @@ val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instan
 test_evaluator = val_evaluator
 
 # schedule
-max_epochs = 22
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
+max_epochs = 45
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=5)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(type='CosineAnnealingLR', T_max=max_epochs, begin=0, end=max_epochs, by_epoch=True,
          convert_to_iter_based=True, eta_min_ratio=0.01)
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.02),
+    optimizer=dict(type='AdamW', lr=1.5e-3, weight_decay=0.02, fused=True),
     paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0),
     clip_grad=dict(max_norm=10))
 
 # runtime
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=25),
+    logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=2, max_keep_ckpts=2),
+    checkpoint=dict(type='CheckpointHook', interval=5, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'))
 env_cfg = dict(

@@ -140,10 +140,11 @@ WORKAROUNDS: tuple[Workaround, ...] = (
 def replace_sync_bn(model_cfg: Any) -> int:
     """Turns synchronized batch norms of a model config into plain ones when no process group exists.
 
-    Both compute the same in evaluation mode, but the synchronized ones refuse to run in a single process on a CPU.
+    Both compute the same in evaluation mode and have the same state, but mmcv's ``MMSyncBN`` cannot even be built
+    without a process group, nor can torch's ``SyncBN`` run on a CPU in older versions.
 
     Args:
-        model_cfg (dict | list | Any): A model config, changed in place.
+        model_cfg (ConfigDict | dict | list): A model config, changed in place.
 
     Returns:
         int: How many norm configs were rewritten.

@@ -1,8 +1,8 @@
 """What is installed, what is wrong with it, and how to mend it.
 
 Everything is looked up by import name, never by distribution name: the original OpenMMLab packages and the
-maintained fork (`onedl-*`) install the same modules. This file imports none of ours, so that it runs alone where
-the stack, and with it the package, does not import.
+maintained fork (`onedl-*`) install the same modules. This file imports none of ours, so that it runs alone
+where the stack, and with it the package, does not import.
 """
 from __future__ import annotations
 

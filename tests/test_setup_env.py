@@ -31,6 +31,14 @@ def dry_run(folder: Path, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def test_options_after_the_set_up_belong_to_python(tmp_path):
+    code = ('import sys; sys.argv = ["setup_env.py", "-c", "print(40 + 2)"]; import setup_env as s; '
+            's.foreign_environment = lambda *_: sys.executable; sys.exit(s.main())')
+    done = subprocess.run([sys.executable, '-c', code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == '42'
+
+
 @pytest.fixture
 def bare_python(tmp_path) -> str:
     """An interpreter without any package."""

@@ -11,7 +11,6 @@ VENV (the folder), MAX_JOBS and CFLAGS for the build of mmcv; pip reads its own 
 """
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -47,7 +46,7 @@ def folder(name):
     return places[0] if places else None
 found = {n: folder(n) for n in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmdet_ptq')}
 found['mmcv._ext'] = bool(found['mmcv'] and glob.glob(os.path.join(found['mmcv'], '_ext*.so')))
-dev = [n for n in ('rich', 'jinja2', 'matplotlib', 'pytest', 'pytest_timeout', 'hypothesis')
+dev = [n for n in ('rich', 'jinja2', 'matplotlib', 'pytest', 'pytest_timeout', 'hypothesis', 'ruff')
        if importlib.util.find_spec(n) is None]
 sites = sorted({os.path.dirname(v) for v in found.values() if isinstance(v, str)})
 print(json.dumps(dict(version=sys.version_info[:3], prefix=sys.prefix, found=found, dev=dev,
@@ -450,29 +449,30 @@ def own_environment(venv: Venv) -> str:
 
 def main() -> int:
     """Sets up, then becomes the command."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--dry-run', action='store_true', help='print the commands, run none')
-    parser.add_argument('command', nargs=argparse.REMAINDER, help='what `python` runs after the set-up')
-    args = parser.parse_args()
+    command = sys.argv[1:]    # not argparse: everything after our one option belongs to `python`
+    if command[:1] in (['-h'], ['--help']):
+        print(__doc__)
+        return 0
+    dry_run = command[:1] == ['--dry-run']
+    command = command[dry_run:]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stack = os.environ.get('STACK') or STACKS[0]
         if stack not in STACKS:
             raise SetupError(f'STACK={stack} is not known; it is one of {", ".join(STACKS)}.')
         folder = os.environ.get('VENV') or ('.venv' if stack == STACKS[0] else f'.venv-{stack}')
-        venv = Venv(ROOT / folder, stack, os.environ.get('TORCH') or None, args.dry_run)
-        python = foreign_environment(venv.path, args.dry_run) or own_environment(venv)
+        venv = Venv(ROOT / folder, stack, os.environ.get('TORCH') or None, dry_run)
+        python = foreign_environment(venv.path, dry_run) or own_environment(venv)
     except SetupError as error:
         say(f'Error: {error}')
         return 1
     except KeyboardInterrupt:
         say('Interrupted; repeat the same command to go on where it stopped.')
         return 130
-    if args.dry_run or not args.command:
+    if dry_run or not command:
         return 0
-    say('+ ' + shlex.join([python, *args.command]))
-    os.execvp(python, [python, *args.command])
+    say('+ ' + shlex.join([python, *command]))
+    os.execvp(python, [python, *command])
 
 
 if __name__ == '__main__':

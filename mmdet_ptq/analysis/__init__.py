@@ -1,4 +1,5 @@
 """What was gained and lost: cost, drift, tables and the report."""
+
 from .cost import PartSummary, bops, float_bops, float_size_bytes, part_summary
 from .drift import LayerError, ScoreDrift, layer_errors, score_drift
 from .report import ReportInputs, build_report, headlines, write_report
@@ -6,7 +7,27 @@ from .results import new_results, read_results, result_row, versions, write_resu
 from .table import coverage_table, headline_metric, print_results, result_lines, results_table
 
 __all__ = [
-    'LayerError', 'PartSummary', 'ReportInputs', 'ScoreDrift', 'bops', 'build_report', 'coverage_table', 'float_bops',
-    'float_size_bytes', 'headline_metric', 'headlines', 'layer_errors', 'new_results', 'part_summary',
-    'print_results', 'read_results', 'result_lines', 'result_row', 'results_table', 'score_drift', 'versions',
-    'write_report', 'write_results']
+    'LayerError',
+    'PartSummary',
+    'ReportInputs',
+    'ScoreDrift',
+    'bops',
+    'build_report',
+    'coverage_table',
+    'float_bops',
+    'float_size_bytes',
+    'headline_metric',
+    'headlines',
+    'layer_errors',
+    'new_results',
+    'part_summary',
+    'print_results',
+    'read_results',
+    'result_lines',
+    'result_row',
+    'results_table',
+    'score_drift',
+    'versions',
+    'write_report',
+    'write_results',
+]

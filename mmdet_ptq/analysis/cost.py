@@ -1,4 +1,5 @@
 """What a detector costs: bytes, bit operations, and which part of it computes in integers."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -18,7 +19,8 @@ def float_size_bytes(detector: nn.Module) -> int:
         detector: The float detector, before wrapping.
 
     Returns:
-        Bytes: four per element of every floating-point parameter and persistent buffer, each tensor counted once.
+        Bytes: four per element of every floating-point parameter and persistent buffer, each tensor counted
+            once.
         Counters such as ``num_batches_tracked`` are no part of inference and are left out.
     """
     tensors = detector.state_dict(keep_vars=True).values()
@@ -36,16 +38,18 @@ def float_bops(structure: Structure) -> int:
 
 
 def bops(structure: Structure) -> int:
-    """Bit operations of one image: the sum over layers of multiply-accumulates x weight bits x activation bits.
+    """Bit operations of one image: multiply-accumulates x weight bits x activation bits, over all layers.
 
-    Float tensors count 32 bits, operations outside layers 32 x 32. A layer that is called several times counts the
-    widest of its inputs in every call, so the figure is never too low. The measure is that of van Baalen et
-    al., Bayesian Bits (NeurIPS 2020).
+    Float tensors count 32 bits, operations outside layers 32 x 32. A layer that is called several times
+    counts the widest of its inputs in every call, so the figure is never too low. The measure is that of van
+    Baalen et al., Bayesian Bits (NeurIPS 2020).
 
     Args:
         structure: The structure of the quantized detector.
     """
-    layers = sum(layer.macs * weight_bits(layer) * activation_bits(layer, structure) for layer in structure.layers)
+    layers = sum(
+        layer.macs * weight_bits(layer) * activation_bits(layer, structure) for layer in structure.layers
+    )
     return layers + FLOAT_BITS**2 * sum(operation['macs'] for operation in structure.uncovered)
 
 

@@ -1,4 +1,5 @@
 """Final detections of the float and the quantized detector on the same images."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -76,8 +77,9 @@ def match(before: Detections, after: Detections) -> list[tuple[int, int, float]]
 
 
 @torch.no_grad()
-def detect_both(float_detector: nn.Module, detector: nn.Module, batches: Sequence[dict[str, Any]],
-                num_images: int) -> Iterator[DetectionPair]:
+def detect_both(
+    float_detector: nn.Module, detector: nn.Module, batches: Sequence[dict[str, Any]], num_images: int
+) -> Iterator[DetectionPair]:
     """Runs both detectors on the first images.
 
     Args:
@@ -102,10 +104,10 @@ def detect_both(float_detector: nn.Module, detector: nn.Module, batches: Sequenc
 
 
 def _image(inputs: torch.Tensor, meta: dict[str, Any]) -> np.ndarray:
-    """A pipeline's image (3, H, W), blue first as mmcv reads it, as (H, W, 3), red first, without its padding."""
+    """A pipeline's image (3, H, W), blue first, as (H, W, 3), red first, without its padding."""
     if 'ori_shape' in meta and 'scale_factor' in meta:
         (height, width), (x, y) = meta['ori_shape'][:2], meta['scale_factor'][:2]
-        inputs = inputs[:, :round(height * y), :round(width * x)]
+        inputs = inputs[:, : round(height * y), : round(width * x)]
     return np.ascontiguousarray(inputs.flip(0).permute(1, 2, 0).clamp(0, 255).byte().cpu().numpy())
 
 
@@ -113,7 +115,10 @@ def _detections(sample) -> Detections:
     instances = sample.pred_instances
     # the detector answers in pixels of the original image, the picture shows the network's input
     boxes = get_box_tensor(instances.bboxes).float().cpu().numpy()[:, :4]
-    width, height = sample.metainfo.get('scale_factor', (1., 1.))[:2]
+    width, height = sample.metainfo.get('scale_factor', (1.0, 1.0))[:2]
     order = np.argsort(-instances.scores.cpu().numpy(), kind='stable')
-    return Detections(boxes[order] * np.array([width, height, width, height], dtype=boxes.dtype),
-                      instances.scores.cpu().numpy()[order], instances.labels.cpu().numpy()[order])
+    return Detections(
+        boxes[order] * np.array([width, height, width, height], dtype=boxes.dtype),
+        instances.scores.cpu().numpy()[order],
+        instances.labels.cpu().numpy()[order],
+    )

@@ -1,4 +1,5 @@
 """How far the quantized detector moves from the float one: layer by layer, and in its scores and boxes."""
+
 from __future__ import annotations
 
 import math
@@ -29,8 +30,8 @@ class LayerError:
         layer: Path in the detector.
         part: The detector's child it belongs to.
         sqnr_db: Signal to quantization noise ratio in decibels; infinite where nothing changed.
-        mean_shift_share: Share of the error's energy that is a constant shift per channel, which a bias could take
-            back, 0..1; None where there are too few positions to tell.
+        mean_shift_share: Share of the error's energy that is a constant shift per channel, which a bias could
+            take back, 0..1; None where there are too few positions to tell.
     """
 
     layer: str
@@ -41,7 +42,7 @@ class LayerError:
 
 @dataclass
 class ScoreDrift:
-    """Confidence and box of the same priors in both detectors, for priors that either of them is confident of.
+    """Confidence and box of the same priors in both detectors, where either is confident.
 
     Attributes:
         float_scores: Confidences of the float detector, (K,).
@@ -66,25 +67,24 @@ class ScoreDrift:
         return (self.quantized_scores - self.float_scores).mean().item()
 
 
-def layer_errors(float_detector: nn.Module,
-                 detector: nn.Module,
-                 batch: dict[str, Any],
-                 folds: Sequence[Sequence[str]] = ()) -> list[LayerError]:
+def layer_errors(
+    float_detector: nn.Module, detector: nn.Module, batch: dict[str, Any], folds: Sequence[Sequence[str]] = ()
+) -> list[LayerError]:
     """Compares every layer's output in the float and in the quantized detector on one batch.
 
     Args:
-        float_detector: The float detector, or a wrapped one that is run in float mode (``detector`` itself will do
-            as long as its biases are the float ones).
+        float_detector: The float detector, or a wrapped one that is run in float mode (``detector`` itself
+            will do as long as its biases are the float ones).
         detector: The quantized detector.
         batch: One batch as a dataloader yields it.
-        folds: (convolution, normalisation) pairs that are folded in ``detector``: the folded convolution is compared
-            with the float normalisation's output. Defaults to none.
+        folds: (convolution, normalisation) pairs that are folded in ``detector``: the folded convolution is
+            compared with the float normalisation's output. Defaults to none.
 
     Returns:
-        One entry per layer that ran, in the order in which they ran. A second stage that sees other proposals in the
-        two detectors is left out, its outputs do not pair.
+        One entry per layer that ran, in the order in which they ran. A second stage that sees other proposals
+        in the two detectors is left out, its outputs do not pair.
     """
-    norm_of = {conv: norm for conv, norm in folds}
+    norm_of = dict(folds)
     layers = [name for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)]
     axes = {name: channel_axis(detector.get_submodule(name)) for name in layers}
     with _recorded(float_detector, {norm_of.get(name, name): name for name in layers}, axes) as before:
@@ -95,14 +95,18 @@ def layer_errors(float_detector: nn.Module,
     errors = []
     for name, outputs in after.items():
         part = name.split('.')[0]
-        if part == 'roi_head' and unpaired or [t.shape for t in before.get(name, [])] != [t.shape for t in outputs]:
+        if (
+            part == 'roi_head'
+            and unpaired
+            or [t.shape for t in before.get(name, [])] != [t.shape for t in outputs]
+        ):
             continue
         errors.append(LayerError(name, part, *_compare(torch.cat(before[name], 1), torch.cat(outputs, 1))))
     return errors
 
 
 def _compare(signal: Tensor, quantized: Tensor) -> tuple[float, float | None]:
-    """SQNR in decibels, and the share of the per-channel mean in the error, for outputs (channels, positions)."""
+    """SQNR in decibels and the share of constant shifts in the error; outputs are (channels, positions)."""
     error = quantized - signal
     noise = error.square().sum().item()
     if noise == 0:
@@ -113,11 +117,13 @@ def _compare(signal: Tensor, quantized: Tensor) -> tuple[float, float | None]:
         return sqnr, None
     # the squared mean of a sample overestimates the squared mean by variance / count
     shift = error.mean(1).square() - error.var(1) / count
-    return sqnr, min(1., max(0., shift.sum().item() * count / noise))
+    return sqnr, min(1.0, max(0.0, shift.sum().item() * count / noise))
 
 
 @contextmanager
-def _recorded(detector: nn.Module, names: dict[str, str], axes: dict[str, int]) -> Iterator[dict[str, list[Tensor]]]:
+def _recorded(
+    detector: nn.Module, names: dict[str, str], axes: dict[str, int]
+) -> Iterator[dict[str, list[Tensor]]]:
     """Collects outputs as (channels, positions), one per call; the same positions for the same shape.
 
     Args:
@@ -135,6 +141,7 @@ def _recorded(detector: nn.Module, names: dict[str, str], axes: dict[str, int]) 
                 chosen = torch.randint(rows.shape[1], (MAX_POSITIONS,), generator=generator)
                 rows = rows[:, chosen.to(rows.device)]
             seen[name].append(rows.double())
+
         return hook
 
     with ExitStack() as stack:
@@ -145,10 +152,9 @@ def _recorded(detector: nn.Module, names: dict[str, str], axes: dict[str, int]) 
 
 
 @torch.no_grad()
-def predict(detector: nn.Module,
-            batch: dict[str, Any],
-            mode: str,
-            reference: AlignedPredictions | None = None) -> AlignedPredictions:
+def predict(
+    detector: nn.Module, batch: dict[str, Any], mode: str, reference: AlignedPredictions | None = None
+) -> AlignedPredictions:
     """Aligned predictions of one batch in a quantization mode.
 
     Args:
@@ -167,10 +173,12 @@ def in_mode(detector: nn.Module, mode: str):
     return quantization_mode(detector, mode) if is_quantized(detector) else nullcontext()
 
 
-def score_drift(float_detector: nn.Module,
-                detector: nn.Module,
-                batches: Sequence[dict[str, Any]],
-                score_thr: float = SCORE_THR) -> ScoreDrift:
+def score_drift(
+    float_detector: nn.Module,
+    detector: nn.Module,
+    batches: Sequence[dict[str, Any]],
+    score_thr: float = SCORE_THR,
+) -> ScoreDrift:
     """Pairs the predictions of both detectors prior by prior, before NMS.
 
     Args:
@@ -183,7 +191,9 @@ def score_drift(float_detector: nn.Module,
     for batch in batches:
         before = predict(float_detector, batch, 'float')
         if before.raw is not None:
-            return ScoreDrift(reason='the head has no adapter, so its raw outputs do not tell scores and boxes apart')
+            return ScoreDrift(
+                reason='the head has no adapter, so its raw outputs do not tell scores and boxes apart'
+            )
         after = predict(detector, batch, 'quantize', before)
         pair = torch.stack([before.confidence(), after.confidence()])
         keep = (pair >= score_thr).any(0)
@@ -194,5 +204,7 @@ def score_drift(float_detector: nn.Module,
         return ScoreDrift(reason='there were no images to predict on')
     before, after = torch.cat(scores, 1)
     if len(before) == 0:
-        return ScoreDrift(reason=f'neither detector is more than {score_thr} confident of any box in these images')
+        return ScoreDrift(
+            reason=f'neither detector is more than {score_thr} confident of any box in these images'
+        )
     return ScoreDrift(before, after, torch.cat(ious) if ious else torch.zeros(0))

@@ -1,4 +1,5 @@
 """``report.html``: what a run gained and lost, on one page that needs nothing else."""
+
 from __future__ import annotations
 
 import base64
@@ -92,12 +93,14 @@ class ReportInputs:
     sections: list[Section] = field(default_factory=list)
 
 
-def build_report(work_dir: str | Path,
-                 results: dict[str, Any],
-                 structure: Structure,
-                 detector: nn.Module,
-                 float_detector: nn.Module | None,
-                 batches: Sequence[dict[str, Any]]) -> Path:
+def build_report(
+    work_dir: str | Path,
+    results: dict[str, Any],
+    structure: Structure,
+    detector: nn.Module,
+    float_detector: nn.Module | None,
+    batches: Sequence[dict[str, Any]],
+) -> Path:
     """Draws every picture and writes ``report.html``.
 
     A picture that this detector or these images do not allow is replaced by one sentence that says why.
@@ -107,8 +110,8 @@ def build_report(work_dir: str | Path,
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
         structure: The structure of the quantized detector.
         detector: The quantized detector, in eval mode.
-        float_detector: The float detector, wrapped or not; None compares with ``detector`` in float mode, which is
-            the same as long as nothing but quantization parameters was trained.
+        float_detector: The float detector, wrapped or not; None compares with ``detector`` in float mode,
+            which is the same as long as nothing but quantization parameters was trained.
         batches: A few batches as a dataloader yields them, images not yet normalized.
 
     Returns:
@@ -120,7 +123,8 @@ def build_report(work_dir: str | Path,
         'Detections': lambda: _detections(reference, detector, batches, classes),
         'Scores and boxes before suppression': lambda: _drift(reference, detector, batches),
         'Error by layer': lambda: _errors(reference, detector, batches, structure),
-        'Weights and their formats': lambda: _weights(detector, structure)}
+        'Weights and their formats': lambda: _weights(detector, structure),
+    }
     inputs = ReportInputs(results, structure, [_chapter(title, draw) for title, draw in chapters.items()])
     path = Path(work_dir) / 'report.html'
     write_report(path, inputs)
@@ -137,8 +141,13 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
     Raises:
         PTQError: The file cannot be written.
     """
-    environment = Environment(loader=PackageLoader('mmdet_ptq.analysis', '.'), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader('mmdet_ptq.analysis', '.'),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     environment.filters.update(count=format_count, percent=_percent, weights=_weights_by_bits)
     results, structure = inputs.results, inputs.structure
     rows = coverage_rows(structure)
@@ -153,7 +162,8 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
         coverage=rows,
         total_macs=sum(row.macs for row in rows),
         norms=structure.norms,
-        recipe=json.dumps(results['recipe'], indent=2, default=str))
+        recipe=json.dumps(results['recipe'], indent=2, default=str),
+    )
     write_atomic(path, page)
 
 
@@ -173,13 +183,17 @@ def headlines(results: dict[str, Any], structure: Structure) -> list[Headline]:
     if None not in values:
         change = round(points(*values), 1) + 0.0
         found.append(Headline(name, f'{values[0]:.3f} → {values[1]:.3f}', 'float → quantized'))
-        found.append(Headline('change', f'{change:+.1f} points', f'{after["model"]} against {before["model"]}'))
+        found.append(
+            Headline('change', f'{change:+.1f} points', f'{after["model"]} against {before["model"]}')
+        )
     else:
         found.append(Headline('accuracy', 'not measured', 'the evaluator gave no figure for both detectors'))
     for label, key, show in (('size', 'size_bytes', format_bytes), ('bit operations', 'bops', format_count)):
         costs = [row[key] if row else None for row in (before, after)]
         if all(costs):
-            found.append(Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}'))
+            found.append(
+                Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}')
+            )
     share = integer_mac_share(structure)
     found.append(Headline('in integers', _percent(share), 'of the multiply-accumulates'))
     return found
@@ -191,51 +205,78 @@ def _chapter(title: str, draw: Callable[[], Section | str]) -> Section:
         section = draw()
     except PTQError as error:
         section = str(error)
-    except Exception as error:  # noqa: BLE001  a detector of any design comes here, and the run's results must not be lost
+    except Exception as error:
+        # a detector of any design comes here, and what the run has measured must not be lost for a picture
         print_log(f'report, {title}: {type(error).__name__}: {error}', 'current', level=logging.WARNING)
         section = f'This detector does not allow it ({type(error).__name__}: {error}).'
     return Section(title, section) if isinstance(section, str) else section
 
 
-def _detections(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], classes: Sequence[str]) -> Section:
+def _detections(
+    reference: nn.Module, detector: nn.Module, batches: Sequence[dict], classes: Sequence[str]
+) -> Section:
     pairs = list(detect_both(reference, detector, batches, NUM_IMAGES))
     colours = pictures.class_colours(pairs)
-    drawn = [Picture(f'Detections in image {i}, float left, quantized right.',
-                     pictures.detections_picture(pair, classes, colours)) for i, pair in enumerate(pairs, 1)]
-    return Section('Detections', pictures.detections_finding(pairs) if pairs else 'There were no images to show.', drawn)
+    drawn = [
+        Picture(
+            f'Detections in image {i}, float left, quantized right.',
+            pictures.detections_picture(pair, classes, colours),
+        )
+        for i, pair in enumerate(pairs, 1)
+    ]
+    return Section(
+        'Detections', pictures.detections_finding(pairs) if pairs else 'There were no images to show.', drawn
+    )
 
 
 def _drift(reference: nn.Module, detector: nn.Module, batches: Sequence[dict]) -> Section | str:
     drift = score_drift(reference, detector, batches)
     if drift.reason:
         return f'Not drawn: {drift.reason}.'
-    text = ('Each point is one candidate box, before non-maximum suppression, that either detector is at least 0.05 '
-            'confident of. On the diagonal nothing has changed.')
-    return Section('Scores and boxes before suppression', text,
-                   [Picture('Confidence of the quantized against the float detector.', pictures.drift_picture(drift))])
+    text = (
+        'Each point is one candidate box, before non-maximum suppression, that either detector is at least '
+        '0.05 confident of. On the diagonal nothing has changed.'
+    )
+    return Section(
+        'Scores and boxes before suppression',
+        text,
+        [Picture('Confidence of the quantized against the float detector.', pictures.drift_picture(drift))],
+    )
 
 
-def _errors(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], structure: Structure) -> Section | str:
+def _errors(
+    reference: nn.Module, detector: nn.Module, batches: Sequence[dict], structure: Structure
+) -> Section | str:
     if not batches:
         return 'Not drawn: there were no images to run on.'
     errors = layer_errors(reference, detector, batches[0], structure.folds)
     if not errors:
         return 'Not drawn: no layer ran alike in both detectors.'
-    text = ("Signal to quantization noise of each layer's output, with everything before it quantized too: where the "
-            f'bars fall, the error enters. {pictures.errors_finding(errors)}')
-    return Section('Error by layer', text, [Picture('Signal to noise by layer.', pictures.errors_picture(errors))],
-                   errors)
+    text = (
+        "Signal to quantization noise of each layer's output, with everything before it quantized too: "
+        f'where the bars fall, the error enters. {pictures.errors_finding(errors)}'
+    )
+    return Section(
+        'Error by layer',
+        text,
+        [Picture('Signal to noise by layer.', pictures.errors_picture(errors))],
+        errors,
+    )
 
 
 def _weights(detector: nn.Module, structure: Structure) -> Section | str:
     grids = weight_grids(detector, structure)
     if not grids:
         return 'Not drawn: no weight is quantized.'
-    text = ('Log-affine layers first, then those whose weights lose most. The ticks are the values that the format '
-            'offers; where they are dense, the format is precise.')
-    return Section('Weights and their formats', text,
-                   [Picture('Histograms of weights over the values of their formats.',
-                            pictures.weights_picture(grids))])
+    text = (
+        'Log-affine layers first, then those whose weights lose most. The ticks are the values that the '
+        'format offers; where they are dense, the format is precise.'
+    )
+    return Section(
+        'Weights and their formats',
+        text,
+        [Picture('Histograms of weights over the values of their formats.', pictures.weights_picture(grids))],
+    )
 
 
 def _percent(share: float) -> str:
@@ -247,5 +288,10 @@ def _percent(share: float) -> str:
 
 def _weights_by_bits(part: PartSummary) -> str:
     """How many weights have which width."""
-    return ', '.join(f'{format_count(count)} in {"float" if bits == 32 else f"{bits} bits"}'
-                     for bits, count in sorted(part.weights.items())) or 'none'
+    return (
+        ', '.join(
+            f'{format_count(count)} in {"float" if bits == 32 else f"{bits} bits"}'
+            for bits, count in sorted(part.weights.items())
+        )
+        or 'none'
+    )

@@ -1,4 +1,5 @@
 """``results.json``: everything a run measured, in one file of a fixed schema."""
+
 from __future__ import annotations
 
 import json
@@ -35,12 +36,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new_results(config: str,
-                recipe: Mapping[str, Any],
-                seed: int,
-                structure: Structure,
-                image_ids: Sequence[int | str],
-                skipped: Sequence[str] = ()) -> dict[str, Any]:
+def new_results(
+    config: str,
+    recipe: Mapping[str, Any],
+    seed: int,
+    structure: Structure,
+    image_ids: Sequence[int | str],
+    skipped: Sequence[str] = (),
+) -> dict[str, Any]:
     """Starts the results of a run; stages and rows are added as they come.
 
     Args:
@@ -61,16 +64,20 @@ def new_results(config: str,
         'calibration': {'num_images': len(image_ids), 'image_ids': list(image_ids), 'skipped': list(skipped)},
         'coverage': {
             'layers': [asdict(row) for row in coverage_rows(structure)],
-            'integer_mac_share': integer_mac_share(structure)},
+            'integer_mac_share': integer_mac_share(structure),
+        },
         'stages': {},
-        'rows': []}
+        'rows': [],
+    }
 
 
-def result_row(model: str,
-               metrics: Mapping[str, Any],
-               size_bytes: int | None,
-               bops: int | None,
-               latency_ratio: float | None = None) -> dict[str, Any]:
+def result_row(
+    model: str,
+    metrics: Mapping[str, Any],
+    size_bytes: int | None,
+    bops: int | None,
+    latency_ratio: float | None = None,
+) -> dict[str, Any]:
     """One row of the results: a model and what was measured on it.
 
     Args:
@@ -80,8 +87,13 @@ def result_row(model: str,
         bops: Bit operations of one image.
         latency_ratio: Float time / integer time in the same runtime and run. Defaults to None: not measured.
     """
-    return {'model': model, 'metrics': dict(metrics), 'size_bytes': size_bytes, 'bops': bops,
-            'latency_ratio': latency_ratio}
+    return {
+        'model': model,
+        'metrics': dict(metrics),
+        'size_bytes': size_bytes,
+        'bops': bops,
+        'latency_ratio': latency_ratio,
+    }
 
 
 def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
@@ -113,13 +125,16 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise PTQError(f'{path} cannot be read ({error.strerror}); run tools/ptq.py first.') from error
     except ValueError as error:
-        raise PTQError(f'{path} is no valid JSON file ({error}); delete it and run tools/ptq.py again.') from error
+        raise PTQError(
+            f'{path} is no valid JSON file ({error}); delete it and run tools/ptq.py again.'
+        ) from error
     missing = [key for key in KEYS if not isinstance(results, dict) or key not in results]
     if missing:
         raise PTQError(f'{path} is no results file of mmdet-ptq: it lacks {", ".join(missing)}.')
     if results['schema'] != SCHEMA:
-        raise PTQError(f'{path} has schema {results["schema"]!r}, this version reads {SCHEMA}; '
-                       'run tools/ptq.py again.')
+        raise PTQError(
+            f'{path} has schema {results["schema"]!r}, this version reads {SCHEMA}; run tools/ptq.py again.'
+        )
     return results
 
 
@@ -137,8 +152,9 @@ def write_atomic(path: str | Path, text: str) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile('w', encoding='utf-8', dir=path.parent, prefix=f'.{path.name}.',
-                                         delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            'w', encoding='utf-8', dir=path.parent, prefix=f'.{path.name}.', delete=False
+        ) as file:
             temporary = file.name
             file.write(text)
         # a temporary file is private to its owner, a result is as readable as any other file
@@ -148,8 +164,9 @@ def write_atomic(path: str | Path, text: str) -> None:
         Path(temporary).replace(path)
         temporary = None
     except OSError as error:
-        raise PTQError(f'{path} cannot be written ({error.strerror}); free some space or choose another '
-                       '--work-dir.') from error
+        raise PTQError(
+            f'{path} cannot be written ({error.strerror}); free some space or choose another --work-dir.'
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -1,4 +1,5 @@
 """The results and the coverage as tables: plain cells, and the same on the terminal."""
+
 from __future__ import annotations
 
 import math
@@ -33,7 +34,7 @@ class ResultLine:
 
 
 def metric_value(value: Any) -> float | None:
-    """A metric as a number; None where the evaluator had none to give (COCO writes -1 for "no such objects")."""
+    """A metric as a number; None where there is none (COCO writes -1 for "no such objects")."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value == -1:
         return None
     return float(value)
@@ -46,7 +47,7 @@ def points(reference: float, value: float) -> float:
 
 
 def headline_metric(results: Mapping[str, Any]) -> str | None:
-    """The metric that stands for a run: the first named mAP, AP or PQ, else the first number; None without any.
+    """The metric that stands for a run: the first named mAP, AP or PQ, else the first number, or None.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
@@ -65,7 +66,8 @@ def result_lines(results: Mapping[str, Any]) -> list[ResultLine]:
     """Every figure of the evaluator, then size, bit operations and latency, one line each.
 
     Args:
-        results: See :func:`mmdet_ptq.analysis.results.new_results`. The first row is what the others are compared to.
+        results: See :func:`mmdet_ptq.analysis.results.new_results`. The first row is what the others are
+            compared to.
     """
     rows = results['rows']
     names = list(dict.fromkeys(name for row in rows for name in row['metrics']))
@@ -119,7 +121,7 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The results as a terminal table: one line per figure, one column per model and its difference to the first.
+    """The results as a terminal table: a line per figure, a column per model and its difference.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
@@ -131,10 +133,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
         if place:
             table.add_column('difference', justify='right', no_wrap=True)
     lines = result_lines(results) if results['rows'] else []
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
+    metrics = sum(line.metric for line in lines)
+    for place, line in enumerate(lines, 1):
         cells = [cell for pair in zip(line.values, line.changes, strict=True) for cell in pair]
         del cells[1]  # the first model has no difference to itself
-        table.add_row(line.label, *cells, end_section=line.metric and not following.metric)
+        table.add_row(line.label, *cells, end_section=place == metrics)
     return table
 
 
@@ -146,13 +149,30 @@ def coverage_table(structure: Structure) -> Table:
     """
     rows = coverage_rows(structure)
     total = sum(row.macs for row in rows) or 1
-    table = Table(title=f'coverage: {100 * integer_mac_share(structure):.2f} % of the multiply-accumulates in integers')
-    for heading, justify in (('layer', 'left'), ('kind', 'left'), ('MACs', 'right'), ('share', 'right'),
-                             ('weight', 'left'), ('activation', 'left'), ('why not in integers', 'left')):
+    table = Table(
+        title=f'coverage: {100 * integer_mac_share(structure):.2f} % of the multiply-accumulates in integers'
+    )
+    for heading, justify in (
+        ('layer', 'left'),
+        ('kind', 'left'),
+        ('MACs', 'right'),
+        ('share', 'right'),
+        ('weight', 'left'),
+        ('activation', 'left'),
+        ('why not in integers', 'left'),
+    ):
         table.add_column(heading, justify=justify)
     for row in rows:
-        table.add_row(row.name, row.kind, format_count(row.macs), f'{100 * row.macs / total:.2f} %', row.weight,
-                      row.activation, row.reason, style=None if row.integer else 'yellow')
+        table.add_row(
+            row.name,
+            row.kind,
+            format_count(row.macs),
+            f'{100 * row.macs / total:.2f} %',
+            row.weight,
+            row.activation,
+            row.reason,
+            style=None if row.integer else 'yellow',
+        )
     return table
 
 

@@ -1,4 +1,5 @@
 """Weights next to the values that their format offers, for the layers where that tells most."""
+
 from __future__ import annotations
 
 import math
@@ -49,10 +50,14 @@ def weight_grids(detector: nn.Module, structure: Structure, count: int = 6) -> l
     found = {name: q for name, q in quantized_weights(detector).items() if name in formats}
     losses = {name: _sqnr(detector.get_submodule(name), q) for name, q in found.items()}
     # a layer of a few weights makes no histogram
-    large = [name for name in found if float_weight(detector.get_submodule(name)).numel() >= 256] or list(found)
+    large = [name for name in found if float_weight(detector.get_submodule(name)).numel() >= 256] or list(
+        found
+    )
     large.sort(key=lambda name: ('log' not in formats[name], losses[name]))
-    return [_grid(name, formats[name], losses[name], detector.get_submodule(name), found[name])
-            for name in large[:count]]
+    return [
+        _grid(name, formats[name], losses[name], detector.get_submodule(name), found[name])
+        for name in large[:count]
+    ]
 
 
 def _sqnr(layer: nn.Module, quantized: QuantizedWeight) -> float:
@@ -70,8 +75,14 @@ def _grid(name: str, style: str, sqnr_db: float, layer: nn.Module, quantized: Qu
     median = (levels / reach).median(0).values
     step = math.ceil(len(median) / MAX_LEVELS)
     codes = 2**quantized.quantizer.bits
-    return WeightGrid(name, style, sqnr_db, (rows / reach).flatten().cpu().numpy(), median[::step].cpu().numpy(),
-                      step * max(1, codes // len(median)))
+    return WeightGrid(
+        name,
+        style,
+        sqnr_db,
+        (rows / reach).flatten().cpu().numpy(),
+        median[::step].cpu().numpy(),
+        step * max(1, codes // len(median)),
+    )
 
 
 def _levels(quantizer: Quantizer, channels: int) -> torch.Tensor:

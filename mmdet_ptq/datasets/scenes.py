@@ -13,7 +13,7 @@ from numpy import ndarray
 from .shapes import CLASSES, SHAPES
 
 MAX_OBJECTS = 8
-MIN_SIZE, MAX_SIZE = 18.0, 160.0  # diameter of a shape's circumscribed circle, pixels
+MIN_SIZE, MAX_SIZE = 24.0, 160.0  # diameter of a shape's circumscribed circle, pixels
 MIN_VISIBLE = 0.3  # objects of which less can be seen are not annotated
 MAX_OVERLAP = 0.55  # of the smaller of two bounding squares; more is tried again elsewhere
 PLACEMENT_TRIALS = 12

@@ -2,7 +2,7 @@
 
 Every function takes unit coordinates ``x``, ``y`` (equally shaped arrays; the shape fills the unit circle) and returns
 an array of the same shape: negative inside, positive outside, zero on the outline, and near the outline the Euclidean
-distance. Some pairs look alike on purpose (disk / hexagon, ring / crescent, square / cross, star / triangle).
+distance. Some pairs look alike on purpose (disk / ring, square / cross, triangle / star).
 """
 from __future__ import annotations
 
@@ -20,11 +20,6 @@ def disk(x: ndarray, y: ndarray) -> ndarray:
 def ring(x: ndarray, y: ndarray) -> ndarray:
     """Distance to an annulus of radii 0.55 and 1."""
     return np.abs(np.hypot(x, y) - 0.775) - 0.225
-
-
-def crescent(x: ndarray, y: ndarray) -> ndarray:
-    """Distance to the unit disk without a smaller disk that is shifted to its right edge."""
-    return np.maximum(np.hypot(x, y) - 1.0, 0.72 - np.hypot(x - 0.42, y))
 
 
 def _convex_polygon(x: ndarray, y: ndarray, corners: int) -> ndarray:
@@ -45,11 +40,6 @@ def triangle(x: ndarray, y: ndarray) -> ndarray:
 def square(x: ndarray, y: ndarray) -> ndarray:
     """Distance to a square."""
     return _convex_polygon(x, y, 4)
-
-
-def hexagon(x: ndarray, y: ndarray) -> ndarray:
-    """Distance to a regular hexagon."""
-    return _convex_polygon(x, y, 6)
 
 
 def star(x: ndarray, y: ndarray) -> ndarray:
@@ -75,10 +65,8 @@ def cross(x: ndarray, y: ndarray) -> ndarray:
 SHAPES: dict[str, Callable[[ndarray, ndarray], ndarray]] = {
     'disk': disk,
     'ring': ring,
-    'crescent': crescent,
     'triangle': triangle,
     'square': square,
-    'hexagon': hexagon,
     'star': star,
     'cross': cross,
 }

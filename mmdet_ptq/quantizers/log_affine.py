@@ -149,7 +149,7 @@ class LogAffineQuantizer(Quantizer):
         if mode == 'shift':
             check_bits(bits, (2, 3, 4), "2..4 in mode 'shift', whose powers of two outgrow an int8 table beyond")
         super().__init__(bits, num_channels, channel_axis=0)
-        self.mode, self.location, self.learn = mode, location, bool(learn)
+        self.mode, self.requested_location, self.learn = mode, location, bool(learn)
         self.count = 2**(bits - 1)
         self.s = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn)
         self._set_location(location)
@@ -287,7 +287,8 @@ class LogAffineQuantizer(Quantizer):
         check_finite(weight, 'weight')
         matrix = self.as_matrix(weight)
         factor = self.importance_matrix(importance, weight)
-        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits, self.location)
+        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits,
+                                          self.requested_location)
         self._set_location('zero' if mu is None else 'median')
         if mu is not None:
             self.mu.copy_(mu.view(self.param_shape))

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
+from mmdet_ptq.datasets.generate import GENERATOR_VERSION
 from mmdet_ptq.datasets.scenes import MAX_OBJECTS, MIN_VISIBLE, make_scene
 from mmdet_ptq.datasets.shapes import CLASSES
 
@@ -43,7 +46,7 @@ def test_hidden_objects_are_not_annotated(monkeypatch):
     from mmdet_ptq.datasets import scenes
     low = scenes.Placement(label=0, center=(100.0, 100.0), radius=20.0, angle=0.0, aspect=1.0)
     high = scenes.Placement(label=4, center=(100.0, 100.0), radius=60.0, angle=0.0, aspect=1.0)
-    outside = scenes.Placement(label=0, center=(-500.0, 0.0), radius=20.0, angle=0.0, aspect=1.0)
+    outside = scenes.Placement(label=0, center=(-14.0, 100.0), radius=20.0, angle=0.0, aspect=1.0)
     monkeypatch.setattr(scenes, '_place', lambda *_: [low, high, outside])
     assert make_scene(0, 0, 0).placements == [high]
     monkeypatch.setattr(scenes, '_place', lambda *_: [high, low])
@@ -71,3 +74,14 @@ def test_objects_can_be_seen(scenes):
             if share == 1.0 and len(inside) and len(around):
                 differences.append(np.abs(inside.mean(0) - around.mean(0)).max())
     assert len(differences) > 30 and np.median(differences) > 40
+
+
+def test_annotations_are_those_of_this_generator_version():
+    """A change here needs a new GENERATOR_VERSION, new data, and a newly trained checkpoint."""
+    digest = hashlib.sha256()
+    for stream in range(2):
+        for index in range(10):
+            scene = make_scene(0, stream, index)
+            digest.update(np.asarray([placement.label for placement in scene.placements], '<i8').tobytes())
+            digest.update(scene.boxes.astype('<i8').tobytes())
+    assert (GENERATOR_VERSION, digest.hexdigest()[:16]) == (1, 'a7dfb3787eb1c920')

@@ -1,0 +1,144 @@
+import pytest
+import torch
+
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import (KLObserver, MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver,
+                                  build_observer)
+from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
+
+ALL = [MinMaxObserver, MovingAverageObserver, PercentileObserver, KLObserver, MSEObserver]
+
+
+def batches(n=3):
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, 8, 9) * (1 + i) * torch.tensor([1., 5., .1]).view(3, 1, 1) for i in range(n)]
+
+
+def test_min_max_and_moving_average():
+    plain, average = MinMaxObserver(3), MovingAverageObserver(0.9, 3)
+    for x in batches():
+        plain.update(x)
+        average.update(x)
+    whole = torch.stack(batches())
+    low, high = plain.range(8, False)
+    assert torch.equal(low, whole.amin((0, 1, 3, 4))) and torch.equal(high, whole.amax((0, 1, 3, 4)))
+    tops = [x.amax((0, 2, 3)) for x in batches()]
+    torch.testing.assert_close(average.range(8, False)[1], (tops[0] * .9 + tops[1] * .1) * .9 + tops[2] * .1)
+    low, high = plain.range(8, True)
+    assert torch.equal(low, -high)
+
+
+def test_histogram_growing_and_merging_are_exact():
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 500) * 10**i for i in range(4)]
+    grown, halves = StreamingHistogram(2), [StreamingHistogram(2), StreamingHistogram(2)]
+    for i, part in enumerate(parts):
+        for h in (grown, halves[i % 2]):
+            h.add(part, part.amin(1), part.amax(1))
+    at_once = StreamingHistogram(2)
+    whole = torch.cat(parts, 1)
+    at_once.add(whole, whole.amin(1), whole.amax(1))
+    halves[0].merge(halves[1])
+    for h in (grown, halves[0], StreamingHistogram.from_state(at_once.state())):
+        assert torch.equal(h.counts, at_once.counts) and torch.equal(h.first, at_once.first)
+        assert torch.equal(h.exponent, at_once.exponent)
+    assert at_once.counts.sum() == whole.numel()
+
+
+def test_percentile_against_quantile():
+    x = torch.randn(1, 1, 300, 300)
+    o = PercentileObserver(99)
+    o.update(x)
+    low, high = o.range(8, False)
+    width = o.histogram.width.item()
+    assert abs(low - x.flatten().double().quantile(.01)) < 2 * width
+    assert abs(high - x.flatten().double().quantile(.99)) < 2 * width
+    assert abs(o.range(8, True)[1] - x.abs().flatten().double().quantile(.99)) < 2 * width
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('bits', [3, 4, 8])
+def test_mse_is_near_brute_force(bits, symmetric):
+    torch.manual_seed(0)
+    x = torch.distributions.Laplace(0., 1.).sample((1, 1, 100, 100))
+    if not symmetric:
+        x = x.relu()
+    o = MSEObserver()
+    o.update(x)
+
+    def error(top):
+        if symmetric:
+            last = 2**(bits - 1) - 1
+            s = top / last
+            return ((x / s).round().clamp(-last - 1, last) * s - x).square().sum().item()
+        s = top / (2**bits - 1)
+        return ((x / s).round().clamp(0, 2**bits - 1) * s - x).square().sum().item()
+
+    best = min(error(x.abs().max() * r) for r in torch.linspace(.02, 1, 400))
+    assert error(o.range(bits, symmetric)[1]) <= 1.03 * best
+
+
+def test_kl_clips_a_long_tail_but_not_a_uniform_distribution():
+    torch.manual_seed(0)
+    o, x = KLObserver(), torch.rand(1, 1, 200, 200)
+    o.update(x)
+    assert o.range(8, False)[1] > 0.95
+    o, x = KLObserver(), torch.randn(1, 1, 200, 200).relu()
+    x[0, 0, 0, 0] = 40
+    o.update(x)
+    assert 1.5 < o.range(8, False)[1] < 39
+
+
+@pytest.mark.parametrize('cls', ALL)
+@pytest.mark.parametrize('channels', [None, 3])
+def test_edge_cases(cls, channels):
+    o = cls(num_channels=channels)
+    with pytest.raises(PTQError, match='before it saw any data'):
+        o.range(8, False)
+    for bad in (float('nan'), float('inf')):
+        with pytest.raises(PTQError, match='non-finite activations'):
+            o.update(torch.full((1, 3, 2, 2), bad))
+    o.update(torch.zeros(1, 3, 4, 4))
+    o.update(torch.zeros(0, 3, 4, 4))
+    assert all((end == 0).all() for end in o.range(8, False))
+    o = cls(num_channels=channels)
+    o.update(torch.full((1, 3, 4, 4), 2.5))
+    for bits in (2, 8, 16):
+        low, high = o.range(bits, False)
+        assert low.shape == (() if channels is None else (3, )) and (low == 0).all() and (high > 0.5).all()
+    x = torch.randn(1, 3, 40, 40)
+    x[0, :, 3, 3] = 1e6
+    o.update(x)
+    # the moving average takes a tenth of the new extreme: 0.9 * 2.5 + 0.1 * 1e6
+    assert o.high.max().item() == pytest.approx(1e6 if cls is not MovingAverageObserver else 100002.25)
+    assert all(torch.isfinite(end).all() for end in o.range(8, True))
+    if o.state().get('histogram.counts') is not None:
+        assert o.histogram.counts.shape[1] == NUM_BINS
+
+
+@pytest.mark.parametrize('cls', ALL)
+def test_state_and_merge(cls):
+    whole, parts = cls(num_channels=3), [cls(num_channels=3), cls(num_channels=3)]
+    for i, x in enumerate(batches(2)):
+        whole.update(x)
+        parts[i].update(x)
+    copy = cls(num_channels=3)
+    copy.load_state(whole.state())
+    for a, b in zip(copy.range(8, False), whole.range(8, False)):
+        assert torch.equal(a, b)
+    parts[0].merge(parts[1])
+    if cls is not MovingAverageObserver:
+        for a, b in zip(parts[0].range(8, False), whole.range(8, False)):
+            assert torch.equal(a, b)
+    with pytest.raises(PTQError, match='cannot merge'):
+        whole.merge(cls())
+
+
+def test_build_and_bad_arguments():
+    assert build_observer(dict(type='mmdet_ptq.PercentileObserver', percentile=99.)).percentile == 99
+    with pytest.raises(PTQError, match="Did you mean 'MSEObserver'"):
+        build_observer(dict(type='MSEObserve'))
+    with pytest.raises(PTQError, match='percentile'):
+        PercentileObserver(percentile=0.9999)
+    with pytest.raises(PTQError, match='4 channels on axis 1'):
+        MinMaxObserver(4).update(torch.ones(1, 3))
