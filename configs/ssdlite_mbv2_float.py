@@ -1,7 +1,7 @@
 # SSDLite with a half-width MobileNetV2 on the embedded data set (generated on first use, no downloads).
 #
-# Train it on two CPU cores, and write the checkpoint that is shipped:
-#   OMP_NUM_THREADS=2 python tools/train.py configs/ssdlite_mbv2_float.py \
+# Train it on a CPU (one thread for the network, one for the images), and write the checkpoint that is shipped:
+#   OMP_NUM_THREADS=1 python tools/train.py configs/ssdlite_mbv2_float.py \
 #       --export configs/checkpoints/ssdlite_mbv2_embedded.pth
 default_scope = 'mmdet'
 custom_imports = dict(imports=['mmdet_ptq'], allow_failed_imports=False)

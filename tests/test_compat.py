@@ -165,8 +165,8 @@ def test_sync_bn_stays_in_a_process_group(monkeypatch):
 
 
 def test_sync_bn_fault_is_there_without_the_rewrite():
-    from mmcv.cnn import ConvModule
     import mmcv.ops  # noqa: F401, registers MMSyncBN
+    from mmcv.cnn import ConvModule
     cfg = dict(norm_cfg=dict(type='MMSyncBN'))
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises((RuntimeError, ValueError)):

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -99,7 +98,8 @@ def _write(root: Path, tasks: list[tuple[str, int]], seed: int) -> None:
         height, width = scene.image.shape[:2]
         coco[split]['images'].append(dict(id=image_id, file_name=name, height=height, width=width))
         annotations = coco[split]['annotations']
-        for placement, (x1, y1, x2, y2), area in zip(scene.placements, scene.boxes.tolist(), scene.areas):
+        for placement, (x1, y1, x2, y2), area in zip(
+                scene.placements, scene.boxes.tolist(), scene.areas, strict=True):
             annotations.append(
                 dict(id=10 * stream * ID_OFFSET + len(annotations) + 1, image_id=image_id,
                      category_id=placement.label + 1, bbox=[x1, y1, x2 - x1, y2 - y1], area=area, iscrowd=0))
@@ -112,10 +112,10 @@ def _put_in_place(partial: Path, root: Path, stamp: dict) -> None:
     """Renames the finished folder; a data set of another version steps aside, one of another process stays."""
     if root.exists() and _read_stamp(root) != stamp:
         aside = partial.with_name(partial.name + '-old')
-        os.replace(root, aside)
+        root.replace(aside)
         shutil.rmtree(aside, ignore_errors=True)
     try:
-        os.replace(partial, root)
+        partial.replace(root)
     except OSError:
         if _read_stamp(root) != stamp:  # not a faster process that generated the same
             raise

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from ..errors import PTQError
 from ..files import load_tensors, save_tensors
+from ..quantizers import LogAffineQuantizer, Quantizer
 from ..version import __version__
 from ..wrapping import Structure, apply_structure, float_weight, quantized_weights
 from .packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
 
 FORMAT = 'mmdet_ptq.quantized'
 SCHEMA = 1
+TABLE_SCALE = ':scale'
 
 
 def is_quantized_checkpoint(checkpoint: object) -> bool:
@@ -36,7 +38,7 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
         Plain containers of tensors, numbers and strings.
     """
     weights = quantized_weights(detector)
-    packed, layers, skip = {}, {}, set()
+    packed, layers, tables, skip = {}, {}, {}, set()
     for name, quantized in weights.items():
         weight = float_weight(detector.get_submodule(name))
         low, high = quantized.quantizer.code_range
@@ -44,11 +46,14 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
         bits = max(1, (high - low).bit_length())
         packed[name] = pack_codes(codes, bits, low)
         layers[name] = dict(bits=bits, lowest=low, rows=list(codes.shape), shape=list(weight.shape))
+        if isinstance(quantized.quantizer, LogAffineQuantizer):
+            tables[name] = quantized.quantizer.table()
+            tables[f'{name}{TABLE_SCALE}'] = quantized.quantizer.table_scale()
         skip.add(f'{name}.parametrizations.weight.original')
     floats = {key: value for key, value in detector.state_dict().items() if key not in skip}
     return dict(format=FORMAT, schema=SCHEMA, version=__version__, config=_plain(config),
                 dataset_meta=_plain(dataset_meta or {}), structure=structure.to_dict(), layers=layers,
-                codes=flatten_tensors(packed), tensors=flatten_tensors(floats))
+                codes=flatten_tensors(packed), tables=flatten_tensors(tables), tensors=flatten_tensors(floats))
 
 
 def save_quantized(path: str | os.PathLike, state: dict) -> None:
@@ -99,16 +104,24 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
     if wrong:
         raise PTQError(f'the quantized checkpoint does not fit the detector ({len(wrong)} tensors, first {wrong[0]}); '
                        'use the config it was made with.')
-    packed = unflatten_tensors(state['codes'])
+    packed, tables = unflatten_tensors(state['codes']), unflatten_tensors(state['tables'])
     with torch.no_grad():
         for name, quantized in weights.items():
             entry = state['layers'][name]
             codes = unpack_codes(packed[name], entry['bits'], entry['lowest'], tuple(entry['rows']))
-            values = quantized.quantizer.decode(codes)
+            values = _decode(quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}'))
             weight = float_weight(detector.get_submodule(name))
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
     return structure
+
+
+def _decode(quantizer: Quantizer, codes: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:
+    if table is None:
+        return quantizer.decode(codes)
+    # from the stored table: its logarithms may round differently on another machine
+    values = table.float().index_select(0, codes.reshape(-1)).view(codes.shape)
+    return values.mul_(scale.reshape(-1, 1)).add_(quantizer.mu.reshape(-1, 1))
 
 
 def _plain(value: object) -> object:

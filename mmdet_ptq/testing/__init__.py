@@ -1,0 +1,8 @@
+"""Tiny detectors and a tiny COCO for tests, ours and the users'."""
+from .configs import tiny_config
+from .data import tiny_batch, tiny_coco
+from .detectors import KINDS, tiny_detector
+from .models import NUM_CLASSES, SIZE, tiny_model_cfg
+
+__all__ = ['KINDS', 'NUM_CLASSES', 'SIZE', 'tiny_batch', 'tiny_coco', 'tiny_config', 'tiny_detector',
+           'tiny_model_cfg']

@@ -1,0 +1,2 @@
+# 4-bit weights and activations (head as in w4a8); image and output layers in 8 bits.
+ptq = dict(preset='w4a4')

@@ -1,0 +1,58 @@
+"""Tiny detectors that behave like trained ones: activations of order one, normalisations that do something."""
+from __future__ import annotations
+
+import torch
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from .models import MODELS, SIZE, tiny_model_cfg
+
+KINDS = tuple(MODELS)
+
+
+def tiny_detector(kind: str, seed: int = 0) -> nn.Module:
+    """Builds a tiny detector with random weights and statistics that fit them.
+
+    Args:
+        kind: See :func:`mmdet_ptq.testing.tiny_model_cfg`.
+        seed: Seed of the weights and the statistics; torch's global generator is left as it was. Defaults to 0.
+
+    Returns:
+        A float mmdet detector for images of (3, 64, 64) and 3 classes, in eval mode.
+    """
+    from mmdet.registry import MODELS as MMDET_MODELS
+    init_default_scope('mmdet')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        detector = MMDET_MODELS.build(tiny_model_cfg(kind))
+        _randomise_weights(detector)
+        _randomise_norms(detector)
+    return detector.eval()
+
+
+@torch.no_grad()
+def _randomise_weights(detector: nn.Module) -> None:
+    """Weights that keep the scale of what passes; mmdet's own start leaves the outputs almost constant."""
+    for module in detector.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.1)
+
+
+@torch.no_grad()
+def _randomise_norms(detector: nn.Module) -> None:
+    norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # the statistics of this one batch
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(0, 0.3)
+    features = detector.extract_feat(torch.randn(4, 3, SIZE, SIZE))
+    if hasattr(detector, 'bbox_head'):
+        detector.bbox_head(features)
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.num_batches_tracked.zero_()
+        norm.running_mean.add_(torch.randn_like(norm.running_mean).mul_(norm.running_var.sqrt()), alpha=0.2)
+        norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.5, 1.5)).clamp_(min=1e-2)
