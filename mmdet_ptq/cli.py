@@ -10,17 +10,17 @@ from pathlib import Path
 from .errors import PTQError, did_you_mean
 
 
-def _guarded(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[[list[str] | None], None]:
     """A user's mistake becomes one sentence and exit code 2; Ctrl-C says how to go on."""
 
     def run(argv: list[str] | None = None) -> None:
         try:
             main(argv)
         except PTQError as error:
-            sys.exit(f'error: {error}')
+            print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
-            print('\ninterrupted; the finished stages are kept, run the same command with --resume to go on',
-                  file=sys.stderr)
+            print(f'\ninterrupted; {advice}', file=sys.stderr)
             sys.exit(130)
 
     run.__doc__ = main.__doc__
@@ -31,7 +31,7 @@ def _parser(description: str, checkpoint: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='mmdet config file')
     parser.add_argument('checkpoint', nargs='?' if checkpoint == 'optional' else None,
-                        help='checkpoint file' + (', default: load_from of the config' if checkpoint == 'optional' else ''))
+                        help='checkpoint file; where it may be left out, load_from of the config is used')
     parser.add_argument('--work-dir', help='where results go, default: work_dirs/CONFIG_NAME')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='changes to the config')
     parser.add_argument('--device', help='cpu, cuda or cuda:N, default: cuda where there is one')
@@ -51,7 +51,7 @@ def load_config(path: str, options: list[str] | None = None):
         PTQError: The file, one of its bases or a module it imports is missing.
     """
     from mmengine.config import Config, DictAction
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         folder = Path(path).parent
         near = did_you_mean(Path(path).name, [p.name for p in folder.glob('*.py')]) if folder.is_dir() else ''
         raise PTQError(f'there is no config {path!r}.{near}')
@@ -59,13 +59,22 @@ def load_config(path: str, options: list[str] | None = None):
     check_pkg_resources()
     try:
         cfg = Config.fromfile(path)
-    except (FileNotFoundError, ImportError, SyntaxError, KeyError) as error:
-        raise PTQError(f'the config {path!r} cannot be read: {error}.') from error
-    if options:
+    except Exception as error:  # a config is Python code, which may fail in its own way
+        raise PTQError(f'the config {path!r} cannot be read: {_one_line(error)}.') from error
+    for option in options or []:
+        if '=' not in option:
+            raise PTQError(f'--cfg-options takes KEY=VALUE pairs, got {option!r}.')
         parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+        parser.add_argument('--cfg-options', nargs=1, action=DictAction)
+        try:
+            cfg.merge_from_dict(parser.parse_args([f'--cfg-options={option}']).cfg_options)
+        except (AssertionError, KeyError, TypeError) as error:
+            raise PTQError(f'--cfg-options {option} cannot be applied to the config: {_one_line(error)}.') from error
     return cfg
+
+
+def _one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip('.')
 
 
 def _prepare(args: argparse.Namespace):
@@ -87,8 +96,7 @@ def _prepare(args: argparse.Namespace):
     return cfg
 
 
-@_guarded
-def ptq(argv: list[str] | None = None) -> None:
+def _ptq(argv: list[str] | None = None) -> None:
     """tools/ptq.py."""
     parser = _parser('Quantize an mmdet detector and report what it cost.', 'optional')
     parser.add_argument('--preset', help='replaces ptq.preset')
@@ -96,15 +104,18 @@ def ptq(argv: list[str] | None = None) -> None:
     parser.add_argument('--seed', type=int, help='replaces ptq.calibration.seed')
     args = parser.parse_args(argv)
     cfg = _prepare(args)
-    cfg.setdefault('ptq', {})
+    changes = {}
     if args.preset:
-        cfg.ptq.preset = args.preset
-    if not cfg.ptq:
-        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
+        changes['preset'] = args.preset
     if args.seed is not None:
-        cfg.ptq.setdefault('calibration', {})
-        cfg.ptq.calibration.seed = args.seed
+        changes['calibration'] = dict(seed=args.seed)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed}
+    if cfg.get('ptq') is None and not args.preset:
+        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
+    cfg.ptq = cfg.get('ptq') or {}
+    if not isinstance(cfg.ptq, dict):
+        raise PTQError(f'`ptq` must be a dict, got {cfg.ptq!r}.')
+    cfg.merge_from_dict(dict(ptq=changes))
     if args.checkpoint:
         cfg.load_from = args.checkpoint
     cfg.resume = args.resume
@@ -112,8 +123,7 @@ def ptq(argv: list[str] | None = None) -> None:
     PTQRunner.from_cfg(cfg).run()
 
 
-@_guarded
-def test(argv: list[str] | None = None) -> None:
+def _test(argv: list[str] | None = None) -> None:
     """tools/test.py."""
     args = _parser("Evaluate a quantized checkpoint with mmdet's own evaluator.", 'required').parse_args(argv)
     cfg = _prepare(args)
@@ -122,3 +132,7 @@ def test(argv: list[str] | None = None) -> None:
     metrics = evaluate(cfg, load_quantized(args.checkpoint, cfg))
     from rich import print as rich_print
     rich_print(metrics_table(metrics))
+
+
+ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --resume to go on.')
+test = _guarded(_test, 'nothing was changed, run the same command again.')

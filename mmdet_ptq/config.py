@@ -61,7 +61,7 @@ class TensorConfig:
             raise PTQError(f'`{key}.bits` must be one of 2..8 or 16, got {self.bits!r}.')
         for part in ('quantizer', 'observer'):
             if not isinstance(getattr(self, part), Mapping) or 'type' not in getattr(self, part):
-                raise PTQError(f"`{key}.{part}` must be a dict with a `type`, got {getattr(self, part)!r}.")
+                raise PTQError(f'`{key}.{part}` must be a dict with a `type`, got {getattr(self, part)!r}.')
 
 
 @dataclass
@@ -77,8 +77,8 @@ class GlobalLossConfig:
         quality_weight: Weight of the objectness / centerness term. Defaults to 1.0.
         distribution_weight: Weight of the box distribution term of GFL-style heads. Defaults to 0.25.
         combine: ``'and'`` (both filters must pass) or ``'or'``. Defaults to ``'and'``.
-        box_loss: ``'l1'`` (divided by the float box's size), ``'giou'`` or ``'deltas'`` (centre shift and log size ratio).
-            Defaults to ``'l1'``.
+        box_loss: ``'l1'`` (divided by the float box's size), ``'giou'`` or ``'deltas'`` (centre shift and log size
+            ratio). Defaults to ``'l1'``.
         p: Exponent of the ``'l1'`` box term. Defaults to 1.
         target: ``'float'`` (the float detector) or ``'ground_truth'``. Defaults to ``'float'``.
         max_boxes: Keep only this many boxes an image, by the float detector's confidence; bounds memory.
@@ -311,7 +311,7 @@ def _merge(base: dict, change: Mapping) -> dict:
 
 
 def _plain(value: Any) -> Any:
-    """mmengine's ConfigDict and friends as plain dicts and lists."""
+    """Mmengine's ConfigDict and friends as plain dicts and lists."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -33,8 +33,8 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
         try:
             with os.fdopen(handle, 'wb') as file:
                 write(file)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -46,7 +46,12 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + '\n'
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text atomically."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
@@ -61,7 +66,7 @@ def load_tensors(path: str | os.PathLike) -> Any:
     Raises:
         PTQError: The file is missing, damaged, or holds pickled objects.
     """
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise PTQError(f'there is no checkpoint {str(path)!r}; check the path.')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)

@@ -15,12 +15,12 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ..errors import PTQError
+from ..files import write_text
 from ..wrapping import Structure, coverage_rows, integer_mac_share
 from . import pictures
 from .cost import PartSummary, part_summary
 from .detections import detect_both
 from .drift import LayerError, layer_errors, score_drift
-from .results import write_atomic
 from .table import format_bytes, format_count, headline_metric, metric_value, points, result_lines
 from .weight_grids import weight_grids
 
@@ -164,7 +164,7 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
         norms=structure.norms,
         recipe=json.dumps(results['recipe'], indent=2, default=str),
     )
-    write_atomic(path, page)
+    write_text(path, page)
 
 
 def headlines(results: dict[str, Any], structure: Structure) -> list[Headline]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import PTQError
+from ..files import write_json
 from ..version import __version__
 from ..wrapping import Structure, coverage_rows, integer_mac_share
 
@@ -108,7 +107,7 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
     """
     order = {key: place for place, key in enumerate(KEYS)}
     ordered = {key: results[key] for key in sorted(results, key=lambda key: order.get(key, len(KEYS)))}
-    write_atomic(path, json.dumps(_plain(ordered), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
+    write_json(path, _plain(ordered))
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -136,40 +135,6 @@ def read_results(path: str | Path) -> dict[str, Any]:
             f'{path} has schema {results["schema"]!r}, this version reads {SCHEMA}; run tools/ptq.py again.'
         )
     return results
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Writes a text file through a temporary file in the same folder.
-
-    Args:
-        path: The file; its folder is made where it is missing.
-        text: The whole content.
-
-    Raises:
-        PTQError: The file cannot be written (no space, no permission).
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            'w', encoding='utf-8', dir=path.parent, prefix=f'.{path.name}.', delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        # a temporary file is private to its owner, a result is as readable as any other file
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-        temporary = None
-    except OSError as error:
-        raise PTQError(
-            f'{path} cannot be written ({error.strerror}); free some space or choose another --work-dir.'
-        ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -63,7 +63,7 @@ class FolderDataset(Dataset):
     """
 
     def __init__(self, folder: str, pipeline: Sequence[dict]) -> None:
-        if not os.path.isdir(folder):
+        if not Path(folder).is_dir():
             raise PTQError(f'`ptq.calibration.images` names {folder!r}, which is no folder.')
         self.paths = sorted(str(p) for p in Path(folder).rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
         self.pipeline = Compose(pipeline)
@@ -149,7 +149,7 @@ def check_no_overlap(chosen: Sequence[dict], evaluation: Dataset) -> None:
     both = sorted({image_path(info) for info in chosen} & evaluated)
     if both:
         raise PTQError(
-            f'{len(both)} calibration images are also evaluation images (first: {os.path.basename(both[0])}); '
+            f'{len(both)} calibration images are also evaluation images (first: {Path(both[0]).name}); '
             'calibrate on the training set: set `ptq.calibration.dataset` or `train_dataloader` to other images.')
 
 

@@ -1,7 +1,7 @@
 """Loading the trained float detector, and refusing what does not belong to it."""
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 from mmengine.logging import print_log
@@ -55,7 +55,7 @@ def _check_fit(detector: nn.Module, state: dict[str, Tensor], path: str) -> None
     if wrong:
         first = wrong[0]
         what = 'is missing' if first in missing else f'is {tuple(state[first].shape)}, not {tuple(own[first].shape)}'
-        raise PTQError(f'the checkpoint {os.path.basename(path)} does not fit the model: {len(wrong)} of {len(own)} '
+        raise PTQError(f'the checkpoint {Path(path).name} does not fit the model: {len(wrong)} of {len(own)} '
                        f'tensors do not match (first: {first} {what}); give the checkpoint of this config.')
     extra = [k for k in state if k not in own and not k.endswith('num_batches_tracked')]
     if extra:
@@ -63,5 +63,5 @@ def _check_fit(detector: nn.Module, state: dict[str, Tensor], path: str) -> None
                   'current', level=30)
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise PTQError(f'the weight {key} of {os.path.basename(path)} holds NaN or infinity; the checkpoint is '
+            raise PTQError(f'the weight {key} of {Path(path).name} holds NaN or infinity; the checkpoint is '
                            'damaged, train or load it again.')

@@ -17,8 +17,16 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..analysis import (bops, build_report, float_bops, float_size_bytes, new_results, print_results, result_row,
-                        write_results)
+from ..analysis import (
+    bops,
+    build_report,
+    float_bops,
+    float_size_bytes,
+    new_results,
+    print_results,
+    result_row,
+    write_results,
+)
 from ..calibration import CalibrationDataset, FilteredGlobalLoss, observe_activations, source_datasets
 from ..compat import replace_sync_bn
 from ..config import GlobalLossConfig, PTQConfig
@@ -54,7 +62,8 @@ class PTQRunner(Runner):
         detector: The detector in its present state: float, quantized, loaded from the integer checkpoint.
         float_detector: The untouched float detector.
         structure: The quantized detector's structure, after ``prepare``.
-        inputs: Hash of all the calibration depends on.
+        inputs: Hash of all that prepare and observe depend on.
+        global_inputs: The same for the global stage.
         results: What ``results.json`` holds.
     """
 
@@ -71,7 +80,7 @@ class PTQRunner(Runner):
         self.detector: nn.Module = self._inner(self.model).eval()
         self.float_detector: nn.Module | None = None
         self.structure: Structure | None = None
-        self.inputs = ''
+        self.inputs = self.global_inputs = ''
         self.results: dict = {}
 
     @classmethod
@@ -117,6 +126,7 @@ class PTQRunner(Runner):
         Returns:
             What ``results.json`` holds.
         """
+        self._check_evaluation()
         self.calibrate()
         self.evaluate()
         self.report()
@@ -133,8 +143,11 @@ class PTQRunner(Runner):
             load_float_checkpoint(self.detector, self.checkpoint)
         calibration = self.calibration
         self.float_detector = copy.deepcopy(self.detector)
-        self.inputs = fingerprint(self.ptq.to_dict(), str(self.cfg.get('model')), self._checkpoint_hash(),
-                                  [str(i) for i in calibration.ids])
+        recipe = self.ptq.to_dict()
+        global_loss = recipe.pop('global_loss')
+        self.inputs = fingerprint(recipe, str(self.cfg.get('model')), str(self.cfg.get('test_dataloader')),
+                                  self._checkpoint_hash(), [str(i) for i in calibration.ids])
+        self.global_inputs = fingerprint(self.inputs, global_loss)
         self.prepare()
         self.observe()
         if self.ptq.global_loss is not None:
@@ -185,7 +198,7 @@ class PTQRunner(Runner):
             self._train_global()
             return self.detector.state_dict()
 
-        state, taken_over = self.stages.run('global', self.inputs, work)
+        state, taken_over = self.stages.run('global', self.global_inputs, work)
         if taken_over:
             self._load(state)
 
@@ -196,18 +209,19 @@ class PTQRunner(Runner):
             str(self.cfg.filename or ''), self.ptq.to_dict(), self.seed, self.structure, self.calibration.ids,
             self.calibration.skipped)
         float_row, _ = self.stages.run(
-            'evaluate_float', fingerprint(self.inputs, test), lambda: self._evaluate(self.float_detector))
+            'evaluate_float', fingerprint(self._checkpoint_hash(), str(self.cfg.get('model')), test),
+            lambda: self._evaluate(self.float_detector))
         self._row('float', float_row, float_size_bytes(self.float_detector), float_bops(self.structure))
         quantized = Path(self.work_dir) / QUANTIZED
         row, _ = self.stages.run(
-            'evaluate_simulated', fingerprint(self.inputs, test, file_hash(quantized)),
+            'evaluate_simulated', fingerprint(self.global_inputs, test, file_hash(quantized)),
             lambda: self._evaluate(self.detector))
         self._row('simulated', row, quantized.stat().st_size, bops(self.structure))
 
     def report(self) -> None:
         """Writes ``results.json`` and the page, prints the table."""
         with self.stages.timed('report'):
-            batches = [batch for batch, _ in zip(self._evaluation_batches(), range(4), strict=False)]
+            batches = [batch for batch, _ in zip(self._test_dataloader, range(4), strict=False)]
             if is_main_process():
                 build_report(self.work_dir, self.results, self.structure, self.detector, self.float_detector, batches)
         self._write_results()
@@ -216,6 +230,15 @@ class PTQRunner(Runner):
         print_log(f'results, integer checkpoint and report are in {self.work_dir}', 'current')
 
     # ------------------------------------------------------------------ pieces
+
+    def _check_evaluation(self) -> None:
+        """Builds the evaluation's data and metrics before anything that takes long."""
+        try:
+            self._test_loop = self.build_test_loop(self._test_loop)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PTQError(f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; '
+                           'check `test_dataloader.dataset` and `test_evaluator.ann_file`.') from error
+        self._test_dataloader = self._test_loop.dataloader
 
     def _one_image(self) -> Callable[[], Any]:
         loader = self._loader(self.calibration, 1)
@@ -249,7 +272,7 @@ class PTQRunner(Runner):
             paramwise_cfg=dict(lr=cfg.lr, bias_lr=cfg.bias_lr))
         self.param_schedulers = copy.deepcopy(cfg.param_scheduler) or [dict(
             type='CosineAnnealingLR', by_epoch=False, begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
-        with self._global_hooks(cfg, held_out > 0), self._inside(Path(self.work_dir) / 'global' / self.inputs):
+        with self._global_hooks(cfg, held_out > 0), self._inside(Path(self.work_dir) / 'global' / self.global_inputs):
             self._has_loaded, self._resume = not self.stages.resume, self.stages.resume
             for key in ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt'):
                 self.message_hub.runtime_info.pop(key, None)
@@ -313,12 +336,7 @@ class PTQRunner(Runner):
             write_results(Path(self.work_dir) / RESULTS, self.results)
 
     def _evaluation_dataset(self) -> Dataset | None:
-        return None if self._test_dataloader is None else self._evaluation_batches().dataset
-
-    def _evaluation_batches(self):
-        if isinstance(self._test_dataloader, dict):
-            self._test_dataloader = self.build_dataloader(self._test_dataloader)
-        return self._test_dataloader
+        return getattr(self._test_dataloader, 'dataset', None)
 
     def _checkpoint_hash(self) -> str:
         if self.checkpoint is None or not Path(self.checkpoint).is_file():

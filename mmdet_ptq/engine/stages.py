@@ -28,7 +28,7 @@ def fingerprint(*parts: Any) -> str:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's content."""
     digest = hashlib.sha256()
-    with open(path, 'rb') as file:
+    with Path(path).open('rb') as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

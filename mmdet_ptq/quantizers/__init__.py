@@ -2,8 +2,15 @@
 from .affine import AffineQuantizer
 from .base import Quantizer
 from .log_affine import LogAffineQuantizer
-from .observers import (HistogramObserver, KLObserver, MinMaxObserver, MovingAverageObserver, MSEObserver, Observer,
-                        PercentileObserver)
+from .observers import (
+                        HistogramObserver,
+                        KLObserver,
+                        MinMaxObserver,
+                        MovingAverageObserver,
+                        MSEObserver,
+                        Observer,
+                        PercentileObserver,
+)
 from .selection import build_observer, build_quantizer, fit_best, resolve_auto, weight_error
 
 __all__ = [

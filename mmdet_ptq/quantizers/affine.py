@@ -38,7 +38,7 @@ def _simulate(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Te
         return _clip_levels(torch.div(x, scale).round_(), zero, low, high).mul_(scale)
     out = torch.empty_like(x)
     scale, zero = (t[0] if t.dim() else t for t in (scale, zero))
-    for sample, y in zip(x.unbind(0), out.unbind(0)):
+    for sample, y in zip(x.unbind(0), out.unbind(0), strict=True):
         torch.div(sample, scale, out=y)
         _clip_levels(y.round_(), zero, low, high).mul_(scale)
     return out
@@ -56,14 +56,14 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero, low, high, factor):  # noqa: D102
+    def forward(ctx, x, scale, zero, low, high, factor):
         y = _simulate(x, scale, zero, low, high)
         ctx.save_for_backward(x, scale, zero, y)
         ctx.consts = low, high, factor
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         x, scale, zero, y = ctx.saved_tensors
         low, high, factor = ctx.consts
         u = torch.div(x, scale).add_(zero)
@@ -81,7 +81,7 @@ class _LearnedRounding(torch.autograd.Function):
     """scale * (clip(floor(x / scale) + rounding + zero) - zero), AdaRound (Nagel et al., ICML 2020, equation 22)."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero, rounding, low, high, factor):  # noqa: D102
+    def forward(ctx, x, scale, zero, rounding, low, high, factor):
         levels = torch.div(x, scale).floor_().add_(rounding)
         inside = (levels + zero >= low) & (levels + zero <= high)
         y = _clip_levels(levels, zero, low, high).mul_(scale)
@@ -90,7 +90,7 @@ class _LearnedRounding(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         x, scale, y, inside = ctx.saved_tensors
         grad_x = grad * inside
         grad_scale = _reduce_to(grad * y - grad_x * x, scale.shape) / scale * ctx.factor
@@ -101,11 +101,11 @@ class _PositiveScale(torch.autograd.Function):
     """max(scale, floor), with the gradient passed on so that a scale driven below the floor finds its way back."""
 
     @staticmethod
-    def forward(ctx, scale):  # noqa: D102
+    def forward(ctx, scale):
         return scale.clamp_min(SCALE_FLOOR)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         return grad
 
 
@@ -274,8 +274,8 @@ class AffineQuantizer(Quantizer):
         matrix, factor = self.as_matrix(weight), self.importance_matrix(importance, weight)
         rows = max(1, _TILE // matrix.shape[1])
         factors = [None] * len(matrix) if factor is None else factor.split(rows)
-        found = [self._search_range(m, f) for m, f in zip(matrix.split(rows), factors)]
-        scale, zero = (torch.cat(parts).view(self.param_shape) for parts in zip(*found))
+        found = [self._search_range(m, f) for m, f in zip(matrix.split(rows), factors, strict=True)]
+        scale, zero = (torch.cat(parts).view(self.param_shape) for parts in zip(*found, strict=True))
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
 

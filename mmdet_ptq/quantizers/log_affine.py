@@ -45,7 +45,7 @@ class _LogFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mu, s, k, offset, rounding, mode, count):  # noqa: D102
+    def forward(ctx, x, mu, s, k, offset, rounding, mode, count):
         grid = log_grid.Grid(mode, count, k, offset)
         unit, size = unit_and_size(s)
         d = (x - mu) / unit
@@ -68,7 +68,7 @@ class _LogFakeQuantize(torch.autograd.Function):
         return torch.where(torch.isfinite(x), out, math.nan)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         x, mu, s, c, inside = ctx.saved_tensors
         grid = ctx.grid
         mode = grid.mode
@@ -197,7 +197,8 @@ class LogAffineQuantizer(Quantizer):
     def side_params(self) -> tuple[Tensor, Tensor]:
         """Slopes k and offsets (eps or a) of both sides, each of shape (2,)."""
         if self.mode == 'auto':
-            raise PTQError("A quantizer with `mode='auto'` must be resolved with `resolve_auto(cfg, weight)` before use.")
+            raise PTQError("A quantizer with `mode='auto'` must be resolved with `resolve_auto(cfg, weight)` before "
+                           'use.')
         offset = getattr(self, self._offset_name)
         return self.log_k.exp(), offset.exp() if self._offset_name == 'log_eps' else offset
 

@@ -1,8 +1,8 @@
 """The arithmetic of log-affine grids: psi, its inverse, bin edges, the int8 table and the search for k and eps.
 
 A side is one half of the number line around the location: index 0 holds d >= 0, index 1 holds d < 0. Each has a slope
-``k`` and an offset, which is ``eps`` in mode 'log1p' and ``a`` in modes 'exact' and 'shift'. All magnitudes are in units
-of the channel's scale. Everything that decides a bin or a table entry is computed in float64, so that it does not
+``k`` and an offset, which is ``eps`` in mode 'log1p' and ``a`` in modes 'exact' and 'shift'. All magnitudes are in
+units of the channel's scale. Everything that decides a bin or a table entry is computed in float64, so that it does not
 depend on the device.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BINS_PER_OCTAVE, _OCTAVES = 64, 20
 
 
 def psi(mode: str, magnitude: Tensor, k: Tensor, offset: Tensor) -> Tensor:
-    """y = k log2(1 + |d| / eps) in mode 'log1p', y = k log2 |d| + a in modes 'exact' and 'shift'."""
+    """Y = k log2(1 + |d| / eps) in mode 'log1p', y = k log2 |d| + a in modes 'exact' and 'shift'."""
     if mode == 'log1p':
         # log1p keeps the digits of small magnitudes
         return torch.log1p(magnitude / offset) * (k / _LN2)
@@ -97,7 +97,7 @@ class Grid:
         return _look_up(self.k, minus), _look_up(self.offset, minus)
 
     def magnitude_code(self, d: Tensor) -> Tensor:
-        """c = clip(floor(y), 0, count - 1), int32.
+        """C = clip(floor(y), 0, count - 1), int32.
 
         The logarithm only proposes the bin, the edges decide: codes are monotone and the same on every device.
         """
@@ -115,7 +115,7 @@ class Grid:
         return (c ^ -minus) + self.count
 
     def value(self, code: Tensor, mu: Tensor, size: Tensor) -> Tensor:
-        """mu + (size * step) * table[code]: the only place where codes become values."""
+        """Mu + (size * step) * table[code]: the only place where codes become values."""
         return _look_up(self._entries, code).mul_(size * self.step).add_(mu)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from torch import nn
 
@@ -24,7 +25,7 @@ def tiny_detector(kind: str, seed: int = 0) -> nn.Module:
     init_default_scope('mmdet')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = MMDET_MODELS.build(tiny_model_cfg(kind))
+        detector = MMDET_MODELS.build(ConfigDict(tiny_model_cfg(kind)))
         _randomise_weights(detector)
         _randomise_norms(detector)
     return detector.eval()

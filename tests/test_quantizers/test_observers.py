@@ -2,8 +2,14 @@ import pytest
 import torch
 
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.quantizers import (KLObserver, MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver,
-                                  build_observer)
+from mmdet_ptq.quantizers import (
+    KLObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    MSEObserver,
+    PercentileObserver,
+    build_observer,
+)
 from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
 
 ALL = [MinMaxObserver, MovingAverageObserver, PercentileObserver, KLObserver, MSEObserver]
@@ -124,11 +130,11 @@ def test_state_and_merge(cls):
         parts[i].update(x)
     copy = cls(num_channels=3)
     copy.load_state(whole.state())
-    for a, b in zip(copy.range(8, False), whole.range(8, False)):
+    for a, b in zip(copy.range(8, False), whole.range(8, False), strict=True):
         assert torch.equal(a, b)
     parts[0].merge(parts[1])
     if cls is not MovingAverageObserver:
-        for a, b in zip(parts[0].range(8, False), whole.range(8, False)):
+        for a, b in zip(parts[0].range(8, False), whole.range(8, False), strict=True):
             assert torch.equal(a, b)
     with pytest.raises(PTQError, match='cannot merge'):
         whole.merge(cls())

@@ -2,8 +2,14 @@ import pytest
 import torch
 
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.quantizers import (AffineQuantizer, LogAffineQuantizer, build_quantizer, fit_best, resolve_auto,
-                                  weight_error)
+from mmdet_ptq.quantizers import (
+    AffineQuantizer,
+    LogAffineQuantizer,
+    build_quantizer,
+    fit_best,
+    resolve_auto,
+    weight_error,
+)
 
 AUTO = dict(type='LogAffineQuantizer', bits=4, num_channels=4, mode='auto')
 
