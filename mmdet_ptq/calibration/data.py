@@ -82,18 +82,35 @@ def _without_annotations(pipeline: list[dict]) -> list[dict]:
     return [step for step in pipeline if 'LoadAnnotations' not in str(step['type'])]
 
 
-def source_datasets(cfg: dict, calibration: CalibrationConfig) -> list[Dataset]:
+def _with_annotations(pipeline: list[dict]) -> list[dict]:
+    """Loads the boxes right after the image, so that what resizes the image resizes them, too.
+
+    mmdet's test pipelines load them last: its metrics want boxes in pixels of the original image.
+    """
+    steps = _without_annotations(pipeline)
+    loads = [step for step in pipeline if step not in steps] or [dict(type='LoadAnnotations', with_bbox=True)]
+    images = [i for i, step in enumerate(steps) if 'Load' in str(step['type'])]
+    return steps[:images[-1] + 1] + loads + steps[images[-1] + 1:] if images else loads + steps
+
+
+def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool = False) -> list[Dataset]:
     """Builds the datasets that calibration images are drawn from.
 
     Args:
         cfg: The whole config.
         calibration: The ``ptq.calibration`` block.
+        annotated: Whether the samples need ``gt_instances``, in pixels of the network input. Defaults to False.
 
     Raises:
-        PTQError: A file or folder is missing, or there is no training set.
+        PTQError: A file or folder is missing, there is no training set, or images of a folder need annotations.
     """
     from mmdet.registry import DATASETS
     pipeline = test_pipeline(cfg)
+    if annotated:
+        if calibration.images is not None:
+            raise PTQError("`ptq.global_loss.target='ground_truth'` needs annotations, which the folder "
+                           "`ptq.calibration.images` has not; use target='float' or set `ptq.calibration.dataset`.")
+        pipeline = _with_annotations(pipeline)
     if calibration.images is not None:
         return [FolderDataset(calibration.images, _without_annotations(pipeline))]
     if calibration.dataset is not None:

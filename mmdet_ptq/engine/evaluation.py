@@ -1,11 +1,15 @@
 """Evaluating a detector with the config's own test dataloader and evaluator."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
-from .runner import evaluation_hooks
+from ..errors import PTQError
+from ..files import check_space
 
 
 def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
@@ -17,7 +21,14 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
 
     Returns:
         Every figure of the evaluator.
+
+    Raises:
+        PTQError: The config has no evaluation, or one of its files is missing.
     """
+    for key in ('test_dataloader', 'test_evaluator'):
+        if cfg.get(key) is None:
+            raise PTQError(f'the config has no `{key}`, which detectors are evaluated with.')
+    check_space(cfg['work_dir'], 0)
     runner = Runner(
         model=detector, work_dir=cfg['work_dir'], test_dataloader=cfg['test_dataloader'],
         test_evaluator=cfg['test_evaluator'], test_cfg=cfg.get('test_cfg') or dict(type='TestLoop'),
@@ -26,4 +37,28 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
         log_level=cfg.get('log_level', 'INFO'), visualizer=cfg.get('visualizer'),
         default_scope=cfg.get('default_scope', 'mmdet'), cfg=cfg)
+    with evaluation_files():
+        loop = runner.test_loop
+    runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
     return {key: float(value) for key, value in runner.test().items()}
+
+
+@contextmanager
+def evaluation_files() -> Iterator[None]:
+    """Turns a missing file of the evaluation's data or metrics into one sentence.
+
+    Raises:
+        PTQError: The file is missing.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PTQError(f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; '
+                       'check `test_dataloader.dataset` and `test_evaluator.ann_file`.') from error
+
+
+def evaluation_hooks(hooks: dict | None) -> dict:
+    """The user's default hooks without those that only training needs."""
+    training = ('checkpoint', 'param_scheduler')
+    return {**{name: hook for name, hook in (hooks or {}).items() if name not in training},
+            **dict.fromkeys(training)}

@@ -6,6 +6,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..calibration import FilteredGlobalLoss
+from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
 
 
@@ -50,7 +51,8 @@ class GlobalLossModel(BaseModel):
 
         Args:
             inputs: (N, 3, H, W) preprocessed images.
-            data_samples: Meta information of the N images.
+            data_samples: Meta information of the N images; for ``target='ground_truth'`` with ``gt_instances``
+                in pixels of the network input, as pipelines leave them that load annotations before resizing.
             mode: ``'loss'``.
         """
         if mode != 'loss':
@@ -58,6 +60,9 @@ class GlobalLossModel(BaseModel):
         student = predict_aligned(self.detector, inputs, data_samples, reference=self.target)
         gt = None
         if self.loss.target == 'ground_truth':
+            if not all('gt_instances' in sample and 'bboxes' in sample.gt_instances for sample in data_samples):
+                raise PTQError("`ptq.global_loss.target='ground_truth'` needs annotated calibration images; use "
+                               "target='float' for images without annotations.")
             gt = [sample.gt_instances for sample in data_samples]
         return self.loss(student, self.target, gt)
 

@@ -20,7 +20,8 @@ class FilteredGlobalLossHook(Hook):
 
     The loss (Reg-PTQ, CVPR 2024) compares the quantized detector with these predictions on the boxes that pass the
     confidence and the IoU filter. The number of kept boxes is logged with the loss terms. Before the first iteration
-    the held-out loss is measured, so that the best state can be the initial one.
+    the held-out loss is measured, so that the best state can be the initial one; a resumed run measures again what
+    may have been cut off after the checkpoint it goes on from.
 
     Args:
         detector: The float detector.
@@ -33,7 +34,8 @@ class FilteredGlobalLossHook(Hook):
         self.detector = detector.eval()
 
     def before_train(self, runner: Runner) -> None:
-        if runner.iter == 0 and runner.val_loop is not None:
+        loop = runner.train_loop
+        if runner.val_loop is not None and (loop.iter % loop.val_interval == 0 or loop.iter == loop.max_iters):
             runner.val_loop.run()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:

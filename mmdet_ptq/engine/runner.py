@@ -35,10 +35,11 @@ from ..errors import PTQError
 from ..files import check_space
 from ..registry import RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
+from .evaluation import evaluation_files, evaluation_hooks
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import GlobalLossModel
 from .optim import train_only_quantization
-from .stages import StageStore, file_hash, fingerprint
+from .stages import StageStore, file_hash, fingerprint, latest_checkpoint
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
@@ -72,6 +73,7 @@ class PTQRunner(Runner):
         self.ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
         self._calibration = calibration
         resume, load_from = kwargs.pop('resume', False), kwargs.pop('load_from', None)
+        check_space(work_dir, 0)
         super().__init__(model=model, work_dir=work_dir, **kwargs)
         # checkpoints are loaded here, with checks, not by mmengine's lenient loader
         self._has_loaded = True
@@ -145,6 +147,7 @@ class PTQRunner(Runner):
         self.float_detector = copy.deepcopy(self.detector)
         recipe = self.ptq.to_dict()
         global_loss = recipe.pop('global_loss')
+        recipe.pop('preset')  # only a name: what it stands for is in the other keys
         self.inputs = fingerprint(recipe, str(self.cfg.get('model')), str(self.cfg.get('test_dataloader')),
                                   self._checkpoint_hash(), [str(i) for i in calibration.ids])
         self.global_inputs = fingerprint(self.inputs, global_loss)
@@ -161,7 +164,8 @@ class PTQRunner(Runner):
         if self._calibration is None:
             cfg = self.ptq.calibration
             self._calibration = CalibrationDataset(
-                source_datasets(self.cfg, cfg), cfg.num_images, cfg.seed, self._evaluation_dataset())
+                source_datasets(self.cfg, cfg, self._needs_annotations), cfg.num_images, cfg.seed,
+                self._evaluation_dataset())
         return self._calibration
 
     def prepare(self) -> None:
@@ -233,11 +237,8 @@ class PTQRunner(Runner):
 
     def _check_evaluation(self) -> None:
         """Builds the evaluation's data and metrics before anything that takes long."""
-        try:
+        with evaluation_files():
             self._test_loop = self.build_test_loop(self._test_loop)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise PTQError(f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; '
-                           'check `test_dataloader.dataset` and `test_evaluator.ann_file`.') from error
         self._test_dataloader = self._test_loop.dataloader
 
     def _one_image(self) -> Callable[[], Any]:
@@ -273,7 +274,11 @@ class PTQRunner(Runner):
         self.param_schedulers = copy.deepcopy(cfg.param_scheduler) or [dict(
             type='CosineAnnealingLR', by_epoch=False, begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
         with self._global_hooks(cfg, held_out > 0), self._inside(Path(self.work_dir) / 'global' / self.global_inputs):
-            self._has_loaded, self._resume = not self.stages.resume, self.stages.resume
+            if not self.stages.resume and is_main_process():
+                for stale in Path(self._work_dir).glob('*.pth'):
+                    stale.unlink()
+            self._load_from = latest_checkpoint(self._work_dir) if self.stages.resume else None
+            self._resume, self._has_loaded = self._load_from is not None, False
             for key in ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt'):
                 self.message_hub.runtime_info.pop(key, None)
             self.train()
@@ -288,7 +293,8 @@ class PTQRunner(Runner):
     def _global_hooks(self, cfg: GlobalLossConfig, held_out: bool) -> Iterator[None]:
         """Hooks of the global stage in place of those of the evaluation."""
         before, self._hooks = self._hooks, []
-        checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=cfg.checkpoint_interval, max_keep_ckpts=1)
+        # two: mmengine removes the oldest before it writes the next, and a run may be killed in between
+        checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=cfg.checkpoint_interval, max_keep_ckpts=2)
         if held_out:
             checkpoint.update(save_best='global_loss', rule='less')
         hook = dict(type='mmdet_ptq.FilteredGlobalLossHook', detector=self.float_detector)
@@ -348,16 +354,13 @@ class PTQRunner(Runner):
         self.detector.to(self._device)
 
     @property
+    def _needs_annotations(self) -> bool:
+        return self.ptq.global_loss is not None and self.ptq.global_loss.target == 'ground_truth'
+
+    @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @staticmethod
     def _inner(model: nn.Module) -> nn.Module:
         return model.module if is_model_wrapper(model) else model
-
-
-def evaluation_hooks(hooks: dict | None) -> dict:
-    """The user's default hooks without those that only training needs."""
-    training = ('checkpoint', 'param_scheduler')
-    return {**{name: hook for name, hook in (hooks or {}).items() if name not in training},
-            **dict.fromkeys(training)}

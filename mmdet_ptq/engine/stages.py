@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,23 @@ def file_hash(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def latest_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of mmengine's loop that can be read; a run may be killed while it writes one.
+
+    Args:
+        folder: Holds ``iter_N.pth``.
+    """
+    def iteration(path: Path) -> int:
+        return int(path.stem.removeprefix('iter_'))
+
+    for path in sorted(Path(folder).glob('iter_*.pth'), key=iteration, reverse=True):
+        # an archive's directory stands at its end
+        if zipfile.is_zipfile(path):
+            return str(path)
+        print_log(f'the checkpoint {path} is incomplete, the one before it is taken', 'current', level=30)
+    return None
 
 
 @dataclass

@@ -273,8 +273,9 @@ class AffineQuantizer(Quantizer):
             return
         matrix, factor = self.as_matrix(weight), self.importance_matrix(importance, weight)
         rows = max(1, _TILE // matrix.shape[1])
-        factors = [None] * len(matrix) if factor is None else factor.split(rows)
-        found = [self._search_range(m, f) for m, f in zip(matrix.split(rows), factors, strict=True)]
+        tiles = matrix.split(rows)
+        factors = [None] * len(tiles) if factor is None else factor.split(rows)
+        found = [self._search_range(m, f) for m, f in zip(tiles, factors, strict=True)]
         scale, zero = (torch.cat(parts).view(self.param_shape) for parts in zip(*found, strict=True))
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)

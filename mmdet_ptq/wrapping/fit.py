@@ -23,7 +23,7 @@ def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, importance: Tensor 
         return resolve_auto(cfg, rows, importance)
     if cfg['type'].rpartition('.')[2] == 'AffineQuantizer':
         cfg = {'symmetric': True, 'channel_axis': 0, **cfg}
-    quantizer = build_quantizer(cfg)
+    quantizer = build_quantizer(cfg).to(rows.device)
     observer = None
     # the squared error is searched on the weight itself, which is exact, instead of on a histogram of it
     if policy.observer['type'].rpartition('.')[2] != 'MSEObserver':
