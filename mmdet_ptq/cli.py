@@ -127,11 +127,10 @@ def _test(argv: list[str] | None = None) -> None:
     """tools/test.py."""
     args = _parser("Evaluate a quantized checkpoint with mmdet's own evaluator.", 'required').parse_args(argv)
     cfg = _prepare(args)
-    from .analysis import metrics_table
+    from .analysis import print_results, result_row
     from .engine import evaluate, load_quantized
     metrics = evaluate(cfg, load_quantized(args.checkpoint, cfg))
-    from rich import print as rich_print
-    rich_print(metrics_table(metrics))
+    print_results(dict(rows=[result_row('simulated', metrics, Path(args.checkpoint).stat().st_size, None)]))
 
 
 ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --resume to go on.')

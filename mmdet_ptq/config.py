@@ -60,7 +60,7 @@ class TensorConfig:
         if isinstance(self.bits, bool) or self.bits not in BITS:
             raise PTQError(f'`{key}.bits` must be one of 2..8 or 16, got {self.bits!r}.')
         for part in ('quantizer', 'observer'):
-            if not isinstance(getattr(self, part), Mapping) or 'type' not in getattr(self, part):
+            if not isinstance(getattr(self, part).get('type'), str):
                 raise PTQError(f'`{key}.{part}` must be a dict with a `type`, got {getattr(self, part)!r}.')
 
 
@@ -198,9 +198,10 @@ class PTQConfig:
             raise PTQError(f'`ptq` must be a dict, got {type(block).__name__}.')
         _known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
-        if name not in PRESETS:
-            raise PTQError(f'`ptq.preset` is {name!r}, which is unknown.{did_you_mean(name, PRESETS)} '
-                           f'Known: {", ".join(PRESETS)}.')
+        _choice('ptq.preset', name, tuple(PRESETS))
+        for key, kind in (('overrides', 'dict'), ('export', 'list')):
+            if key in block:
+                _check_type(f'ptq.{key}', block[key], kind)
         merged = _merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
         cfg = cls(
             preset=name,
@@ -235,8 +236,9 @@ def apply_policy(base: TensorConfig, change: Mapping, key: str) -> TensorConfig:
         change: The ``weights`` or ``activations`` entry of a policy.
         key: Where the change stands in the config, for messages.
     """
-    merged = _merge(asdict(base), change)
-    return _build(TensorConfig, key, merged)
+    if not isinstance(change, Mapping):
+        raise PTQError(f'`{key}` must be a dict, got {change!r}.')
+    return _build(TensorConfig, key, _merge(asdict(base), change))
 
 
 def _policy(key: str, value: Any) -> dict:
@@ -252,7 +254,9 @@ def _policy(key: str, value: Any) -> dict:
     _known_keys(key, value, allowed)
     for part in POLICY_KEYS:
         if part in value:
-            _build(TensorConfig, f'{key}.{part}', _merge(asdict(TensorConfig()), value[part]))
+            apply_policy(TensorConfig(), value[part], f'{key}.{part}')
+    if 'last' in value:
+        _policy(f'{key}.last', value['last'])
     return value
 
 

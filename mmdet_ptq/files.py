@@ -71,7 +71,7 @@ def load_tensors(path: str | os.PathLike) -> Any:
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        if 'weights_only' in str(error) or 'GLOBAL' in str(error):
+        if 'GLOBAL' in str(error):  # an object of a class outside torch's own
             raise PTQError(
                 f'the checkpoint {str(path)!r} holds pickled objects, which could run code; if you trust it, convert '
                 "it once: torch.save({'state_dict': torch.load(OLD, weights_only=False)['state_dict']}, NEW)."

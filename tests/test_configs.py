@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ PRESET_FILES = sorted((CONFIGS / '_ptq_').glob('*.py'))
 EVERY = sorted(p for p in CONFIGS.rglob('*.py') if p not in PRESET_FILES)
 RECIPES = sorted(CONFIGS.glob('*/*_coco.py'))
 METAFILES = sorted(CONFIGS.glob('*/metafile.yml'))
+STOCK = Path(mmdet.__file__).parent / '.mim'
 ADDRESS = 'https://download.openmmlab.com/mmdetection/'
 
 
@@ -34,9 +36,8 @@ def load(path: Path) -> Config:
 @functools.cache
 def published() -> dict[str, dict]:
     """What the installed mmdet's own metafiles say, by config path."""
-    import mmdet
     entries = {}
-    for path in (Path(mmdet.__file__).parent / '.mim' / 'configs').glob('*/metafile.yml'):
+    for path in (STOCK / 'configs').glob('*/metafile.yml'):
         content = yaml.safe_load(path.read_text())
         for entry in content.get('Models', []) if isinstance(content, dict) else content:
             entries[entry['Config']] = entry
@@ -83,7 +84,7 @@ def test_config_loads_and_its_block_validates(path):
 @pytest.mark.parametrize('path', RECIPES, ids=names(RECIPES))
 def test_recipe_is_the_stock_config_with_a_preset(path):
     config, entry = load(path), recipe_entries()[str(path.relative_to(ROOT))]
-    stock = Config.fromfile(entry['Metadata']['Stock Config'].replace('configs/', 'mmdet::', 1))
+    stock = Config.fromfile(str(STOCK / entry['Metadata']['Stock Config']))
     assert path.stem.split('_')[-2] == config.ptq.preset
     changed = {key for key in {*config, *stock} if config.get(key) != stock.get(key)}
     assert changed <= {'ptq', 'load_from'}

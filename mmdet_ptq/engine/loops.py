@@ -60,6 +60,9 @@ class HeldOutLossLoop(BaseLoop):
         if get_world_size() > 1:
             all_reduce_params(means.values(), op='mean')
         metrics = {('global_loss' if key == 'loss' else key): float(value) for key, value in means.items()}
+        for key in metrics:
+            # mmengine's log shows losses as a mean over its last entries; these are of this state alone
+            self.runner.message_hub.log_scalars.pop(f'val/{key}', None)
         self.runner.call_hook('after_val_epoch', metrics=metrics)
         self.runner.call_hook('after_val')
         return metrics

@@ -7,7 +7,8 @@ graph of the same pass tells which layers read the image and which ones write th
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -203,8 +204,10 @@ class _Prober:
             handle.remove()
         self.probe.outputs = _last_layers(self.head_outputs, self.nodes)
         readers = _reader_counts(self.head_outputs)
-        self.probe.norms = [
-            (conv, norm) for conv, norm, node in self.norm_inputs if readers.get(node, 1) == 1]
+        alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers.get(node, 1) == 1]
+        normalised = Counter(conv for conv, _ in alone)
+        # a convolution that also runs without its normalisation keeps it
+        self.probe.norms = [pair for pair in alone if normalised[pair[0]] == self.counts[pair[0]] + 1]
         return self.probe
 
 
@@ -218,25 +221,8 @@ def _has_layer(tensor: Tensor, prober: _Prober) -> bool:
     return tensor.grad_fn is not None and bool(_last_layers([tensor], prober.nodes))
 
 
-def _last_layers(tensors: list[Tensor], nodes: dict[Any, str]) -> set[str]:
-    """The first layers met when walking back from the tensors."""
-    found, seen = set(), set()
-    todo = [t.grad_fn for t in tensors]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in nodes:
-            found.add(nodes[node])
-        else:
-            todo += [n for n, _ in node.next_functions]
-    return found
-
-
-def _reader_counts(tensors: list[Tensor]) -> dict[Any, int]:
-    """How many graph nodes read each node's output, over everything the tensors depend on."""
-    counts: dict[Any, int] = {}
+def _walk_back(tensors: list[Tensor], stop: Container) -> Iterator[tuple[Any, list]]:
+    """Every autograd node the tensors depend on, with the nodes it reads; does not go beyond nodes in ``stop``."""
     seen = set()
     todo = [t.grad_fn for t in tensors]
     while todo:
@@ -244,11 +230,20 @@ def _reader_counts(tensors: list[Tensor]) -> dict[Any, int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        for parent, _ in node.next_functions:
-            if parent is not None:
-                counts[parent] = counts.get(parent, 0) + 1
-                todo.append(parent)
-    return counts
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        yield node, parents
+        if node not in stop:
+            todo += parents
+
+
+def _last_layers(tensors: list[Tensor], nodes: dict[Any, str]) -> set[str]:
+    """The first layers met when walking back from the tensors."""
+    return {nodes[node] for node, _ in _walk_back(tensors, stop=nodes) if node in nodes}
+
+
+def _reader_counts(tensors: list[Tensor]) -> Counter:
+    """How many graph nodes read each node's output, over everything the tensors depend on."""
+    return Counter(parent for _, parents in _walk_back(tensors, stop=()) for parent in parents)
 
 
 def probe_detector(detector: nn.Module, run: Callable[[], Any]) -> Probe:

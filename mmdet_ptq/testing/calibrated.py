@@ -1,0 +1,58 @@
+"""Tiny detectors quantized from range observers alone, and the outputs tests compare."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import observe_activations
+from ..config import PTQConfig
+from ..wrapping import Structure, prepare_detector
+from .data import tiny_batch
+from .detectors import tiny_detector
+
+
+def tiny_quantized(kind: str, ptq: dict | None = None, seed: int = 0) -> tuple[nn.Module, Structure]:
+    """A tiny detector, prepared and observed.
+
+    Args:
+        kind: See :func:`mmdet_ptq.testing.tiny_model_cfg`.
+        ptq: The ``ptq`` block. Defaults to ``dict(preset='w8a8_observe')``.
+        seed: Seed of the weights. Defaults to 0.
+
+    Returns:
+        The quantized detector in eval mode, and its structure.
+    """
+    detector = tiny_detector(kind, seed)
+    cfg = PTQConfig.from_dict(ptq or dict(preset='w8a8_observe'))
+    structure = prepare_detector(detector, cfg, lambda: predict(detector, tiny_batch(1)))
+    observe_activations(detector, [tiny_batch(2, seed=1)], structure)
+    return detector, structure
+
+
+@torch.no_grad()
+def raw_outputs(detector: nn.Module, batch: dict | None = None) -> list[Tensor]:
+    """Every tensor of the detector's ``mode='tensor'`` forward pass, in order.
+
+    Args:
+        detector: A detector, float or quantized.
+        batch: Batch as a dataloader yields it; it is not changed. Defaults to ``tiny_batch(2)``.
+    """
+    data = detector.data_preprocessor(copy.deepcopy(batch or tiny_batch(2)), False)
+    return list(_tensors(detector(**data, mode='tensor')))
+
+
+def predict(detector: nn.Module, batch: dict) -> list:
+    """The detector's predictions for a batch as a dataloader yields it; the batch is not changed."""
+    return detector(**detector.data_preprocessor(copy.deepcopy(batch), False), mode='predict')
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

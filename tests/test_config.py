@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config, ConfigDict
+
+from mmdet_ptq.config import PTQConfig, TensorConfig, apply_policy
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.presets import PRESETS
+from mmdet_ptq.quantizers import LogAffineQuantizer
+
+PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob('*.py'))
+
+
+@pytest.mark.parametrize('block, words', [
+    (dict(weigths={}), ['`ptq`', 'weigths', "Did you mean 'weights'"]),
+    (dict(calibration=dict(num_image=4)), ['`ptq.calibration`', "Did you mean 'num_images'"]),
+    (dict(weights=dict(bit=4)), ['`ptq.weights`', "Did you mean 'bits'"]),
+    (dict(activations=dict(observr={})), ['`ptq.activations`', "Did you mean 'observer'"]),
+    (dict(global_loss=dict(iter=4)), ['`ptq.global_loss`', "Did you mean 'iters'"]),
+    (dict(head=dict(weigths={})), ['`ptq.head`', "Did you mean 'weights'"]),
+    (dict(head=dict(weights=dict(bit=4))), ['`ptq.head.weights`', "Did you mean 'bits'"]),
+    (dict(first=dict(last={})), ['`ptq.first`', "'last'"]),
+    (dict(overrides={'neck': dict(weight={})}), ["overrides['neck']", "Did you mean 'weights'"]),
+    (dict(overrides={'neck': 'affine'}), ["overrides['neck']", "'float'"]),
+    (dict(preset='w8a9'), ['`ptq.preset`', "Did you mean 'w8a8"]),
+    (dict(preset=['w8a8']), ['`ptq.preset`']),
+    (dict(head='log_afine'), ['`ptq.head`', "Did you mean 'log_affine'"]),
+    (dict(head=3), ['`ptq.head`', '3']),
+    (dict(weights=8), ['`ptq.weights`', 'dict']),
+    (dict(overrides=['neck']), ['`ptq.overrides`', 'dict']),
+    (dict(overrides={'neck': dict(weights=4)}), ["overrides['neck']", 'dict']),
+    (dict(head=dict(weights=4)), ['`ptq.head.weights`', 'dict']),
+    (dict(head=dict(last=4)), ['`ptq.head.last`', 'dict']),
+    (dict(head=dict(last=dict(weigths={}))), ['`ptq.head.last`', "Did you mean 'weights'"]),
+    (dict(weights=dict(bits='4')), ['`ptq.weights.bits`', 'int']),
+    (dict(weights=dict(bits=True)), ['`ptq.weights.bits`']),
+    (dict(weights=dict(bits=1)), ['`ptq.weights.bits`', '2..8 or 16']),
+    (dict(weights=dict(bits=9)), ['`ptq.weights.bits`', '2..8 or 16']),
+    (dict(activations=dict(bits=32)), ['`ptq.activations.bits`', '2..8 or 16']),
+    (dict(last=dict(activations=dict(bits=12))), ['`ptq.last.activations.bits`', '2..8 or 16']),
+    (dict(weights=dict(float=1)), ['`ptq.weights.float`', 'bool']),
+    (dict(weights=dict(quantizer='Affine')), ['`ptq.weights.quantizer`', 'dict']),
+    (dict(weights=dict(observer=dict(type=None))), ['`ptq.weights.observer`', 'type']),
+    (dict(calibration=dict(num_images=0)), ['`ptq.calibration.num_images`', 'positive']),
+    (dict(calibration=dict(seed=0.5)), ['`ptq.calibration.seed`', 'int']),
+    (dict(calibration=dict(images='a', dataset=dict(type='b'))), ['`ptq.calibration`', '`images` and `dataset`']),
+    (dict(global_loss=dict(combine='xor')), ['`ptq.global_loss.combine`', 'and, or']),
+    (dict(global_loss=dict(iou_thr=1.5)), ['`ptq.global_loss.iou_thr`', 'between 0 and 1']),
+    (dict(global_loss=dict(holdout=1.0)), ['`ptq.global_loss.holdout`']),
+    (dict(global_loss=dict(lr=-1.0)), ['`ptq.global_loss.lr`', 'positive']),
+    (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type`', 'FilteredGlobalLoss']),
+    (dict(reconstruct=dict(type='X')), ['`ptq.reconstruct`']),
+    (dict(export=['onnxruntime']), ['`ptq.export`']),
+    (dict(export=3), ['`ptq.export`', 'list']),
+    (['w8a8'], ['`ptq` must be a dict']),
+    (None, ['no `ptq` block', "preset='w8a8'"]),
+])
+def test_bad_input_is_one_sentence_that_names_the_key(block, words):
+    with pytest.raises(PTQError) as error:
+        PTQConfig.from_dict(block)
+    message = str(error.value)
+    assert '\n' not in message
+    for word in words:
+        assert word in message
+
+
+def test_user_keys_are_merged_into_the_preset():
+    cfg = PTQConfig.from_dict(dict(preset='w4a8', weights=dict(bits=3), global_loss=dict(lr=0.5)))
+    assert (cfg.weights.bits, cfg.activations.bits) == (3, 8)
+    assert (cfg.global_loss.lr, cfg.global_loss.iters) == (0.5, PRESETS['w4a8']['global_loss']['iters'])
+    assert cfg.head['weights']['quantizer']['type'] == 'mmdet_ptq.LogAffineQuantizer'
+
+
+def test_presets_are_not_changed_by_what_is_merged_into_them():
+    PTQConfig.from_dict(dict(preset='w4a8', head=dict(weights=dict(quantizer=dict(mode='exact')))))
+    assert PTQConfig.from_dict(dict(preset='w4a8')).head['weights']['quantizer']['mode'] == 'auto'
+
+
+def test_argument_replaces_the_blocks_preset():
+    cfg = PTQConfig.from_dict(dict(preset='w4a8', calibration=dict(num_images=3)), preset='w8a8_observe')
+    assert (cfg.preset, cfg.weights.bits, cfg.calibration.num_images, cfg.global_loss) == ('w8a8_observe', 8, 3, None)
+
+
+def test_none_switches_the_global_stage_off():
+    assert PTQConfig.from_dict(dict(preset='w8a8', global_loss=None)).global_loss is None
+
+
+def test_new_type_replaces_the_inherited_dict():
+    observer = dict(type='mmdet_ptq.PercentileObserver', percentile=99.0)
+    cfg = PTQConfig.from_dict(dict(weights=dict(quantizer=dict(narrow_range=True))))
+    assert cfg.weights.quantizer == dict(type='mmdet_ptq.AffineQuantizer', narrow_range=True)
+    base = TensorConfig(observer=observer)
+    same = apply_policy(base, dict(observer=dict(type='mmdet_ptq.PercentileObserver')), 'ptq.head.weights')
+    other = apply_policy(base, dict(observer=dict(type='mmdet_ptq.MinMaxObserver')), 'ptq.head.weights')
+    assert same.observer == observer
+    assert other.observer == dict(type='mmdet_ptq.MinMaxObserver')
+
+
+@pytest.mark.parametrize('policy, head, last', [
+    ('float', dict(weights=dict(float=True), activations=dict(float=True)), {}),
+    ('affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer'))), {}),
+    ('log_affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto'))), {}),
+    ('float_outputs', None, dict(weights=dict(float=True), activations=dict(float=True))),
+])
+def test_named_head_policies(policy, head, last):
+    cfg = PTQConfig.from_dict(dict(preset='w8a8', head=policy))
+    assert head is None or cfg.head == head
+    assert cfg.last == last
+
+
+def test_mmengine_dicts_and_classes_are_accepted():
+    block = ConfigDict(head=dict(weights=dict(quantizer=dict(type=LogAffineQuantizer, mode='exact'))))
+    cfg = PTQConfig.from_dict(block)
+    assert type(cfg.head) is dict
+    assert cfg.head['weights']['quantizer']['type'].endswith('LogAffineQuantizer')
+    cfg = PTQConfig.from_dict(dict(weights=dict(quantizer=dict(type=LogAffineQuantizer))))
+    assert cfg.weights.quantizer['type'].endswith('.LogAffineQuantizer')
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_every_preset_is_valid_and_survives_a_round_trip(name):
+    recipe = PTQConfig.from_dict(dict(preset=name)).to_dict()
+    assert PTQConfig.from_dict(recipe).to_dict() == recipe
+
+
+@pytest.mark.parametrize('path', PRESET_FILES, ids=lambda p: p.stem)
+def test_preset_files_equal_the_named_presets(path):
+    block = Config.fromfile(str(path))['ptq']
+    assert PTQConfig.from_dict(block).to_dict() == PTQConfig.from_dict(dict(preset=path.stem)).to_dict()
+
+
+def test_every_preset_has_its_file():
+    if not PRESET_FILES:
+        pytest.skip('configs/_ptq_ holds no presets yet')
+    assert {path.stem for path in PRESET_FILES} == set(PRESETS)

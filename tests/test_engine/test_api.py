@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmdet_ptq import PTQError, load_quantized, quantize
+from mmdet_ptq.testing import tiny_batch, tiny_detector
+from mmdet_ptq.wrapping.inputs import is_quantized
+
+
+@pytest.fixture(scope='module')
+def model():
+    return tiny_detector('retinanet')
+
+
+@pytest.fixture(scope='module')
+def quantized(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('api')
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    block = dict(global_loss=dict(iters=2, batch_size=2, holdout=0))
+    detector = quantize(model, [tiny_batch(2, 0), tiny_batch(2, 1)], ptq=block, work_dir=str(folder))
+    return detector, before, folder
+
+
+def test_quantize_leaves_the_given_model_untouched(model, quantized):
+    _, before, _ = quantized
+    assert not is_quantized(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_quantize_returns_a_detector_close_to_the_float_one(model, quantized):
+    detector = quantized[0]
+    assert is_quantized(detector)
+    data = model.data_preprocessor(tiny_batch(2, 2), False)
+    with torch.no_grad():
+        outputs = [m(data['inputs'], mode='tensor')[0][0] for m in (model, detector)]
+    error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
+    assert 0 < error < 0.1
+
+
+def test_quantize_keeps_its_files_only_when_asked(quantized):
+    assert (quantized[2] / 'quantized.pth').is_file()
+
+
+def test_an_empty_loader_is_refused(model):
+    with pytest.raises(PTQError, match='empty'):
+        quantize(model, [])
+
+
+def test_an_unknown_preset_is_refused(model):
+    with pytest.raises(PTQError, match="Did you mean 'w8a8'"):
+        quantize(model, [tiny_batch()], preset='w8a')
+
+
+def test_a_checkpoint_without_config_asks_for_one(quantized):
+    with pytest.raises(PTQError, match='give `config`'):
+        load_quantized(quantized[2] / 'quantized.pth')
+
+
+def test_ground_truth_needs_annotations_in_the_loader(model):
+    with pytest.raises(PTQError, match='annotated calibration images'):
+        quantize(model, [tiny_batch()], ptq=dict(global_loss=dict(target='ground_truth', iters=1, holdout=0)))

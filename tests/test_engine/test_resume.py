@@ -1,0 +1,157 @@
+"""A run may stop at any moment; --resume finishes it, to the same numbers."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdet_ptq import cli
+from mmdet_ptq.engine import PTQRunner
+from mmdet_ptq.engine.loops import GlobalCalibrationLoop, HeldOutLossLoop
+from mmdet_ptq.engine.runner import observe_activations
+from mmdet_ptq.engine.stages import StageStore
+
+RUNNER = 'mmdet_ptq.engine.runner'
+
+
+@pytest.fixture
+def stages(monkeypatch) -> dict[str, bool]:
+    """Stage name to whether it was taken over, as runs go by."""
+    seen, run = {}, StageStore.run
+
+    def spy(self, name, inputs, work):
+        state, seen[name] = run(self, name, inputs, work)
+        return state, seen[name]
+
+    monkeypatch.setattr(StageStore, 'run', spy)
+    return seen
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(path, weights_only=True)
+    return {f'{part}.{key}': value for part in ('codes', 'tensors') for key, value in state[part]['data'].items()}
+
+
+def assert_same_run(work_dir: Path, finished: PTQRunner) -> None:
+    found, expected = tensors(work_dir / 'quantized.pth'), tensors(Path(finished.work_dir) / 'quantized.pth')
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    rows = json.loads((work_dir / 'results.json').read_text())['rows']
+    reference = json.loads((Path(finished.work_dir) / 'results.json').read_text())['rows']
+    for row, other in zip(rows, reference, strict=True):
+        row.pop('size_bytes'), other.pop('size_bytes')  # the archive holds the work directory's name
+        assert row == other
+
+
+def test_resuming_a_finished_run_takes_every_stage_over(finished, finished_copy, make_runner, stages):
+    make_runner(work_dir=finished_copy, resume=True).run()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'global', 'evaluate_float', 'evaluate_simulated'), True)
+    assert_same_run(finished_copy, finished)
+
+
+def test_without_resume_everything_runs_again(finished_copy, make_runner, stages):
+    make_runner({'ptq.global_loss.iters': 1}, work_dir=finished_copy).calibrate()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
+
+
+def test_a_changed_format_runs_again_from_prepare(finished_copy, make_runner, stages):
+    make_runner({'ptq.weights': dict(bits=6), 'ptq.global_loss.iters': 1}, finished_copy, resume=True).calibrate()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
+
+
+def test_a_changed_loss_runs_the_global_stage_alone(finished_copy, make_runner, stages):
+    make_runner({'ptq.global_loss.iters': 1}, work_dir=finished_copy, resume=True).calibrate()
+    assert stages == dict(prepare=True, observe=True) | {'global': False}
+
+
+def test_a_damaged_stage_file_is_named_and_the_stage_runs_again(finished, finished_copy, make_runner, stages):
+    path = finished_copy / 'stages' / 'observe.pth'
+    path.write_bytes(path.read_bytes()[:5000])
+    make_runner(work_dir=finished_copy, resume=True).run()
+    assert stages['prepare'] and not stages['observe'] and stages['global']
+    log = ''.join(file.read_text() for file in finished_copy.glob('*/*.log'))
+    assert 'stage observe: its file cannot be used' in log and str(path) in log
+    assert_same_run(finished_copy, finished)
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def in_prepare(patch):
+    patch.setattr(f'{RUNNER}.prepare_detector', stop)
+
+
+def in_observe(patch):
+    def first_batch_only(batches):
+        yield next(iter(batches))
+        raise KeyboardInterrupt
+
+    patch.setattr(f'{RUNNER}.observe_activations',
+                  lambda detector, batches, structure: observe_activations(
+                      detector, first_batch_only(batches), structure))
+
+
+def before_the_first_checkpoint(patch):
+    at_iteration(patch, 1)
+
+
+def after_a_checkpoint(patch):
+    at_iteration(patch, 3)
+
+
+def at_iteration(patch, iteration):
+    run_iter = GlobalCalibrationLoop.run_iter
+    patch.setattr(GlobalCalibrationLoop, 'run_iter', lambda self, batch: (
+        stop() if self.iter == iteration else run_iter(self, batch)))
+
+
+def between_a_checkpoint_and_its_held_out_loss(patch):
+    run = HeldOutLossLoop.run
+    patch.setattr(HeldOutLossLoop, 'run', lambda self: stop() if self.runner.iter == 2 else run(self))
+
+
+def while_a_checkpoint_is_written(patch):
+    save = PTQRunner.save_checkpoint
+
+    def torn(self, out_dir, filename, *args, **kwargs):
+        save(self, out_dir, filename, *args, **kwargs)
+        if filename == 'iter_4.pth':
+            path = Path(out_dir) / filename
+            path.write_bytes(path.read_bytes()[:10000])
+            raise KeyboardInterrupt
+
+    patch.setattr(PTQRunner, 'save_checkpoint', torn)
+
+
+def in_evaluate(patch):
+    patch.setattr(PTQRunner, '_evaluate', stop)
+
+
+def in_report(patch):
+    patch.setattr(f'{RUNNER}.build_report', stop)
+
+
+@pytest.mark.parametrize('interrupt', [
+    in_prepare, in_observe, before_the_first_checkpoint, after_a_checkpoint,
+    between_a_checkpoint_and_its_held_out_loss, while_a_checkpoint_is_written, in_evaluate, in_report])
+def test_an_interrupted_run_resumes_to_the_same_numbers(
+        interrupt, finished, config_file, tmp_path, monkeypatch, stages, capfd):
+    monkeypatch.setattr(f'{RUNNER}.build_report', lambda *args: None)
+    late = interrupt in (in_evaluate, in_report)
+    arguments = [str(config_file), '--work-dir', str(tmp_path)]
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises(SystemExit) as stopped:
+            cli.ptq(arguments)
+    assert stopped.value.code == 130
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('interrupted;') and '--resume' in last
+    stages.clear()
+    cli.ptq([*arguments, '--resume'])
+    assert stages['prepare'] is (interrupt is not in_prepare)
+    assert stages['observe'] is (interrupt not in (in_prepare, in_observe))
+    assert stages['global'] is late
+    assert_same_run(tmp_path, finished)
