@@ -206,8 +206,8 @@ class PTQConfig:
         cfg = cls(
             preset=name,
             calibration=_build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
-            weights=_build(TensorConfig, 'ptq.weights', merged.get('weights', {})),
-            activations=_build(TensorConfig, 'ptq.activations', merged.get('activations', {})),
+            weights=apply_policy(TensorConfig(), merged.get('weights', {}), 'ptq.weights'),
+            activations=apply_policy(TensorConfig(), merged.get('activations', {}), 'ptq.activations'),
             head=_policy('ptq.head', merged.get('head', {})),
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),

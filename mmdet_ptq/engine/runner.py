@@ -128,7 +128,6 @@ class PTQRunner(Runner):
         Returns:
             What ``results.json`` holds.
         """
-        self._check_evaluation()
         self.calibrate()
         self.evaluate()
         self.report()
@@ -143,6 +142,8 @@ class PTQRunner(Runner):
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         if self.checkpoint is not None:
             load_float_checkpoint(self.detector, self.checkpoint)
+        if self._test_loop is not None:
+            self._check_evaluation()
         calibration = self.calibration
         self.float_detector = copy.deepcopy(self.detector)
         recipe = self.ptq.to_dict()
@@ -319,13 +320,14 @@ class PTQRunner(Runner):
     def _save_quantized(self) -> None:
         """Writes the integer checkpoint and goes on with the detector rebuilt from it."""
         path = Path(self.work_dir) / QUANTIZED
+        meta = getattr(self._evaluation_dataset(), 'metainfo', None)
         if is_main_process():
-            meta = getattr(self._evaluation_dataset(), 'metainfo', None)
             save_quantized(path, quantized_state(self.detector, self.structure, self.cfg.to_dict(), meta))
         barrier()
         self.detector = copy.deepcopy(self.float_detector)
         load_quantized_state(self.detector, read_quantized(path))
         self.detector.to(self._device).eval()
+        self.detector.dataset_meta = self.float_detector.dataset_meta = meta or {}
         print_log(f'{path.name}: {path.stat().st_size / 2**20:.2f} MiB', 'current')
 
     def _evaluate(self, detector: nn.Module) -> dict:

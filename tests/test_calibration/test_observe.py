@@ -8,17 +8,15 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import predict, tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping.folding import fold_norms
 
-MIN_MAX = dict(preset='w8a8_observe', activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))
-
 
 @pytest.fixture(scope='module', params=['yolox', 'retinanet'])
 def quantized(request):
-    return request.param, *tiny_quantized(request.param, MIN_MAX)
+    return request.param, *tiny_quantized(request.param)
 
 
 @pytest.fixture(scope='module')
 def retinanet():
-    return tiny_quantized('retinanet', MIN_MAX)
+    return tiny_quantized('retinanet')
 
 
 def test_ranges_equal_brute_force(quantized):

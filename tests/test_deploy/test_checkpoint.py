@@ -8,10 +8,11 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import raw_outputs, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights, quantized_weights, thaw_weights
 
+MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
 CASES = {
-    'yolox-w8a8': ('yolox', dict(preset='w8a8_observe')),
-    'retinanet-w4a8': ('retinanet', dict(preset='w4a8')),
-    'rtmdet-w8a16': ('rtmdet', dict(preset='w8a8_observe', activations=dict(bits=16))),
+    'yolox-w8a8': ('yolox', dict(preset='w8a8_observe', activations=MIN_MAX)),
+    'retinanet-w4a8': ('retinanet', dict(preset='w4a8', activations=MIN_MAX)),
+    'rtmdet-w8a16': ('rtmdet', dict(preset='w8a8_observe', activations=dict(bits=16, **MIN_MAX))),
 }
 
 

@@ -49,7 +49,10 @@ def make_runner(config_file, tmp_path, monkeypatch) -> Callable[..., PTQRunner]:
 @pytest.fixture(scope='session')
 def finished(config_file, one_thread) -> PTQRunner:
     """A runner after a whole run; tests must not change it, or its work directory."""
-    runner = PTQRunner.from_cfg(Config.fromfile(config_file))
+    cfg = Config.fromfile(config_file)
+    # mmengine keeps one visualizer of a name, and its folder, for the whole process
+    cfg.visualizer.name = 'finished'
+    runner = PTQRunner.from_cfg(cfg)
     runner.run()
     return runner
 

@@ -25,15 +25,20 @@ def test_outputs_stay_the_same(kind):
     norms = {n for n, m in detector.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert {norm for _, norm in folds} | set(kept) == norms
     assert len(folds) > len(norms) // 2
-    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    outputs = {}
+    for dtype in (torch.float64, torch.float32):
         folded = copy.deepcopy(detector).to(dtype)
         with torch.no_grad():
             before = _dense_outputs(folded, dtype)
             fold_norms(folded, folds)
-            after = _dense_outputs(folded, dtype)
+            outputs[dtype] = list(zip(before, _dense_outputs(folded, dtype), strict=True))
         assert {n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)} == set(kept)
-        for a, b in zip(before, after, strict=True):
-            assert (a - b).abs().max() <= bound * a.abs().max()
+    for (truth, folded64), (before, after) in zip(*outputs.values(), strict=True):
+        scale = truth.abs().max()
+        assert (folded64 - truth).abs().max() <= 1e-10 * scale
+        # untrained detectors magnify float32 rounding; folding may not add to what the float detector has itself
+        rounding = (before - truth).abs().max()
+        assert (after - truth).abs().max() <= max(1e-5 * scale, 4 * rounding)
     if kind == 'rtmdet':
         assert len(kept) == 12
         for name, reason in kept.items():
@@ -67,7 +72,7 @@ class _Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.bn = nn.BatchNorm2d(3)
-        self.bbox_head = nn.Conv2d(3, 2, 1)
+        self.bbox_head = nn.Sequential(nn.Conv2d(3, 2, 1))
         self.wiring = wiring
 
     def forward(self, x):
