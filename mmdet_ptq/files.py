@@ -77,7 +77,7 @@ def load_tensors(path: str | os.PathLike) -> Any:
                 "it once: torch.save({'state_dict': torch.load(OLD, weights_only=False)['state_dict']}, NEW)."
             ) from error
         raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file makes the unpickler fail in any way
         raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
 
 

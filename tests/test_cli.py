@@ -81,7 +81,7 @@ def test_no_ptq_block(refused, config_file, tmp_path):
     ('ptq.preset=w8a9', "'w8a9', which is unknown. Did you mean 'w8a8'?"),
     ('ptq=w8a8', '`ptq` must be a dict'),
     ('ptq.weights.bits', 'KEY=VALUE'),
-    ('ptq.weights.bits=[1', 'cannot be applied'),
+    ('ptq.weights.bits=[1,2', 'cannot be applied'),
     ('test_evaluator.ann_file=missing.json', "'missing.json', which does not exist"),
     ('test_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
     ('train_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
@@ -153,7 +153,7 @@ def test_a_pickled_checkpoint(refused, tmp_path):
     assert 'holds pickled objects' in refused(tmp_path / 'pickled.pth')
 
 
-@pytest.mark.parametrize('content', [b'', b'this is no checkpoint', b'PK\x03\x04 torn'])
+@pytest.mark.parametrize('content', [b'', b'this is no checkpoint', b'<html>', b'PK\x03\x04 torn'])
 def test_a_damaged_checkpoint(refused, tmp_path, content):
     (tmp_path / 'damaged.pth').write_bytes(content)
     assert 'is damaged or no torch checkpoint' in refused(tmp_path / 'damaged.pth')
@@ -168,7 +168,7 @@ def test_calibration_images_that_are_evaluation_images(refused):
 def test_an_override_that_matches_no_layer(config_file, capfd):
     # layer names are known only once the detector has run on one image
     with pytest.raises(SystemExit) as stopped:
-        cli.ptq([str(config_file), '--cfg-options', 'ptq.overrides={}', 'ptq.overrides.bakbone=float'])
+        cli.ptq([str(config_file), '--cfg-options', 'ptq.overrides.bakbone=float'])
     assert stopped.value.code == 2
     assert "Did you mean 'backbone'?" in capfd.readouterr().err.splitlines()[-1]
 

@@ -145,6 +145,10 @@ def build_dataset(registry, cfg: dict, key: str) -> Dataset:
         path = error.filename or error
         raise PTQError(f'`{key}` needs the file {str(path)!r}, which does not exist; check `data_root` and '
                        '`ann_file`.') from error
+    except ValueError as error:
+        if 'need at least one array' not in str(error):  # mmengine joining the records of no image
+            raise
+        raise PTQError(f'`{key}` is empty; check `data_root`, `ann_file` and `metainfo`.') from error
 
 
 def image_path(info: dict) -> str:

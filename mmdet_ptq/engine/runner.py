@@ -39,7 +39,7 @@ from .evaluation import evaluation_files, evaluation_hooks
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import GlobalLossModel
 from .optim import train_only_quantization
-from .stages import StageStore, file_hash, fingerprint, latest_checkpoint
+from .stages import StageStore, file_hash, fingerprint, latest_checkpoint, tensor_hash
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
@@ -219,7 +219,7 @@ class PTQRunner(Runner):
         self._row('float', float_row, float_size_bytes(self.float_detector), float_bops(self.structure))
         quantized = Path(self.work_dir) / QUANTIZED
         row, _ = self.stages.run(
-            'evaluate_simulated', fingerprint(self.global_inputs, test, file_hash(quantized)),
+            'evaluate_simulated', fingerprint(self.global_inputs, test, tensor_hash(self.detector.state_dict())),
             lambda: self._evaluate(self.detector))
         self._row('simulated', row, quantized.stat().st_size, bops(self.structure))
 
@@ -322,7 +322,9 @@ class PTQRunner(Runner):
         path = Path(self.work_dir) / QUANTIZED
         meta = getattr(self._evaluation_dataset(), 'metainfo', None)
         if is_main_process():
-            save_quantized(path, quantized_state(self.detector, self.structure, self.cfg.to_dict(), meta))
+            # where and how often it was run is no part of the detector: a resumed run writes the same file
+            config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
+            save_quantized(path, quantized_state(self.detector, self.structure, config, meta))
         barrier()
         self.detector = copy.deepcopy(self.float_detector)
         load_quantized_state(self.detector, read_quantized(path))
@@ -344,7 +346,10 @@ class PTQRunner(Runner):
             write_results(Path(self.work_dir) / RESULTS, self.results)
 
     def _evaluation_dataset(self) -> Dataset | None:
-        return getattr(self._test_dataloader, 'dataset', None)
+        if self._test_loop is None:
+            return None
+        self._check_evaluation()
+        return self._test_dataloader.dataset
 
     def _checkpoint_hash(self) -> str:
         if self.checkpoint is None or not Path(self.checkpoint).is_file():

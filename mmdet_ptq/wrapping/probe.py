@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from .layers import QUANTIZABLE
 
 _WEIGHTED = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
              torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
              torch.conv_transpose3d}
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.mm,
+             Tensor.mm, torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm, torch.einsum,
+             F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
 
 @dataclass
@@ -102,6 +105,11 @@ class _Operations(TorchFunctionMode):
         self.prober = prober
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _PRODUCTS:
+            with FlopCounterMode(display=False) as counter:
+                out = func(*args, **(kwargs or {}))
+            self.prober.product(func, args, counter.get_total_flops() // 2)
+            return out
         out = func(*args, **(kwargs or {}))
         if func in _WEIGHTED:
             weight = args[1] if len(args) > 1 else kwargs['weight']
@@ -109,10 +117,6 @@ class _Operations(TorchFunctionMode):
             transposed = 'transpose' in func.__name__
             macs = (source.numel() if transposed else out.numel()) * prod(weight.shape[1:])
             self.prober.weighted(func.__name__, weight, macs)
-        elif func in _PRODUCTS and len(args) > 1 and isinstance(args[0], Tensor) and args[0].ndim > 1:
-            self.prober.product(func.__name__, args, out.numel() * args[0].shape[-1])
-        elif func is F.multi_head_attention_forward:
-            self.prober.attention(args, kwargs or {})
         return out
 
 
@@ -126,6 +130,7 @@ class _Prober:
         self.nodes: dict[Any, str] = {}  # autograd node of a layer's output -> layer
         self.produced: dict[tuple[int, int], tuple[str, Any]] = {}
         self.head_outputs: list[Tensor] = []
+        self.module_outputs: list[Tensor] = []
         self.norm_inputs: list[tuple[str, str, Any]] = []
         self.heads = set(head_names(detector))
         self.handles = []
@@ -156,6 +161,8 @@ class _Prober:
         def hook(module, args, output):
             while self.stack and self.stack.pop()[0] != name:
                 pass
+            outputs = [t for t in _tensors(output) if t.grad_fn is not None]
+            self.module_outputs += outputs
             if isinstance(module, QUANTIZABLE) and isinstance(output, Tensor):
                 self.alive.append(output)
                 call = self.open.pop()
@@ -168,7 +175,7 @@ class _Prober:
                     name, type(module).__name__, 'samples its input off the grid',
                     output.numel() * prod(module.weight.shape[1:])))
             elif name in self.heads or type(module).__name__.endswith('Head'):
-                self.head_outputs += [t for t in _tensors(output) if t.grad_fn is not None]
+                self.head_outputs += outputs
         return hook
 
     def weighted(self, operation: str, weight: Tensor, macs: int) -> None:
@@ -182,29 +189,23 @@ class _Prober:
                       else 'its weight is computed in the forward pass')
             self.probe.uncovered.append(Uncovered(name, operation, reason, macs))
 
-    def product(self, operation: str, operands: tuple, macs: int) -> None:
+    def product(self, operation: Callable, operands: tuple, macs: int) -> None:
         name = self.stack[-1][0] if self.stack else ''
-        parameter = any(isinstance(t, nn.Parameter) for t in operands)
-        reason = 'a parameter of a module that is no layer' if parameter else 'activation x activation product'
-        self.probe.uncovered.append(Uncovered(name, operation, reason, macs))
-
-    def attention(self, args: tuple, kwargs: dict) -> None:
-        query, key, width = args[0], args[1], args[3]
-        rows = query.shape[0] * query.shape[1]
-        keys = key.shape[0] * key.shape[1]
-        name = self.stack[-1][0]
-        self.probe.uncovered.append(Uncovered(
-            name, 'attention projections', 'in_proj_weight and out_proj are read by one fused function',
-            (2 * rows + 2 * keys) * width * width))
-        self.probe.uncovered.append(Uncovered(
-            name, 'attention', 'activation x activation product', 2 * rows * key.shape[0] * width))
+        if operation is F.multi_head_attention_forward:
+            reason = 'projections and products of attention run in one fused function'
+        elif any(isinstance(t, nn.Parameter) for t in operands):
+            reason = 'a parameter of a module that is no layer'
+        else:
+            reason = 'activation x activation product'
+        if macs:
+            self.probe.uncovered.append(Uncovered(name, operation.__name__, reason, macs))
 
     def finish(self) -> Probe:
         for handle in self.handles:
             handle.remove()
         self.probe.outputs = _last_layers(self.head_outputs, self.nodes)
-        readers = _reader_counts(self.head_outputs)
-        alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers.get(node, 1) == 1]
+        readers = _reader_counts(self.module_outputs)
+        alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers[node] == 1]
         normalised = Counter(conv for conv, _ in alone)
         # a convolution that also runs without its normalisation keeps it
         self.probe.norms = [pair for pair in alone if normalised[pair[0]] == self.counts[pair[0]] + 1]

@@ -159,7 +159,7 @@ def test_no_readable_image(own):
 def test_a_folder_without_annotations(own):
     folder = _root(own) / 'train'
     (folder / 'notes.txt').write_text('no image')
-    del own['train_dataloader']
+    own.pop('train_dataloader')
     drawn = _draw(own, 5, images=str(folder))
     assert len(drawn) == 5
     assert set(drawn.ids) <= {str(p) for p in folder.glob('*.png')}
@@ -174,13 +174,14 @@ def test_an_empty_and_a_missing_folder(cfg, tmp_path):
 
 
 def test_no_training_set(cfg):
-    del cfg['train_dataloader']
+    cfg.pop('train_dataloader')
     with pytest.raises(PTQError, match='no `train_dataloader`.*ptq.calibration.images'):
         _draw(cfg)
 
 
 def test_no_test_pipeline(cfg):
-    del cfg['test_dataloader'], cfg['val_dataloader']
+    cfg.pop('test_dataloader')
+    cfg.pop('val_dataloader')
     with pytest.raises(PTQError, match='test_dataloader.dataset.pipeline'):
         _draw(cfg)
 
@@ -209,7 +210,8 @@ def test_batches_of_the_users_own_loader():
     drawn = LoadedSamples([tiny_batch(2), tiny_batch(1)])
     assert len(drawn) == 3
     assert drawn.ids == [0, 1, 0]
-    drawn[0]['data_samples'].pred_instances = drawn[0]['data_samples'].gt_instances = None
+    drawn[0]['data_samples'].set_metainfo(dict(img_id=7))
+    assert drawn[0]['data_samples'].img_id == 0
     assert drawn[0]['inputs'].shape == (3, 64, 64)
     with pytest.raises(PTQError, match='loader is empty'):
         LoadedSamples([])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 
 from mmdet_ptq.engine import PTQRunner
@@ -20,6 +21,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_visualizer() -> None:
+    """mmengine keeps one visualizer of a name, and its folder, for the whole process."""
+    DetLocalVisualizer._instance_dict.pop('visualizer', None)
 
 
 @pytest.fixture(scope='session')
@@ -49,10 +56,8 @@ def make_runner(config_file, tmp_path, monkeypatch) -> Callable[..., PTQRunner]:
 @pytest.fixture(scope='session')
 def finished(config_file, one_thread) -> PTQRunner:
     """A runner after a whole run; tests must not change it, or its work directory."""
-    cfg = Config.fromfile(config_file)
-    # mmengine keeps one visualizer of a name, and its folder, for the whole process
-    cfg.visualizer.name = 'finished'
-    runner = PTQRunner.from_cfg(cfg)
+    DetLocalVisualizer._instance_dict.pop('visualizer', None)
+    runner = PTQRunner.from_cfg(Config.fromfile(config_file))
     runner.run()
     return runner
 

@@ -73,7 +73,7 @@ def test_gradients_reach_every_learnable_parameter_and_nothing_else_moves(spied)
         assert not record['float_quantized']
         assert {'loss_cls', 'loss_box', 'kept', 'loss'} <= set(record['outputs'])
     rates = [record['lr'] for record in spied]
-    assert rates == sorted(rates, reverse=True) and rates[0] > 10 * rates[-1]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 5 * rates[-1]
 
 
 def test_the_log_the_scalars_and_the_checkpoints_are_mmengines(finished):

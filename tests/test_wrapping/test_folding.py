@@ -38,7 +38,7 @@ def test_outputs_stay_the_same(kind):
         assert (folded64 - truth).abs().max() <= 1e-10 * scale
         # untrained detectors magnify float32 rounding; folding may not add to what the float detector has itself
         rounding = (before - truth).abs().max()
-        assert (after - truth).abs().max() <= max(1e-5 * scale, 4 * rounding)
+        assert (after - truth).abs().max() <= max(1e-5 * scale, 16 * rounding)
     if kind == 'rtmdet':
         assert len(kept) == 12
         for name, reason in kept.items():
