@@ -148,7 +148,8 @@ def build_dataset(registry, cfg: dict, key: str) -> Dataset:
     except ValueError as error:
         if 'need at least one array' not in str(error):  # mmengine joining the records of no image
             raise
-        raise PTQError(f'`{key}` is empty; check `data_root`, `ann_file` and `metainfo`.') from error
+        raise PTQError(f'the calibration set is empty: `{key}` names no image; check `data_root` and `ann_file`.'
+                       ) from error
 
 
 def image_path(info: dict) -> str:
