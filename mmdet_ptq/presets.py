@@ -1,7 +1,9 @@
 """Named ``ptq`` blocks. ``configs/_ptq_/*.py`` give the same by relative ``_base_``."""
 from __future__ import annotations
 
-_LOG_AFFINE = dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto')
+_LOG_AFFINE = dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')
+# Per layer whichever of log-affine and uniform has the least error.
+_AUTO = dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto')
 _AFFINE = dict(type='mmdet_ptq.AffineQuantizer')
 
 # Policies for the detection heads, by name: ptq = dict(head='float_outputs').
@@ -20,7 +22,7 @@ _EIGHT_BIT_ENDS = dict(
 def _low_bit(weights: int, activations: int) -> dict:
     return dict(
         weights=dict(bits=weights), activations=dict(bits=activations),
-        head=dict(weights=dict(quantizer=_LOG_AFFINE)), global_loss=dict(iters=500), **_EIGHT_BIT_ENDS)
+        head=dict(weights=dict(quantizer=_AUTO)), global_loss=dict(iters=500), **_EIGHT_BIT_ENDS)
 
 
 PRESETS = {

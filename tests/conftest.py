@@ -1,6 +1,7 @@
 """What every test shares: few threads, fixed seeds, and the detector zoo where there is one."""
 from __future__ import annotations
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(2)
+# mmengine keeps the logger of every run, and with it a stream that pytest has closed by the next test
+logging.raiseExceptions = False
 
 
 @pytest.fixture(autouse=True)

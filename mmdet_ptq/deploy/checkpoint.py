@@ -38,7 +38,7 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
         Plain containers of tensors, numbers and strings.
     """
     weights = quantized_weights(detector)
-    packed, layers, tables, skip = {}, {}, {}, set()
+    packed, layers, tables = {}, {}, {}
     for name, quantized in weights.items():
         weight = float_weight(detector.get_submodule(name))
         low, high = quantized.quantizer.code_range
@@ -49,8 +49,8 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
         if isinstance(quantized.quantizer, LogAffineQuantizer):
             tables[name] = quantized.quantizer.table()
             tables[f'{name}{TABLE_SCALE}'] = quantized.quantizer.table_scale()
-        skip.add(f'{name}.parametrizations.weight.original')
-    floats = {key: value for key, value in detector.state_dict().items() if key not in skip}
+    coded = _float_weights(detector)
+    floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
     return dict(format=FORMAT, schema=SCHEMA, version=__version__, config=_plain(config),
                 dataset_meta=_plain(dataset_meta or {}), structure=structure.to_dict(), layers=layers,
                 codes=flatten_tensors(packed), tables=flatten_tensors(tables), tensors=flatten_tensors(floats))
@@ -93,14 +93,14 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
     """
     structure = Structure.from_dict(state['structure'])
     apply_structure(detector, structure)
-    weights = quantized_weights(detector)
-    originals = {f'{name}.parametrizations.weight.original' for name in weights}
+    weights, coded = quantized_weights(detector), _float_weights(detector)
+    stored = {name for name, value in _own_tensors(detector).items() if id(value) not in coded}
     try:
         result = detector.load_state_dict(unflatten_tensors(state['tensors']), strict=False)
     except RuntimeError as error:
         raise PTQError('the quantized checkpoint belongs to another architecture: '
                        f'{str(error).splitlines()[-1].strip()}') from error
-    wrong = [k for k in result.missing_keys if k not in originals] + list(result.unexpected_keys)
+    wrong = [key for key in result.missing_keys if key in stored] + list(result.unexpected_keys)
     if wrong:
         raise PTQError(f'the quantized checkpoint does not fit the detector ({len(wrong)} tensors, first {wrong[0]}); '
                        'use the config it was made with.')
@@ -114,6 +114,21 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
     return structure
+
+
+def _own_tensors(detector: nn.Module) -> dict[str, Tensor]:
+    """The detector's state, each tensor once: a module in several places has several names."""
+    seen, own = set(), {}
+    for name, value in detector.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            own[name] = value
+    return own
+
+
+def _float_weights(detector: nn.Module) -> set[int]:
+    """Identities of the float weights that integer codes stand for."""
+    return {id(float_weight(detector.get_submodule(name))) for name in quantized_weights(detector)}
 
 
 def _decode(quantizer: Quantizer, codes: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:

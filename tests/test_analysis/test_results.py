@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, results, monk
 
     monkeypatch.setattr(os, 'replace', full)
     monkeypatch.setattr(Path, 'replace', full)
-    with pytest.raises(PTQError, match='No space left.*--work-dir'):
+    with pytest.raises(PTQError, match='the disk is full.*--work-dir'):
         write_results(path, dict(results, seed=99))
     assert read_results(path) == results
     assert [p.name for p in tmp_path.iterdir()] == ['results.json']
