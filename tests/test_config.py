@@ -99,7 +99,7 @@ def test_new_type_replaces_the_inherited_dict():
 @pytest.mark.parametrize('policy, head, last', [
     ('float', dict(weights=dict(float=True), activations=dict(float=True)), {}),
     ('affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer'))), {}),
-    ('log_affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto'))), {}),
+    ('log_affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p'))), {}),
     ('float_outputs', None, dict(weights=dict(float=True), activations=dict(float=True))),
 ])
 def test_named_head_policies(policy, head, last):
