@@ -19,9 +19,8 @@ from mmdet_ptq.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = 'coco/bbox_mAP'
 FIELDS = ('detector', 'recipe', 'float_AP', 'quantized_AP', 'difference_points', 'integer_mac_share',
-          'float_bytes', 'quantized_bytes', 'calibration_images', 'calibration_seconds', 'seed', 'date',
+          'float_bytes', 'quantized_bytes', 'calibration_images', 'seed', 'date',
           'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'command')
-CALIBRATION_STAGES = ('prepare', 'observe', 'global')
 
 
 def run(config: Path, preset: str, work_dir: Path, options: list[str]) -> dict:
@@ -33,14 +32,13 @@ def run(config: Path, preset: str, work_dir: Path, options: list[str]) -> dict:
     results = read_results(work_dir / 'results.json')
     rows = {row['model']: row for row in results['rows']}
     ap = {name: row['metrics'][METRIC] for name, row in rows.items()}
-    seconds = sum(results['stages'][name]['seconds'] for name in CALIBRATION_STAGES if name in results['stages'])
     versions = results['versions']
     return dict(
         detector=config.stem, recipe=preset, float_AP=ap['float'], quantized_AP=ap['simulated'],
         difference_points=round(100 * (ap['simulated'] - ap['float']), 1),
         integer_mac_share=results['coverage']['integer_mac_share'], float_bytes=rows['float']['size_bytes'],
         quantized_bytes=rows['simulated']['size_bytes'], calibration_images=results['calibration']['num_images'],
-        calibration_seconds=round(seconds, 1), seed=results['seed'], date=results['date'][:10],
+        seed=results['seed'], date=results['date'][:10],
         command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4]]),
         **{name: versions[name] for name in FIELDS if name in versions})
 
