@@ -9,7 +9,7 @@ import pytest
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.engine import PTQRunner
 
-IMAGES = 24
+IMAGES = 80
 
 
 def _first_images(annotations: str, path: Path) -> str:
@@ -42,13 +42,11 @@ def quantized_row(zoo, tmp_path, monkeypatch):
     return run
 
 
-# A few images make AP jump when one box changes places (SSDLite: -2.2 points here, -0.4 on all 177 images with 178
-# calibration images): with 24 images a single box is about half a point in the
-# smaller classes. The bounds allow a handful of such jumps and refuse a collapse; the committed figures on all
-# images are the measurement.
+# Few images make AP jump when one box changes places (SSDLite on 24 images and 16 calibration images: 2.2 points, on all
+# of them 0.4). The bounds refuse a collapse; the committed figures on all images are the measurement.
 @pytest.mark.slow
 @pytest.mark.parametrize('name, num_images, float_at_least, points', [
-    ('ssdlite_mbv2_person', 16, 0.1, 4.0),
+    ('ssdlite_mbv2_person', 48, 0.1, 2.0),
     ('retinanet_r18_bccd', 8, 0.3, 2.0),
     # plain per-tensor 8-bit loses 8 points and more here, through one tensor alone
     ('yolox_nano_coco', 16, 0.2, 5.0),
