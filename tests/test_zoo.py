@@ -42,7 +42,7 @@ def quantized_row(zoo, tmp_path, monkeypatch):
     return run
 
 
-# Few images make AP jump when one box changes places (SSDLite on 24 images and 16 calibration images: 2.2 points, on all
+# Few images make AP jump when one box changes places (SSDLite on 24 images, 16 for calibration: 2.2 points, on all
 # of them 0.4). The bounds refuse a collapse; the committed figures on all images are the measurement.
 @pytest.mark.slow
 @pytest.mark.parametrize('name, num_images, float_at_least, points', [
