@@ -51,8 +51,9 @@ class _LogFakeQuantize(torch.autograd.Function):
         d = (x - mu) / unit
         minus = log_grid.sign_bit(d)
         if rounding is None:
-            c, inside = grid.magnitude_code(d), None
-            out = grid.value(grid.code(minus, c), mu, size)
+            code, inside = grid.encode(d), None
+            c = grid.magnitude_code(minus, code)
+            out = grid.value(code, mu, size)
         else:
             k, offset = grid.side_params(minus)
             c = torch.floor(log_grid.psi(mode, d.abs(), k, offset) - 0.5) + rounding
@@ -258,12 +259,11 @@ class LogAffineQuantizer(Quantizer):
         check_finite(x, 'tensor')
         grid, (mu, s) = self._grid(), self._columns()
         d = (self._rows(x) - mu) / unit_and_size(s)[0]
-        minus = log_grid.sign_bit(d)
         if rounding is None:
-            c = grid.magnitude_code(d)
-        else:
-            y = log_grid.psi(self.mode, d.abs(), *grid.side_params(minus))
-            c = (torch.floor(y - 0.5) + (self._rows(rounding) >= 0.5)).clamp_(0, self.count - 1).to(torch.int32)
+            return grid.encode(d).reshape(x.shape)
+        minus = log_grid.sign_bit(d)
+        y = log_grid.psi(self.mode, d.abs(), *grid.side_params(minus))
+        c = (torch.floor(y - 0.5) + (self._rows(rounding) >= 0.5)).clamp_(0, self.count - 1).to(torch.int32)
         return grid.code(minus, c).reshape(x.shape)
 
     @torch.no_grad()

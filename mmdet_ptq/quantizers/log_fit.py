@@ -37,7 +37,7 @@ class _Problem:
             centred, factor = self._block(rows)
             size = s[rows, None]
             d = centred / torch.where(size == 0, 1, size)
-            code = grid.code(log_grid.sign_bit(d), grid.magnitude_code(d))
+            code = grid.encode(d)
             level = grid.value(code, torch.zeros_like(size), torch.ones_like(size))
             errors.append((factor * (size * level - centred).square()).sum(1))
             power = (factor * level.square()).sum(1)

@@ -47,12 +47,29 @@ def levels(mode: str, k: Tensor, offset: Tensor, count: int) -> Tensor:
     return inverse(mode, middle, k.double()[:, None], offset.double()[:, None])
 
 
-def edges(mode: str, k: Tensor, offset: Tensor, count: int) -> Tensor:
-    """Lower edges of the bins and, last, infinity: float32 of shape (2, count + 1); the first edge is 0."""
-    y = torch.arange(count + 1, dtype=torch.float64, device=k.device)
+def edges(mode: str, k: Tensor, offset: Tensor, level: Tensor) -> Tensor:
+    """Lower edges of the bins of the codes 1 .. count - 1.
+
+    Where the rounding of the table has moved a level out of its bin (above 4 bits, where neighbours share an entry, and
+    near zero in mode 'exact'), the edge gives way, so that every level of the table quantizes to itself. Mode 'shift'
+    does not invert psi: its bins stay as published.
+
+    Args:
+        mode (str): 'log1p', 'exact' or 'shift'.
+        k (Tensor): Slopes of shape (2,).
+        offset (Tensor): Offsets of shape (2,).
+        level (Tensor): Magnitudes as in the rounded table, float64 of shape (2, count).
+
+    Returns:
+        Tensor: Float32 of shape (2, count - 1).
+    """
+    y = torch.arange(1, level.shape[1], dtype=torch.float64, device=k.device)
     # psi, and not the decoder, decides the bin: in mode 'shift' the two differ
     edge = inverse('exact' if mode == 'shift' else mode, y, k.double()[:, None], offset.double()[:, None])
-    edge[:, 0], edge[:, -1] = 0, torch.inf
+    if mode != 'shift':
+        below, gap = level[:, :-1], level.diff(dim=1)
+        # a quarter of the gap is far more than float32 rounding takes
+        edge = edge.clamp(below + gap / 4, below + 3 * gap / 4)
     return edge.float()
 
 
@@ -88,31 +105,30 @@ class Grid:
     def __init__(self, mode: str, count: int, k: Tensor, offset: Tensor) -> None:
         self.mode, self.count = mode, count
         self.k, self.offset = k.detach(), offset.detach()
-        self.edges = edges(mode, self.k, self.offset, count)
-        self.table, self.step = int8_table(levels(mode, self.k, self.offset, count))
+        level = levels(mode, self.k, self.offset, count)
+        self.table, self.step = int8_table(level)
+        entries = torch.stack([self.table[count:], -self.table[:count].flip(0)])
+        plus, minus = edges(mode, self.k, self.offset, entries.double() * (level.max() / TABLE_MAX))
+        # a magnitude on an edge belongs to the bin above it, on the negative side too
+        minus = torch.nextafter(-minus.flip(0), minus.new_tensor(torch.inf))
+        self.bounds = torch.cat([minus, minus.new_zeros(1), plus])
         self._entries = self.table.float()
 
     def side_params(self, minus: Tensor) -> tuple[Tensor, Tensor]:
         """Slope and offset of every element's side (``minus``: 1 below the location, else 0)."""
         return _look_up(self.k, minus), _look_up(self.offset, minus)
 
-    def magnitude_code(self, d: Tensor) -> Tensor:
-        """C = clip(floor(y), 0, count - 1), int32.
-
-        The logarithm only proposes the bin, the edges decide: codes are monotone and the same on every device.
-        """
-        magnitude, minus = d.abs(), sign_bit(d)
-        y = psi(self.mode, magnitude, *self.side_params(minus))
-        c = y.nan_to_num_(0, self.count, 0).clamp_(0, self.count - 1).to(torch.int32)
-        edges = self.edges.flatten()
-        index = minus * (self.count + 1) + c
-        c -= (magnitude < _look_up(edges, index)).to(torch.int32)
-        c += (magnitude >= _look_up(edges, index + 1)).to(torch.int32)
-        return c.clamp_(0, self.count - 1)
+    def encode(self, d: Tensor) -> Tensor:
+        """Index into the table of normalized weights: floor(y) on their side, within the codes; int32."""
+        return torch.bucketize(d, self.bounds, out_int32=True, right=True)
 
     def code(self, minus: Tensor, c: Tensor) -> Tensor:
         """Index into the table of magnitude code ``c``: count + c, or count - 1 - c below the location."""
         return (c ^ -minus) + self.count
+
+    def magnitude_code(self, minus: Tensor, code: Tensor) -> Tensor:
+        """The magnitude code ``c`` of an index into the table, the inverse of ``code``."""
+        return (code - self.count) ^ -minus
 
     def value(self, code: Tensor, mu: Tensor, size: Tensor) -> Tensor:
         """Mu + (size * step) * table[code]: the only place where codes become values."""

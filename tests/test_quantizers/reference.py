@@ -20,6 +20,18 @@ def log_levels(mode, k, off, count):
             'shift': lambda: 2**(yh - off)}[mode]()
 
 
+def log_bins(mode, k, off, level, mag):
+    """Floor(y) within the codes, but never beyond a quarter of the gap to either neighbour of the rounded table."""
+    c = np.zeros_like(mag)
+    for code in range(1, len(level)):
+        edge = off * (2**(code / k) - 1) if mode == 'log1p' else 2**((code - off) / k)
+        if mode != 'shift':
+            gap = level[code] - level[code - 1]
+            edge = min(max(edge, level[code - 1] + gap / 4), level[code] - gap / 4)
+        c[mag >= edge] = code
+    return c
+
+
 def log_affine(w, mu, s, k, off, mode, count, rounding=None, continuous=False):
     """Value and gradients for one channel; k and off are pairs (side >= 0, side < 0).
 
@@ -30,8 +42,13 @@ def log_affine(w, mu, s, k, off, mode, count, rounding=None, continuous=False):
     sigma, mag = 1 - 2 * side, np.abs(d)
     k_, off_ = np.asarray(k)[side], np.asarray(off)[side]
     y = k_ * np.log2(1 + mag / off_) if mode == 'log1p' else k_ * np.log2(mag) + off_
+    tops = max(log_levels(mode, k[i], off[i], count)[-1] for i in (0, 1))
+    step = tops / 127
+    table = np.stack([np.rint(log_levels(mode, k[i], off[i], count) / step) for i in (0, 1)])
     if rounding is None:
-        c, m = np.clip(np.floor(y), 0, count - 1), (y >= 0) & (y < count)
+        c, m = np.empty_like(y), (y >= 0) & (y < count)
+        for i in (0, 1):
+            c[side == i] = log_bins(mode, k[i], off[i], step * table[i], mag[side == i])
     else:
         raw = np.floor(y - 0.5) + rounding
         c, m = np.clip(raw, 0, count - 1), (raw >= 0) & (raw <= count - 1)
@@ -54,9 +71,6 @@ def log_affine(w, mu, s, k, off, mode, count, rounding=None, continuous=False):
         dk = sigma * dh * np.log(2) * m * (y - off_) / k_
         doff = sigma * dh * np.log(2) * (m - 1.0)
         dround = m * sigma * dh * np.log(2)
-    tops = max(log_levels(mode, k[i], off[i], count)[-1] for i in (0, 1))
-    step = tops / 127
-    table = np.stack([np.rint(log_levels(mode, k[i], off[i], count) / step) for i in (0, 1)])
     whole = c == np.rint(c)
     level = np.where(whole, step * table[side, np.rint(c).astype(int)], dh)
     return dict(value=mu + s * sigma * level, w=dw, mu=1 - dw, s=sigma * dh - d * dw, k=s * dk, off=s * doff,
