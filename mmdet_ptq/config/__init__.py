@@ -1,0 +1,5 @@
+"""The ``ptq`` block of a config: typed sections, presets resolved, validated with did-you-mean."""
+from .block import KEYS, PTQConfig, apply_policy
+from .sections import CalibrationConfig, GlobalLossConfig, TensorConfig
+
+__all__ = ['KEYS', 'CalibrationConfig', 'GlobalLossConfig', 'PTQConfig', 'TensorConfig', 'apply_policy']

@@ -1,0 +1,129 @@
+"""The ``ptq`` block of a config as typed dataclasses: defaults, presets, validation with did-you-mean."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import PTQError
+from ..presets import HEAD_POLICIES, PRESETS
+from .checks import build, check_type, choice, known_keys, merge, plain
+from .sections import CalibrationConfig, GlobalLossConfig, TensorConfig
+
+# What a policy dict (`head`, `first`, `last`, an override) may hold.
+POLICY_KEYS = ('weights', 'activations')
+KEYS = ('preset', 'calibration', 'weights', 'activations', 'head', 'first', 'last', 'overrides', 'reconstruct',
+        'global_loss', 'export')
+
+
+@dataclass
+class PTQConfig:
+    """The whole ``ptq`` block.
+
+    Args:
+        preset: Name of the preset the block starts from (see :mod:`mmdet_ptq.presets`).
+        calibration: Calibration images.
+        weights: Format of all weights.
+        activations: Format of all layer inputs.
+        head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
+            policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
+        first: What differs in the layers that read the image.
+        last: What differs in the output layers of the heads.
+        overrides: Pattern of layer names to what differs there (``'float'`` or a policy dict); the last matching
+            pattern wins, a pattern that matches nothing is an error.
+        reconstruct: Local reconstruction; None skips the stage.
+        global_loss: The global stage; None skips it.
+        export: Names of the runtimes to export to.
+    """
+
+    preset: str | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    weights: TensorConfig = field(default_factory=TensorConfig)
+    activations: TensorConfig = field(default_factory=TensorConfig)
+    head: dict = field(default_factory=dict)
+    first: dict = field(default_factory=dict)
+    last: dict = field(default_factory=dict)
+    overrides: dict = field(default_factory=dict)
+    reconstruct: dict | None = None
+    global_loss: GlobalLossConfig | None = None
+    export: list = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, block: Mapping | None, preset: str | None = None) -> PTQConfig:
+        """Builds and validates the block.
+
+        Args:
+            block: The ``ptq`` value of a config.
+            preset: Replaces the block's own ``preset``.
+
+        Raises:
+            PTQError: An unknown key, an unknown name or a value out of range, named with the fix.
+        """
+        if block is None and preset is None:
+            raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
+        block = plain(block or {})
+        if not isinstance(block, dict):
+            raise PTQError(f'`ptq` must be a dict, got {type(block).__name__}.')
+        known_keys('ptq', block, KEYS)
+        name = preset or block.get('preset') or 'w8a8'
+        choice('ptq.preset', name, tuple(PRESETS))
+        for key, kind in (('overrides', 'dict'), ('export', 'list')):
+            if key in block:
+                check_type(f'ptq.{key}', block[key], kind)
+        merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
+        cfg = cls(
+            preset=name,
+            calibration=build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
+            weights=apply_policy(TensorConfig(), merged.get('weights', {}), 'ptq.weights'),
+            activations=apply_policy(TensorConfig(), merged.get('activations', {}), 'ptq.activations'),
+            head=_policy('ptq.head', merged.get('head', {})),
+            first=_policy('ptq.first', merged.get('first', {})),
+            last=_policy('ptq.last', merged.get('last', {})),
+            overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
+            reconstruct=merged.get('reconstruct'),
+            export=list(merged.get('export', [])))
+        if merged.get('global_loss') is not None:
+            cfg.global_loss = build(GlobalLossConfig, 'ptq.global_loss', merged['global_loss'])
+        for key in ('reconstruct', 'export'):
+            if getattr(cfg, key):
+                raise PTQError(f'`ptq.{key}` is not available in this version; remove the key.')
+        if 'last' in cfg.head:
+            cfg.last = merge(cfg.last, cfg.head['last'])
+        return cfg
+
+    def to_dict(self) -> dict:
+        """Plain dict, as it is written to ``results.json``."""
+        return asdict(self)
+
+
+def apply_policy(base: TensorConfig, change: Mapping, key: str) -> TensorConfig:
+    """Returns ``base`` with the keys of one policy entry replaced, checked.
+
+    Args:
+        base: What holds without the change.
+        change: The ``weights`` or ``activations`` entry of a policy.
+        key: Where the change stands in the config, for messages.
+    """
+    if not isinstance(change, Mapping):
+        raise PTQError(f'`{key}` must be a dict, got {change!r}.')
+    return build(TensorConfig, key, merge(asdict(base), change))
+
+
+def _policy(key: str, value: Any) -> dict:
+    """Checks a policy: the name of one, or a dict of tensor changes."""
+    if isinstance(value, str):
+        if key.startswith('ptq.overrides') and value != 'float':
+            raise PTQError(f"`{key}` must be 'float' or a dict, got {value!r}.")
+        choice(key, value, tuple(HEAD_POLICIES))
+        return copy.deepcopy(HEAD_POLICIES[value])
+    if not isinstance(value, dict):
+        raise PTQError(f'`{key}` must be a dict or a policy name, got {value!r}.')
+    allowed = (*POLICY_KEYS, 'last') if key == 'ptq.head' else POLICY_KEYS
+    known_keys(key, value, allowed)
+    for part in POLICY_KEYS:
+        if part in value:
+            apply_policy(TensorConfig(), value[part], f'{key}.{part}')
+    if 'last' in value:
+        _policy(f'{key}.last', value['last'])
+    return value
