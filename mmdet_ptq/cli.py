@@ -96,6 +96,20 @@ def _prepare(args: argparse.Namespace):
     return cfg
 
 
+def _change_block(cfg, args: argparse.Namespace, changes: dict) -> None:
+    """Merges changes, the preset and the checkpoint of the command line into the config."""
+    if args.preset:
+        changes['preset'] = args.preset
+    if cfg.get('ptq') is None and not args.preset:
+        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
+    cfg.ptq = cfg.get('ptq') or {}
+    if not isinstance(cfg.ptq, dict):
+        raise PTQError(f'`ptq` must be a dict, got {cfg.ptq!r}.')
+    cfg.merge_from_dict(dict(ptq=changes))
+    if args.checkpoint:
+        cfg.load_from = args.checkpoint
+
+
 def _ptq(argv: list[str] | None = None) -> None:
     """tools/ptq.py."""
     parser = _parser('Quantize an mmdet detector and report what it cost.', 'optional')
@@ -105,22 +119,28 @@ def _ptq(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cfg = _prepare(args)
     changes = {}
-    if args.preset:
-        changes['preset'] = args.preset
     if args.seed is not None:
         changes['calibration'] = dict(seed=args.seed)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed}
-    if cfg.get('ptq') is None and not args.preset:
-        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
-    cfg.ptq = cfg.get('ptq') or {}
-    if not isinstance(cfg.ptq, dict):
-        raise PTQError(f'`ptq` must be a dict, got {cfg.ptq!r}.')
-    cfg.merge_from_dict(dict(ptq=changes))
-    if args.checkpoint:
-        cfg.load_from = args.checkpoint
+    _change_block(cfg, args, changes)
     cfg.resume = args.resume
     from .engine import PTQRunner
     PTQRunner.from_cfg(cfg).run()
+
+
+def _analyze(argv: list[str] | None = None) -> None:
+    """tools/analyze.py."""
+    parser = _parser('Rank tensors and parts of a detector by what their quantization costs, and find better formats.',
+                     'optional')
+    parser.add_argument('--preset', help='replaces ptq.preset')
+    parser.add_argument('--images', type=int, default=16, help='calibration images to measure on, default: 16')
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        raise PTQError(f'--images must be at least 1, got {args.images}.')
+    cfg = _prepare(args)
+    _change_block(cfg, args, {})
+    from .analyze import analyze
+    analyze(cfg, args.images)
 
 
 def _test(argv: list[str] | None = None) -> None:
@@ -135,3 +155,4 @@ def _test(argv: list[str] | None = None) -> None:
 
 ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --resume to go on.')
 test = _guarded(_test, 'nothing was changed, run the same command again.')
+analyze = _guarded(_analyze, 'finished measurements are kept, run the same command again to go on.')

@@ -1,7 +1,12 @@
 """How quantization parameters are found."""
+from .bias_correction import BiasCorrection, correct_biases
 from .data import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
 from .global_loss import FilteredGlobalLoss
 from .observe import observe_activations
+from .protect import Protection, protect_detector, with_overrides
+from .reconstruction import BlockReconstruction
+from .sensitivity import Sensitivities, measure_sensitivity
 
-__all__ = ['CalibrationDataset', 'FilteredGlobalLoss', 'LoadedSamples', 'check_no_overlap', 'observe_activations',
-           'source_datasets']
+__all__ = ['BiasCorrection', 'BlockReconstruction', 'CalibrationDataset', 'FilteredGlobalLoss', 'LoadedSamples',
+           'Protection', 'Sensitivities', 'check_no_overlap', 'correct_biases', 'measure_sensitivity',
+           'observe_activations', 'protect_detector', 'source_datasets', 'with_overrides']

@@ -9,12 +9,12 @@ from typing import Any
 from ..errors import PTQError
 from ..presets import HEAD_POLICIES, PRESETS
 from .checks import build, check_type, choice, known_keys, merge, plain
-from .sections import CalibrationConfig, GlobalLossConfig, TensorConfig
+from .sections import CalibrationConfig, GlobalLossConfig, ProtectConfig, ReconstructConfig, TensorConfig
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
 POLICY_KEYS = ('weights', 'activations')
-KEYS = ('preset', 'calibration', 'weights', 'activations', 'head', 'first', 'last', 'overrides', 'reconstruct',
-        'global_loss', 'export')
+KEYS = ('preset', 'calibration', 'weights', 'activations', 'head', 'first', 'last', 'overrides', 'protect',
+        'reconstruct', 'global_loss', 'export')
 
 
 @dataclass
@@ -32,6 +32,7 @@ class PTQConfig:
         last: What differs in the output layers of the heads.
         overrides: Pattern of layer names to what differs there (``'float'`` or a policy dict); the last matching
             pattern wins, a pattern that matches nothing is an error.
+        protect: Automatic protection of the most sensitive tensors; None skips the stage.
         reconstruct: Local reconstruction; None skips the stage.
         global_loss: The global stage; None skips it.
         export: Names of the runtimes to export to.
@@ -45,7 +46,8 @@ class PTQConfig:
     first: dict = field(default_factory=dict)
     last: dict = field(default_factory=dict)
     overrides: dict = field(default_factory=dict)
-    reconstruct: dict | None = None
+    protect: ProtectConfig | None = None
+    reconstruct: ReconstructConfig | None = None
     global_loss: GlobalLossConfig | None = None
     export: list = field(default_factory=list)
 
@@ -81,13 +83,13 @@ class PTQConfig:
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
-            reconstruct=merged.get('reconstruct'),
             export=list(merged.get('export', [])))
-        if merged.get('global_loss') is not None:
-            cfg.global_loss = build(GlobalLossConfig, 'ptq.global_loss', merged['global_loss'])
-        for key in ('reconstruct', 'export'):
-            if getattr(cfg, key):
-                raise PTQError(f'`ptq.{key}` is not available in this version; remove the key.')
+        for name, section in (('protect', ProtectConfig), ('reconstruct', ReconstructConfig),
+                              ('global_loss', GlobalLossConfig)):
+            if merged.get(name) is not None:
+                setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
+        if cfg.export:
+            raise PTQError('`ptq.export` is not available in this version; remove the key.')
         if 'last' in cfg.head:
             cfg.last = merge(cfg.last, cfg.head['last'])
         return cfg

@@ -61,6 +61,54 @@ class TensorConfig:
                 raise PTQError(f'`{key}.{part}` must be a dict with a `type`, got {getattr(self, part)!r}.')
 
 
+# What `protect.candidates` may name, from the cheapest to the last resort.
+CANDIDATES = ('per_channel', 'range', 'format', '8bit', '16bit', 'float')
+
+
+@dataclass
+class ProtectConfig:
+    """Automatic protection of the tensors that hurt most, and mixed precision under a budget.
+
+    Args:
+        images: Calibration images on which losses are measured. Defaults to 8.
+        max_tensors: How many tensors may be changed at most to protect them. Defaults to 16.
+        min_share: A tensor is left alone when its own loss is below this share of what the tensors that hurt more
+            leave of the whole loss. Defaults to 0.05.
+        max_float_macs: Share of the multiply-accumulates that protection may turn to floating point, 0 to 1.
+            Defaults to 0.0: everything stays in integers.
+        size_bytes: Largest integer checkpoint, in bytes.
+        size_ratio: The same as a share of the float detector's float32 size, 0 to 1.
+        bops_ratio: Most bit operations, as a share of the float detector's (multiply-accumulates x 32 x 32).
+        max_loss: Largest filtered global loss of the whole quantized detector on these images; protection stops
+            when it is reached.
+        candidates: What may be tried on a tensor: ``'per_channel'`` (a scale per channel on depthwise inputs),
+            ``'range'`` (another observer), ``'format'`` (log-affine / affine weights), ``'8bit'``, ``'16bit'``
+            (activations) and ``'float'``. Defaults to all of them.
+    """
+
+    images: int = 8
+    max_tensors: int = 16
+    min_share: float = 0.05
+    max_float_macs: float = 0.0
+    size_bytes: int | None = None
+    size_ratio: float | None = None
+    bops_ratio: float | None = None
+    max_loss: float | None = None
+    candidates: list = field(default_factory=lambda: list(CANDIDATES))
+
+    def check(self, key: str) -> None:
+        positive(key, self, 'images', 'max_tensors')
+        for name in ('min_share', 'max_float_macs'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
+        positive(key, self, *(n for n in ('size_bytes', 'size_ratio', 'bops_ratio', 'max_loss')
+                              if getattr(self, n) is not None))
+        if self.size_bytes is not None and self.size_ratio is not None:
+            raise PTQError(f'`{key}` names both `size_bytes` and `size_ratio`; keep one of them.')
+        for name in self.candidates:
+            choice(f'{key}.candidates', name, CANDIDATES)
+
+
 @dataclass
 class GlobalLossConfig:
     """The global stage: filtered global loss (Reg-PTQ, CVPR 2024) and the iterations that minimise it.
@@ -84,6 +132,8 @@ class GlobalLossConfig:
         batch_size: Images per iteration. Defaults to 4.
         lr: Learning rate, relative to the size of each scale. Defaults to 1e-3.
         bias_lr: Learning rate of the biases, relative to their spread; 0 leaves them. Defaults to 1e-3.
+        weight_lr: Learning rate of the weights (straight-through gradients), relative to their quantization step; 0
+            leaves them. Defaults to 0.
         holdout: Share of the calibration images kept apart to choose the best state. Defaults to 0.125.
         val_interval: Iterations between two looks at the held-out images. Defaults to 50.
         checkpoint_interval: Iterations between two checkpoints (what a killed run loses at most).
@@ -110,6 +160,7 @@ class GlobalLossConfig:
     batch_size: int = 4
     lr: float = 1e-3
     bias_lr: float = 1e-3
+    weight_lr: float = 0
     holdout: float = 0.125
     val_interval: int = 50
     checkpoint_interval: int = 50
@@ -137,3 +188,77 @@ class GlobalLossConfig:
     def loss_kwargs(self) -> dict:
         """The arguments of :class:`mmdet_ptq.calibration.FilteredGlobalLoss`."""
         return {name: getattr(self, name) for name in self.LOSS_KEYS}
+
+
+@dataclass
+class ReconstructConfig:
+    """Local reconstruction: unit after unit is trained to return what it returned in the float detector.
+
+    Args:
+        type: From the ``RECONSTRUCTIONS`` registry.
+        iters: Iterations per unit; 0 leaves it at the closed form. Defaults to 500.
+        batch_size: Images per iteration. Defaults to 8.
+        max_positions: Fewer images are taken where they have more positions (of all levels) than this together; one
+            is the least. Large maps give more equations than a layer has weights. Defaults to 32768.
+        skip_below: Units whose held-out error is below this share of their output's variance already are left as they
+            are. Defaults to 5e-4.
+        granularity: ``'block'``, ``'layer'`` or ``'paper'`` (blocks in the backbone, layers elsewhere).
+            Defaults to ``'block'``.
+        units: Names (patterns) of modules that are units whatever the granularity says.
+        compensate: First solve each layer's weights in closed form: least squares against the float outputs, each
+            rounding error compensated by the weights that follow (GPTQ). Defaults to True.
+        damping: Pull of the least squares towards the float weights, as a share of the inputs' mean square. Defaults
+            to 1e-2.
+        rounding: ``'adaround'`` (every weight goes to the code above or below, by a relaxed choice), ``'latent'``
+            (weights are trained with straight-through gradients) or ``'nearest'``. Defaults to ``'adaround'``.
+        rounding_lr: Learning rate of the relaxed choice. Defaults to 1e-2.
+        rounding_weight: Weight of AdaRound's regularizer, a mean over the unit's weights. Defaults to 0.01.
+        warmup: Share of the iterations without the regularizer. Defaults to 0.2.
+        beta_start: Exponent of the regularizer after the warm-up. Defaults to 20.
+        beta_end: Exponent at the end. Defaults to 2.
+        weight_lr: Learning rate of ``'latent'`` weights, relative to the quantization step. Defaults to 1e-2.
+        weight_scale_lr: Learning rate of the weight quantizers' parameters, relative to their size; 0 leaves them.
+            Defaults to 0.
+        activation_lr: Learning rate of activation scales, relative to their size; 0 leaves them. Defaults to 1e-3.
+        bias_lr: Learning rate of biases, relative to their size; 0 leaves them. Defaults to 0.
+        drop: QDrop: probability that an activation inside a unit stays float. Defaults to 0.5.
+        input_drop: QDrop: probability that an input of a unit is the float detector's. Defaults to 0.5.
+        holdout: Share of the calibration images that judges whether a unit got better. Defaults to 0.125.
+        cache_gib: Activations kept in memory, in GiB; more goes to the work directory. Defaults to 4.
+    """
+
+    type: str = 'mmdet_ptq.BlockReconstruction'
+    iters: int = 500
+    batch_size: int = 8
+    max_positions: int = 32768
+    skip_below: float = 5e-4
+    granularity: str = 'block'
+    units: list = field(default_factory=list)
+    compensate: bool = True
+    damping: float = 1e-2
+    rounding: str = 'adaround'
+    rounding_lr: float = 1e-2
+    rounding_weight: float = 0.01
+    warmup: float = 0.2
+    beta_start: float = 20
+    beta_end: float = 2
+    weight_lr: float = 1e-2
+    weight_scale_lr: float = 0
+    activation_lr: float = 1e-3
+    bias_lr: float = 0
+    drop: float = 0.5
+    input_drop: float = 0.5
+    holdout: float = 0.125
+    cache_gib: float = 4
+
+    def check(self, key: str) -> None:
+        positive(key, self, 'batch_size', 'max_positions', 'rounding_lr', 'damping')
+        choice(f'{key}.granularity', self.granularity, ('block', 'layer', 'paper'))
+        choice(f'{key}.rounding', self.rounding, ('adaround', 'latent', 'nearest'))
+        for name in ('warmup', 'drop', 'input_drop', 'holdout'):
+            if not 0 <= getattr(self, name) < 1:
+                raise PTQError(f'`{key}.{name}` must lie in [0, 1), got {getattr(self, name)!r}.')
+        for name in ('iters', 'rounding_weight', 'weight_lr', 'weight_scale_lr', 'activation_lr', 'bias_lr', 'cache_gib',
+                     'skip_below'):
+            if getattr(self, name) < 0:
+                raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}.')

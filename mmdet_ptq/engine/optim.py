@@ -9,20 +9,21 @@ from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from ..wrapping.inputs import STATE
-from ..wrapping.weights import quantized_weights
+from ..wrapping.weights import float_weight, quantized_weights
 
 # Scales and offsets differ by orders of magnitude between layers; log k and log eps are relative already.
-RELATIVE_KINDS = ('scale', 's', 'mu')
+RELATIVE_KINDS = ('scale', 's', 'mu', 'weight', 'bias')
 
 
 def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, float]]:
-    """Every learnable quantization parameter of a detector, and the biases of its quantized layers.
+    """Every learnable quantization parameter of a detector, and the weights and biases of its quantized layers.
 
     Args:
         detector: A quantized detector.
 
     Yields:
-        Name, kind (``'scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'``, ``'bias'``), parameter, typical size.
+        Name, kind (``'scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'``, ``'weight'``, ``'bias'``), parameter, typical size;
+        a weight's is its quantization step.
     """
     for name, quantizer in getattr(detector, STATE).activations.items():
         for kind, parameter in quantizer.learnable().items():
@@ -32,6 +33,7 @@ def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Par
         for kind, parameter in parameters.items():
             # an offset moves in steps of the scale it stands beside
             yield f'{name}.weight.{kind}', kind, parameter, _size(parameters['s' if kind == 'mu' else kind])
+        yield f'{name}.weight', 'weight', float_weight(detector.get_submodule(name)), weight.step_size()
         bias = getattr(detector.get_submodule(name), 'bias', None)
         if isinstance(bias, nn.Parameter):
             yield f'{name}.bias', 'bias', bias, max(_size(bias), 1e-2)
@@ -41,11 +43,11 @@ def _size(parameter: nn.Parameter) -> float:
     return float(parameter.detach().abs().mean())
 
 
-def train_only_quantization(detector: nn.Module, biases: bool) -> None:
+def train_only_quantization(detector: nn.Module, weights: bool, biases: bool) -> None:
     """Leaves gradients on for exactly the parameters of :func:`learnable_parameters`."""
     detector.requires_grad_(False)
     for _, kind, parameter, _ in learnable_parameters(detector):
-        parameter.requires_grad_(biases or kind != 'bias')
+        parameter.requires_grad_({'weight': weights, 'bias': biases}.get(kind, True))
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -54,7 +56,7 @@ class QuantizationParamsConstructor:
 
     Args:
         optim_wrapper_cfg: mmengine's optimizer wrapper config.
-        paramwise_cfg: ``dict(lr=..., bias_lr=...)``, both relative to the size of the parameter.
+        paramwise_cfg: ``dict(lr=..., bias_lr=..., weight_lr=...)``, all relative to the size of the parameter.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
@@ -67,8 +69,8 @@ class QuantizationParamsConstructor:
         for name, kind, parameter, size in learnable_parameters(module.detector):
             if not parameter.requires_grad:
                 continue
-            rate = self.rates['bias_lr' if kind == 'bias' else 'lr']
-            scale = size if kind in RELATIVE_KINDS or kind == 'bias' else 1.0
+            rate = self.rates.get(f'{kind}_lr', self.rates['lr'])
+            scale = size if kind in RELATIVE_KINDS else 1.0
             groups.append(dict(params=[parameter], lr=rate * scale, name=name))
         cfg = dict(self.cfg)
         optimizer = OPTIMIZERS.build({**cfg.pop('optimizer'), 'params': groups})

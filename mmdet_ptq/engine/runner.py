@@ -33,7 +33,7 @@ from ..config import GlobalLossConfig, PTQConfig
 from ..deploy import load_quantized_state, quantized_state, read_quantized, save_quantized
 from ..errors import PTQError
 from ..files import check_space
-from ..registry import RUNNERS
+from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .evaluation import evaluation_files, evaluation_hooks
 from .float_checkpoint import load_float_checkpoint
@@ -47,7 +47,7 @@ QUANTIZED = 'quantized.pth'
 
 @RUNNERS.register_module()
 class PTQRunner(Runner):
-    """Runs post-training quantization: prepare, observe, global, evaluate, report.
+    """Runs post-training quantization: prepare, observe, reconstruct, global, evaluate, report.
 
     Everything the global stage needs (loop, optimizer wrapper, schedulers, checkpoints, logging, visualizer back
     ends) is mmengine's own; the user's training loop, optimizer and custom hooks are not touched and not used.
@@ -64,7 +64,9 @@ class PTQRunner(Runner):
         float_detector: The untouched float detector.
         structure: The quantized detector's structure, after ``prepare``.
         inputs: Hash of all that prepare and observe depend on.
+        reconstruct_inputs: The same for reconstruction.
         global_inputs: The same for the global stage.
+        units: What reconstruction did to each unit.
         results: What ``results.json`` holds.
     """
 
@@ -82,7 +84,8 @@ class PTQRunner(Runner):
         self.detector: nn.Module = self._inner(self.model).eval()
         self.float_detector: nn.Module | None = None
         self.structure: Structure | None = None
-        self.inputs = self.global_inputs = ''
+        self.inputs = self.reconstruct_inputs = self.global_inputs = ''
+        self.units: list[dict] = []
         self.results: dict = {}
 
     @classmethod
@@ -147,13 +150,16 @@ class PTQRunner(Runner):
         calibration = self.calibration
         self.float_detector = copy.deepcopy(self.detector)
         recipe = self.ptq.to_dict()
-        global_loss = recipe.pop('global_loss')
+        global_loss, reconstruct = recipe.pop('global_loss'), recipe.pop('reconstruct')
         recipe.pop('preset')  # only a name: what it stands for is in the other keys
         self.inputs = fingerprint(recipe, str(self.cfg.get('model')), str(self.cfg.get('test_dataloader')),
                                   self._checkpoint_hash(), [str(i) for i in calibration.ids])
-        self.global_inputs = fingerprint(self.inputs, global_loss)
+        self.reconstruct_inputs = fingerprint(self.inputs, reconstruct)
+        self.global_inputs = fingerprint(self.reconstruct_inputs, global_loss)
         self.prepare()
         self.observe()
+        if self.ptq.reconstruct is not None:
+            self.reconstruct()
         if self.ptq.global_loss is not None:
             self.minimise_global_loss()
         self._save_quantized()
@@ -196,6 +202,22 @@ class PTQRunner(Runner):
         if taken_over:
             self._load(state)
 
+    def reconstruct(self) -> None:
+        """Brings unit after unit back to what it returned in the float detector."""
+
+        def work() -> dict:
+            cfg = self.ptq.reconstruct
+            method = RECONSTRUCTIONS.build(dict(type=cfg.type, cfg=cfg))
+            units = method.run(
+                self.detector, self._loader(self.calibration, self.ptq.calibration.batch_size), len(self.calibration),
+                Path(self.work_dir) / 'reconstruct' / self.reconstruct_inputs, self.seed, self.stages.resume)
+            return dict(units=units, model=self.detector.state_dict())
+
+        state, taken_over = self.stages.run('reconstruct', self.reconstruct_inputs, work)
+        if taken_over:
+            self._load(state['model'])
+        self.units = state['units']
+
     def minimise_global_loss(self) -> None:
         """Trains all learnable quantization parameters with the filtered global loss."""
 
@@ -213,6 +235,8 @@ class PTQRunner(Runner):
         self.results = new_results(
             str(self.cfg.filename or ''), self.ptq.to_dict(), self.seed, self.structure, self.calibration.ids,
             self.calibration.skipped)
+        if self.units:
+            self.results['reconstruction'] = self.units
         float_row, _ = self.stages.run(
             'evaluate_float', fingerprint(self._checkpoint_hash(), str(self.cfg.get('model')), test),
             lambda: self._evaluate(self.float_detector))
@@ -259,7 +283,7 @@ class PTQRunner(Runner):
         train = calibration.part(range(len(calibration) - held_out))
         if len(train) == 0:
             raise PTQError('`ptq.global_loss.holdout` leaves no calibration image to train on; lower it.')
-        train_only_quantization(self.detector, biases=cfg.bias_lr > 0)
+        train_only_quantization(self.detector, weights=cfg.weight_lr > 0, biases=cfg.bias_lr > 0)
         model = GlobalLossModel(self.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
         self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), model)
         self._train_dataloader = self._loader(train, min(cfg.batch_size, len(train)), infinite=True)
@@ -271,7 +295,7 @@ class PTQRunner(Runner):
             self._val_loop = dict(type='mmdet_ptq.HeldOutLossLoop')
         self.optim_wrapper = dict(
             **copy.deepcopy(cfg.optim_wrapper), constructor='mmdet_ptq.QuantizationParamsConstructor',
-            paramwise_cfg=dict(lr=cfg.lr, bias_lr=cfg.bias_lr))
+            paramwise_cfg=dict(lr=cfg.lr, bias_lr=cfg.bias_lr, weight_lr=cfg.weight_lr))
         self.param_schedulers = copy.deepcopy(cfg.param_scheduler) or [dict(
             type='CosineAnnealingLR', by_epoch=False, begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
         with self._global_hooks(cfg, held_out > 0), self._inside(Path(self.work_dir) / 'global' / self.global_inputs):

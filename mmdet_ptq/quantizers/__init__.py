@@ -11,10 +11,11 @@ from .observers import (
                         Observer,
                         PercentileObserver,
 )
+from .rounding import LearnedRounding
 from .selection import build_observer, build_quantizer, fit_best, resolve_auto, weight_error
 
 __all__ = [
-    'AffineQuantizer', 'HistogramObserver', 'KLObserver', 'LogAffineQuantizer', 'MSEObserver', 'MinMaxObserver',
-    'MovingAverageObserver', 'Observer', 'PercentileObserver', 'Quantizer', 'build_observer', 'build_quantizer',
-    'fit_best', 'resolve_auto', 'weight_error'
+    'AffineQuantizer', 'HistogramObserver', 'KLObserver', 'LearnedRounding', 'LogAffineQuantizer', 'MSEObserver',
+    'MinMaxObserver', 'MovingAverageObserver', 'Observer', 'PercentileObserver', 'Quantizer', 'build_observer',
+    'build_quantizer', 'fit_best', 'resolve_auto', 'weight_error'
 ]

@@ -217,6 +217,15 @@ class AffineQuantizer(Quantizer):
         zero = self.per_channel(self.zero_point, codes)
         return (codes.to(torch.int32) - zero).float().mul_(self.per_channel(self.positive_scale(), codes))
 
+    @torch.no_grad()
+    def code_position(self, x: Tensor) -> Tensor:
+        zero = self.per_channel(self.zero_point, x)
+        return torch.div(x.float(), self.per_channel(self.positive_scale(), x)) + zero
+
+    @torch.no_grad()
+    def step_size(self) -> float:
+        return float(self.positive_scale().mean())
+
     def _params_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a range that contains zero; a range of nothing but zero gets scale 1."""
         first, last = self.code_range

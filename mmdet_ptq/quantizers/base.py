@@ -51,6 +51,18 @@ class Quantizer(nn.Module):
         """The values that ``codes`` stand for: bit for bit what ``forward`` returns in float32."""
         raise NotImplementedError
 
+    def code_position(self, x: Tensor) -> Tensor:
+        """Where ``x`` lies on the axis of codes, not rounded: learned rounding chooses floor(position) or the next."""
+        raise NotImplementedError
+
+    def step_size(self) -> float:
+        """Typical distance of neighbouring values, averaged over channels: the unit of a weight's learning rate."""
+        raise NotImplementedError
+
+    def inside_bin(self, codes: Tensor) -> Tensor:
+        """A value that is rounded to each code: what the code stands for, wherever that quantizes to itself."""
+        return self.decode(codes)
+
     def fit_weight(self, weight: Tensor, observer: Any = None, importance: Tensor | None = None) -> None:
         """Sets the parameters from a weight of shape (C, ...)."""
         raise NotImplementedError

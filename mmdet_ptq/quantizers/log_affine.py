@@ -273,6 +273,29 @@ class LogAffineQuantizer(Quantizer):
         return self._grid().value(rows, mu, unit_and_size(s)[1]).reshape(codes.shape)
 
     @torch.no_grad()
+    def code_position(self, x: Tensor) -> Tensor:
+        mu, s = self._columns()
+        d = (self._rows(x) - mu) / unit_and_size(s)[0]
+        y = log_grid.psi(self.mode, d.abs(), *self._grid().side_params(log_grid.sign_bit(d)))
+        # the logarithm of 'exact' and 'shift' is infinite at 0
+        return (y - 0.5).clamp(-1, self.count).reshape(x.shape)
+
+    @torch.no_grad()
+    def step_size(self) -> float:
+        return float(self.table_scale().mean() * self.table().float().diff().median())
+
+    @torch.no_grad()
+    def inside_bin(self, codes: Tensor) -> Tensor:
+        if self.mode != 'shift':
+            return self.decode(codes)
+        # the published grid decodes a code to a value outside its bin
+        grid, (mu, s) = self._grid(), self._columns()
+        rows = codes.reshape(self.s.numel(), -1)
+        minus = (rows < self.count).to(torch.int32)
+        middle = log_grid.inverse('exact', grid.magnitude_code(minus, rows) + 0.5, *grid.side_params(minus))
+        return (mu + unit_and_size(s)[1] * (1 - 2 * minus) * middle).reshape(codes.shape)
+
+    @torch.no_grad()
     def fit_weight(self, weight: Tensor, observer: Any = None, importance: Tensor | None = None) -> None:
         """Searches mu, s, k and eps (or a) for the least squared error.
 

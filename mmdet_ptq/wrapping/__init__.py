@@ -1,11 +1,14 @@
 """Float detector in, quantized detector out."""
+from .chains import Junction, find_junctions
 from .coverage import CoverageRow, coverage_rows, integer_mac_share
+from .equalization import channel_magnitudes, equalize, log_equalization
 from .inputs import QuantizationState, is_quantized, quantization_mode, set_mode
 from .prepare import check_finite, prepare_detector
 from .structure import LayerStructure, Structure, apply_structure
 from .weights import QuantizedWeight, float_weight, freeze_weights, quantized_weights, thaw_weights
 
 __all__ = [
-    'CoverageRow', 'LayerStructure', 'QuantizationState', 'QuantizedWeight', 'Structure', 'apply_structure',
-    'check_finite', 'coverage_rows', 'float_weight', 'freeze_weights', 'integer_mac_share', 'is_quantized',
-    'prepare_detector', 'quantization_mode', 'quantized_weights', 'set_mode', 'thaw_weights']
+    'CoverageRow', 'Junction', 'LayerStructure', 'QuantizationState', 'QuantizedWeight', 'Structure',
+    'apply_structure', 'channel_magnitudes', 'check_finite', 'coverage_rows', 'equalize', 'find_junctions',
+    'float_weight', 'freeze_weights', 'integer_mac_share', 'is_quantized', 'log_equalization', 'prepare_detector',
+    'quantization_mode', 'quantized_weights', 'set_mode', 'thaw_weights']

@@ -1,9 +1,10 @@
 """Quantized inputs as forward pre-hooks: one quantizer per tensor, one range per call of a shared layer."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PTQError
@@ -12,6 +13,14 @@ from .weights import quantized_weights
 
 STATE = 'ptq'  # attribute of the detector that holds its quantization state
 MODES = ('float', 'observe', 'quantize')
+
+
+def mixed(x: Tensor, other: Tensor, share: float) -> Tensor:
+    """Takes each value from ``other`` with probability ``share``, to 1/256, else from ``x``."""
+    words = torch.randint(-2**63, 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
+    # random bytes and lerp: five times as fast on a CPU as random floats and where
+    chosen = words.view(torch.uint8)[:x.numel()].view(x.shape) < round(256 * share)
+    return torch.lerp(x, other, chosen.to(x.dtype))
 
 
 class QuantizationState(nn.Module):
@@ -29,6 +38,8 @@ class QuantizationState(nn.Module):
         self.activations = nn.ModuleDict(quantizers)
         self.readers = readers
         self.mode = 'quantize'
+        self.only: frozenset[str] | None = None  # the activations that the mode holds for; None: all
+        self.drop = 0.0  # QDrop: share of the values that stay float
         self.observers: dict[str, Observer] = {}
         self.hooks: list[QuantizedInput] = []
         # activation -> (tensor, version, quantized tensor, readers left); the reason for one quantizer per tensor
@@ -41,9 +52,15 @@ class QuantizationState(nn.Module):
         for hook in self.hooks:
             hook.calls = 0
 
+    def set_calls(self, calls: dict[str, int]) -> None:
+        """Says which call of some layers comes next, where a part of the detector runs by itself."""
+        for hook in self.hooks:
+            if hook.layer in calls:
+                hook.calls = calls[hook.layer]
+
     def apply_to(self, name: str, x: Tensor, layer: str) -> Tensor:
         """Quantizes, observes or passes a tensor that a layer is about to read."""
-        if self.mode == 'float':
+        if self.mode == 'float' or (self.only is not None and name not in self.only):
             return x
         shared = self._shared.get(name)
         if shared is not None and shared[0] is x and shared[1] == x._version:
@@ -61,6 +78,8 @@ class QuantizationState(nn.Module):
             out = x
         else:
             out = self.activations[name](x)
+            if self.drop:
+                out = mixed(out, x, self.drop)
         if self.readers[name] > 1:
             self._shared[name] = (x, x._version, out, self.readers[name] - 1)
         return out
@@ -150,3 +169,23 @@ def quantization_mode(detector: nn.Module, mode: str) -> Iterator[None]:
         yield
     finally:
         set_mode(detector, before)
+
+
+@contextmanager
+def quantize_only(detector: nn.Module, activations: Collection[str], weights: Collection[str]) -> Iterator[None]:
+    """Runs a block of code with the named tensors quantized and everything else float.
+
+    Args:
+        detector: The quantized detector.
+        activations: Activation names.
+        weights: Names of the layers whose weight is quantized.
+    """
+    state = getattr(detector, STATE)
+    with quantization_mode(detector, 'quantize'):
+        state.only = frozenset(activations)
+        for name, weight in quantized_weights(detector).items():
+            weight.enabled = name in weights
+        try:
+            yield
+        finally:
+            state.only = None

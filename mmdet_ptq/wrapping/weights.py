@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..quantizers import Quantizer
+from ..quantizers import LearnedRounding, Quantizer
 from .layers import RowLayout
 
 
@@ -25,6 +25,7 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.quantizer = quantizer
         self.layout = layout
+        self.rounding: LearnedRounding | None = None  # only while a reconstruction learns it
         self.enabled = True
         self.caching = False
         self._cached: Tensor | None = None
@@ -43,7 +44,34 @@ class QuantizedWeight(nn.Module):
         return quantized
 
     def _quantize(self, weight: Tensor) -> Tensor:
-        return self.layout.from_rows(self.quantizer(self.layout.to_rows(weight)), weight.shape)
+        rounding = None if self.rounding is None else self.rounding()
+        return self.layout.from_rows(self.quantizer(self.layout.to_rows(weight), rounding), weight.shape)
+
+    def step_size(self) -> float:
+        """See :meth:`mmdet_ptq.quantizers.Quantizer.step_size`."""
+        return self.quantizer.step_size()
+
+    def learn_rounding(self, weight: Tensor) -> LearnedRounding:
+        """Rounds with a learned choice from now on, until :meth:`settle_rounding`."""
+        self.rounding = LearnedRounding(self.quantizer, self.layout.to_rows(weight.detach()))
+        return self.rounding
+
+    @torch.no_grad()
+    def settle_rounding(self, weight: Tensor) -> None:
+        """Moves the float weight, in place, to where rounding to the nearest gives the learned codes.
+
+        The weight itself then carries the choice: no other state is stored, and later training starts from it.
+        """
+        rows = self.layout.to_rows(weight)
+        codes = self.quantizer.encode(rows, self.rounding.hard())
+        self.rounding = None
+        centre = self.quantizer.inside_bin(codes)
+        settled = centre
+        # as near to the trained value as the bin allows
+        for share in (0.45, 0.9):
+            nearer = centre + share * (rows - centre)
+            settled = torch.where(self.quantizer.encode(nearer) == codes, nearer, settled)
+        weight.copy_(self.layout.from_rows(settled, weight.shape))
 
     def set_caching(self, caching: bool) -> None:
         """Starts or ends a forward pass of the whole detector."""

@@ -1,0 +1,143 @@
+"""Closed-form weights of one layer: least squares against the float outputs, rounding errors compensated by the rest.
+
+Rounding weight by weight, each error moved onto the weights not rounded yet, is optimal brain quantization (Frantar and
+Alistarh, NeurIPS 2022) in the fixed order of GPTQ (Frantar et al., ICLR 2023). Two things are added: the target is what
+the float layer returned on float inputs, so errors of the layers before are taken back, too; and the bias, which is not
+rounded, takes what is left of the mean.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..wrapping.layers import is_transposed
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What each output position reads.
+
+    Args:
+        layer: A linear layer or a 2d convolution.
+        x: Its input.
+
+    Returns:
+        (G, K, P): groups, weights per output channel, positions; None for layers this does not cover.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+    if not isinstance(layer, nn.Conv2d) or is_transposed(layer) or layer.padding_mode != 'zeros' \
+            or isinstance(layer.padding, str):
+        return None
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    n, _, positions = columns.shape
+    return columns.view(n, layer.groups, -1, positions).permute(1, 2, 0, 3).reshape(layer.groups, -1, n * positions)
+
+
+def by_group(layer: nn.Module, y: Tensor) -> Tensor:
+    """A layer's output as (G, R, P): groups, output channels of a group, positions."""
+    groups = getattr(layer, 'groups', 1)
+    if isinstance(layer, nn.Linear):
+        return y.reshape(1, -1, y.shape[-1]).transpose(1, 2)
+    channels = y.transpose(0, 1).reshape(y.shape[1], -1)
+    return channels.view(groups, -1, channels.shape[1])
+
+
+class LayerEquations:
+    """The normal equations of a layer, summed over batches: inputs with a constant 1 for the bias.
+
+    Args:
+        groups: Groups of the layer.
+        rows: Output channels of a group.
+        fan_in: Weights per output channel.
+        has_bias: Without a bias the constant is 0 and takes part in nothing.
+        device: Where the sums are.
+    """
+
+    def __init__(self, groups: int, rows: int, fan_in: int, has_bias: bool, device: torch.device) -> None:
+        self.inputs = torch.zeros(groups, fan_in + 1, fan_in + 1, dtype=torch.float64, device=device)
+        self.targets = torch.zeros(groups, rows, fan_in + 1, dtype=torch.float64, device=device)
+        self.constant = float(has_bias)
+        self.count = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds positions.
+
+        Args:
+            x: Quantized inputs, (G, K, P).
+            y: Float outputs, (G, R, P).
+        """
+        x = torch.cat([x, x.new_full((x.shape[0], 1, x.shape[2]), self.constant)], 1)
+        self.inputs += (x @ x.transpose(1, 2)).double()
+        self.targets += (y @ x.transpose(1, 2)).double()
+        self.count += x.shape[2]
+
+    def solve(self, weight: Tensor, bias: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+        """The weights of least squared error, drawn towards the given ones.
+
+        Args:
+            weight: (G, R, K).
+            bias: (G, R).
+            damping: Strength of the pull, as a share of the inputs' mean square.
+
+        Returns:
+            The weight and the bias.
+        """
+        start = torch.cat([weight, bias[..., None]], 2).double()
+        lhs, pull = self._damped(damping)
+        # relative to the start, so that the pull alone gives exactly the start
+        change = torch.linalg.solve(lhs, (self.targets - start @ self.inputs).transpose(1, 2)).transpose(1, 2)
+        solved = start + change
+        return solved[..., :-1].to(weight.dtype), solved[..., -1].to(weight.dtype)
+
+    def importance(self) -> Tensor:
+        """Mean square of each input, (G, K): what an error of its weight costs."""
+        return (self.inputs.diagonal(dim1=1, dim2=2)[:, :-1] / max(self.count, 1)).float()
+
+    def compensate(self, weight: Tensor, damping: float, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rounds column by column, moving each error onto the columns that follow.
+
+        Args:
+            weight: (G, R, K).
+            damping: As for :meth:`solve`.
+            quantize: Rounds a column, (G, R).
+
+        Returns:
+            The rounded weight.
+        """
+        groups, _, fan_in = weight.shape
+        lhs, _ = self._damped(damping)
+        # the mean that the bias takes up is no error: it is projected out
+        mean = lhs[:, :-1, -1:]
+        hessian = lhs[:, :-1, :-1] - mean @ mean.transpose(1, 2) / lhs[:, -1:, -1:]
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+        take = torch.arange(groups, device=weight.device)[:, None]
+        hessian = hessian[take[..., None], order[:, :, None], order[:, None, :]]
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+        rest = weight.double().gather(2, order[:, None, :].expand_as(weight))
+        rounded = torch.empty_like(rest)
+        for column in range(fan_in):
+            value = rest[..., column]
+            rounded[..., column] = quantize(value.to(weight.dtype)).double()
+            error = (value - rounded[..., column]) / upper[:, column, column, None]
+            rest[..., column + 1:] -= error[..., None] * upper[:, None, column, column + 1:]
+        result = torch.empty_like(rounded)
+        result.scatter_(2, order[:, None, :].expand_as(rounded), rounded)
+        return result.to(weight.dtype)
+
+    def best_bias(self, weight: Tensor) -> Tensor:
+        """The bias that leaves no mean error, (G, R)."""
+        return ((self.targets[..., -1] - (weight.double() @ self.inputs[:, :-1, -1:])[..., 0])
+                / max(self.count, 1)).to(weight.dtype)
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Squared error of weights, up to the constant energy of the targets."""
+        full = torch.cat([weight, bias[..., None]], 2).double()
+        return float(((full @ self.inputs - 2 * self.targets) * full).sum())
+
+    def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
+        diagonal = self.inputs.diagonal(dim1=1, dim2=2)
+        pull = damping * diagonal.mean(1, keepdim=True) + 1e-8 * max(self.count, 1)
+        return self.inputs + torch.diag_embed(pull.expand_as(diagonal)), pull

@@ -1,0 +1,120 @@
+"""Which outputs of a unit matter to the detector: the diagonal Fisher information of its global loss.
+
+The global loss has no gradient at the float detector itself, which is its own target. The Fisher information does: it
+is the expected squared gradient of the log-likelihood over labels drawn from the detector's own predictions. One such
+draw a batch gives the weights of every unit at once, where BRECQ and Reg-PTQ run the whole detector for each unit.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..predictions import AlignedPredictions, predict_aligned
+from .units import Unit
+
+
+@dataclass
+class FisherWeight:
+    """Squared gradients at one call's output, as an outer product: positions of each image times channels.
+
+    Attributes:
+        positions: Mean over channels, (N, 1, ...).
+        channels: Mean over everything else, (C,).
+    """
+
+    positions: Tensor
+    channels: Tensor
+
+
+def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, reference: AlignedPredictions | None,
+                   score_thr: float, max_boxes: int) -> dict[tuple[str, int], FisherWeight]:
+    """Measures one batch.
+
+    Args:
+        detector: The quantized detector in float mode, its parameters without gradients.
+        units: Its reconstruction units.
+        data: A preprocessed batch: ``inputs`` and ``data_samples``.
+        reference: The float predictions of a two-stage detector on the batch, else None.
+        score_thr: theta_C of the global loss: priors below it do not count.
+        max_boxes: Priors an image that count at most.
+
+    Returns:
+        (unit, call) to its weight.
+    """
+    outputs: dict[tuple[str, int], Tensor] = {}
+    counts = Counter()
+
+    def keep(name: str) -> Callable:
+        def hook(module, args, output):
+            outputs[name, counts[name]] = output
+            counts[name] += 1
+            # a copy goes on: what follows may write to it
+            return output.clone()
+        return hook
+
+    handles = [detector.get_submodule(unit.name).register_forward_hook(keep(unit.name)) for unit in units]
+    try:
+        with torch.enable_grad():
+            images = data['inputs'].detach().clone().requires_grad_()
+            predictions = predict_aligned(detector, images, data['data_samples'], reference=reference)
+            loss = sampled_loss(predictions, score_thr, max_boxes)
+            keys = list(outputs)
+            grads = torch.autograd.grad(loss, [outputs[key] for key in keys], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: _factors(outputs[key] if grad is None else grad.square(), grad is None)
+            for key, grad in zip(keys, grads, strict=True)}
+
+
+def _factors(squares: Tensor, unused: bool) -> FisherWeight:
+    squares = torch.zeros_like(squares) if unused else squares
+    axes = [axis for axis in range(squares.ndim) if axis != 1]
+    return FisherWeight(squares.mean(1, keepdim=True), squares.mean(axes))
+
+
+def sampled_loss(predictions: AlignedPredictions, score_thr: float, max_boxes: int) -> Tensor:
+    """Negative log-likelihood of labels drawn from the predictions themselves, summed over images.
+
+    Classes and quality are drawn from their probabilities; boxes follow a Laplace distribution around the predicted
+    one (the L1 term divided by the box's size), whose gradient is a random sign.
+
+    Args:
+        predictions: Of the float detector, with gradients.
+        score_thr: Priors of a lower confidence do not count.
+        max_boxes: Priors an image that count at most.
+    """
+    if predictions.raw is not None:
+        parts = [(t * _signs(t)).sum() / t.detach().std().clamp_min(1e-6) for t in predictions.raw if t.numel() > 1]
+        return torch.stack(parts).sum()
+    confidence = predictions.confidence().detach()
+    best = confidence.topk(min(max_boxes, confidence.shape[1]), dim=1).indices
+    kept = predictions.take(best)
+    mask = kept.confidence().detach() >= score_thr
+    logits = kept.cls_logits[mask]
+    if kept.activation == 'softmax':
+        labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0] if len(logits) else logits.new_zeros(0).long()
+        loss = F.cross_entropy(logits, labels, reduction='sum')
+    else:
+        labels = torch.bernoulli(logits.detach().sigmoid())
+        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction='sum')
+    if kept.quality_logits is not None:
+        quality = kept.quality_logits[mask]
+        loss = loss + F.binary_cross_entropy_with_logits(quality, torch.bernoulli(quality.detach().sigmoid()),
+                                                         reduction='sum')
+    if kept.boxes is not None:
+        boxes = kept.boxes[mask]
+        size = (boxes.detach()[:, 2:] - boxes.detach()[:, :2]).clamp(min=1).repeat(1, 2)
+        loss = loss + (boxes / size * _signs(boxes)).sum() / 4
+    if predictions.proposal_stage is not None:
+        loss = loss + sampled_loss(predictions.proposal_stage, score_thr, max_boxes)
+    return loss
+
+
+def _signs(like: Tensor) -> Tensor:
+    return torch.randint(0, 2, like.shape, device=like.device).to(like.dtype) * 2 - 1

@@ -1,0 +1,135 @@
+"""Local reconstruction: the quantized detector is brought back to the float one unit by unit."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from mmengine.logging import print_log
+from torch import nn
+
+from ..config import ReconstructConfig
+from ..errors import PTQError
+from ..files import load_tensors, save_tensors
+from ..predictions import predict_aligned
+from ..predictions.two_stage import is_two_stage
+from ..registry import RECONSTRUCTIONS
+from ..wrapping import quantization_mode
+from .activation_store import ActivationStore
+from .streams import FLOAT, QUANTIZED, Streams
+from .unit_training import UnitResult, UnitTrainer
+from .units import Unit, find_units
+
+
+@RECONSTRUCTIONS.register_module()
+class BlockReconstruction:
+    """Reconstruction of one unit after another, with cached inputs.
+
+    Its options give AdaRound (Nagel et al., ICML 2020), BRECQ (Li et al., ICLR 2021), QDrop (Wei et al., ICLR 2022)
+    and the local step of Reg-PTQ (Ding et al., CVPR 2024): see the presets.
+
+    Args:
+        cfg: The ``reconstruct`` section.
+    """
+
+    def __init__(self, cfg: ReconstructConfig) -> None:
+        self.cfg = cfg
+
+    def run(self, detector: nn.Module, batches: Iterable[dict], num_images: int, folder: Path, seed: int,
+            resume: bool) -> list[dict]:
+        """Reconstructs a quantized detector whose activation ranges are set, in place.
+
+        Args:
+            detector: The quantized detector, in eval mode.
+            batches: Calibration batches as a dataloader yields them; the last images are held out.
+            num_images: How many images they hold.
+            folder: Where finished units (to go on from) and activations that do not fit in memory are kept.
+            seed: Seed of the sampling.
+            resume: Whether units that an earlier run has finished are taken over.
+
+        Returns:
+            One dict per unit: name, held-out error before and after, outcome, seconds.
+        """
+        store = ActivationStore(int(self.cfg.cache_gib * 2**30), folder)
+        try:
+            return self._run(detector, batches, num_images, folder, seed, resume, store)
+        finally:
+            store.close()
+            for parameter in detector.parameters():
+                parameter.grad = None
+
+    def _run(self, detector, batches, num_images, folder, seed, resume, store) -> list[dict]:
+        data = [detector.data_preprocessor(batch, False) for batch in batches]
+        units = self._units(detector, data[0])
+        streams = Streams(detector, units, store)
+        two_stage = is_two_stage(detector)
+        while data:
+            streams.add(data.pop(0), two_stage)
+        train, held_out = self._split(streams, num_images)
+        results, taken, done = [], set(), 0.0
+        print_log(f'reconstructing {len(units)} units, {sum(len(u.layers) for u in units)} layers', 'current')
+        for index, unit in enumerate(units):
+            start = time.perf_counter()
+            path = folder / f'{index:03d}.pth'
+            float_inputs = streams.collect(unit, FLOAT)
+            inputs = streams.collect(unit, QUANTIZED)
+            with quantization_mode(detector, QUANTIZED):
+                trainer = UnitTrainer(streams, unit, inputs, float_inputs, self.cfg, train, held_out, taken)
+                result = self._taken_over(trainer, path) if resume else None
+                if result is None:
+                    self._check_images(trainer, len(train))
+                    result = trainer.run(seed + index)
+                    result.seconds = round(time.perf_counter() - start, 2)
+                    save_tensors(path, dict(result=asdict(result), state=trainer.snapshot()))
+            streams.forget(float_inputs)
+            streams.finish(unit, inputs)
+            taken |= set(trainer.activations)
+            results.append(asdict(result))
+            done += time.perf_counter() - start
+            self._log(index, len(units), result, done)
+        return results
+
+    def _units(self, detector: nn.Module, data: dict) -> list[Unit]:
+        images = data['inputs'][:1].clone().requires_grad_()
+        with quantization_mode(detector, FLOAT):
+            units = find_units(detector, lambda: predict_aligned(detector, images, data['data_samples'][:1]),
+                               self.cfg.granularity, self.cfg.units)
+        if not units:
+            raise PTQError('`ptq.reconstruct` finds no quantized layer in the detector; remove the key.')
+        return units
+
+    def _split(self, streams: Streams, num_images: int) -> tuple[list[tuple], list[tuple]]:
+        samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]
+        held_out = round(num_images * self.cfg.holdout)
+        return samples[:len(samples) - held_out], samples[len(samples) - held_out:]
+
+    def _taken_over(self, trainer: UnitTrainer, path: Path) -> UnitResult | None:
+        if not path.is_file():
+            return None
+        try:
+            saved = load_tensors(path)
+        except PTQError as error:
+            print_log(f'{error}; the unit {trainer.unit.name} is reconstructed again', 'current', level=30)
+            return None
+        trainer.restore(saved['state'])
+        return UnitResult(**saved['result'])
+
+    def _check_images(self, trainer: UnitTrainer, images: int) -> None:
+        """Warns where a layer has more weights per output channel than the images give equations."""
+        positions = max(trainer.positions(), 1)
+        for name, weight in trainer.weights.items():
+            fan_in = weight.layout.to_rows(trainer.layers[name].parametrizations.weight.original).shape[1]
+            needed = math.ceil(fan_in / positions)
+            if images < needed:
+                print_log(f'{images} calibration images are few for {name}, which has {fan_in} weights per output '
+                          f'channel: {needed} are needed (`ptq.calibration.num_images`)', 'current', level=30)
+
+    def _log(self, index: int, count: int, result: UnitResult, seconds: float) -> None:
+        left = seconds / (index + 1) * (count - index - 1)
+        end = {'restored': '; training did not help, the state before is restored',
+               'good enough': '; good enough as it is'}.get(result.outcome, '')
+        print_log(f'reconstruct [{index + 1}/{count}] {result.name}: held-out error {result.before:.4g} -> '
+                  f'{result.after:.4g}, {result.seconds:.1f} s, eta {int(left) // 60} min {int(left) % 60:02d} s{end}',
+                  'current', level=30 if result.outcome == 'restored' else 20)

@@ -1,0 +1,266 @@
+"""What reaches each unit: calibration batches on their way through the float and the quantized detector, unit by unit.
+
+The detector's own forward is run again for every unit, but finished units return what they returned before and
+units that do not matter return zeros, so that each unit computes once. No code of the user is traced or rewritten.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import PTQError
+from ..predictions import AlignedPredictions, predict_aligned
+from ..wrapping import quantization_mode
+from ..wrapping.inputs import STATE
+from .activation_store import ActivationStore
+from .units import Unit
+
+FLOAT, QUANTIZED = 'float', 'quantize'
+
+
+class _Reached(Exception):
+    """Ends a forward pass after the last call of the unit in question."""
+
+
+@dataclass
+class Batch:
+    """A preprocessed calibration batch.
+
+    Attributes:
+        inputs: Number of the (N, 3, H, W) images in the store.
+        samples: Meta information of the N images.
+        reference: The float detector's predictions, for detectors whose second stage needs them.
+    """
+
+    inputs: int
+    samples: list
+    reference: AlignedPredictions | None = None
+
+
+@dataclass
+class CallInputs:
+    """Arguments of one call of a unit for one batch: tensors by their number in the store, the rest as it is."""
+
+    leaves: list[Any]
+    spec: Any
+    tensors: list[int]  # positions in ``leaves``
+
+    def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict]:
+        """The arguments with given tensors."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.tensors, tensors, strict=True):
+            leaves[position] = tensor
+        return tree_unflatten(leaves, self.spec)
+
+
+class Streams:
+    """The calibration batches inside the float and the quantized detector.
+
+    Args:
+        detector: The quantized detector.
+        units: Its units, in the order in which they run.
+        store: Where activations are kept.
+    """
+
+    def __init__(self, detector: nn.Module, units: list[Unit], store: ActivationStore) -> None:
+        self.detector = detector
+        self.state = getattr(detector, STATE)
+        self.store = store
+        self.units = {unit.name: unit for unit in units}
+        self.batches: list[Batch] = []
+        self.finished: set[str] = set()
+        # (stream, unit, call) -> one number per batch
+        self._outputs: dict[tuple[str, str, int], list[int]] = {}
+        self._shapes: list[dict[tuple[str, int], tuple[torch.Size, torch.dtype]]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.detector.parameters()).device
+
+    @torch.no_grad()
+    def add(self, data: dict, two_stage: bool) -> None:
+        """Adds a batch and learns the shape of every unit's output from one float pass.
+
+        Args:
+            data: A preprocessed batch: ``inputs`` and ``data_samples``.
+            two_stage: Keep the float predictions as reference of later passes.
+        """
+        shapes: dict[tuple[str, int], tuple[torch.Size, torch.dtype]] = {}
+        counts = Counter()
+
+        def note(name: str) -> Callable:
+            def hook(module, args, output):
+                shapes[name, counts[name]] = output.shape, output.dtype
+                counts[name] += 1
+            return hook
+
+        handles = [self.detector.get_submodule(name).register_forward_hook(note(name)) for name in self.units]
+        try:
+            with quantization_mode(self.detector, FLOAT):
+                reference = predict_aligned(self.detector, data['inputs'], data['data_samples'])
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._shapes.append(shapes)
+        self.batches.append(Batch(self.store.put(data['inputs']), data['data_samples'],
+                                  reference.detach() if two_stage else None))
+
+    def collect(self, unit: Unit, stream: str) -> list[list[CallInputs]]:
+        """Runs every batch up to a unit.
+
+        In the float stream the unit's outputs are kept, too, as what it should return.
+
+        Args:
+            unit: The next unit.
+            stream: ``'float'`` or ``'quantize'``.
+
+        Returns:
+            For each call of the unit, its inputs batch by batch.
+        """
+        calls: list[list[CallInputs]] = [[] for _ in range(unit.calls)]
+        with torch.no_grad(), quantization_mode(self.detector, stream):
+            for index in range(len(self.batches)):
+                self._replay(index, unit, stream, calls)
+        return calls
+
+    def finish(self, unit: Unit, inputs: list[list[CallInputs]]) -> None:
+        """Keeps what the calibrated unit returns, and forgets what nobody will ask for again.
+
+        Args:
+            unit: The unit, in its final state.
+            inputs: What :meth:`collect` returned for the quantized stream.
+        """
+        with torch.no_grad(), quantization_mode(self.detector, QUANTIZED):
+            for call, batches in enumerate(inputs):
+                kept = self._outputs[QUANTIZED, unit.name, call] = []
+                for batch in batches:
+                    kept.append(self.store.put(self.run(unit, call, batch, self.tensors(batch))))
+        self.finished.add(unit.name)
+        self.forget(inputs)
+        waiting = [u for u in self.units.values() if u.name not in self.finished]
+        needs = [need for u in waiting for need in u.needs]
+        if None in needs:
+            return
+        needed = set().union(*needs)
+        for key in [key for key in self._outputs if key[1] in self.finished and key[1:] not in needed]:
+            for number in self._outputs.pop(key):
+                self.store.drop(number)
+
+    def forget(self, inputs: list[list[CallInputs]]) -> None:
+        """Drops collected inputs."""
+        for batches in inputs:
+            for batch in batches:
+                for position in batch.tensors:
+                    self.store.drop(batch.leaves[position])
+
+    def tensors(self, inputs: CallInputs) -> list[Tensor]:
+        """The input tensors of a call, on the detector's device."""
+        return [self.store.get(inputs.leaves[position]).to(self.device, copy=True) for position in inputs.tensors]
+
+    def target(self, unit: Unit, call: int, batch: int) -> Tensor:
+        """What the float unit returned; do not write to it."""
+        return self.store.get(self._outputs[FLOAT, unit.name, call][batch])
+
+    def run(self, unit: Unit, call: int, inputs: CallInputs, tensors: list[Tensor]) -> Tensor:
+        """Calls a unit alone, as the given call of a forward pass."""
+        self.state.reset()
+        self.state.set_calls({layer: call * count for layer, count in unit.layers.items()})
+        args, kwargs = inputs.arguments(tensors)
+        return self.detector.get_submodule(unit.name)(*args, **kwargs)
+
+    # ------------------------------------------------------------------ one pass
+
+    def _replay(self, index: int, target: Unit, stream: str, calls: list[list[CallInputs]]) -> None:
+        batch, counts = self.batches[index], Counter()
+        needed = self._needed(target)
+
+        def before(unit: Unit) -> Callable:
+            def hook(module, args, kwargs):
+                call = counts[unit.name]
+                self.state.set_calls({layer: call * count for layer, count in unit.layers.items()})
+                if unit is target:
+                    calls[call].append(self._keep_inputs(args, kwargs))
+            return hook
+
+        def instead(unit: Unit, forward: Callable) -> Callable:
+            def run(*args, **kwargs):
+                call = counts[unit.name]
+                counts[unit.name] += 1
+                if unit is target:
+                    output = self._target_output(unit, call, index, stream, lambda: forward(*args, **kwargs))
+                    if call == unit.calls - 1:
+                        raise _Reached
+                    return output
+                if needed is not None and (unit.name, call) not in needed:
+                    shape, dtype = self._shapes[index][unit.name, call]
+                    return torch.zeros(shape, dtype=dtype, device=self.device)
+                if unit.name in self.finished:
+                    number = self._outputs[stream, unit.name, call][index]
+                    return self.store.get(number).to(self.device, copy=True)
+                return forward(*args, **kwargs)
+            return run
+
+        with self._around_units(before, instead):
+            try:
+                predict_aligned(self.detector, self.store.get(batch.inputs).to(self.device, copy=True), batch.samples,
+                                reference=batch.reference)
+            except _Reached:
+                self.state.reset()
+                return
+        raise PTQError(f'the unit {target.name} ran less often than in the first pass; name other modules in '
+                       '`ptq.reconstruct.units`.')
+
+    def _target_output(self, unit: Unit, call: int, index: int, stream: str, compute: Callable[[], Tensor]) -> Tensor:
+        kept = self._outputs.setdefault((FLOAT, unit.name, call), [])
+        if stream == FLOAT:
+            output = compute()
+            kept.append(self.store.put(output))
+            return output
+        # a later call of the same unit hardly ever reads it; the float output is as good as the quantized one then
+        return self.store.get(kept[index]).to(self.device, copy=True)
+
+    def _keep_inputs(self, args: tuple, kwargs: dict) -> CallInputs:
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return CallInputs([self.store.put(leaf) if i in tensors else leaf for i, leaf in enumerate(leaves)], spec,
+                          tensors)
+
+    def _needed(self, target: Unit) -> set[tuple[str, int]] | None:
+        """Unit calls whose true outputs the target's inputs are made of; None if that is not known."""
+        needed, todo = set(), list(target.needs)
+        while todo:
+            needs = todo.pop()
+            if needs is None:
+                return None
+            for name, call in needs - needed:
+                needed.add((name, call))
+                if name not in self.finished:
+                    todo.append(self.units[name].needs[call])
+        return needed
+
+    @contextmanager
+    def _around_units(self, before: Callable, instead: Callable) -> Iterator[None]:
+        modules = {name: self.detector.get_submodule(name) for name in self.units}
+        own = {name: module.__dict__.get('forward') for name, module in modules.items()}
+        handles = []
+        try:
+            for name, module in modules.items():
+                # first of all hooks: inputs are kept before they are quantized
+                handles.append(module.register_forward_pre_hook(before(self.units[name]), prepend=True,
+                                                                with_kwargs=True))
+                module.forward = instead(self.units[name], module.forward)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, module in modules.items():
+                module.__dict__.pop('forward', None)
+                if own[name] is not None:
+                    module.forward = own[name]

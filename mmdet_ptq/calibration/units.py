@@ -1,0 +1,180 @@
+"""Reconstruction units: the parts of a detector that are calibrated one after another, found from its module tree."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import PTQError, did_you_mean
+from ..wrapping.policy import matches
+from ..wrapping.weights import quantized_weights
+
+GRANULARITIES = ('block', 'layer', 'paper')
+# a larger module is no block but a stage: its own children are looked at
+MAX_LAYERS = 16
+
+
+@dataclass
+class Unit:
+    """A module that is calibrated as a whole.
+
+    Attributes:
+        name: Path in the detector.
+        layers: Its quantized layers, in the order in which they run, and how often each runs in one call of the unit.
+        calls: Calls in one forward pass (a head shared by levels has one per level).
+        needs: For each call, the calls (unit, index) of other units whose outputs it is computed from, with nothing
+            but unweighted operations in between; None where the graph does not tell.
+    """
+
+    name: str
+    layers: dict[str, int]
+    calls: int
+    needs: list[set[tuple[str, int]] | None] = field(default_factory=list)
+
+
+@dataclass
+class _Call:
+    order: int
+    nodes: list[Any] | None  # autograd nodes of the inputs; None where an input has no history
+    layers: Counter = field(default_factory=Counter)
+    output: Any = None  # autograd node of the single output tensor
+
+
+class _Trace:
+    """Records every module call of one forward pass."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.calls: dict[str, list[_Call]] = {}
+        self.stack: list[_Call] = []
+        self.count = 0
+        self.layers = quantized_weights(detector)
+        self.handles = []
+        for name, module in detector.named_modules():
+            if name and 'parametrizations' not in name and not name.startswith('ptq'):
+                self.handles += [module.register_forward_pre_hook(self.enter(name), with_kwargs=True),
+                                 module.register_forward_hook(self.leave(name))]
+
+    def enter(self, name: str) -> Callable:
+        def hook(module, args, kwargs):
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            known = all(t.requires_grad for t in tensors)
+            call = _Call(self.count, [t.grad_fn for t in tensors if t.grad_fn is not None] if known else None)
+            self.count += 1
+            if not tensors:
+                call.output = False
+            self.calls.setdefault(name, []).append(call)
+            self.stack.append(call)
+            if name in self.layers:
+                for outer in self.stack:
+                    outer.layers[name] += 1
+        return hook
+
+    def leave(self, name: str) -> Callable:
+        def hook(module, args, output):
+            call = self.stack.pop()
+            if call.output is None:
+                call.output = output.grad_fn if isinstance(output, Tensor) and output.grad_fn is not None else False
+        return hook
+
+
+def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = 'block',
+               patterns: Iterable[str] = ()) -> list[Unit]:
+    """Finds the units of a quantized detector.
+
+    A block is the outermost module with a forward of its own (not a mere sequence) that takes tensors, returns one
+    tensor, holds at most 16 quantized layers, and whose layers run nowhere else. What is in no block is a unit layer by
+    layer.
+
+    Args:
+        detector: The quantized detector, in float mode.
+        run: Runs the detector on one image that requires gradients.
+        granularity: ``'block'``; ``'layer'``, where a unit has one quantized layer (and its activation function); or
+            ``'paper'``: blocks in the backbone, layers elsewhere (Reg-PTQ). Defaults to ``'block'``.
+        patterns: Modules that are units whatever the rule says. Defaults to none.
+
+    Returns:
+        The units in the order in which they first run.
+
+    Raises:
+        PTQError: A pattern names no module that could be a unit.
+    """
+    trace = _Trace(detector)
+    frozen = [p for p in detector.parameters() if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad():
+            run()
+    finally:
+        for handle in trace.handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    totals = Counter()
+    for name in trace.layers:
+        totals[name] = len(trace.calls.get(name, ()))
+    able = {name: _as_unit(name, calls, totals) for name, calls in trace.calls.items()}
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(matches(pattern, name) and unit for name, unit in able.items()):
+            raise PTQError(f'`ptq.reconstruct.units` names {pattern!r}, which is no module that takes and returns one '
+                           f'tensor and holds quantized layers.{did_you_mean(pattern, able)}')
+    chosen: dict[str, Unit] = {}
+    _choose(detector, '', able, granularity, patterns, chosen, set())
+    units = sorted(chosen.values(), key=lambda unit: trace.calls[unit.name][0].order)
+    _find_needs(units, trace)
+    return units
+
+
+def _as_unit(name: str, calls: list[_Call], totals: Counter) -> Unit | None:
+    layers = calls[0].layers
+    if not layers or any(call.output is False or call.layers != layers for call in calls):
+        return None
+    # a layer that also runs elsewhere belongs to no module alone
+    if any(totals[layer] != count * len(calls) for layer, count in layers.items()):
+        return None
+    return Unit(name, dict(layers), len(calls))
+
+
+def _choose(module: nn.Module, name: str, able: dict[str, Unit | None], granularity: str, patterns: list[str],
+            chosen: dict[str, Unit], seen: set[int]) -> None:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    unit = able.get(name)
+    if unit is not None:
+        as_layers = granularity == 'layer' or granularity == 'paper' and not name.startswith('backbone')
+        sequence = type(module).forward is nn.Sequential.forward
+        fits = not sequence and len(unit.layers) <= (1 if as_layers else MAX_LAYERS)
+        if fits or name in unit.layers or any(matches(pattern, name) for pattern in patterns):
+            chosen[name] = unit
+            return
+    for child_name, child in module.named_children():
+        _choose(child, f'{name}.{child_name}' if name else child_name, able, granularity, patterns, chosen, seen)
+
+
+def _find_needs(units: list[Unit], trace: _Trace) -> None:
+    outputs = {call.output: (unit.name, i) for unit in units for i, call in enumerate(trace.calls[unit.name])}
+    for unit in units:
+        unit.needs = [None if call.nodes is None else _reached(call.nodes, outputs)
+                      for call in trace.calls[unit.name]]
+
+
+def _reached(nodes: list[Any], outputs: dict[Any, tuple[str, int]]) -> set[tuple[str, int]]:
+    """The unit calls met first when walking the autograd graph back."""
+    found, seen, todo = set(), set(), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in outputs:
+            found.add(outputs[node])
+        else:
+            todo += [parent for parent, _ in node.next_functions]
+    return found

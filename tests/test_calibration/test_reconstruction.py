@@ -1,0 +1,138 @@
+import copy
+import logging
+import math
+
+import pytest
+import torch
+
+from mmdet_ptq.calibration import BlockReconstruction
+from mmdet_ptq.config import ReconstructConfig
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import tiny_batch, tiny_quantized
+from mmdet_ptq.wrapping.inputs import STATE
+from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
+
+LOW_BIT = dict(preset='w8a8_observe', weights=dict(bits=3),
+               activations=dict(bits=4, observer=dict(type='mmdet_ptq.MinMaxObserver')))
+
+
+def batches(count=3):
+    return [tiny_batch(4, seed=i) for i in range(2, 2 + count)]
+
+
+def reconstruct(detector, folder, resume=False, **kwargs):
+    cfg = ReconstructConfig(**{'iters': 12, 'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, **kwargs})
+    return BlockReconstruction(cfg).run(detector, batches(), 12, folder, 0, resume)
+
+
+@pytest.fixture(scope='module')
+def low_bit():
+    return tiny_quantized('retinanet', LOW_BIT)[0]
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(rounding='latent'), dict(rounding='nearest'), dict(granularity='layer', drop=0, input_drop=0),
+    dict(rounding='latent', weight_scale_lr=1e-3, bias_lr=1e-3)], ids=str)
+def test_no_unit_gets_worse_and_some_get_better(low_bit, tmp_path, options):
+    detector = copy.deepcopy(low_bit)
+    units = reconstruct(detector, tmp_path, **options)
+    assert all(unit['after'] <= unit['before'] for unit in units)
+    assert any(unit['after'] < 0.95 * unit['before'] for unit in units)
+    assert {unit['outcome'] for unit in units} <= {'trained', 'restored'}
+    # nothing of the training is left behind
+    assert all(weight.rounding is None for weight in quantized_weights(detector).values())
+    assert getattr(detector, STATE).drop == 0
+    assert set(detector.state_dict()) == set(low_bit.state_dict())
+
+
+@pytest.mark.parametrize('head', ['affine', 'log_affine'])
+def test_learned_rounding_moves_no_weight_by_more_than_one_code(tmp_path, head):
+    detector, _ = tiny_quantized('retinanet', {**LOW_BIT, 'head': head})
+    before = {name: weight.codes(float_weight(detector.get_submodule(name)))
+              for name, weight in quantized_weights(detector).items()}
+    reconstruct(detector, tmp_path, rounding_lr=0.1, activation_lr=0)
+    changed = 0
+    for name, weight in quantized_weights(detector).items():
+        distance = (weight.codes(float_weight(detector.get_submodule(name))) - before[name]).abs()
+        assert distance.max() <= 1
+        changed += int(distance.sum())
+    assert changed > 0
+
+
+def test_more_iterations_reach_a_least_squares_problem(tmp_path):
+    """One linear unit with plenty of data: both ways to learn the rounding beat rounding to the nearest clearly."""
+    detector, _ = tiny_quantized('retinanet', {**LOW_BIT, 'activations': dict(bits=8)})
+    results = {}
+    for rounding in ('adaround', 'latent'):
+        units = reconstruct(copy.deepcopy(detector), tmp_path / rounding, rounding=rounding, iters=150, drop=0,
+                            input_drop=0, granularity='layer', rounding_lr=3e-2)
+        first = units[0]
+        results[rounding] = first['after'] / first['before']
+    assert results['adaround'] < 0.8 and results['latent'] < 0.8
+
+
+def test_an_interrupted_reconstruction_ends_in_the_same_state(low_bit, tmp_path, monkeypatch):
+    whole = copy.deepcopy(low_bit)
+    reconstruct(whole, tmp_path / 'whole')
+    cut, seen = copy.deepcopy(low_bit), []
+    log = BlockReconstruction._log
+
+    def stop(self, index, *args):
+        log(self, index, *args)
+        seen.append(index)
+        if index == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockReconstruction, '_log', stop)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(cut, tmp_path / 'cut')
+    monkeypatch.undo()
+    again = copy.deepcopy(low_bit)
+    (tmp_path / 'cut' / '002.pth').write_bytes(b'damaged')
+    reconstruct(again, tmp_path / 'cut', resume=True)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    # without --resume an earlier run's units are not looked at
+    reconstruct(copy.deepcopy(low_bit), tmp_path / 'cut', iters=1)
+
+
+def test_a_unit_that_diverges_gets_its_state_back_and_is_named(low_bit, tmp_path, caplog):
+    detector = copy.deepcopy(low_bit)
+    with caplog.at_level(logging.WARNING):
+        units = reconstruct(detector, tmp_path, rounding='latent', weight_lr=1e30, activation_lr=0)
+    for key, value in low_bit.state_dict().items():
+        assert torch.equal(detector.state_dict()[key], value), key
+    assert all(unit['outcome'] == 'restored' and math.isfinite(unit['after']) for unit in units)
+
+
+def test_units_that_are_good_enough_are_left_alone(low_bit, tmp_path):
+    detector = copy.deepcopy(low_bit)
+    units = reconstruct(detector, tmp_path, skip_below=1e9)
+    assert {unit['outcome'] for unit in units} == {'good enough'}
+    assert all(torch.equal(v, low_bit.state_dict()[k]) for k, v in detector.state_dict().items())
+
+
+def test_activations_that_do_not_fit_in_memory_change_nothing(low_bit, tmp_path):
+    inside, outside = copy.deepcopy(low_bit), copy.deepcopy(low_bit)
+    reconstruct(inside, tmp_path / 'a', iters=2)
+    reconstruct(outside, tmp_path / 'b', iters=2, cache_gib=0)
+    assert all(torch.equal(v, inside.state_dict()[k]) for k, v in outside.state_dict().items())
+    assert not list((tmp_path / 'b').rglob('*.pt'))
+
+
+def test_too_few_images_are_named_with_the_number_needed(tmp_path, capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.print_log', lambda text, *args, **kwargs: told.append(text))
+    detector, _ = tiny_quantized('faster_rcnn', LOW_BIT)
+    cfg = ReconstructConfig(iters=1, batch_size=1, holdout=0)
+    BlockReconstruction(cfg).run(detector, [tiny_batch(1)], 1, tmp_path, 0, False)
+    assert any('are needed (`ptq.calibration.num_images`)' in text for text in told)
+
+
+@pytest.mark.parametrize('change,told', [
+    (dict(iters=0), '`key.iters` must be positive'), (dict(rounding='ada'), 'Did you mean'),
+    (dict(granularity='blok'), 'Did you mean'), (dict(drop=1.0), r'`key.drop` must lie in \[0, 1\)'),
+    (dict(weight_lr=-1), '`key.weight_lr` must not be negative')])
+def test_bad_settings(change, told):
+    with pytest.raises(PTQError, match=told):
+        ReconstructConfig(**change).check('key')

@@ -1,0 +1,82 @@
+import copy
+
+import pytest
+import torch
+
+from mmdet_ptq.calibration.activation_store import ActivationStore
+from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
+from mmdet_ptq.calibration.units import find_units
+from mmdet_ptq.predictions import predict_aligned
+from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
+from mmdet_ptq.wrapping import quantization_mode
+
+
+def make(kind, tmp_path):
+    detector, _ = tiny_quantized(kind)
+    detector.requires_grad_(False)
+    data = [detector.data_preprocessor(tiny_batch(2, seed=i), False) for i in range(2)]
+    images = data[0]['inputs'][:1].clone().requires_grad_()
+    with quantization_mode(detector, 'float'):
+        units = find_units(detector, lambda: predict_aligned(detector, images, data[0]['data_samples'][:1]))
+    streams = Streams(detector, units, ActivationStore(2**30, tmp_path))
+    for batch in data:
+        streams.add(batch, is_two_stage(detector))
+    return detector, units, streams, data
+
+
+def whole_pass(detector, data, streams, unit, mode):
+    """Inputs and outputs of every call of the unit in an ordinary forward pass."""
+    seen = []
+    module = detector.get_submodule(unit.name)
+    handles = [module.register_forward_pre_hook(lambda m, args: seen.append([args[0].clone()]), prepend=True),
+               module.register_forward_hook(lambda m, args, out: seen[-1].append(out.clone()))]
+    with torch.no_grad(), quantization_mode(detector, mode):
+        for batch, kept in zip(data, streams.batches, strict=True):
+            predict_aligned(detector, batch['inputs'], copy.deepcopy(batch['data_samples']), reference=kept.reference)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_units_get_what_an_ordinary_pass_gives_them(kind, tmp_path):
+    detector, units, streams, data = make(kind, tmp_path)
+    for unit in units:
+        float_inputs = streams.collect(unit, FLOAT)
+        inputs = streams.collect(unit, QUANTIZED)
+        expected = whole_pass(detector, data, streams, unit, 'float')
+        for call in range(unit.calls):
+            for batch in range(2):
+                x, y = expected[batch * unit.calls + call]
+                torch.testing.assert_close(streams.tensors(float_inputs[call][batch])[0], x)
+                torch.testing.assert_close(streams.target(unit, call, batch), y)
+        expected = whole_pass(detector, data, streams, unit, 'quantize')
+        for call in range(unit.calls):
+            for batch in range(2):
+                x, y = expected[batch * unit.calls + call]
+                torch.testing.assert_close(streams.tensors(inputs[call][batch])[0], x)
+                with torch.no_grad():
+                    again = streams.run(unit, call, inputs[call][batch], streams.tensors(inputs[call][batch]))
+                torch.testing.assert_close(again, y)
+        streams.forget(float_inputs)
+        streams.finish(unit, inputs)
+    # nothing but the images is left, and the detector is as it was
+    assert len(streams.store._tensors) == 2
+    assert not any('forward' in vars(module) for module in detector.modules())
+
+
+def test_each_unit_computes_once(tmp_path):
+    detector, units, streams, _ = make('ssd', tmp_path)
+    counts = dict.fromkeys((unit.name for unit in units), 0)
+    layers = {unit.name: next(iter(unit.layers)) for unit in units}
+    for name, layer in layers.items():
+        def count(module, args, name=name):
+            counts[name] += 1
+        detector.get_submodule(layer).register_forward_pre_hook(count)
+    for unit in units:
+        streams.forget(streams.collect(unit, FLOAT))
+        streams.finish(unit, streams.collect(unit, QUANTIZED))
+    inside = [n for n in layers if layers[n] != n]  # hooks of a unit that is a layer itself fire for zeros, too
+    # once in the float and once in the quantized stream, for each of two batches
+    assert {counts[name] for name in inside} == {4}

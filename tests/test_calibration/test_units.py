@@ -1,0 +1,94 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_ptq.calibration.units import find_units
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions import predict_aligned
+from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
+from mmdet_ptq.wrapping import quantization_mode
+from mmdet_ptq.wrapping.weights import quantized_weights
+
+
+def units_of(detector, **kwargs):
+    data = detector.data_preprocessor(tiny_batch(1), False)
+    images = data['inputs'].requires_grad_()
+    with quantization_mode(detector, 'float'):
+        return find_units(detector, lambda: predict_aligned(detector, images, data['data_samples']), **kwargs)
+
+
+@pytest.mark.parametrize('granularity', ['block', 'layer', 'paper'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_quantized_layer_that_runs_is_in_one_unit(kind, granularity):
+    detector, structure = tiny_quantized(kind)
+    units = units_of(detector, granularity=granularity)
+    count = Counter(layer for unit in units for layer in unit.layers)
+    assert set(count.values()) == {1}
+    # modules under several names (RTMDet) count under the first
+    ran = {layer.name for layer in structure.layers if layer.inputs} & set(quantized_weights(detector))
+    assert set(count) == ran
+    if granularity == 'layer':
+        assert all(len(unit.layers) == 1 for unit in units)
+    if granularity == 'paper':
+        assert all(len(unit.layers) == 1 for unit in units if not unit.name.startswith('backbone'))
+    if granularity != 'layer':
+        assert any(len(unit.layers) > 1 for unit in units)
+
+
+def test_blocks_of_a_resnet_and_levels_of_a_shared_head():
+    detector, _ = tiny_quantized('retinanet')
+    units = {unit.name: unit for unit in units_of(detector)}
+    assert set(units['backbone.layer2.0'].layers) == {
+        f'backbone.layer2.0.{name}' for name in ('conv1', 'conv2', 'downsample.0')}
+    tower = units['bbox_head.cls_convs.0']
+    assert tower.calls == 3 and tower.layers == {'bbox_head.cls_convs.0.conv': 1}
+    assert units['backbone.layer1.1'].needs == [{('backbone.layer1.0', 0)}]
+    assert units['backbone.conv1'].needs == [set()]
+    # the lateral sums: level 0 of the pyramid is made of both lateral convolutions
+    assert units['neck.fpn_convs.0'].needs == [{('neck.lateral_convs.0', 0), ('neck.lateral_convs.1', 0)}]
+
+
+def test_a_named_module_is_a_unit_and_a_wrong_name_an_error():
+    detector, _ = tiny_quantized('retinanet')
+    units = {unit.name for unit in units_of(detector, granularity='layer', patterns=['backbone.layer1'])}
+    assert 'backbone.layer1' in units and not any(n.startswith('backbone.layer1.') for n in units)
+    with pytest.raises(PTQError, match=r"names 'backbone.layr1'.*Did you mean"):
+        units_of(detector, patterns=['backbone.layr1'])
+
+
+def test_a_layer_that_also_runs_elsewhere_keeps_its_module_from_being_a_unit(quantized_pair):
+    detector, run = quantized_pair
+    names = [unit.name for unit in find_units(detector, run)]
+    assert names == ['block.a', 'block.b']
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class _Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = _Block()
+
+    def forward(self, x):
+        return self.block(x) + self.block.a(x)
+
+
+@pytest.fixture
+def quantized_pair():
+    from mmdet_ptq.quantizers import AffineQuantizer
+    from mmdet_ptq.wrapping.weights import attach_weight
+    net = _Pair().eval()
+    for layer in (net.block.a, net.block.b):
+        quantizer = AffineQuantizer(8, True, 3, 0)
+        quantizer.fit_weight(layer.weight.detach().flatten(1))
+        attach_weight(layer, quantizer)
+    return net, lambda: net(torch.randn(1, 3, 4, 4, requires_grad=True))
