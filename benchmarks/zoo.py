@@ -7,40 +7,9 @@ A second run with the same --work-dir takes over what is finished.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import subprocess
-import sys
 from pathlib import Path
 
-from mmdet_ptq.analysis import read_results
-from mmdet_ptq.files import write_text
-
-ROOT = Path(__file__).resolve().parent.parent
-METRIC = 'coco/bbox_mAP'
-FIELDS = ('detector', 'recipe', 'float_AP', 'quantized_AP', 'difference_points', 'integer_mac_share',
-          'float_bytes', 'quantized_bytes', 'calibration_images', 'seed', 'date',
-          'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'command')
-
-
-def run(config: Path, preset: str, work_dir: Path, options: list[str]) -> dict:
-    """Runs one recipe and returns its line."""
-    command = ['tools/ptq.py', str(config), '--preset', preset, '--work-dir', str(work_dir), '--resume']
-    if options:
-        command += ['--cfg-options', *options]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    results = read_results(work_dir / 'results.json')
-    rows = {row['model']: row for row in results['rows']}
-    ap = {name: row['metrics'][METRIC] for name, row in rows.items()}
-    versions = results['versions']
-    return dict(
-        detector=config.stem, recipe=preset, float_AP=ap['float'], quantized_AP=ap['simulated'],
-        difference_points=round(100 * (ap['simulated'] - ap['float']), 1),
-        integer_mac_share=results['coverage']['integer_mac_share'], float_bytes=rows['float']['size_bytes'],
-        quantized_bytes=rows['simulated']['size_bytes'], calibration_images=results['calibration']['num_images'],
-        seed=results['seed'], date=results['date'][:10],
-        command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4]]),
-        **{name: versions[name] for name in FIELDS if name in versions})
+from runs import ROOT, run, write_csv
 
 
 def main() -> None:
@@ -54,17 +23,9 @@ def main() -> None:
     lines = []
     for config in args.configs:
         for preset in args.presets:
-            lines.append(run(config.resolve(), preset, args.work_dir.resolve() / config.stem, args.cfg_options))
-            write_text(args.out, _csv(lines))
-
-
-def _csv(lines: list[dict]) -> str:
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+            lines.append(run(config.resolve(), preset, preset, args.work_dir.resolve() / config.stem,
+                             options=args.cfg_options))
+            write_csv(args.out, lines)
 
 
 if __name__ == '__main__':

@@ -139,7 +139,7 @@ def _analyze(argv: list[str] | None = None) -> None:
         raise PTQError(f'--images must be at least 1, got {args.images}.')
     cfg = _prepare(args)
     _change_block(cfg, args, {})
-    from .analyze import analyze
+    from .engine.analyze import analyze
     analyze(cfg, args.images)
 
 

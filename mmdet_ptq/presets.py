@@ -14,15 +14,34 @@ HEAD_POLICIES = {
     'log_affine': dict(weights=dict(quantizer=_LOG_AFFINE)),
 }
 
+_PLAIN = dict(compensate=False, iters=20000, rounding='adaround', skip_below=0, rounding_lr=1e-3)
+
+# Published ways to reconstruct, by name: ptq = dict(reconstruct='qdrop'). The settings are those of the public codes.
+RECONSTRUCTION_METHODS = {
+    # Nagel et al., ICML 2020: layer by layer, scales fixed.
+    'adaround': dict(_PLAIN, granularity='layer', activation_lr=0),
+    # Li et al., ICLR 2021: block by block, squared errors weighted by the Fisher information.
+    'brecq': dict(_PLAIN, granularity='block', fisher=1),
+    # Wei et al., ICLR 2022: block by block, half of the activations stay float at random.
+    'qdrop': dict(_PLAIN, granularity='block', drop=0.5, input_drop=0.5),
+}
+
 _EIGHT_BIT_ENDS = dict(
-    first=dict(weights=dict(bits=8), activations=dict(bits=8)),
+    first=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8)),
     last=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8)))
 
 
 def _low_bit(weights: int, activations: int) -> dict:
     return dict(
-        weights=dict(bits=weights), activations=dict(bits=activations),
-        head=dict(weights=dict(quantizer=_AUTO)), global_loss=dict(iters=500), **_EIGHT_BIT_ENDS)
+        weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations), reconstruct=dict(),
+        global_loss=dict(iters=200, lr=3e-4, weight_lr=3e-3), **_EIGHT_BIT_ENDS)
+
+
+def _paper(weights: int, activations: int) -> dict:
+    """The protocol of Reg-PTQ's tables: log-affine heads, uniform elsewhere, first layer 8-bit, output layers float."""
+    preset = _low_bit(weights, activations)
+    preset['weights']['quantizer'] = _AFFINE
+    return {**preset, 'head': dict(weights=dict(quantizer=_LOG_AFFINE)), 'last': HEAD_POLICIES['float']}
 
 
 PRESETS = {
@@ -32,4 +51,10 @@ PRESETS = {
     'w8a8_observe': dict(weights=dict(bits=8), activations=dict(bits=8)),
     'w4a8': _low_bit(4, 8),
     'w4a4': _low_bit(4, 4),
+    'w3a3': _low_bit(3, 3),
+    'w2a4': _low_bit(2, 4),
+    'paper_w4a8': _paper(4, 8),
+    'paper_w4a4': _paper(4, 4),
+    'paper_w3a3': _paper(3, 3),
+    'paper_w2a4': _paper(2, 4),
 }

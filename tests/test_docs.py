@@ -19,8 +19,16 @@ import torch
 import yaml
 
 from mmdet_ptq import cli
-from mmdet_ptq.config import KEYS, CalibrationConfig, GlobalLossConfig, PTQConfig, TensorConfig
-from mmdet_ptq.presets import HEAD_POLICIES, PRESETS
+from mmdet_ptq.config import (
+    KEYS,
+    CalibrationConfig,
+    GlobalLossConfig,
+    ProtectConfig,
+    PTQConfig,
+    ReconstructConfig,
+    TensorConfig,
+)
+from mmdet_ptq.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from mmdet_ptq.quantizers import (
     AffineQuantizer,
     KLObserver,
@@ -32,13 +40,13 @@ from mmdet_ptq.quantizers import (
     build_observer,
     build_quantizer,
 )
-from mmdet_ptq.registry import OBSERVERS, QUANTIZERS
+from mmdet_ptq.registry import OBSERVERS, QUANTIZERS, RECONSTRUCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(ROOT / 'docs').rglob('*.md'), *(ROOT / 'configs').rglob('*.md'),
                 *(ROOT / name for name in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'))])
 BLOCKS = {'ptq': PTQConfig, 'ptq.calibration': CalibrationConfig, 'ptq.weights': TensorConfig,
-          'ptq.global_loss': GlobalLossConfig}
+          'ptq.protect': ProtectConfig, 'ptq.reconstruct': ReconstructConfig, 'ptq.global_loss': GlobalLossConfig}
 FORMATS = (AffineQuantizer, LogAffineQuantizer, MSEObserver, MinMaxObserver, MovingAverageObserver,
            PercentileObserver, KLObserver)
 # arguments that the wrapping sets from the layer
@@ -117,7 +125,8 @@ def named_blocks(blocks: dict[str, dict]) -> str:
 def tables() -> dict[str, Callable[[], str]]:
     return {**{key: lambda cls=cls: block_table(cls) for key, cls in BLOCKS.items()},
             **{cls.__name__: lambda cls=cls: format_table(cls) for cls in FORMATS},
-            'presets': lambda: named_blocks(PRESETS), 'policies': lambda: named_blocks(HEAD_POLICIES)}
+            'presets': lambda: named_blocks(PRESETS), 'policies': lambda: named_blocks(HEAD_POLICIES),
+            'methods': lambda: named_blocks(RECONSTRUCTION_METHODS)}
 
 
 def written_anew(text: str) -> str:
@@ -181,7 +190,8 @@ def test_python_blocks_compile_and_their_names_exist(path):
             for name in imported.split(','):
                 assert hasattr(__import__(module, fromlist=[name.strip()]), name.strip()), f'{module}.{name}'
         for kind in re.findall(r"type='mmdet_ptq\.(\w+)'", block):
-            assert kind in {*QUANTIZERS.module_dict, *OBSERVERS.module_dict, 'FilteredGlobalLoss'}, kind
+            assert kind in {*QUANTIZERS.module_dict, *OBSERVERS.module_dict, *RECONSTRUCTIONS.module_dict,
+                            'FilteredGlobalLoss'}, kind
 
 
 @pytest.mark.parametrize('path', PAGES, ids=names(PAGES))
@@ -216,7 +226,7 @@ def test_the_extensions_work():
 
 @cache
 def help_of(tool: str) -> str:
-    command = {'ptq': cli.ptq, 'test': cli.test}[tool]
+    command = {'ptq': cli.ptq, 'test': cli.test, 'analyze': cli.analyze}[tool]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
         command(['--help'])
@@ -232,7 +242,7 @@ def test_commands_exist(path):
     for line in re.findall(r'python (tools/\w+\.py[^\n`]*)', text.replace('\\\n', ' ')):
         script, *words = line.split()
         assert (ROOT / script).is_file(), line
-        if Path(script).stem in ('ptq', 'test'):
+        if Path(script).stem in ('ptq', 'test', 'analyze'):
             for flag in (word for word in words if word.startswith('--')):
                 assert f'{flag} ' in help_of(Path(script).stem).replace('\n', ' \n').replace(']', ' ]'), line
         for config in (word for word in words if word.startswith('configs/')):

@@ -94,6 +94,17 @@ def print_sensitivity(sensitivities: Sensitivities, protection: Protection, cons
     console = console or Console()
     console.print(groups_table(sensitivities))
     console.print(tensors_table(sensitivities))
+    print_protection(protection, console)
+
+
+def print_protection(protection: Protection, console: Console | None = None) -> None:
+    """Prints what protection changed, and the lines that give the same formats again.
+
+    Args:
+        protection: See :func:`mmdet_ptq.calibration.protect.protect_detector`.
+        console: Where to. Defaults to the terminal.
+    """
+    console = console or Console()
     if not protection.overrides:
         console.print('No other format would help noticeably: the config needs no overrides.')
         return

@@ -18,7 +18,7 @@ from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
 from ..predictions.two_stage import is_two_stage
 from ..wrapping import Structure, is_quantized, quantization_mode
-from ..wrapping.layers import channel_axis, out_channels
+from ..wrapping.layers import add_bias, channel_axis, out_channels
 
 
 @dataclass
@@ -27,7 +27,7 @@ class BiasCorrection:
 
     Attributes:
         shifts: Layer to what was added to its bias, (C,).
-        created: Layers that had no bias and now have one; a checkpoint must name them.
+        created: Layers that had no bias and now have one.
         skipped: Layers that were left alone, and why.
     """
 
@@ -55,7 +55,7 @@ def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Struc
     Args:
         detector: The quantized detector with its activation ranges set, in eval mode.
         batches: Calibration batches as a dataloader yields them; iterated once.
-        structure: The detector's structure.
+        structure: The detector's structure; learns which biases are new.
         reference: The float detector with the same equalized, folded weights (a copy of ``detector`` made before
             its biases changed; it runs in float mode). Defaults to None: ``detector`` itself in float mode, with the
             biases it has when this function is called.
@@ -72,6 +72,7 @@ def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Struc
     created = [name for name, layer in layers.items() if layer.bias is None]
     for name in created:
         add_bias(layers[name])
+    structure.biases += created
     before = {name: layer.bias.clone() for name, layer in layers.items()}
     float_detector = detector if reference is None else reference
     skipped: dict[str, str] = {}
@@ -101,11 +102,6 @@ def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Struc
     shifts = {name: layer.bias.detach() - before[name] for name, layer in layers.items() if name not in skipped}
     print_log(f'{len(shifts)} biases are corrected, {len(created)} of them new', 'current')
     return BiasCorrection(shifts, created, skipped)
-
-
-def add_bias(layer: nn.Module) -> None:
-    """Gives a layer without bias one of zeros."""
-    layer.bias = nn.Parameter(layer.weight.detach().new_zeros(out_channels(layer)))
 
 
 class _Meter:

@@ -68,6 +68,19 @@ def find_places(detector: nn.Module, structure: Structure, batch: dict[str, Any]
     return places
 
 
+def score_layers(detector: nn.Module, structure: Structure, batch: dict[str, Any]) -> list[str]:
+    """Layers that write class scores or qualities: a head's last layers but those that write boxes alone.
+
+    Args:
+        detector: The quantized detector; it runs in float mode.
+        structure: Its structure.
+        batch: One batch as a dataloader yields it; one image is enough.
+    """
+    places = find_places(detector, structure, batch)
+    return list(dict.fromkeys(name for (name, _), place in places.items()
+                              if place.output and place.part.endswith((CLASS, QUALITY, SHARED))))
+
+
 def _run(detector: nn.Module, layers: list[str], batch: dict[str, Any]
          ) -> tuple[list[tuple[str, int]], list[Tensor], list[Tensor], AlignedPredictions]:
     """One float forward with gradients: every layer call with its output, all inputs, the predictions."""

@@ -98,6 +98,11 @@ class Budget:
         # what is float already is the policy's or an obstacle's doing
         self.limits['max_float_macs'] = 'float_macs', cfg.max_float_macs * macs + self.start.float_macs
 
+    @property
+    def size_limit(self) -> float | None:
+        """Largest size of the integer checkpoint, in bytes; None without a limit."""
+        return min((limit for kind, limit in self.limits.values() if kind == 'size_bytes'), default=None)
+
     def exceeded(self, cost: Cost) -> list[str]:
         """Keys of the limits that a cost (of :func:`cost_of`) breaks."""
         return [key for key, (kind, limit) in self.limits.items() if self._total(cost, kind) > limit]

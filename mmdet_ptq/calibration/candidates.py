@@ -19,7 +19,7 @@ from ..wrapping.inputs import STATE
 from ..wrapping.layers import RowLayout, channel_axis, in_channels, is_depthwise
 from ..wrapping.policy import LayerRole, resolve_policies
 from ..wrapping.probe import head_names, probe_detector
-from .observe import _merge_ranks
+from .observe import merge_ranks
 from .sensitivity import ACTIVATION, WEIGHT, TensorSet
 
 _RANGES = {'MSEObserver': 'MSE range', 'MinMaxObserver': 'min-max range', 'PercentileObserver': 'percentile range'}
@@ -213,7 +213,7 @@ def observe_candidates(detector: nn.Module, batches: Iterable[Any], candidates: 
     finally:
         state.only = None
         state.observers.clear()
-    _merge_ranks(observers)
+    merge_ranks(observers)
     for name, entries in wanted.items():
         for key, quantizer in entries:
             try:

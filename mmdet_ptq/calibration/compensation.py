@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from ..wrapping.layers import is_transposed
 
+# columns whose errors move together, and passes of coordinate descent after them
+BLOCK, SWEEPS = 128, 2
+
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor | None:
     """What each output position reads.
@@ -60,19 +63,21 @@ class LayerEquations:
         self.inputs = torch.zeros(groups, fan_in + 1, fan_in + 1, dtype=torch.float64, device=device)
         self.targets = torch.zeros(groups, rows, fan_in + 1, dtype=torch.float64, device=device)
         self.constant = float(has_bias)
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
         """Adds positions.
 
         Args:
             x: Quantized inputs, (G, K, P).
             y: Float outputs, (G, R, P).
+            counts: How much each position counts, (P,). Defaults to None, all alike.
         """
         x = torch.cat([x, x.new_full((x.shape[0], 1, x.shape[2]), self.constant)], 1)
-        self.inputs += (x @ x.transpose(1, 2)).double()
-        self.targets += (y @ x.transpose(1, 2)).double()
-        self.count += x.shape[2]
+        weighted = x if counts is None else x * counts
+        self.inputs += (x @ weighted.transpose(1, 2)).double()
+        self.targets += (y @ weighted.transpose(1, 2)).double()
+        self.count += x.shape[2] if counts is None else float(counts.sum())
 
     def solve(self, weight: Tensor, bias: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         """The weights of least squared error, drawn towards the given ones.
@@ -94,10 +99,10 @@ class LayerEquations:
 
     def importance(self) -> Tensor:
         """Mean square of each input, (G, K): what an error of its weight costs."""
-        return (self.inputs.diagonal(dim1=1, dim2=2)[:, :-1] / max(self.count, 1)).float()
+        return (self.inputs.diagonal(dim1=1, dim2=2)[:, :-1] / max(self.count, 1e-12)).float()
 
-    def compensate(self, weight: Tensor, damping: float, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rounds column by column, moving each error onto the columns that follow.
+    def rounded(self, weight: Tensor, damping: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Rounds column by column, moving each error onto the columns that follow; then improves code by code.
 
         Args:
             weight: (G, R, K).
@@ -105,39 +110,66 @@ class LayerEquations:
             quantize: Rounds a column, (G, R).
 
         Returns:
-            The rounded weight.
+            The rounded weight, and the squared error of each row, (G, R), with the best bias.
         """
-        groups, _, fan_in = weight.shape
+        hessian = self._hessian(damping)
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+        take = torch.arange(len(order), device=order.device)[:, None]
+        ordered = hessian[take[..., None], order[:, :, None], order[:, None, :]]
+        target = weight.double().gather(2, order[:, None, :].expand_as(weight))
+        found = _compensate(target, ordered, quantize)
+        for _ in range(SWEEPS):
+            _descend(found, target, ordered, quantize)
+        change = found - target
+        error = ((change @ ordered) * change).sum(2)
+        result = torch.empty_like(found)
+        result.scatter_(2, order[:, None, :].expand_as(found), found)
+        return result.to(weight.dtype), error
+
+    def _hessian(self, damping: float) -> Tensor:
         lhs, _ = self._damped(damping)
         # the mean that the bias takes up is no error: it is projected out
         mean = lhs[:, :-1, -1:]
-        hessian = lhs[:, :-1, :-1] - mean @ mean.transpose(1, 2) / lhs[:, -1:, -1:]
-        order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-        take = torch.arange(groups, device=weight.device)[:, None]
-        hessian = hessian[take[..., None], order[:, :, None], order[:, None, :]]
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-        rest = weight.double().gather(2, order[:, None, :].expand_as(weight))
-        rounded = torch.empty_like(rest)
-        for column in range(fan_in):
-            value = rest[..., column]
-            rounded[..., column] = quantize(value.to(weight.dtype)).double()
-            error = (value - rounded[..., column]) / upper[:, column, column, None]
-            rest[..., column + 1:] -= error[..., None] * upper[:, None, column, column + 1:]
-        result = torch.empty_like(rounded)
-        result.scatter_(2, order[:, None, :].expand_as(rounded), rounded)
-        return result.to(weight.dtype)
+        return lhs[:, :-1, :-1] - mean @ mean.transpose(1, 2) / lhs[:, -1:, -1:]
 
     def best_bias(self, weight: Tensor) -> Tensor:
         """The bias that leaves no mean error, (G, R)."""
         return ((self.targets[..., -1] - (weight.double() @ self.inputs[:, :-1, -1:])[..., 0])
-                / max(self.count, 1)).to(weight.dtype)
-
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Squared error of weights, up to the constant energy of the targets."""
-        full = torch.cat([weight, bias[..., None]], 2).double()
-        return float(((full @ self.inputs - 2 * self.targets) * full).sum())
+                / max(self.count, 1e-12)).to(weight.dtype)
 
     def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
         diagonal = self.inputs.diagonal(dim1=1, dim2=2)
-        pull = damping * diagonal.mean(1, keepdim=True) + 1e-8 * max(self.count, 1)
+        pull = damping * diagonal.mean(1, keepdim=True) + 1e-8 * max(self.count, 1e-12)
         return self.inputs + torch.diag_embed(pull.expand_as(diagonal)), pull
+
+
+def _compensate(target: Tensor, hessian: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+    """One pass of optimal brain quantization; errors reach the columns of later blocks once a block is done."""
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    rest, found = target.clone(), torch.empty_like(target)
+    fan_in = target.shape[2]
+    for start in range(0, fan_in, BLOCK):
+        end = min(start + BLOCK, fan_in)
+        errors = torch.empty_like(rest[..., start:end])
+        for column in range(start, end):
+            value = rest[..., column]
+            found[..., column] = quantize(value.float()).double()
+            error = (value - found[..., column]) / upper[:, column, column, None]
+            rest[..., column + 1:end] -= error[..., None] * upper[:, None, column, column + 1:end]
+            errors[..., column - start] = error
+        rest[..., end:] -= errors @ upper[:, start:end, end:]
+    return found
+
+
+def _descend(found: Tensor, target: Tensor, hessian: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
+    """One sweep of coordinate descent, in place: each column takes its best values given all others."""
+    gradient = (found - target) @ hessian
+    for column in range(found.shape[2]):
+        scale = hessian[:, column, column, None]
+        before = found[..., column].clone()
+        after = quantize((before - gradient[..., column] / scale).float()).double()
+        # the nearest value minimises the parabola; ties and float32 may not raise the error
+        gain = (after - before) * (2 * gradient[..., column] + (after - before) * scale)
+        after = torch.where(gain < 0, after, before)
+        found[..., column] = after
+        gradient += (after - before)[..., None] * hessian[:, None, column]

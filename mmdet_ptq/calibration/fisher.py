@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ..predictions import AlignedPredictions, predict_aligned
 from .units import Unit
 
+# as in the global loss: theta_C, and how many priors an image counts
+SCORE_THR, MAX_BOXES = 2e-4, 1000
+
 
 @dataclass
 class FisherWeight:
@@ -31,8 +34,8 @@ class FisherWeight:
     channels: Tensor
 
 
-def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, reference: AlignedPredictions | None,
-                   score_thr: float, max_boxes: int) -> dict[tuple[str, int], FisherWeight]:
+def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, reference: AlignedPredictions | None
+                   ) -> dict[tuple[str, int], FisherWeight]:
     """Measures one batch.
 
     Args:
@@ -40,8 +43,6 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
         units: Its reconstruction units.
         data: A preprocessed batch: ``inputs`` and ``data_samples``.
         reference: The float predictions of a two-stage detector on the batch, else None.
-        score_thr: theta_C of the global loss: priors below it do not count.
-        max_boxes: Priors an image that count at most.
 
     Returns:
         (unit, call) to its weight.
@@ -62,7 +63,7 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
         with torch.enable_grad():
             images = data['inputs'].detach().clone().requires_grad_()
             predictions = predict_aligned(detector, images, data['data_samples'], reference=reference)
-            loss = sampled_loss(predictions, score_thr, max_boxes)
+            loss = sampled_loss(predictions)
             keys = list(outputs)
             grads = torch.autograd.grad(loss, [outputs[key] for key in keys], allow_unused=True)
     finally:
@@ -78,7 +79,7 @@ def _factors(squares: Tensor, unused: bool) -> FisherWeight:
     return FisherWeight(squares.mean(1, keepdim=True), squares.mean(axes))
 
 
-def sampled_loss(predictions: AlignedPredictions, score_thr: float, max_boxes: int) -> Tensor:
+def sampled_loss(predictions: AlignedPredictions) -> Tensor:
     """Negative log-likelihood of labels drawn from the predictions themselves, summed over images.
 
     Classes and quality are drawn from their probabilities; boxes follow a Laplace distribution around the predicted
@@ -86,16 +87,14 @@ def sampled_loss(predictions: AlignedPredictions, score_thr: float, max_boxes: i
 
     Args:
         predictions: Of the float detector, with gradients.
-        score_thr: Priors of a lower confidence do not count.
-        max_boxes: Priors an image that count at most.
     """
     if predictions.raw is not None:
         parts = [(t * _signs(t)).sum() / t.detach().std().clamp_min(1e-6) for t in predictions.raw if t.numel() > 1]
         return torch.stack(parts).sum()
     confidence = predictions.confidence().detach()
-    best = confidence.topk(min(max_boxes, confidence.shape[1]), dim=1).indices
+    best = confidence.topk(min(MAX_BOXES, confidence.shape[1]), dim=1).indices
     kept = predictions.take(best)
-    mask = kept.confidence().detach() >= score_thr
+    mask = kept.confidence().detach() >= SCORE_THR
     logits = kept.cls_logits[mask]
     if kept.activation == 'softmax':
         labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0] if len(logits) else logits.new_zeros(0).long()
@@ -112,7 +111,7 @@ def sampled_loss(predictions: AlignedPredictions, score_thr: float, max_boxes: i
         size = (boxes.detach()[:, 2:] - boxes.detach()[:, :2]).clamp(min=1).repeat(1, 2)
         loss = loss + (boxes / size * _signs(boxes)).sum() / 4
     if predictions.proposal_stage is not None:
-        loss = loss + sampled_loss(predictions.proposal_stage, score_thr, max_boxes)
+        loss = loss + sampled_loss(predictions.proposal_stage)
     return loss
 
 

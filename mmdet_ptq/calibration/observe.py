@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import nn
 
 from ..errors import PTQError
-from ..quantizers import build_observer
+from ..quantizers import Observer, build_observer
 from ..wrapping import Structure, quantization_mode
 from ..wrapping.inputs import STATE
 
@@ -38,7 +38,7 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
             for batch in track(batches, description='observing activation ranges'):
                 data = detector.data_preprocessor(batch, False)
                 detector(**data, mode='predict')
-        _merge_ranks(state.observers)
+        merge_ranks(state.observers)
         for name, quantizer in state.activations.items():
             try:
                 lo, hi = state.observers[name].range(quantizer.bits, quantizer.symmetric)
@@ -50,7 +50,8 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
     print_log(f'{len(state.activations)} activation quantizers have their ranges', 'current')
 
 
-def _merge_ranks(observers: dict) -> None:
+def merge_ranks(observers: dict[str, Observer]) -> None:
+    """Gives every rank the observers of all ranks together."""
     if get_world_size() == 1:
         return
     mine = {name: observer.state() for name, observer in observers.items()}

@@ -66,6 +66,7 @@ class Protection:
         after: The same afterwards.
         size_bytes: Size of the integer checkpoint afterwards, as far as it is known.
         bops: Bit operations of one image afterwards.
+        size_limit: What the budget allows for ``size_bytes``; None without a limit.
     """
 
     overrides: dict
@@ -74,10 +75,17 @@ class Protection:
     after: Damage
     size_bytes: int
     bops: int
+    size_limit: float | None = None
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, for ``results.json`` and a stage's state."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Protection:
+        """Inverse of :meth:`to_dict`."""
+        choices = [Choice(**{**choice, 'layers': tuple(choice['layers'])}) for choice in data['choices']]
+        return cls(**{**data, 'choices': choices, 'before': Damage(**data['before']), 'after': Damage(**data['after'])})
 
 
 @dataclass
@@ -276,7 +284,7 @@ class _Protector:
                       f'{choice.loss_after:.3g}', 'current')
         print_log(f'{len(choices)} tensors have other formats; loss {before.loss:.4g} -> {after.loss:.4g}', 'current')
         return Protection(overrides_for({t: case.now for t, case in changed.items()}), choices, before, after,
-                          self.budget.size_bytes(cost), cost.bops)
+                          self.budget.size_bytes(cost), cost.bops, self.budget.size_limit)
 
     # ------------------------------------------------------------------ pieces
 

@@ -19,6 +19,7 @@ from ..registry import RECONSTRUCTIONS
 from ..wrapping import quantization_mode
 from .activation_store import ActivationStore
 from .streams import FLOAT, QUANTIZED, Streams
+from .unit_data import UnitData
 from .unit_training import UnitResult, UnitTrainer
 from .units import Unit, find_units
 
@@ -66,7 +67,7 @@ class BlockReconstruction:
         streams = Streams(detector, units, store)
         two_stage = is_two_stage(detector)
         while data:
-            streams.add(data.pop(0), two_stage)
+            streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
         train, held_out = self._split(streams, num_images)
         results, taken, done = [], set(), 0.0
         print_log(f'reconstructing {len(units)} units, {sum(len(u.layers) for u in units)} layers', 'current')
@@ -76,10 +77,10 @@ class BlockReconstruction:
             float_inputs = streams.collect(unit, FLOAT)
             inputs = streams.collect(unit, QUANTIZED)
             with quantization_mode(detector, QUANTIZED):
-                trainer = UnitTrainer(streams, unit, inputs, float_inputs, self.cfg, train, held_out, taken)
+                trainer = UnitTrainer(UnitData(streams, unit, inputs, float_inputs, self.cfg, train, held_out), taken)
                 result = self._taken_over(trainer, path) if resume else None
                 if result is None:
-                    self._check_images(trainer, len(train))
+                    self._check_images(trainer.data, len(train))
                     result = trainer.run(seed + index)
                     result.seconds = round(time.perf_counter() - start, 2)
                     save_tensors(path, dict(result=asdict(result), state=trainer.snapshot()))
@@ -111,16 +112,16 @@ class BlockReconstruction:
         try:
             saved = load_tensors(path)
         except PTQError as error:
-            print_log(f'{error}; the unit {trainer.unit.name} is reconstructed again', 'current', level=30)
+            print_log(f'{error}; the unit {trainer.data.unit.name} is reconstructed again', 'current', level=30)
             return None
         trainer.restore(saved['state'])
         return UnitResult(**saved['result'])
 
-    def _check_images(self, trainer: UnitTrainer, images: int) -> None:
+    def _check_images(self, data: UnitData, images: int) -> None:
         """Warns where a layer has more weights per output channel than the images give equations."""
-        positions = max(trainer.positions(), 1)
-        for name, weight in trainer.weights.items():
-            fan_in = weight.layout.to_rows(trainer.layers[name].parametrizations.weight.original).shape[1]
+        positions = max(data.positions(), 1)
+        for name, weight in data.weights.items():
+            fan_in = weight.layout.to_rows(data.layers[name].parametrizations.weight.original).shape[1]
             needed = math.ceil(fan_in / positions)
             if images < needed:
                 print_log(f'{images} calibration images are few for {name}, which has {fan_in} weights per output '

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..predictions import AlignedPredictions, predict_aligned
 from ..wrapping import quantization_mode
 from ..wrapping.inputs import STATE
 from .activation_store import ActivationStore
+from .fisher import FisherWeight, fisher_weights
 from .units import Unit
 
 FLOAT, QUANTIZED = 'float', 'quantize'
@@ -37,11 +38,13 @@ class Batch:
         inputs: Number of the (N, 3, H, W) images in the store.
         samples: Meta information of the N images.
         reference: The float detector's predictions, for detectors whose second stage needs them.
+        fisher: (unit, call) to how much its outputs matter; empty where all count alike.
     """
 
     inputs: int
     samples: list
     reference: AlignedPredictions | None = None
+    fisher: dict[tuple[str, int], FisherWeight] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,12 +88,13 @@ class Streams:
         return next(self.detector.parameters()).device
 
     @torch.no_grad()
-    def add(self, data: dict, two_stage: bool) -> None:
+    def add(self, data: dict, two_stage: bool, fisher: bool = False) -> None:
         """Adds a batch and learns the shape of every unit's output from one float pass.
 
         Args:
             data: A preprocessed batch: ``inputs`` and ``data_samples``.
             two_stage: Keep the float predictions as reference of later passes.
+            fisher: Measure how much each output matters to the global loss. Defaults to False.
         """
         shapes: dict[tuple[str, int], tuple[torch.Size, torch.dtype]] = {}
         counts = Counter()
@@ -109,8 +113,11 @@ class Streams:
             for handle in handles:
                 handle.remove()
         self._shapes.append(shapes)
-        self.batches.append(Batch(self.store.put(data['inputs']), data['data_samples'],
-                                  reference.detach() if two_stage else None))
+        batch = Batch(self.store.put(data['inputs']), data['data_samples'], reference.detach() if two_stage else None)
+        if fisher:
+            with quantization_mode(self.detector, FLOAT):
+                batch.fisher = fisher_weights(self.detector, self.units.values(), data, batch.reference)
+        self.batches.append(batch)
 
     def collect(self, unit: Unit, stream: str) -> list[list[CallInputs]]:
         """Runs every batch up to a unit.

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import PTQError
-from ..presets import HEAD_POLICIES, PRESETS
+from ..presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from .checks import build, check_type, choice, known_keys, merge, plain
 from .sections import CalibrationConfig, GlobalLossConfig, ProtectConfig, ReconstructConfig, TensorConfig
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
 POLICY_KEYS = ('weights', 'activations')
-KEYS = ('preset', 'calibration', 'weights', 'activations', 'head', 'first', 'last', 'overrides', 'protect',
-        'reconstruct', 'global_loss', 'export')
+KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'head', 'first', 'last', 'overrides', 'protect',
+        'reconstruct', 'bias_correction', 'global_loss', 'export')
+EQUALIZATIONS = ('weights', 'activations')
 
 
 @dataclass
@@ -24,6 +25,9 @@ class PTQConfig:
     Args:
         preset: Name of the preset the block starts from (see :mod:`mmdet_ptq.presets`).
         calibration: Calibration images.
+        equalize: Before anything is quantized, per-channel factors move between layers, which changes nothing in
+            float: ``'weights'`` balances the ranges of the weights (cross-layer equalization), ``'activations'`` those
+            of activations and weights (scale migration); None leaves the weights as they are.
         weights: Format of all weights.
         activations: Format of all layer inputs.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
@@ -34,12 +38,14 @@ class PTQConfig:
             pattern wins, a pattern that matches nothing is an error.
         protect: Automatic protection of the most sensitive tensors; None skips the stage.
         reconstruct: Local reconstruction; None skips the stage.
+        bias_correction: Whether biases take back what quantization shifts on average, score outputs excepted.
         global_loss: The global stage; None skips it.
         export: Names of the runtimes to export to.
     """
 
     preset: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    equalize: str | None = None
     weights: TensorConfig = field(default_factory=TensorConfig)
     activations: TensorConfig = field(default_factory=TensorConfig)
     head: dict = field(default_factory=dict)
@@ -48,6 +54,7 @@ class PTQConfig:
     overrides: dict = field(default_factory=dict)
     protect: ProtectConfig | None = None
     reconstruct: ReconstructConfig | None = None
+    bias_correction: bool = False
     global_loss: GlobalLossConfig | None = None
     export: list = field(default_factory=list)
 
@@ -70,10 +77,12 @@ class PTQConfig:
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
         choice('ptq.preset', name, tuple(PRESETS))
-        for key, kind in (('overrides', 'dict'), ('export', 'list')):
+        for key, kind in (('equalize', 'str | None'), ('overrides', 'dict'), ('bias_correction', 'bool'),
+                          ('export', 'list')):
             if key in block:
                 check_type(f'ptq.{key}', block[key], kind)
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
+        merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         cfg = cls(
             preset=name,
             calibration=build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
@@ -82,12 +91,16 @@ class PTQConfig:
             head=_policy('ptq.head', merged.get('head', {})),
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
+            equalize=merged.get('equalize'),
+            bias_correction=merged.get('bias_correction', False),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])))
         for name, section in (('protect', ProtectConfig), ('reconstruct', ReconstructConfig),
                               ('global_loss', GlobalLossConfig)):
             if merged.get(name) is not None:
                 setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
+        if cfg.equalize is not None:
+            choice('ptq.equalize', cfg.equalize, EQUALIZATIONS)
         if cfg.export:
             raise PTQError('`ptq.export` is not available in this version; remove the key.')
         if 'last' in cfg.head:
@@ -97,6 +110,16 @@ class PTQConfig:
     def to_dict(self) -> dict:
         """Plain dict, as it is written to ``results.json``."""
         return asdict(self)
+
+
+def _with_method(section: Any) -> Any:
+    """The ``reconstruct`` section with the settings of the published method that it names."""
+    if isinstance(section, str):
+        section = dict(method=section)
+    if not isinstance(section, dict) or section.get('method') is None:
+        return section
+    choice('ptq.reconstruct.method', section['method'], tuple(RECONSTRUCTION_METHODS))
+    return {**RECONSTRUCTION_METHODS[section['method']], **section}
 
 
 def apply_policy(base: TensorConfig, change: Mapping, key: str) -> TensorConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import PTQError
+from ..registry import RECONSTRUCTIONS, SCOPE
 from .checks import choice, positive
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -192,25 +193,29 @@ class GlobalLossConfig:
 
 @dataclass
 class ReconstructConfig:
-    """Local reconstruction: unit after unit is trained to return what it returned in the float detector.
+    """Local reconstruction: unit after unit is brought back to what it returned in the float detector.
+
+    By default each layer's weights are solved in closed form, which takes seconds a layer; ``iters`` adds training.
+    ``reconstruct='qdrop'`` (or ``dict(method='qdrop', ...)``) starts from a published recipe instead.
 
     Args:
+        method: ``'adaround'``, ``'brecq'`` or ``'qdrop'``: where the settings below start from. Defaults to None.
         type: From the ``RECONSTRUCTIONS`` registry.
-        iters: Iterations per unit; 0 leaves it at the closed form. Defaults to 500.
+        iters: Iterations of training per unit. Defaults to 0.
         batch_size: Images per iteration. Defaults to 8.
         max_positions: Fewer images are taken where they have more positions (of all levels) than this together; one
             is the least. Large maps give more equations than a layer has weights. Defaults to 32768.
         skip_below: Units whose held-out error is below this share of their output's variance already are left as they
             are. Defaults to 5e-4.
         granularity: ``'block'``, ``'layer'`` or ``'paper'`` (blocks in the backbone, layers elsewhere).
-            Defaults to ``'block'``.
+            Defaults to ``'layer'``.
         units: Names (patterns) of modules that are units whatever the granularity says.
         compensate: First solve each layer's weights in closed form: least squares against the float outputs, each
             rounding error compensated by the weights that follow (GPTQ). Defaults to True.
         damping: Pull of the least squares towards the float weights, as a share of the inputs' mean square. Defaults
-            to 1e-2.
+            to 1e-3.
         rounding: ``'adaround'`` (every weight goes to the code above or below, by a relaxed choice), ``'latent'``
-            (weights are trained with straight-through gradients) or ``'nearest'``. Defaults to ``'adaround'``.
+            (weights are trained with straight-through gradients) or ``'nearest'``. Defaults to ``'latent'``.
         rounding_lr: Learning rate of the relaxed choice. Defaults to 1e-2.
         rounding_weight: Weight of AdaRound's regularizer, a mean over the unit's weights. Defaults to 0.01.
         warmup: Share of the iterations without the regularizer. Defaults to 0.2.
@@ -221,22 +226,25 @@ class ReconstructConfig:
             Defaults to 0.
         activation_lr: Learning rate of activation scales, relative to their size; 0 leaves them. Defaults to 1e-3.
         bias_lr: Learning rate of biases, relative to their size; 0 leaves them. Defaults to 0.
-        drop: QDrop: probability that an activation inside a unit stays float. Defaults to 0.5.
-        input_drop: QDrop: probability that an input of a unit is the float detector's. Defaults to 0.5.
+        drop: QDrop: probability that an activation inside a unit stays float. Defaults to 0.
+        input_drop: QDrop: probability that an input of a unit is the float detector's. Defaults to 0.
+        fisher: Share, 0 to 1, of the Fisher weights of the global loss in the squared errors (1: as BRECQ does); 0
+            counts all outputs alike. Defaults to 0.
         holdout: Share of the calibration images that judges whether a unit got better. Defaults to 0.125.
         cache_gib: Activations kept in memory, in GiB; more goes to the work directory. Defaults to 4.
     """
 
     type: str = 'mmdet_ptq.BlockReconstruction'
-    iters: int = 500
+    method: str | None = None
+    iters: int = 0
     batch_size: int = 8
     max_positions: int = 32768
     skip_below: float = 5e-4
-    granularity: str = 'block'
+    granularity: str = 'layer'
     units: list = field(default_factory=list)
     compensate: bool = True
-    damping: float = 1e-2
-    rounding: str = 'adaround'
+    damping: float = 1e-3
+    rounding: str = 'latent'
     rounding_lr: float = 1e-2
     rounding_weight: float = 0.01
     warmup: float = 0.2
@@ -246,19 +254,24 @@ class ReconstructConfig:
     weight_scale_lr: float = 0
     activation_lr: float = 1e-3
     bias_lr: float = 0
-    drop: float = 0.5
-    input_drop: float = 0.5
+    drop: float = 0
+    input_drop: float = 0
+    fisher: float = 0
     holdout: float = 0.125
     cache_gib: float = 4
 
     def check(self, key: str) -> None:
+        if RECONSTRUCTIONS.get(self.type) is None:
+            choice(f'{key}.type', self.type, tuple(f'{SCOPE}.{name}' for name in RECONSTRUCTIONS.module_dict))
         positive(key, self, 'batch_size', 'max_positions', 'rounding_lr', 'damping')
         choice(f'{key}.granularity', self.granularity, ('block', 'layer', 'paper'))
         choice(f'{key}.rounding', self.rounding, ('adaround', 'latent', 'nearest'))
+        if not 0 <= self.fisher <= 1:
+            raise PTQError(f'`{key}.fisher` must lie between 0 and 1, got {self.fisher!r}.')
         for name in ('warmup', 'drop', 'input_drop', 'holdout'):
             if not 0 <= getattr(self, name) < 1:
                 raise PTQError(f'`{key}.{name}` must lie in [0, 1), got {getattr(self, name)!r}.')
-        for name in ('iters', 'rounding_weight', 'weight_lr', 'weight_scale_lr', 'activation_lr', 'bias_lr', 'cache_gib',
-                     'skip_below'):
+        for name in ('iters', 'rounding_weight', 'weight_lr', 'weight_scale_lr', 'activation_lr', 'bias_lr',
+                     'cache_gib', 'skip_below'):
             if getattr(self, name) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}.')

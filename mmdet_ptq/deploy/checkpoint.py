@@ -1,7 +1,9 @@
 """The integer checkpoint: packed codes, scales, zero points and tables; the simulated model is rebuilt from it."""
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -51,14 +53,22 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
             tables[f'{name}{TABLE_SCALE}'] = quantized.quantizer.table_scale()
     coded = _float_weights(detector)
     floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
-    return dict(format=FORMAT, schema=SCHEMA, version=__version__, config=_plain(config),
-                dataset_meta=_plain(dataset_meta or {}), structure=structure.to_dict(), layers=layers,
-                codes=flatten_tensors(packed), tables=flatten_tensors(tables), tensors=flatten_tensors(floats))
+    return _plain(dict(
+        format=FORMAT, schema=SCHEMA, version=__version__, config=config, dataset_meta=dataset_meta or {},
+        structure=structure.to_dict(), layers=layers, codes=flatten_tensors(packed), tables=flatten_tensors(tables),
+        tensors=flatten_tensors(floats)))
 
 
 def save_quantized(path: str | os.PathLike, state: dict) -> None:
     """Writes the integer checkpoint, atomically."""
     save_tensors(path, state)
+
+
+def stored_bytes(state: dict) -> int:
+    """Size of the file that :func:`save_quantized` would write."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell()
 
 
 def read_quantized(path: str | os.PathLike) -> dict:
@@ -140,14 +150,18 @@ def _decode(quantizer: Quantizer, codes: Tensor, table: Tensor | None, scale: Te
 
 
 def _plain(value: object) -> object:
+    """Plain containers, in which equal strings are one object.
+
+    Pickle writes an object once; the size of a checkpoint must not depend on where a string came from.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {sys.intern(str(k)): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, set)):
         return [_plain(v) for v in value]
     if isinstance(value, tuple):
         return tuple(_plain(v) for v in value)
     if isinstance(value, type):
-        return f'{value.__module__}.{value.__qualname__}'
-    if isinstance(value, (str, int, float, bool, Tensor)) or value is None:
+        return sys.intern(f'{value.__module__}.{value.__qualname__}')
+    if isinstance(value, (int, float, bool, Tensor)) or value is None:
         return value
-    return str(value)
+    return sys.intern(str(value))

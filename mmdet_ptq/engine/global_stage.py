@@ -1,13 +1,111 @@
-"""The model of the global stage: the quantized detector behind mmengine's training interface."""
+"""The global stage: the quantized detector behind mmengine's training interface, and how it is trained."""
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..calibration import FilteredGlobalLoss
+from ..config import GlobalLossConfig
 from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
+from .optim import train_only_quantization
+from .stages import latest_checkpoint
+
+if TYPE_CHECKING:
+    from .runner import PTQRunner
+
+
+def train_global(runner: PTQRunner) -> None:
+    """Trains the runner's quantized detector, in place, with mmengine's loop, hooks and checkpoints.
+
+    Args:
+        runner: Its ``ptq`` block has a ``global_loss``, its detector is calibrated.
+
+    Raises:
+        PTQError: No image is left to train on.
+    """
+    cfg, calibration = runner.ptq.global_loss, runner.calibration
+    held_out = round(len(calibration) * cfg.holdout)
+    # the draw is random already: its last images are as good as any
+    train = calibration.part(range(len(calibration) - held_out))
+    if len(train) == 0:
+        raise PTQError('`ptq.global_loss.holdout` leaves no calibration image to train on; lower it.')
+    train_only_quantization(runner.detector, weights=cfg.weight_lr > 0, biases=cfg.bias_lr > 0)
+    model = GlobalLossModel(runner.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
+    runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+    runner._train_dataloader = runner.images_loader(train, min(cfg.batch_size, len(train)), infinite=True)
+    runner._train_loop = dict(
+        type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval)
+    if held_out:
+        runner._val_dataloader = runner.images_loader(
+            calibration.part(range(len(train), len(calibration))), cfg.batch_size)
+        runner._val_loop = dict(type='mmdet_ptq.HeldOutLossLoop')
+    runner.optim_wrapper, runner.param_schedulers = _optimizer(cfg)
+    folder = Path(runner.work_dir) / 'global' / runner.inputs['global']
+    with _hooks(runner, held_out > 0), _inside(runner, folder):
+        if not runner.stages.resume and is_main_process():
+            for stale in folder.glob('*.pth'):
+                stale.unlink()
+        runner._load_from = latest_checkpoint(folder) if runner.stages.resume else None
+        runner._resume, runner._has_loaded = runner._load_from is not None, False
+        for key in ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt'):
+            runner.message_hub.runtime_info.pop(key, None)
+        runner.train()
+        best = runner.message_hub.runtime_info.get('best_ckpt')
+        if best is not None:
+            print_log(f'the state with the least held-out loss is kept: {Path(best).stem}', 'current')
+            runner.load_checkpoint(best, strict=True)
+    runner._has_loaded = True
+    runner.detector.eval()
+
+
+def _optimizer(cfg: GlobalLossConfig) -> tuple[dict, list[dict]]:
+    """Configs of mmengine's optimizer wrapper and schedulers."""
+    optimizer = dict(
+        **copy.deepcopy(cfg.optim_wrapper), constructor='mmdet_ptq.QuantizationParamsConstructor',
+        paramwise_cfg=dict(lr=cfg.lr, bias_lr=cfg.bias_lr, weight_lr=cfg.weight_lr))
+    schedulers = copy.deepcopy(cfg.param_scheduler) or [dict(
+        type='CosineAnnealingLR', by_epoch=False, begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
+    return optimizer, schedulers
+
+
+@contextmanager
+def _hooks(runner: PTQRunner, held_out: bool) -> Iterator[None]:
+    """Hooks of the global stage in place of those of the evaluation."""
+    cfg = runner.ptq.global_loss
+    before, runner._hooks = runner._hooks, []
+    # two: mmengine removes the oldest before it writes the next, and a run may be killed in between
+    checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=cfg.checkpoint_interval, max_keep_ckpts=2)
+    if held_out:
+        checkpoint.update(save_best='global_loss', rule='less')
+    hook = dict(type='mmdet_ptq.FilteredGlobalLossHook', detector=runner.float_detector)
+    runner.register_hooks(
+        dict(logger=dict(type='LoggerHook', interval=cfg.log_interval), checkpoint=checkpoint),
+        [hook, *copy.deepcopy(cfg.hooks)])
+    try:
+        yield
+    finally:
+        runner._hooks = before
+
+
+@contextmanager
+def _inside(runner: PTQRunner, folder: Path) -> Iterator[None]:
+    """Makes a folder the work directory for a while: mmengine finds and leaves its checkpoints there."""
+    before, runner._work_dir = runner._work_dir, str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        runner._work_dir = before
 
 
 class _TestPreprocessor(nn.Module):

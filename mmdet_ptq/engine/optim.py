@@ -22,8 +22,8 @@ def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Par
         detector: A quantized detector.
 
     Yields:
-        Name, kind (``'scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'``, ``'weight'``, ``'bias'``), parameter, typical size;
-        a weight's is its quantization step.
+        Name, kind (``'scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'``, ``'weight'``, ``'bias'``), parameter, typical
+        size; a weight's is its quantization step.
     """
     for name, quantizer in getattr(detector, STATE).activations.items():
         for kind, parameter in quantizer.learnable().items():

@@ -19,13 +19,31 @@ from ..errors import PTQError
 from ..files import load_tensors, save_tensors
 from ..version import __version__
 
-STAGES = ('prepare', 'observe', 'reconstruct', 'global', 'evaluate', 'export', 'report')
+STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global', 'evaluate', 'export', 'report')
+# calibration stages after observe, in their order: stage -> key of the `ptq` block that it alone depends on
+_OWN_KEYS = {'protect': 'protect', 'reconstruct': 'reconstruct', 'bias_correction': 'bias_correction',
+             'global': 'global_loss'}
 
 
 def fingerprint(*parts: Any) -> str:
     """A short hash of anything JSON can hold; equal inputs give equal hashes."""
     text = json.dumps([__version__, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
+    """Hash of all that each calibration stage depends on, which includes what the stages before it depend on.
+
+    Args:
+        recipe: The whole ``ptq`` block.
+        *others: What every stage depends on besides: model, checkpoint, images.
+    """
+    # the preset is only a name: what it stands for is in the other keys
+    first = {key: value for key, value in recipe.items() if key not in ('preset', *_OWN_KEYS.values())}
+    inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))
+    for stage, key in _OWN_KEYS.items():
+        inputs[stage] = fingerprint(list(inputs.values())[-1], recipe[key])
+    return inputs
 
 
 def file_hash(path: str | Path) -> str:

@@ -55,6 +55,11 @@ class Quantizer(nn.Module):
         """Where ``x`` lies on the axis of codes, not rounded: learned rounding chooses floor(position) or the next."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def rescale(self, factor: Tensor) -> None:
+        """Makes the grid wider by a factor, of shape () or one per channel."""
+        self.any_param().mul_(factor.to(self.any_param()))
+
     def step_size(self) -> float:
         """Typical distance of neighbouring values, averaged over channels: the unit of a weight's learning rate."""
         raise NotImplementedError

@@ -25,6 +25,11 @@ def out_channels(module: nn.Module) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
+def add_bias(module: nn.Module) -> None:
+    """Gives a layer without bias one of zeros."""
+    module.bias = nn.Parameter(module.weight.detach().new_zeros(out_channels(module)))
+
+
 def in_channels(module: nn.Module) -> int:
     """Number of input channels of a convolution or linear layer."""
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels

@@ -1,4 +1,4 @@
-"""Float detector in, quantized detector out: probe, fold, resolve policies, build."""
+"""Float detector in, quantized detector out: probe, fold, equalize, resolve policies, build."""
 from __future__ import annotations
 
 from collections import defaultdict
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..config import PTQConfig, TensorConfig
 from ..errors import PTQError
 from ..quantizers import build_quantizer
+from .chains import find_junctions
+from .equalization import channel_magnitudes, equalize, log_equalization
 from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
 from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
@@ -21,13 +23,16 @@ from .structure import LayerStructure, Structure, apply_structure, disable_check
 from .weights import quantized_weights
 
 
-def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]) -> Structure:
-    """Folds and wraps a float detector, in place; weights are fitted, activations still need their ranges.
+def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any],
+                     run_many: Callable[[], Any] | None = None) -> Structure:
+    """Folds, equalizes and wraps a float detector, in place; weights are fitted, activations still need their ranges.
 
     Args:
         detector: The float detector with its trained weights, in eval mode.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
+        run_many: The same on more calibration images, which ``equalize='activations'`` measures channels on.
+            Defaults to None: ``run``.
 
     Returns:
         The structure of the quantized detector.
@@ -42,6 +47,11 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
     folds, kept = find_folds(detector, probe.norms)
     fold_norms(detector, folds)
+    if cfg.equalize is not None:
+        junctions, skipped = find_junctions(detector, run)
+        by_weights = cfg.equalize == 'weights'
+        magnitudes = None if by_weights else channel_magnitudes(detector, junctions, run_many or run)
+        log_equalization(equalize(detector, junctions, magnitudes), skipped)
     structure, fitted = _plan(detector, cfg, probe)
     structure.norms = kept
     apply_structure(detector, structure)  # the folds are done; the structure records them only now

@@ -9,6 +9,7 @@ from ..errors import PTQError
 from ..quantizers import build_quantizer
 from .folding import fold_norms
 from .inputs import QuantizationState, attach_inputs, is_quantized
+from .layers import add_bias
 from .weights import attach_weight
 
 
@@ -51,6 +52,7 @@ class Structure:
         layers: Every convolution and linear layer, quantized or not.
         activations: Activation name to ``dict(spec=..., readers=..., observer=...)``.
         uncovered: Weighted operations outside layers: module, operation, reason, macs.
+        biases: Layers that got a bias which they did not have in the float detector, folding aside.
     """
 
     folds: list[list[str]] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Structure:
     layers: list[LayerStructure] = field(default_factory=list)
     activations: dict[str, dict] = field(default_factory=dict)
     uncovered: list[dict] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, for a checkpoint that loads without pickle."""
@@ -90,6 +93,8 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     if missing:
         raise PTQError(f'the detector lacks {len(missing)} layers of the quantized checkpoint, first {missing[0]}; '
                        'use the config the checkpoint was made with.')
+    for name in structure.biases:
+        add_bias(modules[name])
     for layer in structure.layers:
         if layer.weight is not None:
             attach_weight(modules[layer.name], build_quantizer(layer.weight))

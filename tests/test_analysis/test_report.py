@@ -6,6 +6,8 @@ import torch
 
 from mmdet_ptq.analysis import ReportInputs, build_report, headlines, write_report
 from mmdet_ptq.analysis.report import _percent
+from mmdet_ptq.calibration.meter import Damage
+from mmdet_ptq.calibration.protect import Choice, Protection
 from mmdet_ptq.predictions import AlignedPredictions
 
 VOID = {'meta', 'img', 'br', 'link'}
@@ -89,6 +91,25 @@ def test_everything_of_the_run_is_told(page, tiny, results):
         'coco/bbox_mAP_s - - - - -',
     ):
         assert told in text
+
+
+def test_protection_and_reconstruction_are_told_where_there_were_any(tiny, results, tmp_path):
+    path = tmp_path / 'r.html'
+    write_report(path, ReportInputs(results, tiny.structure))
+    assert 'Protected tensors' not in path.read_text() and 'Reconstruction' not in path.read_text()
+    choice = Choice('input of <conv>', 'activation', ('conv',), '8-bit affine', '16-bit affine', 0.5, 0.01, -12, 0, 0)
+    protection = Protection({}, [choice], Damage(0.9), Damage(0.125), 1000, 2000)
+    results['protection'] = protection.to_dict()
+    results['reconstruction'] = [dict(name='neck.a', before=0.25, after=0.0625, outcome='trained', seconds=1.0)]
+    write_report(path, ReportInputs(results, tiny.structure))
+    parse(path.read_text())
+    text = text_of(path.read_text())
+    assert 'Protected tensors' in text and '0.9 before, 0.125 after' in text
+    assert 'input of &lt;conv&gt; 8-bit affine 16-bit affine 0.5 0.01 -12 B' in text
+    assert 'neck.a 0.25 0.0625 trained' in text
+    results['protection'] = Protection({}, [], Damage(0.9), Damage(0.9), 1, 1).to_dict()
+    write_report(path, ReportInputs(results, tiny.structure))
+    assert 'No other format helped noticeably' in text_of(path.read_text())
 
 
 def test_text_is_escaped(tiny, results, tmp_path):

@@ -18,7 +18,7 @@ PER_TENSOR = dict(preset='w8a8_observe', activations=dict(
 
 
 def images(seed: int = 5) -> list[dict]:
-    return [tiny_batch(2, seed=seed)]
+    return [tiny_batch(1, seed=seed)]
 
 
 def ranges() -> list[dict]:

@@ -1,5 +1,4 @@
 import copy
-import logging
 import math
 
 import pytest
@@ -21,7 +20,8 @@ def batches(count=3):
 
 
 def reconstruct(detector, folder, resume=False, **kwargs):
-    cfg = ReconstructConfig(**{'iters': 12, 'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, **kwargs})
+    cfg = ReconstructConfig(**{'iters': 6, 'rounding': 'adaround', 'rounding_lr': 0.05, 'compensate': False,
+                               'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, **kwargs})
     return BlockReconstruction(cfg).run(detector, batches(), 12, folder, 0, resume)
 
 
@@ -31,8 +31,8 @@ def low_bit():
 
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(rounding='latent'), dict(rounding='nearest'), dict(granularity='layer', drop=0, input_drop=0),
-    dict(rounding='latent', weight_scale_lr=1e-3, bias_lr=1e-3)], ids=str)
+    dict(granularity='block', drop=0.5, input_drop=0.5, fisher=1), dict(rounding='latent', bias_lr=1e-3),
+    dict(compensate=True, iters=0), dict(compensate=True, iters=0, fisher=0.5)], ids=str)
 def test_no_unit_gets_worse_and_some_get_better(low_bit, tmp_path, options):
     detector = copy.deepcopy(low_bit)
     units = reconstruct(detector, tmp_path, **options)
@@ -59,21 +59,9 @@ def test_learned_rounding_moves_no_weight_by_more_than_one_code(tmp_path, head):
     assert changed > 0
 
 
-def test_more_iterations_reach_a_least_squares_problem(tmp_path):
-    """One linear unit with plenty of data: both ways to learn the rounding beat rounding to the nearest clearly."""
-    detector, _ = tiny_quantized('retinanet', {**LOW_BIT, 'activations': dict(bits=8)})
-    results = {}
-    for rounding in ('adaround', 'latent'):
-        units = reconstruct(copy.deepcopy(detector), tmp_path / rounding, rounding=rounding, iters=150, drop=0,
-                            input_drop=0, granularity='layer', rounding_lr=3e-2)
-        first = units[0]
-        results[rounding] = first['after'] / first['before']
-    assert results['adaround'] < 0.8 and results['latent'] < 0.8
-
-
 def test_an_interrupted_reconstruction_ends_in_the_same_state(low_bit, tmp_path, monkeypatch):
     whole = copy.deepcopy(low_bit)
-    reconstruct(whole, tmp_path / 'whole')
+    reconstruct(whole, tmp_path / 'whole', iters=2, drop=0.5, compensate=True)
     cut, seen = copy.deepcopy(low_bit), []
     log = BlockReconstruction._log
 
@@ -85,21 +73,18 @@ def test_an_interrupted_reconstruction_ends_in_the_same_state(low_bit, tmp_path,
 
     monkeypatch.setattr(BlockReconstruction, '_log', stop)
     with pytest.raises(KeyboardInterrupt):
-        reconstruct(cut, tmp_path / 'cut')
+        reconstruct(cut, tmp_path / 'cut', iters=2, drop=0.5, compensate=True)
     monkeypatch.undo()
     again = copy.deepcopy(low_bit)
     (tmp_path / 'cut' / '002.pth').write_bytes(b'damaged')
-    reconstruct(again, tmp_path / 'cut', resume=True)
+    reconstruct(again, tmp_path / 'cut', resume=True, iters=2, drop=0.5, compensate=True)
     for key, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
-    # without --resume an earlier run's units are not looked at
-    reconstruct(copy.deepcopy(low_bit), tmp_path / 'cut', iters=1)
 
 
-def test_a_unit_that_diverges_gets_its_state_back_and_is_named(low_bit, tmp_path, caplog):
+def test_a_unit_that_diverges_gets_its_state_back_and_is_named(low_bit, tmp_path):
     detector = copy.deepcopy(low_bit)
-    with caplog.at_level(logging.WARNING):
-        units = reconstruct(detector, tmp_path, rounding='latent', weight_lr=1e30, activation_lr=0)
+    units = reconstruct(detector, tmp_path, rounding='latent', weight_lr=1e30, activation_lr=0, iters=2)
     for key, value in low_bit.state_dict().items():
         assert torch.equal(detector.state_dict()[key], value), key
     assert all(unit['outcome'] == 'restored' and math.isfinite(unit['after']) for unit in units)
@@ -120,9 +105,10 @@ def test_activations_that_do_not_fit_in_memory_change_nothing(low_bit, tmp_path)
     assert not list((tmp_path / 'b').rglob('*.pt'))
 
 
-def test_too_few_images_are_named_with_the_number_needed(tmp_path, capsys, monkeypatch):
+def test_too_few_images_are_named_with_the_number_needed(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.print_log', lambda text, *args, **kwargs: told.append(text))
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.print_log',
+                        lambda text, *args, **kwargs: told.append(text))
     detector, _ = tiny_quantized('faster_rcnn', LOW_BIT)
     cfg = ReconstructConfig(iters=1, batch_size=1, holdout=0)
     BlockReconstruction(cfg).run(detector, [tiny_batch(1)], 1, tmp_path, 0, False)
@@ -130,7 +116,7 @@ def test_too_few_images_are_named_with_the_number_needed(tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize('change,told', [
-    (dict(iters=0), '`key.iters` must be positive'), (dict(rounding='ada'), 'Did you mean'),
+    (dict(iters=-1), '`key.iters` must not be negative'), (dict(rounding='ada'), 'Did you mean'),
     (dict(granularity='blok'), 'Did you mean'), (dict(drop=1.0), r'`key.drop` must lie in \[0, 1\)'),
     (dict(weight_lr=-1), '`key.weight_lr` must not be negative')])
 def test_bad_settings(change, told):

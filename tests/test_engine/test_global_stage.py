@@ -26,7 +26,8 @@ class SpyHook(Hook):
         SpyHook.records = []
         detector = runner.model.detector
         self.gradients: dict[str, float] = {}
-        for name, _, parameter, _ in learnable_parameters(detector):
+        self.trained = [entry for entry in learnable_parameters(detector) if entry[2].requires_grad]
+        for name, _, parameter, _ in self.trained:
             parameter.register_hook(lambda grad, name=name: self.gradients.update(
                 {name: self.gradients.get(name, 0) + float(grad.abs().sum())}))
         self.weights = {
@@ -44,7 +45,7 @@ class SpyHook(Hook):
             float_moved=[key for key, value in self.hook.detector.state_dict().items()
                          if not torch.equal(value, self.float_state[key])],
             float_quantized=bool(quantized_weights(self.hook.detector)),
-            parameters={name: kind for name, kind, _, _ in learnable_parameters(detector)}))
+            parameters={name: kind for name, kind, _, _ in self.trained}))
 
 
 SPY = {'ptq.global_loss.hooks': [dict(type='SpyHook')]}

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from mmdet_ptq import analyze as analyze_module
 from mmdet_ptq.cli import analyze
 from mmdet_ptq.testing import tiny_config
 
@@ -36,7 +35,7 @@ def test_the_tool_ranks_draws_and_goes_on(config, tmp_path, capsys, monkeypatch)
     (['--preset', 'w8a9'], "Did you mean 'w8a8'"),
 ])
 def test_bad_arguments_are_one_sentence(config, capsys, monkeypatch, arguments, words):
-    monkeypatch.setattr(analyze_module, 'load_float_checkpoint', None)
+    monkeypatch.setattr('mmdet_ptq.engine.runner.load_float_checkpoint', None)
     with pytest.raises(SystemExit) as stopped:
         analyze([str(config), *arguments])
     assert stopped.value.code == 2 and words in capsys.readouterr().err

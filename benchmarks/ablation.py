@@ -1,0 +1,66 @@
+"""What each part of the method adds, and the published baselines, in one run on the same images.
+
+python benchmarks/ablation.py CONFIG [CONFIG ...] --bits w4a8 w4a4 --out docs/results/ablation.csv
+
+The baselines run 20,000 iterations a unit as published; --iters makes them affordable, and the recipe's name tells it.
+A second run with the same --work-dir takes over what is finished.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from runs import ROOT, run, write_csv
+
+LOCAL = 'ptq.global_loss=None'
+UNIFORM = ('ptq.weights.quantizer.type=mmdet_ptq.AffineQuantizer',)
+LOG = (*UNIFORM, 'ptq.head.weights.quantizer.type=mmdet_ptq.LogAffineQuantizer')
+# without the filter every prior counts
+UNFILTERED = ('ptq.global_loss.score_thr=0.0', 'ptq.global_loss.iou_thr=0.0', 'ptq.global_loss.max_boxes=None')
+
+
+def published(method: str) -> tuple[str, ...]:
+    """Options of a published method; {iters} is filled in later."""
+    return (f'ptq.reconstruct.method={method}', 'ptq.reconstruct.iters={iters}', LOCAL, *UNIFORM)
+
+
+RECIPES = {
+    'rounding': ('ptq.reconstruct=None', LOCAL, *UNIFORM),
+    'adaround': published('adaround'),
+    'brecq': published('brecq'),
+    'qdrop': published('qdrop'),
+    'ours, uniform, local': (LOCAL, *UNIFORM),
+    'ours, log-affine head, local': (LOCAL, *LOG),
+    'ours, best format a layer, local': (LOCAL,),
+    'ours, uniform, + global': (*UNFILTERED, *UNIFORM),
+    'ours, uniform, + filter': UNIFORM,
+    'ours, log-affine head, + filter': LOG,
+    'ours, best format a layer, + global': UNFILTERED,
+    'ours': (),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('configs', nargs='+', type=Path)
+    parser.add_argument('--bits', nargs='+', default=['w8a8', 'w4a8', 'w4a4'], help='presets')
+    parser.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument('--iters', type=int, default=20000, help='iterations per unit of the published methods')
+    parser.add_argument('--out', type=Path, required=True, help='CSV file')
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'ablation')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='changes to every config')
+    args = parser.parse_args()
+    lines = []
+    for config in args.configs:
+        for bits in args.bits:
+            for recipe in args.recipes:
+                options = [option.replace('{iters}', str(args.iters)) for option in RECIPES[recipe]]
+                trained = f' ({args.iters} iterations)' if '{iters}' in str(RECIPES[recipe]) else ''
+                folder = args.work_dir.resolve() / config.stem / bits / recipe.replace(', ', '_').replace(' ', '_')
+                lines.append(run(config.resolve(), f'{bits} {recipe}{trained}', bits, folder, options,
+                                 args.cfg_options))
+                write_csv(args.out, lines)
+
+
+if __name__ == '__main__':
+    main()

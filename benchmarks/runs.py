@@ -1,0 +1,60 @@
+"""What the benchmarks share: one run of tools/ptq.py as one line of a CSV file."""
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet_ptq.analysis import read_results
+from mmdet_ptq.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+METRIC = 'coco/bbox_mAP'
+FIELDS = ('detector', 'recipe', 'float_AP', 'quantized_AP', 'difference_points', 'integer_mac_share',
+          'float_bytes', 'quantized_bytes', 'calibration_images', 'calibration_seconds', 'seed', 'date',
+          'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'command')
+CALIBRATION = ('prepare', 'observe', 'protect', 'bias_correction', 'reconstruct', 'global')
+
+
+def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: Sequence[str] = (),
+        options: Sequence[str] = ()) -> dict:
+    """Runs one recipe and returns its line.
+
+    Args:
+        config: The config.
+        recipe: What the line is called.
+        preset: The preset it starts from.
+        work_dir: Where it runs; finished stages there are taken over.
+        recipe_options: ``--cfg-options`` that make the recipe; they stand in the command of the line.
+        options: Further ones that change no figure (workers of the dataloader, say).
+    """
+    command = ['tools/ptq.py', str(config), '--preset', preset, '--work-dir', str(work_dir), '--resume']
+    if recipe_options or options:
+        command += ['--cfg-options', *recipe_options, *options]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    results = read_results(work_dir / 'results.json')
+    rows = {row['model']: row for row in results['rows']}
+    ap = {name: row['metrics'][METRIC] for name, row in rows.items()}
+    versions = results['versions']
+    told = ['--cfg-options', *recipe_options] if recipe_options else []
+    return dict(
+        detector=config.stem, recipe=recipe, float_AP=ap['float'], quantized_AP=ap['simulated'],
+        difference_points=round(100 * (ap['simulated'] - ap['float']), 1),
+        integer_mac_share=results['coverage']['integer_mac_share'], float_bytes=rows['float']['size_bytes'],
+        quantized_bytes=rows['simulated']['size_bytes'], calibration_images=results['calibration']['num_images'],
+        calibration_seconds=round(sum(results['stages'].get(s, {}).get('seconds', 0) for s in CALIBRATION)),
+        seed=results['seed'], date=results['date'][:10],
+        command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *told]),
+        **{name: versions[name] for name in FIELDS if name in versions})
+
+
+def write_csv(path: Path, lines: Sequence[dict]) -> None:
+    """Writes the lines."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())

@@ -1,0 +1,115 @@
+"""Closed-form reconstruction: each layer of a unit by least squares, its rounding errors compensated."""
+from __future__ import annotations
+
+import itertools
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..errors import PTQError
+from ..quantizers import Quantizer
+from ..wrapping import quantization_mode
+from ..wrapping.weights import float_weight
+from .compensation import LayerEquations, by_group, patches
+from .streams import FLOAT, CallInputs
+from .unit_data import UnitData
+
+# grids tried around the scale of least error without compensation
+SCALE_FACTORS = (1.0, 0.7, 0.8, 0.9, 1.1)
+
+
+@torch.no_grad()
+def solve_unit(data: UnitData) -> None:
+    """Solves and rounds one layer after another, each with the layers before it already quantized."""
+    for name, layer in data.layers.items():
+        quantizer, weight = data.weights[name].quantizer, float_weight(layer)
+        equations, reason = _equations(data, name)
+        if equations is None:
+            print_log(f'{name}: {reason}, so its weights are not compensated', 'current', level=30)
+            continue
+        groups, rows = getattr(layer, 'groups', 1), data.weights[name].layout.to_rows(weight)
+        start = rows.view(groups, -1, rows.shape[1])
+        bias = layer.bias.view(groups, -1) if layer.bias is not None else start.new_zeros(start.shape[:2])
+        solved, _ = equations.solve(start, bias, data.cfg.damping)
+        importance = equations.importance()[:, None].expand_as(solved).reshape(rows.shape)
+        quantizer.fit_weight(solved.reshape(rows.shape), importance=importance / importance.mean())
+        rounded = _round_at_best_scale(equations, solved, data.cfg.damping, quantizer)
+        if not torch.isfinite(rounded).all():
+            raise PTQError(f'the least squares of layer {name} have no finite solution; raise '
+                           '`ptq.reconstruct.damping`.')
+        weight.copy_(data.weights[name].layout.from_rows(rounded.reshape(rows.shape), weight.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(equations.best_bias(rounded).reshape(-1))
+
+
+def _equations(data: UnitData, name: str) -> tuple[LayerEquations | None, str]:
+    """The normal equations of a layer from the training samples, or why there are none."""
+    layer, weight = data.layers[name], data.weights[name]
+    if getattr(weight.quantizer, 'mode', '') == 'shift':
+        return None, "values of the published grid are not rounded to themselves (mode 'shift')"
+    equations, batches = None, sorted({batch for batch, _ in data.train_samples})
+    with quantization_mode(data.streams.detector, FLOAT):
+        targets = {}
+        for call, batch in itertools.product(range(data.unit.calls), batches):
+            seen = _seen_by(data, name, call, data.float_inputs[call][batch])
+            for index, (x, y) in enumerate(seen):
+                reads, y = patches(layer, x), by_group(layer, y)
+                if reads is None:
+                    return None, f'a {type(layer).__name__} of this kind is not covered'
+                if equations is None:
+                    rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
+                    again = rows @ reads
+                    if layer.bias is not None:
+                        again += layer.bias.view(len(reads), -1, 1)
+                    if again.shape != y.shape or (again - y).abs().max() > 1e-3 * y.abs().max():
+                        return None, 'its forward does more than its weight tells'
+                    equations = LayerEquations(*rows.shape, layer.bias is not None, y.device)
+                picked = torch.randperm(y.shape[2], device=y.device)[:data.cfg.max_positions]
+                targets[call, batch, index] = picked, y[..., picked], _counts(data, layer, call, batch, picked)
+    for call, batch in itertools.product(range(data.unit.calls), batches):
+        for index, (x, _) in enumerate(_seen_by(data, name, call, data.inputs[call][batch])):
+            picked, y, counts = targets[call, batch, index]
+            equations.add(patches(layer, x)[..., picked], y, counts)
+    return equations, ''
+
+
+def _counts(data: UnitData, layer: nn.Module, call: int, batch: int, picked: Tensor) -> Tensor | None:
+    """How much each picked position counts, (P,); None where all count alike."""
+    if data.importance is None or len(data.layers) > 1:
+        # positions of a layer inside a block are not those of the block's output
+        return None
+    positions = data.importance[call][0][batch]
+    flat = positions.transpose(0, 1).flatten() if isinstance(layer, nn.Conv2d) else positions.flatten()
+    return (1 - data.cfg.fisher) + data.cfg.fisher * flat[picked]
+
+
+def _seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
+    """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
+    seen = []
+    handle = data.layers[name].register_forward_hook(lambda module, args, output: seen.append(
+        (args[0].clone(), output.clone())))
+    try:
+        data.streams.run(data.unit, call, inputs, data.streams.tensors(inputs))
+    finally:
+        handle.remove()
+    return seen
+
+
+def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: float, quantizer: Quantizer) -> Tensor:
+    """Tries finer and coarser grids; every output channel keeps the scale with the least error."""
+    best, best_error, best_factor, before = weight, None, None, 1.0
+    for factor in SCALE_FACTORS:
+        quantizer.rescale(torch.tensor(factor / before))
+        before = factor
+        rounded, error = equations.rounded(weight, damping,
+                                           lambda column: quantizer(column.reshape(-1, 1)).view(column.shape))
+        if best_error is None:
+            best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
+            continue
+        better = error < best_error
+        best = torch.where(better[..., None], rounded, best)
+        best_error, best_factor = torch.where(better, error, best_error), best_factor.masked_fill(better, factor)
+    quantizer.rescale(best_factor.flatten().to(weight.dtype) / before)
+    # the same values on the final grid
+    return quantizer(best.reshape(best_factor.numel(), -1)).view(best.shape)

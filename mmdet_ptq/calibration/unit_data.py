@@ -1,0 +1,144 @@
+"""One reconstruction unit, its cached inputs and targets, and its error against the float unit."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..config import ReconstructConfig
+from ..wrapping.inputs import STATE, mixed
+from ..wrapping.weights import quantized_weights
+from .streams import CallInputs, Streams
+from .units import Unit
+
+
+class UnitData:
+    """One unit with what reaches it and what it should return.
+
+    Args:
+        streams: The calibration batches.
+        unit: The unit.
+        inputs: For each call and batch the quantized detector's inputs of the unit.
+        float_inputs: The float detector's.
+        cfg: The ``reconstruct`` section.
+        train: (batch, image) pairs to train on; image None stands for the batch as a whole.
+        held_out: Those to judge by.
+    """
+
+    def __init__(self, streams: Streams, unit: Unit, inputs: list[list[CallInputs]],
+                 float_inputs: list[list[CallInputs]], cfg: ReconstructConfig, train: list[tuple],
+                 held_out: list[tuple]) -> None:
+        self.streams, self.unit, self.cfg = streams, unit, cfg
+        self.inputs, self.float_inputs = inputs, float_inputs
+        self.train_samples, self.held_out = train, held_out or train
+        self.module = streams.detector.get_submodule(unit.name)
+        self.weights = {name: weight for name, weight in quantized_weights(streams.detector).items()
+                        if name in unit.layers}
+        self.layers = {name: streams.detector.get_submodule(name) for name in unit.layers}
+        self.state = getattr(streams.detector, STATE)
+        fitting = cfg.max_positions // max(self.positions(), 1)
+        self.batch_size = max(1, min(cfg.batch_size, fitting, len(train)))
+        self.importance = [self._importance(call) for call in range(unit.calls)] if cfg.fisher else None
+        self.variances = [self._variance(call) for call in range(unit.calls)]
+
+    def positions(self) -> int:
+        """Positions of one image's outputs, over all calls."""
+        targets = [self.streams.target(self.unit, call, 0) for call in range(self.unit.calls)]
+        return sum(t.numel() // (t.shape[1] if t.ndim > 1 else 1) // len(self.streams.batches[0].samples)
+                   for t in targets)
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Mean squared error of the quantized unit on held-out samples, as a share of the output's variance."""
+        size = self.batch_size
+        total = count = 0.0
+        for start in range(0, len(self.held_out), size):
+            for error, numel in self.errors(self.held_out[start:start + size], mix=False):
+                total += float(error)
+                count += numel
+        return total / max(count, 1)
+
+    def errors(self, samples: list[tuple], mix: bool) -> Iterator[tuple[Tensor, int]]:
+        """Squared errors in units of the variance, and how many values they are of, group by group."""
+        for weight in self.weights.values():
+            weight.set_caching(True)
+        try:
+            for call in range(self.unit.calls):
+                for group in self._groups(call, samples):
+                    tensors, target = self._gather(call, group, mix)
+                    output = self.streams.run(self.unit, call, self.inputs[call][group[0][0]], tensors)
+                    squares = self._weighted((output - target).square(), call, group)
+                    yield squares.sum() / self.variances[call], target.numel()
+        finally:
+            for weight in self.weights.values():
+                weight.set_caching(False)
+
+    def _groups(self, call: int, samples: list[tuple]) -> list[list[tuple]]:
+        """Samples whose tensors can be stacked."""
+        groups: dict[tuple, list[tuple]] = {}
+        for batch, image in samples:
+            inputs = self.inputs[call][batch]
+            if not self._by_image(call, batch):
+                groups.setdefault(('whole', batch), [(batch, None)])
+                continue
+            shapes = tuple(self.streams.store.get(inputs.leaves[i]).shape[1:] for i in inputs.tensors)
+            groups.setdefault(shapes, []).append((batch, image))
+        return list(groups.values())
+
+    def _by_image(self, call: int, batch: int) -> bool:
+        """Whether every tensor of the call has one row per image."""
+        inputs, images = self.inputs[call][batch], len(self.streams.batches[batch].samples)
+        tensors = [self.streams.store.get(inputs.leaves[i]) for i in inputs.tensors]
+        return all(t.ndim and len(t) == images for t in [*tensors, self.streams.target(self.unit, call, batch)])
+
+    def _gather(self, call: int, group: list[tuple], mix: bool) -> tuple[list[Tensor], Tensor]:
+        streams, device = self.streams, self.streams.device
+
+        def rows(number_of) -> Tensor:
+            parts = []
+            for batch, image in group:
+                tensor = streams.store.get(number_of(batch))
+                parts.append(tensor if image is None else tensor[image:image + 1])
+            return torch.cat(parts).to(device)
+
+        tensors = []
+        for place in range(len(self.inputs[call][group[0][0]].tensors)):
+            def number(source: list[list[CallInputs]], batch: int, place: int = place) -> int:
+                inputs = source[call][batch]
+                return inputs.leaves[inputs.tensors[place]]
+
+            x = rows(lambda batch: number(self.inputs, batch))
+            if mix and x.is_floating_point():
+                clean = rows(lambda batch: number(self.float_inputs, batch))
+                x = mixed(x, clean, self.cfg.input_drop)
+            tensors.append(x)
+        target = torch.cat([t if image is None else t[image:image + 1] for batch, image in group
+                            for t in [streams.target(self.unit, call, batch)]]).to(device)
+        return tensors, target
+
+    def _variance(self, call: int) -> float:
+        """Variance of the float outputs around their channels' means, never zero."""
+        total = count = 0.0
+        for batch in range(len(self.inputs[call])):
+            target = self.streams.target(self.unit, call, batch)
+            axes = (0, *range(2, target.ndim)) if target.ndim > 2 else (0,)
+            total += float((target - target.mean(axes, keepdim=True)).square().sum())
+            count += target.numel()
+        return max(total / max(count, 1), 1e-12)
+
+    def _importance(self, call: int) -> tuple[list[Tensor], Tensor]:
+        """Fisher weights of a call's outputs: positions by batch and channels, each with mean 1."""
+        weights = [batch.fisher[self.unit.name, call] for batch in self.streams.batches]
+        channels = torch.stack([w.channels for w in weights]).mean(0)
+        mean = torch.cat([w.positions.flatten() for w in weights]).mean().clamp_min(1e-30)
+        shape = (-1, *[1] * (weights[0].positions.ndim - 2))
+        return [w.positions / mean for w in weights], (channels / channels.mean().clamp_min(1e-30)).view(shape)
+
+    def _weighted(self, squares: Tensor, call: int, group: list[tuple]) -> Tensor:
+        """Squared errors, each times how much it matters."""
+        if self.importance is None:
+            return squares
+        by_batch, channels = self.importance[call]
+        positions = torch.cat([by_batch[b] if image is None else by_batch[b][image:image + 1] for b, image in group])
+        return squares * ((1 - self.cfg.fisher) + self.cfg.fisher * positions * channels)
