@@ -72,12 +72,28 @@ def test_user_keys_are_merged_into_the_preset():
     cfg = PTQConfig.from_dict(dict(preset='w4a8', weights=dict(bits=3), global_loss=dict(lr=0.5)))
     assert (cfg.weights.bits, cfg.activations.bits) == (3, 8)
     assert (cfg.global_loss.lr, cfg.global_loss.iters) == (0.5, PRESETS['w4a8']['global_loss']['iters'])
-    assert cfg.head['weights']['quantizer']['type'] == 'mmdet_ptq.LogAffineQuantizer'
+    assert cfg.weights.quantizer['type'] == 'mmdet_ptq.LogAffineQuantizer'
 
 
 def test_presets_are_not_changed_by_what_is_merged_into_them():
-    PTQConfig.from_dict(dict(preset='w4a8', head=dict(weights=dict(quantizer=dict(mode='exact')))))
-    assert PTQConfig.from_dict(dict(preset='w4a8')).head['weights']['quantizer']['mode'] == 'auto'
+    changed = PTQConfig.from_dict(dict(preset='w4a8', weights=dict(quantizer=dict(mode='exact'))))
+    assert changed.weights.quantizer['mode'] == 'exact'
+    assert PTQConfig.from_dict(dict(preset='w4a8')).weights.quantizer['mode'] == 'auto'
+
+
+def test_a_published_method_is_a_starting_point():
+    assert PTQConfig.from_dict(dict(reconstruct='qdrop')).reconstruct.drop == 0.5
+    cfg = PTQConfig.from_dict(dict(preset='w4a8', reconstruct=dict(method='brecq', iters=7))).reconstruct
+    assert (cfg.granularity, cfg.fisher, cfg.iters, cfg.compensate) == ('block', 1, 7, False)
+    with pytest.raises(PTQError, match=r'`ptq.reconstruct.method` .*Did you mean'):
+        PTQConfig.from_dict(dict(reconstruct='qdropp'))
+
+
+def test_the_papers_protocol():
+    cfg = PTQConfig.from_dict(dict(preset='paper_w4a4'))
+    assert cfg.last['weights']['float'] and cfg.first['weights']['bits'] == 8
+    assert cfg.weights.quantizer['type'] == 'mmdet_ptq.AffineQuantizer'
+    assert cfg.head['weights']['quantizer']['mode'] == 'log1p'
 
 
 def test_argument_replaces_the_blocks_preset():

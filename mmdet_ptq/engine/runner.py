@@ -207,7 +207,7 @@ class PTQRunner(Runner):
 
         def work() -> dict:
             cfg = self.ptq.reconstruct
-            method = RECONSTRUCTIONS.build(dict(type=cfg.type, cfg=cfg))
+            method = RECONSTRUCTIONS.get(cfg.type)(cfg)
             units = method.run(
                 self.detector, self.calibration_loader(), len(self.calibration),
                 Path(self.work_dir) / 'reconstruct' / self.inputs['reconstruct'], self.seed, self.stages.resume)

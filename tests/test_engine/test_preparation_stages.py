@@ -109,6 +109,7 @@ def test_a_run_killed_after_each_stage_ends_at_the_same_numbers(finished, config
     for place, victim in enumerate(STAGES):
         if victim == 'protect':
             with monkeypatch.context() as patch:
+                patch.setattr(StageStore, 'run', run)
                 kill_at_the_fourth_measurement(patch)
                 with pytest.raises(Killed):
                     runner(config_file, tmp_path, resume=True).calibrate()
