@@ -34,7 +34,7 @@ _EIGHT_BIT_ENDS = dict(
 def _low_bit(weights: int, activations: int) -> dict:
     return dict(
         weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations), reconstruct=dict(),
-        global_loss=dict(iters=200, lr=3e-4, weight_lr=3e-3), **_EIGHT_BIT_ENDS)
+        global_loss=dict(iters=200, lr=1e-4, grid_lr=0, weight_lr=1e-3), **_EIGHT_BIT_ENDS)
 
 
 def _paper(weights: int, activations: int) -> dict:

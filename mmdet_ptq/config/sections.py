@@ -133,6 +133,8 @@ class GlobalLossConfig:
         batch_size: Images per iteration. Defaults to 4.
         lr: Learning rate, relative to the size of each scale. Defaults to 1e-3.
         bias_lr: Learning rate of the biases, relative to their spread; 0 leaves them. Defaults to 1e-3.
+        grid_lr: Learning rate of log k and log eps (or a) of log-affine weights; 0 leaves their tables as they are,
+            None takes ``lr``. A table moves in steps of 1/127, and reconstructed weights have been fitted to it.
         weight_lr: Learning rate of the weights (straight-through gradients), relative to their quantization step; 0
             leaves them. Defaults to 0.
         holdout: Share of the calibration images kept apart to choose the best state. Defaults to 0.125.
@@ -161,6 +163,7 @@ class GlobalLossConfig:
     batch_size: int = 4
     lr: float = 1e-3
     bias_lr: float = 1e-3
+    grid_lr: float | None = None
     weight_lr: float = 0
     holdout: float = 0.125
     val_interval: int = 50
@@ -185,6 +188,11 @@ class GlobalLossConfig:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
         if not 0 <= self.holdout < 1:
             raise PTQError(f'`{key}.holdout` must lie in [0, 1), got {self.holdout!r}.')
+
+    def rates(self) -> dict[str, float]:
+        """Kind of parameter to learning rate."""
+        grid = self.lr if self.grid_lr is None else self.grid_lr
+        return dict(scale=self.lr, s=self.lr, mu=self.lr, k=grid, eps=grid, weight=self.weight_lr, bias=self.bias_lr)
 
     def loss_kwargs(self) -> dict:
         """The arguments of :class:`mmdet_ptq.calibration.FilteredGlobalLoss`."""

@@ -39,7 +39,7 @@ def train_global(runner: PTQRunner) -> None:
     train = calibration.part(range(len(calibration) - held_out))
     if len(train) == 0:
         raise PTQError('`ptq.global_loss.holdout` leaves no calibration image to train on; lower it.')
-    train_only_quantization(runner.detector, weights=cfg.weight_lr > 0, biases=cfg.bias_lr > 0)
+    train_only_quantization(runner.detector, cfg.rates())
     model = GlobalLossModel(runner.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
     runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
     runner._train_dataloader = runner.images_loader(train, min(cfg.batch_size, len(train)), infinite=True)
@@ -72,7 +72,7 @@ def _optimizer(cfg: GlobalLossConfig) -> tuple[dict, list[dict]]:
     """Configs of mmengine's optimizer wrapper and schedulers."""
     optimizer = dict(
         **copy.deepcopy(cfg.optim_wrapper), constructor='mmdet_ptq.QuantizationParamsConstructor',
-        paramwise_cfg=dict(lr=cfg.lr, bias_lr=cfg.bias_lr, weight_lr=cfg.weight_lr))
+        paramwise_cfg=cfg.rates())
     schedulers = copy.deepcopy(cfg.param_scheduler) or [dict(
         type='CosineAnnealingLR', by_epoch=False, begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
     return optimizer, schedulers

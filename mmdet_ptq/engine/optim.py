@@ -1,7 +1,7 @@
 """One learning rate per quantization parameter, relative to its size."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
@@ -43,11 +43,16 @@ def _size(parameter: nn.Parameter) -> float:
     return float(parameter.detach().abs().mean())
 
 
-def train_only_quantization(detector: nn.Module, weights: bool, biases: bool) -> None:
-    """Leaves gradients on for exactly the parameters of :func:`learnable_parameters`."""
+def train_only_quantization(detector: nn.Module, rates: Mapping[str, float]) -> None:
+    """Leaves gradients on for exactly those :func:`learnable_parameters` whose kind has a learning rate.
+
+    Args:
+        detector: A quantized detector.
+        rates: Kind to learning rate.
+    """
     detector.requires_grad_(False)
     for _, kind, parameter, _ in learnable_parameters(detector):
-        parameter.requires_grad_({'weight': weights, 'bias': biases}.get(kind, True))
+        parameter.requires_grad_(rates[kind] > 0)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -56,7 +61,7 @@ class QuantizationParamsConstructor:
 
     Args:
         optim_wrapper_cfg: mmengine's optimizer wrapper config.
-        paramwise_cfg: ``dict(lr=..., bias_lr=..., weight_lr=...)``, all relative to the size of the parameter.
+        paramwise_cfg: Kind of parameter to learning rate, relative to the size of the parameter.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
@@ -69,9 +74,8 @@ class QuantizationParamsConstructor:
         for name, kind, parameter, size in learnable_parameters(module.detector):
             if not parameter.requires_grad:
                 continue
-            rate = self.rates.get(f'{kind}_lr', self.rates['lr'])
             scale = size if kind in RELATIVE_KINDS else 1.0
-            groups.append(dict(params=[parameter], lr=rate * scale, name=name))
+            groups.append(dict(params=[parameter], lr=self.rates[kind] * scale, name=name))
         cfg = dict(self.cfg)
         optimizer = OPTIMIZERS.build({**cfg.pop('optimizer'), 'params': groups})
         return OPTIM_WRAPPERS.build({'type': 'OptimWrapper', **cfg, 'optimizer': optimizer})

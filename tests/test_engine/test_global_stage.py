@@ -10,9 +10,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmdet_ptq import PTQError
-from mmdet_ptq.config import CalibrationConfig
+from mmdet_ptq.config import CalibrationConfig, GlobalLossConfig
 from mmdet_ptq.engine.hooks import FilteredGlobalLossHook
-from mmdet_ptq.engine.optim import learnable_parameters
+from mmdet_ptq.engine.optim import learnable_parameters, train_only_quantization
+from mmdet_ptq.testing import tiny_quantized
 from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
 
 
@@ -148,3 +149,17 @@ def test_ground_truth_from_a_folder_of_images_is_refused(make_runner, config_fil
     runner.ptq.calibration = CalibrationConfig(images=str(config_file.parent / 'train'))
     with pytest.raises(PTQError, match='needs annotations'):
         runner.calibrate()
+
+
+def test_rates_say_what_is_trained():
+    detector, _ = tiny_quantized('retinanet', {'preset': 'w8a8_observe', 'head': 'log_affine',
+                                               'activations': dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))})
+    for change, off in ((dict(), {'weight'}), (dict(grid_lr=0, bias_lr=0, weight_lr=1e-3), {'k', 'eps', 'bias'})):
+        train_only_quantization(detector, GlobalLossConfig(**change).rates())
+        kinds = {True: set(), False: set()}
+        for _, kind, parameter, _ in learnable_parameters(detector):
+            kinds[parameter.requires_grad].add(kind)
+        assert kinds[False] == off and not kinds[True] & off
+        assert {'scale', 's'} <= kinds[True]
+        trained = {id(p) for p in detector.parameters() if p.requires_grad}
+        assert trained == {id(p) for _, kind, p, _ in learnable_parameters(detector) if kind not in off}
