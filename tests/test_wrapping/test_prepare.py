@@ -251,8 +251,11 @@ def test_head_float_outputs(toy, image):
 
 
 def test_head_affine(toy, image):
-    formats = _structure(toy, image, preset='w4a8', head='affine')
+    formats = _structure(copy.deepcopy(toy), image, preset='w4a8', head='affine')
     assert formats['conv'] == ((AFFINE, 4), [8, 8])
+    assert formats['out'] == ((AFFINE, 8), [8, 8])
+    uniform = dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer'))
+    formats = _structure(toy, image, preset='w4a8', weights=uniform)
     assert {weight[0] for weight, _ in formats.values()} == {AFFINE}
 
 
@@ -265,7 +268,8 @@ def test_head_log_affine(toy, image):
 
 def test_low_bit_preset_keeps_its_ends_in_eight_bits(toy, image):
     log_affine = dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')))
-    formats = _structure(toy, image, preset='w4a4', head=log_affine)
+    uniform = dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer'))
+    formats = _structure(toy, image, preset='w4a4', weights=uniform, head=log_affine)
     assert formats['stem'] == ((AFFINE, 8), [8])
     assert formats['conv'] == ((LOG_AFFINE, 4), [4, 4])
     assert formats['out'] == ((AFFINE, 8), [8, 8])
