@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import PTQError
 from ..files import load_tensors, save_tensors
-from ..quantizers import LogAffineQuantizer, Quantizer
+from ..quantizers import LogAffineQuantizer
 from ..version import __version__
 from ..wrapping import Structure, apply_structure, float_weight, quantized_weights
+from .integer_weights import integer_weight
 from .packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
 
 FORMAT = 'mmdet_ptq.quantized'
-SCHEMA = 1
+SCHEMA = 2
 TABLE_SCALE = ':scale'
 
 
@@ -49,8 +50,8 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
         packed[name] = pack_codes(codes, bits, low)
         layers[name] = dict(bits=bits, lowest=low, rows=list(codes.shape), shape=list(weight.shape))
         if isinstance(quantized.quantizer, LogAffineQuantizer):
-            tables[name] = quantized.quantizer.table()
-            tables[f'{name}{TABLE_SCALE}'] = quantized.quantizer.table_scale()
+            levels, tables[f'{name}{TABLE_SCALE}'] = quantized.quantizer.integer_levels()
+            tables[name] = levels.to(torch.int8)
     coded = _float_weights(detector)
     floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
     return _plain(dict(
@@ -82,6 +83,9 @@ def read_quantized(path: str | os.PathLike) -> dict:
         raise PTQError(f'{str(path)!r} is no quantized checkpoint; make one with tools/ptq.py.')
     if state['schema'] > SCHEMA:
         raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
+    if state['schema'] < SCHEMA:
+        raise PTQError(f'{str(path)!r} was written by mmdet-ptq {state["version"]}, whose weights are decoded in '
+                       'another way; run tools/ptq.py again.')
     return state
 
 
@@ -119,7 +123,8 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
         for name, quantized in weights.items():
             entry = state['layers'][name]
             codes = unpack_codes(packed[name], entry['bits'], entry['lowest'], tuple(entry['rows']))
-            values = _decode(quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}'))
+            values = integer_weight(
+                quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}')).values()
             weight = float_weight(detector.get_submodule(name))
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
@@ -139,14 +144,6 @@ def _own_tensors(detector: nn.Module) -> dict[str, Tensor]:
 def _float_weights(detector: nn.Module) -> set[int]:
     """Identities of the float weights that integer codes stand for."""
     return {id(float_weight(detector.get_submodule(name))) for name in quantized_weights(detector)}
-
-
-def _decode(quantizer: Quantizer, codes: Tensor, table: Tensor | None, scale: Tensor | None) -> Tensor:
-    if table is None:
-        return quantizer.decode(codes)
-    # from the stored table: its logarithms may round differently on another machine
-    values = table.float().index_select(0, codes.reshape(-1)).view(codes.shape)
-    return values.mul_(scale.reshape(-1, 1)).add_(quantizer.mu.reshape(-1, 1))
 
 
 def _plain(value: object) -> object:

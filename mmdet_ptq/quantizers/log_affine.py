@@ -45,21 +45,22 @@ class _LogFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mu, s, k, offset, rounding, mode, count):
+    def forward(ctx, x, mu, s, k, offset, rounding, mode, count, located):
         grid = log_grid.Grid(mode, count, k, offset)
         unit, size = unit_and_size(s)
         d = (x - mu) / unit
         minus = log_grid.sign_bit(d)
+        place = mu if located else None
         if rounding is None:
             code, inside = grid.encode(d), None
             c = grid.magnitude_code(minus, code)
-            out = grid.value(code, mu, size)
+            out = grid.value(code, place, size)
         else:
             k, offset = grid.side_params(minus)
             c = torch.floor(log_grid.psi(mode, d.abs(), k, offset) - 0.5) + rounding
             inside = (c >= 0) & (c <= count - 1)
             c = c.nan_to_num(0, count, 0).clamp_(0, count - 1)
-            out = grid.value(grid.code(minus, c.round().to(torch.int32)), mu, size)
+            out = grid.value(grid.code(minus, c.round().to(torch.int32)), place, size)
             # between two codes the unrounded level counts, on a code the table's entry
             soft = (1 - 2 * minus) * log_grid.inverse(mode, c + 0.5, k, offset)
             out = torch.where(c == c.round(), out, mu + size * soft)
@@ -111,7 +112,7 @@ class _LogFakeQuantize(torch.autograd.Function):
 
         grad_rounding = in_units * slope * inside if ctx.needs_input_grad[5] else None
         return (grad_x, (grad - grad_x).sum(1, keepdim=True), grad_s, per_side(in_units * dk),
-                per_side(in_units * doff), grad_rounding, None, None)
+                per_side(in_units * doff), grad_rounding, None, None, None)
 
 
 @QUANTIZERS.register_module()
@@ -126,7 +127,8 @@ class LogAffineQuantizer(Quantizer):
       an int8 table beyond that (8 of them reach 128; the table's end is 127).
 
     The code of a magnitude is clip(floor(y)), decoded at the middle of its bin; the levels of a layer are rounded to
-    **one int8 table**, and w_hat = mu_c + (s_c * step) * table[code]. Zero is not a level (as in any mid-rise grid),
+    **one int8 table**, and w_hat = mu_c + (s_c * step) * table[code]; where there is a location, this is rounded to
+    255 steps through zero in each channel, see ``integer_levels``. Zero is not a level (as in any mid-rise grid),
     except in a channel of a single value: its s_c is 0 and its output mu_c, so an all-zero channel stays exactly zero.
 
     Args:
@@ -216,8 +218,22 @@ class LogAffineQuantizer(Quantizer):
 
     @torch.no_grad()
     def table_scale(self) -> Tensor:
-        """What a table entry is worth, of shape () or (C,): w_hat = mu + table_scale * table[code]."""
+        """What a table entry is worth, of shape () or (C,): w_hat = mu + table_scale * table[code], up to rounding."""
         return unit_and_size(self.s)[1] * self._grid().step
+
+    @torch.no_grad()
+    def integer_levels(self) -> tuple[Tensor, Tensor]:
+        """What integer kernels compute with: w_hat = scale * levels[code].
+
+        Returns:
+            tuple[Tensor, Tensor]: Levels of shape (1, 2^bits), the table, or with a location (C, 2^bits), torch.int32
+            from -127 to 127; and their scale, of shape (C,).
+        """
+        if self.location == 'zero':
+            return self.table().to(torch.int32)[None], self.table_scale().reshape(-1)
+        mu, s = self._columns()
+        levels, scale = self._grid().integer_levels(mu, unit_and_size(s)[1])
+        return levels.to(torch.int32), scale.reshape(-1)
 
     def _columns(self) -> tuple[Tensor, Tensor]:
         return self.mu.reshape(-1, 1), self.s.reshape(-1, 1)
@@ -239,7 +255,8 @@ class LogAffineQuantizer(Quantizer):
         """
         k, offset = self.side_params()
         rounding = None if rounding is None else self._rows(rounding)
-        y = _LogFakeQuantize.apply(self._rows(x), *self._columns(), k, offset, rounding, self.mode, self.count)
+        y = _LogFakeQuantize.apply(self._rows(x), *self._columns(), k, offset, rounding, self.mode, self.count,
+                                   self.location != 'zero')
         return y.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
@@ -270,6 +287,7 @@ class LogAffineQuantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         mu, s = self._columns()
         rows = codes.to(torch.int32).reshape(self.s.numel(), -1)
+        mu = None if self.location == 'zero' else mu
         return self._grid().value(rows, mu, unit_and_size(s)[1]).reshape(codes.shape)
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ from . import log_grid
 
 # a location is kept in `location='auto'` if it takes off more than this share of the squared error
 _LOCATION_GAIN = 0.02
+# above this, levels around a location are finer than the int8 grid that they are rounded to
+_LOCATION_BITS = 4
 # rows are compared in blocks of about this many elements: bounds the memory and stays in a CPU's cache
 _BLOCK = 2**18
 # half-widths (in log) of the grids for k and eps, and the factors tried on every channel's scale, round by round
@@ -38,7 +40,7 @@ class _Problem:
             size = s[rows, None]
             d = centred / torch.where(size == 0, 1, size)
             code = grid.encode(d)
-            level = grid.value(code, torch.zeros_like(size), torch.ones_like(size))
+            level = grid.value(code, None, torch.ones_like(size))
             errors.append((factor * (size * level - centred).square()).sum(1))
             power = (factor * level.square()).sum(1)
             fitted = (factor * level * centred).sum(1) / power
@@ -92,13 +94,15 @@ def fit_log_affine(matrix: Tensor, factor: Tensor | None, mode: str, bits: int,
         factor (Tensor | None): Factor of the squared error, of the same shape.
         mode (str): 'log1p', 'exact' or 'shift'.
         bits (int): Bits of a code.
-        location (str): 'auto', 'zero' or 'median'.
+        location (str): 'auto' (up to 4 bits the better one, beyond that 'zero'), 'zero' or 'median'.
 
     Returns:
         tuple: mu of shape (C,) or None where it stays at zero; s of shape (C,); k and the offsets, of shape (2,).
     """
     found = {}
     count = 2**(bits - 1)
+    if location == 'auto' and bits > _LOCATION_BITS:
+        location = 'zero'
     zero = torch.zeros(len(matrix), device=matrix.device)
     for name, mu in (('zero', lambda: zero), ('median', lambda: matrix.median(1).values)):
         if location in ('auto', name):

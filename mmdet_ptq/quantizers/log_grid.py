@@ -130,9 +130,38 @@ class Grid:
         """The magnitude code ``c`` of an index into the table, the inverse of ``code``."""
         return (code - self.count) ^ -minus
 
-    def value(self, code: Tensor, mu: Tensor, size: Tensor) -> Tensor:
-        """Mu + (size * step) * table[code]: the only place where codes become values."""
-        return _look_up(self._entries, code).mul_(size * self.step).add_(mu)
+    def integer_levels(self, mu: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """What the table's entries mean beyond a location: integers, and what one of them is worth.
+
+        mu + size * level lies on no grid through zero, which is all that integer kernels know. Rounded to 255 steps a
+        channel it does, for 0.4 % of the channel's largest weight at most.
+
+        Args:
+            mu (Tensor): Locations of shape (C, 1).
+            size (Tensor): Scales of shape (C, 1).
+
+        Returns:
+            tuple[Tensor, Tensor]: Integers from -127 to 127 of shape (C, 2 * count), and the scale of shape (C, 1);
+            both float32.
+        """
+        level = mu + size * self.step * self._entries
+        scale = level.abs().amax(1, keepdim=True) / TABLE_MAX
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return (level / scale).round_(), scale
+
+    def value(self, code: Tensor, mu: Tensor | None, size: Tensor) -> Tensor:
+        """(size * step) * table[code], or with a location see ``integer_levels``: here alone codes become values.
+
+        Args:
+            code (Tensor): Indices into the table, of shape (C, K).
+            mu (Tensor | None): Locations of shape (C, 1); None where the location is zero.
+            size (Tensor): Scales of shape (C, 1).
+        """
+        if mu is None:
+            return _look_up(self._entries, code).mul_(size * self.step)
+        integers, scale = self.integer_levels(mu, size)
+        row = torch.arange(len(code), dtype=torch.int32, device=code.device)[:, None] * integers.shape[1]
+        return _look_up((integers * scale).flatten(), code + row)
 
 
 def sign_bit(d: Tensor) -> Tensor:

@@ -107,8 +107,11 @@ def test_a_float_checkpoint_is_refused(tmp_path):
         read_quantized(tmp_path / 'float.pth')
 
 
-def test_a_newer_schema_is_refused(case, tmp_path):
+def test_another_schema_is_refused(case, tmp_path):
     state = torch.load(case[3], weights_only=True)
+    save_quantized(tmp_path / 'older.pth', {**state, 'schema': 1})
+    with pytest.raises(PTQError, match='run tools/ptq.py again'):
+        read_quantized(tmp_path / 'older.pth')
     save_quantized(tmp_path / 'newer.pth', {**state, 'schema': 99, 'version': '9.0'})
     with pytest.raises(PTQError, match=r'newer mmdet-ptq \(9.0\)'):
         read_quantized(tmp_path / 'newer.pth')

@@ -72,6 +72,9 @@ def log_affine(w, mu, s, k, off, mode, count, rounding=None, continuous=False):
         doff = sigma * dh * np.log(2) * (m - 1.0)
         dround = m * sigma * dh * np.log(2)
     whole = c == np.rint(c)
-    level = np.where(whole, step * table[side, np.rint(c).astype(int)], dh)
-    return dict(value=mu + s * sigma * level, w=dw, mu=1 - dw, s=sigma * dh - d * dw, k=s * dk, off=s * doff,
+    value = mu + s * sigma * np.where(whole, step * table[side, np.rint(c).astype(int)], dh)
+    if mu:  # one int8 grid through zero in each channel
+        scale = np.abs(mu + s * step * np.concatenate([-table[1], table[0]])).max() / 127
+        value = np.where(whole, scale * np.rint(value / scale), value)
+    return dict(value=value, w=dw, mu=1 - dw, s=sigma * dh - d * dw, k=s * dk, off=s * doff,
                 rounding=s * dround, side=side, y=y, inside=m, code=yh)

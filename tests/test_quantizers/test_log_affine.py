@@ -11,11 +11,12 @@ from mmdet_ptq.quantizers import AffineQuantizer, LogAffineQuantizer, build_quan
 MODES = [('log1p', 2), ('log1p', 3), ('log1p', 4), ('log1p', 6), ('log1p', 8), ('exact', 4), ('shift', 2), ('shift', 4)]
 
 
-def make(mode='log1p', bits=4, channels=3):
+def make(mode='log1p', bits=4, channels=3, location='median'):
     """A quantizer with different parameters on both sides and in every channel."""
-    q = LogAffineQuantizer(bits, channels, mode, location='median')
+    q = LogAffineQuantizer(bits, channels, mode, location)
     with torch.no_grad():
-        q.mu.copy_(torch.linspace(-0.2, 0.3, channels or 1).view(q.mu.shape))
+        if location == 'median':
+            q.mu.copy_(torch.linspace(-0.2, 0.3, channels or 1).view(q.mu.shape))
         q.s.copy_(torch.linspace(0.5, 2, channels or 1).view(q.s.shape))
         q.log_k += torch.tensor([0.1, -0.15])
         q.learnable()['eps'] += torch.tensor([0.2, -0.1])
@@ -91,7 +92,13 @@ def test_decode_of_encode_is_forward_bit_for_bit(mode, bits):
     table = q.table()
     assert table.dtype == torch.int8 and len(table) == 2**bits and (table.int().diff() >= 0).all()
     assert table.int().abs().max() == 127
-    torch.testing.assert_close(decoded, q.mu.detach().view(-1, 1, 1) + q.table_scale().view(-1, 1, 1) * table[codes])
+    levels, scale = q.integer_levels()
+    assert levels.shape == (5, 2**bits) and (levels.abs().amax(1) == 127).all()
+    rows = torch.gather(levels, 1, codes.flatten(1).long()).view(codes.shape)
+    assert torch.equal(decoded, rows.float() * scale.view(-1, 1, 1))
+    # one int8 grid through zero costs half of its step at most
+    exact = q.mu.detach().view(-1, 1, 1) + q.table_scale().view(-1, 1, 1) * table[codes]
+    assert ((decoded - exact).abs() <= 0.501 * scale.view(-1, 1, 1)).all()
     h = torch.randint(0, 2, x.shape).float()
     assert torch.equal(q(x, h).detach(), q.decode(q.encode(x, h)))
 
@@ -100,9 +107,11 @@ def test_decode_of_encode_is_forward_bit_for_bit(mode, bits):
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=30), st.sampled_from(MODES),
        st.floats(0.1, 3), st.floats(-0.3, 0.3))
 def test_monotone_and_within_range(values, kind, s, mu):
-    q = make(*kind, channels=None)
+    # above 4 bits the levels around a location are finer than an int8 grid through zero
+    q = make(*kind, channels=None, location='median' if kind[1] <= 4 else 'zero')
     q.s.data.fill_(s)
-    q.mu.data.fill_(mu)
+    if q.location == 'median':
+        q.mu.data.fill_(mu)
     x = torch.tensor(values).sort().values
     with torch.no_grad():
         y = q(x)
