@@ -145,14 +145,41 @@ def _analyze(argv: list[str] | None = None) -> None:
 
 def _test(argv: list[str] | None = None) -> None:
     """tools/test.py."""
-    args = _parser("Evaluate a quantized checkpoint with mmdet's own evaluator.", 'required').parse_args(argv)
+    args = _parser("Evaluate a quantized checkpoint or an exported model with mmdet's own evaluator.",
+                   'required').parse_args(argv)
     cfg = _prepare(args)
     from .analysis import print_results, result_row
     from .engine import evaluate, load_quantized
-    metrics = evaluate(cfg, load_quantized(args.checkpoint, cfg))
-    print_results(dict(rows=[result_row('simulated', metrics, Path(args.checkpoint).stat().st_size, None)]))
+    path = Path(args.checkpoint)
+    if path.suffix == '.pth':
+        name, detector, size = 'simulated', load_quantized(path, cfg), path.stat().st_size
+    else:
+        from .deploy import model_bytes, open_model, runtime_detector
+        model = open_model(path)
+        name, detector, size = model.name, runtime_detector(cfg, model), model_bytes(path)
+    print_results(dict(rows=[result_row(name, evaluate(cfg, detector), size, None)]))
+
+
+def _export(argv: list[str] | None = None) -> None:
+    """tools/export.py."""
+    parser = argparse.ArgumentParser(description='Write a quantized checkpoint as a model that a runtime executes.')
+    parser.add_argument('checkpoint', help='the quantized.pth of a run')
+    parser.add_argument('--to', nargs='+', required=True, metavar='RUNTIME', help='onnxruntime, openvino, ...')
+    parser.add_argument('--out', help='folder, each runtime gets one in it; default: where the checkpoint is')
+    parser.add_argument('--input-shape', nargs=2, type=int, metavar=('HEIGHT', 'WIDTH'),
+                        help='size of the image tensor, default: what the test pipeline gave when it was calibrated')
+    parser.add_argument('--dynamic-batch', action='store_true', help='leave the number of images open')
+    parser.add_argument('--unpacked', action='store_true',
+                        help='store weights of 4 bits and less as int8 instead of 4-bit codes with a table')
+    parser.add_argument('--compare', metavar='IMAGE',
+                        help='image file: compare the codes of every quantized tensor with the simulation')
+    args = parser.parse_args(argv)
+    from .engine.export import export_checkpoint
+    export_checkpoint(args.checkpoint, args.to, args.out, args.input_shape, args.dynamic_batch, not args.unpacked,
+                      args.compare)
 
 
 ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --resume to go on.')
+export = _guarded(_export, 'no half-written model was left, run the same command again.')
 test = _guarded(_test, 'nothing was changed, run the same command again.')
 analyze = _guarded(_analyze, 'finished measurements are kept, run the same command again to go on.')

@@ -27,7 +27,8 @@ def is_quantized_checkpoint(checkpoint: object) -> bool:
     return isinstance(checkpoint, Mapping) and checkpoint.get('format') == FORMAT
 
 
-def quantized_state(detector: nn.Module, structure: Structure, config: dict, dataset_meta: dict | None) -> dict:
+def quantized_state(detector: nn.Module, structure: Structure, config: dict, dataset_meta: dict | None,
+                    input_shape: tuple[int, ...] = ()) -> dict:
     """Collects the integer checkpoint of a calibrated detector.
 
     Args:
@@ -36,6 +37,8 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
         config: The config as a plain dict; the float detector is built from it. Kept as data, not as text, so
             that loading runs no code.
         dataset_meta: Class names and palette, as mmdet keeps them.
+        input_shape: Shape of one image as the test pipeline gives it, (1, 3, H, W): exported models take it.
+            Defaults to (): not known.
 
     Returns:
         Plain containers of tensors, numbers and strings.
@@ -56,8 +59,8 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
     floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
     return _plain(dict(
         format=FORMAT, schema=SCHEMA, version=__version__, config=config, dataset_meta=dataset_meta or {},
-        structure=structure.to_dict(), layers=layers, codes=flatten_tensors(packed), tables=flatten_tensors(tables),
-        tensors=flatten_tensors(floats)))
+        input_shape=list(input_shape), structure=structure.to_dict(), layers=layers, codes=flatten_tensors(packed),
+        tables=flatten_tensors(tables), tensors=flatten_tensors(floats)))
 
 
 def save_quantized(path: str | os.PathLike, state: dict) -> None:

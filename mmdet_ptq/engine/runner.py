@@ -37,12 +37,22 @@ from ..calibration import (
     source_datasets,
 )
 from ..config import PTQConfig
-from ..deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, stored_bytes
+from ..deploy import (
+    check_exportable,
+    get_runtime,
+    load_quantized_state,
+    quantized_state,
+    read_quantized,
+    save_quantized,
+    settle_biases,
+    stored_bytes,
+)
 from ..files import check_space, load_tensors
 from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .arguments import runner_arguments
 from .evaluation import evaluation_files
+from .export_stage import export_runtime
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
 from .stages import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
@@ -56,7 +66,7 @@ CHANNEL_IMAGES = 32
 @RUNNERS.register_module()
 class PTQRunner(Runner):
     """Runs post-training quantization: prepare, observe, protect, reconstruct, correct biases, global, evaluate,
-    report.
+    export, report.
 
     Everything the global stage needs (loop, optimizer wrapper, schedulers, checkpoints, logging, visualizer back
     ends) is mmengine's own; the user's training loop, optimizer and custom hooks are not touched and not used.
@@ -83,6 +93,8 @@ class PTQRunner(Runner):
         self.ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
         self._calibration = calibration
         resume, load_from = kwargs.pop('resume', False), kwargs.pop('load_from', None)
+        for name in self.ptq.export:
+            get_runtime(name)
         check_space(work_dir, 0)
         super().__init__(model=model, work_dir=work_dir, **kwargs)
         # checkpoints are loaded here, with checks, not by mmengine's lenient loader
@@ -119,6 +131,7 @@ class PTQRunner(Runner):
         """
         self.calibrate()
         self.evaluate()
+        self.export()
         self.report()
         return self.results
 
@@ -129,8 +142,13 @@ class PTQRunner(Runner):
             The detector rebuilt from the integer checkpoint.
         """
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
+        for name in self.ptq.export:
+            check_exportable(self.detector)
+            get_runtime(name).check()
         self.load()
         self.prepare()
+        for name in self.ptq.export:
+            get_runtime(name).check_formats(self.structure)
         self.observe()
         if self.ptq.protect is not None:
             self.protect()
@@ -254,13 +272,31 @@ class PTQRunner(Runner):
             self.results['reconstruction'] = self.units
         float_row, _ = self.stages.run(
             'evaluate_float', fingerprint(self._checkpoint_hash(), str(self.cfg.get('model')), test),
-            lambda: self._evaluate(self.float_detector))
+            lambda: self.evaluate_detector(self.float_detector))
         self._row('float', float_row, float_size_bytes(self.float_detector), float_bops(self.structure))
         quantized = Path(self.work_dir) / QUANTIZED
         row, _ = self.stages.run(
             'evaluate_simulated', fingerprint(self.inputs['global'], test, tensor_hash(self.detector.state_dict())),
-            lambda: self._evaluate(self.detector))
+            lambda: self.evaluate_detector(self.detector))
         self._row('simulated', row, quantized.stat().st_size, bops(self.structure))
+
+    def export(self) -> None:
+        """Exports to every runtime of ``ptq.export``, evaluates the models there and times them."""
+        test = str(self.cfg.get('test_dataloader')) + str(self.cfg.get('test_evaluator'))
+        inputs = fingerprint(self.inputs['global'], test, tensor_hash(self.detector.state_dict()))
+        for name in self.ptq.export:
+            row, _ = self.stages.run(
+                f'export_{name}', fingerprint(inputs, name, self.input_shape),
+                lambda name=name: export_runtime(self, name))
+            self.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
+            self._row(name, row['metrics'], row['size_bytes'], bops(self.structure), row['latency_ratio'])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the tensor that exported models take: one image as the test pipeline gives it."""
+        batch = next(iter(self.first_images(1)))
+        image = self.detector.data_preprocessor(batch, False)['inputs'][:1]
+        return tuple(image.shape)
 
     def report(self) -> None:
         """Writes ``results.json`` and the page, prints the table."""
@@ -312,6 +348,7 @@ class PTQRunner(Runner):
         """Writes the integer checkpoint and goes on with the detector rebuilt from it."""
         path = Path(self.work_dir) / QUANTIZED
         meta = getattr(self._evaluation_dataset(), 'metainfo', None)
+        settle_biases(self.detector, self.structure)
         if is_main_process():
             save_quantized(path, self._quantized_state())
         barrier()
@@ -333,14 +370,15 @@ class PTQRunner(Runner):
         # where and how often it was run is no part of the detector: a resumed run writes the same file
         config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
         meta = getattr(self._evaluation_dataset(), 'metainfo', None)
-        return quantized_state(self.detector, self.structure, config, meta)
+        return quantized_state(self.detector, self.structure, config, meta, self.input_shape)
 
-    def _evaluate(self, detector: nn.Module) -> dict:
+    def evaluate_detector(self, detector: nn.Module) -> dict[str, float]:
+        """Every figure of the config's evaluator for a detector."""
         self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), detector)
         return {key: float(value) for key, value in self.test().items()}
 
-    def _row(self, model: str, metrics: dict, size: int, operations: int) -> None:
-        self.results['rows'].append(result_row(model, metrics, size, operations))
+    def _row(self, model: str, metrics: dict, size: int, operations: int, latency_ratio: float | None = None) -> None:
+        self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio))
         self._write_results()
 
     def _write_results(self) -> None:

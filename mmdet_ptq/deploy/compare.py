@@ -1,0 +1,96 @@
+"""Exported against simulated, tensor by tensor: how many integer codes are the same."""
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..wrapping.inputs import STATE
+from .onnx_export import require
+from .onnx_graph import CODES
+from .raw_outputs import RawOutputs
+
+
+@dataclass
+class TensorAgreement:
+    """One quantized tensor.
+
+    Attributes:
+        name: Name of the activation; ``@k`` marks its further calls.
+        identical: Share of the codes that are the same.
+        largest: Largest difference, in codes.
+    """
+
+    name: str
+    identical: float
+    largest: int
+
+
+def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor) -> list[TensorAgreement]:
+    """Compares the codes of every quantized tensor between the simulation and ONNX Runtime.
+
+    Args:
+        detector: The quantized detector the model was exported from.
+        model: The ``.onnx`` file, exported for ONNX Runtime.
+        image: (N, 3, H, W), normalized.
+
+    Returns:
+        One entry per quantized tensor, in the order of the network.
+    """
+    require('onnx', 'onnxruntime', extra='onnxruntime')
+    found = _runtime_codes(model, image.cpu().numpy())
+    with torch.no_grad(), _recorded(detector) as simulated:
+        RawOutputs(detector)(image)
+    agreements = []
+    for name, codes in simulated.items():
+        if name in found:
+            difference = np.abs(found[name].astype(np.int64) - codes.cpu().numpy())
+            agreements.append(TensorAgreement(name, float((difference == 0).mean()), int(difference.max())))
+    return agreements
+
+
+def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.ndarray]:
+    import onnx
+    import onnxruntime
+    proto = onnx.load(os.fspath(model))
+    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
+    types = {info.name: info for info in inferred}
+    clipped = {node.input[0]: node.output[0] for node in proto.graph.node
+               if node.op_type == 'Clip' and node.input[0].endswith(CODES)}
+    names = [out for node in proto.graph.node for out in node.output if out.endswith(CODES)]
+    # codes of fewer than 8 bits are clipped after they are rounded
+    read = {name: clipped.get(name, name) for name in names}
+    proto.graph.output.extend(types[value] for value in read.values())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    values = session.run(list(read.values()), {'input': image})
+    return {name.removesuffix(CODES): value for name, value in zip(read, values, strict=True)}
+
+
+@contextmanager
+def _recorded(detector: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The codes of every activation quantizer in one forward pass."""
+    found: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def hook(name: str):
+        def record(quantizer: nn.Module, args: tuple, output: Tensor) -> None:
+            suffix = f'@{calls[name]}' if calls[name] else ''
+            calls[name] += 1
+            found[name + suffix] = quantizer.encode(args[0])
+        return record
+
+    handles = [quantizer.register_forward_hook(hook(name))
+               for name, quantizer in getattr(detector, STATE).activations.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

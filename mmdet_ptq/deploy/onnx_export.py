@@ -1,0 +1,156 @@
+"""The quantized detector as one ONNX graph with explicit QuantizeLinear and DequantizeLinear."""
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from ..errors import PTQError
+from ..files import write_atomic
+from ..version import __version__
+from ..wrapping import is_quantized
+from .onnx_nodes import OPSET, onnx_quantizers
+from .raw_outputs import RawOutputs, check_exportable, output_layout
+
+FORMAT = 'mmdet_ptq.onnx'
+
+
+def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple[int, int, int, int], *,
+                runtime: str = 'onnxruntime', dynamic_batch: bool = False, packed: bool = True) -> dict:
+    """Writes a detector as ONNX, one graph from the normalized image to the head's raw outputs.
+
+    The quantized detector itself is exported, its quantizers writing their nodes
+    (:mod:`mmdet_ptq.deploy.onnx_nodes`), with torch's exporter (``torch.onnx.export(dynamo=True)``).
+
+    Args:
+        detector: A calibrated quantized detector, or a float one, in eval mode.
+        path: The ``.onnx`` file; it is complete or absent.
+        input_shape: (N, 3, H, W).
+        runtime: Whose graph it is: 'onnxruntime' or 'openvino'. Defaults to 'onnxruntime'.
+        dynamic_batch: Whether N stays open. Defaults to False.
+        packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table. Defaults to True.
+
+    Returns:
+        What the file says about itself, see :func:`model_meta`.
+
+    Raises:
+        PTQError: An extra is not installed, the detector has two stages, or an operation has no ONNX form.
+    """
+    check_exportable(detector)
+    require('onnx', 'onnxscript', extra='onnxruntime')
+    model, meta = _exported(detector, input_shape, runtime, dynamic_batch)
+    from . import onnx_passes as passes
+    from .onnx_graph import name_nodes
+    graph = model.graph
+    meta['layers'] = name_nodes(graph)
+    passes.share_initializers(graph)
+    passes.drop_redundant_clips(graph)
+    if runtime == 'onnxruntime':
+        passes.absorb_channel_scales(graph)
+        passes.drop_redundant_clips(graph)
+        passes.integer_biases(graph)
+        if packed:
+            passes.pack_weights(graph)
+    _write(model, meta, path)
+    return meta
+
+
+def require(*modules: str, extra: str) -> None:
+    """Refuses to go on without an optional package.
+
+    Raises:
+        PTQError: It is missing; names the extra to install.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise PTQError(f"the package {name} is not installed; pip install 'mmdet-ptq[{extra}]'.") from error
+
+
+def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_batch: bool) -> tuple:
+    device = next(detector.parameters()).device
+    example = torch.zeros(input_shape, device=device)
+    raw = RawOutputs(detector).eval()
+    with torch.no_grad():
+        outputs = detector(example, None, mode='tensor')
+    shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
+    emitting = onnx_quantizers(detector, runtime == 'onnxruntime') if is_quantized(detector) else nullcontext()
+    try:
+        with emitting, _quiet():
+            program = torch.onnx.export(
+                raw, (example,), dynamo=True, opset_version=OPSET, input_names=['input'], dynamic_shapes=shapes,
+                verbose=False, external_data=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise PTQError(f'the detector cannot be exported to ONNX: {_cause(error)}') from error
+    meta = dict(format=FORMAT, version=__version__, runtime=runtime, input_shape=list(input_shape),
+                dynamic_batch=dynamic_batch, outputs=output_layout(outputs))
+    return program.model, meta
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the root of an exporter's error, and where it happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's remarks about its own dependencies out of the log."""
+    logger = logging.getLogger('torch.onnx')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _write(model, meta: dict, path: str | os.PathLike) -> None:
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+    # stack traces of the exporting machine are no business of the file
+    common.ClearMetadataAndDocStringPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.name = 'detector'
+    model.producer_name, model.producer_version = 'mmdet-ptq', __version__
+    model.metadata_props['mmdet_ptq'] = json.dumps(meta)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
+    write_atomic(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def model_meta(path: str | os.PathLike) -> dict:
+    """What an exported ONNX file says about itself.
+
+    Returns:
+        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, layers)``: ``outputs`` is the nesting of
+        the raw outputs, ``layers`` names each convolution's layer.
+
+    Raises:
+        PTQError: The file is missing, damaged or not ours.
+    """
+    require('onnx', extra='onnxruntime')
+    import onnx
+    try:
+        proto = onnx.load(os.fspath(path), load_external_data=False)
+        entries = {entry.key: entry.value for entry in proto.metadata_props}
+    except FileNotFoundError as error:
+        raise PTQError(f'there is no model {str(path)!r}; check the path.') from error
+    except Exception as error:  # protobuf fails in its own ways
+        raise PTQError(f'{str(path)!r} is damaged or no ONNX model; export it again with tools/export.py.') from error
+    if 'mmdet_ptq' not in entries:
+        raise PTQError(f'{str(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
+    return json.loads(entries['mmdet_ptq'])

@@ -1,0 +1,130 @@
+"""Reading and changing an ONNX graph in onnx_ir: names by layer, constants, quantize / dequantize pairs."""
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+SCOPES = 'pkg.torch.onnx.name_scopes'
+ROOT = 'detector.'
+ACTIVATIONS = 'detector.ptq.activations.'
+WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+CODES = ':codes'
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """A value's numbers, if it is an initializer."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """A new initializer; a name that is taken gets a number."""
+    unique, number = name, 1
+    while unique in graph.initializers:
+        number += 1
+        unique = f'{name}_{number}'
+    tensor = ir.tensor(array, dtype=dtype, name=unique)
+    value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value; None where there are several or it is an output of the graph."""
+    consumers = value.consumers()
+    return consumers[0] if len(consumers) == 1 and len(value.uses()) == 1 and not value.is_graph_output() else None
+
+
+def produced_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that computes a value, if it is of the given type."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def axis_of(node: ir.Node, default: int | None = None) -> int | None:
+    """The attribute ``axis``."""
+    return node.attributes['axis'].as_int() if 'axis' in node.attributes else default
+
+
+@dataclass
+class Layer:
+    """A convolution or matrix product with its quantize / dequantize pairs.
+
+    Attributes:
+        node: The operation.
+        source: DequantizeLinear of its input; None where that is float.
+        weight: DequantizeLinear of its weight; None where that is float.
+        bias: The bias; None without one.
+    """
+
+    node: ir.Node
+    source: ir.Node | None
+    weight: ir.Node | None
+    bias: ir.Value | None
+
+    @property
+    def integer(self) -> bool:
+        return self.source is not None and self.weight is not None
+
+
+def layers(graph: ir.Graph) -> Iterator[Layer]:
+    """Every convolution and matrix product, in the order of the graph."""
+    for node in list(graph):
+        if node.op_type in WEIGHTED:
+            inputs = list(node.inputs) + [None]
+            yield Layer(node, produced_by(inputs[0], 'DequantizeLinear'), produced_by(inputs[1], 'DequantizeLinear'),
+                        inputs[2])
+
+
+def name_nodes(graph: ir.Graph) -> dict[str, str]:
+    """Names nodes and constants after the detector's modules instead of after the exporter's counters.
+
+    Args:
+        graph: A graph as torch exports it, with its scopes in the nodes' metadata.
+
+    Returns:
+        Name of each convolution or matrix product to the layer in the detector it is a call of.
+    """
+    calls, found, renamed = Counter(), {}, set()
+    for node in graph:
+        scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
+        modules = [scope for scope in scopes if scope.startswith(ROOT)]
+        if not modules:
+            continue
+        path = modules[-1]
+        if node.op_type in WEIGHTED:
+            layer = path.removeprefix(ROOT)
+            calls[layer] += 1
+            node.name = layer if calls[layer] == 1 else f'{layer}#{calls[layer] - 1}'
+            found[node.name] = layer
+            weight = produced_by(node.inputs[1], 'DequantizeLinear')
+            if weight is not None:
+                weight.name = f'{node.name}.weight'
+                for value, part in zip(weight.inputs, ('weight', 'weight_scale'), strict=False):
+                    if id(value) not in renamed:
+                        renamed.add(id(value))
+                        _rename(graph, value, f'{layer}.{part}')
+        elif path.startswith(ACTIVATIONS) and node.op_type == 'QuantizeLinear':
+            activation = path.removeprefix(ACTIVATIONS)
+            calls[path] += 1
+            suffix = '' if calls[path] == 1 else f'@{calls[path] - 1}'
+            node.name = f'{activation}{suffix}:quantize'
+            node.outputs[0].name = f'{activation}{suffix}{CODES}'
+            for value, part in zip(node.inputs[1:], ('scale', 'zero_point'), strict=False):
+                if id(value) not in renamed:
+                    renamed.add(id(value))
+                    _rename(graph, value, f'{activation}:{part}')
+    return found
+
+
+def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    unique, number = name, 1
+    while unique in graph.initializers and graph.initializers[unique] is not value:
+        number += 1
+        unique = f'{name}_{number}'
+    # onnx_ir keeps the graph's dictionary of initializers in step with the name
+    value.name = unique

@@ -1,0 +1,215 @@
+"""Changes of an exported graph that no runtime makes by itself; none changes what is computed."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .onnx_graph import add_constant, axis_of, constant, layers, only_consumer, produced_by
+
+_INT32 = 2**31 - 1
+# rounded scales: 255 steps of a range that ends at 6 may end a hair below it
+_SLACK = 1e-3
+
+
+def share_initializers(graph: ir.Graph) -> None:
+    """Makes calls of one layer share its weight."""
+    seen: dict[tuple, ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        array = constant(value)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        first = seen.setdefault(key, value)
+        # scalars are shared by everything, which makes them hard to change later
+        if first is not value and array.ndim:
+            value.replace_all_uses_with(first)
+            del graph.initializers[value.name]
+
+
+def drop_redundant_clips(graph: ir.Graph) -> int:
+    """Removes ReLU and clips whose bounds lie at or outside the codes of the quantizer that follows.
+
+    Returns:
+        How many were removed.
+    """
+    removed = 0
+    for node in list(graph):
+        if node.op_type not in ('Relu', 'Clip') or node.outputs[0].is_graph_output():
+            continue
+        bounds = _clip_bounds(node)
+        consumers = node.outputs[0].consumers()
+        if bounds is None or not consumers or not all(_saturates(reader, *bounds) for reader in consumers):
+            continue
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        graph.remove(node, safe=True)
+        removed += 1
+    return removed
+
+
+def _clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    if node.op_type == 'Relu':
+        return 0.0, np.inf
+    low, high = (constant(v) for v in (list(node.inputs) + [None, None])[1:3])
+    if node.inputs[0].dtype not in (None, ir.DataType.FLOAT) or low is None or high is None:
+        return None
+    return float(low.max()), float(high.min())
+
+
+def _saturates(reader: ir.Node, low: float, high: float) -> bool:
+    """Whether a quantizer maps everything below ``low`` to its lowest code, and above ``high`` to its highest."""
+    if reader.op_type != 'QuantizeLinear':
+        return False
+    scale, zero = constant(reader.inputs[1]).astype(np.float64), constant(reader.inputs[2])
+    info = np.iinfo(zero.dtype)
+    lowest, highest = info.min, info.max
+    clip = only_consumer(reader.outputs[0])
+    if clip is not None and clip.op_type == 'Clip':
+        lowest, highest = (int(constant(v)) for v in clip.inputs[1:3])
+    zero = zero.astype(np.float64)
+    above = np.isinf(high) or bool((high / scale + zero >= highest - _SLACK).all())
+    return bool((low / scale + zero <= lowest + _SLACK).all()) and above
+
+
+def absorb_channel_scales(graph: ir.Graph) -> int:
+    """Moves per-channel activation scales into the weights on both sides, where kernels take one scale per tensor.
+
+    A depthwise convolution reads each channel by itself, so its weights take the channel's scale: the codes then mean
+    themselves. A convolution that writes the tensor divides its weights and bias by the scales. Needs one zero point
+    for all channels.
+
+    Returns:
+        How many tensors changed.
+    """
+    readers: dict[ir.Value, list] = {}
+    for layer in layers(graph):
+        if layer.source is not None:
+            readers.setdefault(layer.source.outputs[0], []).append(layer)
+    changed = 0
+    for out, group in readers.items():
+        dequantize = group[0].source
+        if axis_of(dequantize) != 1 or constant(dequantize.inputs[1]).ndim != 1:
+            continue
+        scale, zero = constant(dequantize.inputs[1]), constant(dequantize.inputs[2])
+        depthwise = all(_is_depthwise(layer, len(scale)) for layer in group)
+        if not depthwise or len(out.uses()) != len(group) or (zero != zero[0]).any():
+            continue
+        one = add_constant(graph, f'{dequantize.name}.scale', np.float32(1))
+        point = add_constant(graph, f'{dequantize.name}.zero_point', zero[:1].reshape(()))
+        for layer in group:
+            _scale_weight(graph, layer.weight, scale)
+        _per_tensor(dequantize, one, point)
+        quantize = produced_by(dequantize.inputs[0], 'QuantizeLinear')
+        if quantize is not None and len(quantize.outputs[0].uses()) == 1:
+            _absorb_in_producer(graph, quantize, scale, one, point)
+        changed += 1
+    return changed
+
+
+def _is_depthwise(layer, channels: int) -> bool:
+    group = layer.node.attributes.get('group')
+    return (layer.node.op_type == 'Conv' and group is not None and group.as_int() == channels
+            and layer.weight is not None and layer.weight.inputs[0].shape[0] == channels)
+
+
+def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
+    producer = produced_by(quantize.inputs[0], 'Conv')
+    if producer is None or only_consumer(producer.outputs[0]) is not quantize:
+        return
+    weight = produced_by(producer.inputs[1], 'DequantizeLinear')
+    bias = constant(producer.inputs[2]) if len(producer.inputs) > 2 else np.zeros(len(scale), np.float32)
+    if weight is None or bias is None:
+        return
+    _scale_weight(graph, weight, 1 / scale)
+    producer.resize_inputs(3)
+    producer.replace_input_with(2, add_constant(graph, f'{producer.name}.bias', (bias / scale).astype(np.float32)))
+    _per_tensor(quantize, one, zero)
+
+
+def _scale_weight(graph: ir.Graph, weight: ir.Node, factor: np.ndarray) -> None:
+    scaled = (constant(weight.inputs[1]) * factor).astype(np.float32)
+    weight.replace_input_with(1, add_constant(graph, f'{weight.name}_scale', scaled))
+
+
+def _per_tensor(node: ir.Node, scale: ir.Value, zero: ir.Value) -> None:
+    node.replace_input_with(1, scale)
+    node.replace_input_with(2, zero)
+    node.attributes.pop('axis')
+
+
+def integer_biases(graph: ir.Graph) -> list[str]:
+    """Writes biases as int32, in units of input scale x weight scale, as integer kernels add them.
+
+    Returns:
+        Names of layers whose bias does not fit.
+    """
+    left = []
+    for layer in layers(graph):
+        if not layer.integer or layer.bias is None or layer.node.op_type != 'Conv':
+            continue
+        bias, scale = constant(layer.bias), constant(layer.source.inputs[1])
+        if bias is None or scale.ndim:
+            continue
+        step = (constant(layer.weight.inputs[1]) * scale).astype(np.float32)
+        codes = np.rint(bias.astype(np.float64) / step)
+        if np.abs(codes).max(initial=0) > _INT32:
+            left.append(layer.node.name)
+            continue
+        inputs = [add_constant(graph, f'{layer.node.name}.bias_codes', codes.astype(np.int32)),
+                  add_constant(graph, f'{layer.node.name}.bias_scale', step)]
+        dequantize = ir.node('DequantizeLinear', inputs, dict(axis=0), name=f'{layer.node.name}.bias')
+        dequantize.outputs[0].name = f'{layer.node.name}.bias_value'
+        graph.insert_before(layer.node, dequantize)
+        layer.node.replace_input_with(2, dequantize.outputs[0])
+    return left
+
+
+def pack_weights(graph: ir.Graph) -> int:
+    """Stores weights of at most 16 levels as 4-bit codes and a table; runtimes look them up when a session starts.
+
+    Returns:
+        How many weights were packed.
+    """
+    packed: dict[ir.Value, ir.Value] = {}
+    for layer in layers(graph):
+        if layer.weight is None:
+            continue
+        stored = layer.weight.inputs[0]
+        array = constant(stored)
+        if array is None or array.dtype != np.int8:
+            continue
+        if stored not in packed:
+            coded = _codes(array)
+            if coded is not None:
+                packed[stored] = _look_up_nodes(graph, layer.weight, stored.name, array.shape, *coded)
+        if stored in packed:
+            layer.weight.replace_input_with(0, packed[stored])
+    return len(packed)
+
+
+def _codes(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Codes of up to 4 bits and their levels, of the whole layer (L,) or per channel (C, 16)."""
+    levels, codes = np.unique(array, return_inverse=True)
+    if len(levels) <= 16:
+        return codes.reshape(array.shape), levels
+    rows = array.reshape(len(array), -1)
+    found = [np.unique(row, return_inverse=True) for row in rows]
+    # a table for each channel must not outweigh the codes it saves
+    if max(len(row) for row, _ in found) > 16 or rows.shape[1] <= 32:
+        return None
+    levels = np.stack([np.pad(row, (0, 16 - len(row)), mode='edge') for row, _ in found])
+    return np.stack([codes.reshape(-1) for _, codes in found]).reshape(array.shape), levels
+
+
+def _look_up_nodes(graph: ir.Graph, before: ir.Node, name: str, shape: tuple[int, ...], codes: np.ndarray,
+                   levels: np.ndarray) -> ir.Value:
+    """Table[codes], all of constants, so that a runtime computes it once."""
+    stored = add_constant(graph, f'{name}_codes', codes.astype(np.uint8), ir.DataType.UINT4)
+    table = add_constant(graph, f'{name}_levels', levels.reshape(-1))
+    index = ir.node('Cast', [stored], dict(to=ir.DataType.INT32), name=f'{name}_index')
+    nodes = [index]
+    if levels.ndim == 2:
+        rows = np.arange(len(levels), dtype=np.int32).reshape(-1, *[1] * (len(shape) - 1)) * levels.shape[1]
+        nodes.append(ir.node('Add', [index.outputs[0], add_constant(graph, f'{name}_rows', rows)], name=f'{name}_row'))
+    nodes.append(ir.node('Gather', [table, nodes[-1].outputs[0]], dict(axis=0), name=f'{name}_look_up'))
+    for node in nodes:
+        node.outputs[0].name = f'{node.name}_value'
+        graph.insert_before(before, node)
+    return nodes[-1].outputs[0]

@@ -1,0 +1,7 @@
+"""Inference runtimes that execute an exported detector in integers."""
+from .base import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, runtime_names
+from .onnxruntime import OnnxRuntime
+from .openvino import OpenVino
+
+__all__ = ['IntegerCoverage', 'OnnxRuntime', 'OpenVino', 'Runtime', 'get_runtime', 'model_bytes', 'open_model',
+           'runtime_names']

@@ -1,0 +1,126 @@
+"""What every runtime offers: export into a folder, a session, which convolutions it runs in integers."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ...errors import PTQError, did_you_mean
+from ...registry import RUNTIMES
+from ...wrapping import Structure
+
+
+@dataclass
+class IntegerCoverage:
+    """What a runtime's own optimized graph shows.
+
+    Attributes:
+        integer: Names of the calls of layers that it computes in integers.
+        float: Names of those that it does not.
+    """
+
+    integer: list[str] = field(default_factory=list)
+    float: list[str] = field(default_factory=list)
+
+
+class Runtime:
+    """One exported detector, ready to run.
+
+    Args:
+        path: The exported model.
+        threads: Threads of a run. Defaults to None: as many as the runtime takes.
+
+    Attributes:
+        meta: What the model says about itself, see :func:`mmdet_ptq.deploy.onnx_export.model_meta`.
+    """
+
+    name: str
+    suffix: str
+    meta: dict
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls) -> None:
+        """Refuses an environment without this runtime.
+
+        Raises:
+            PTQError: The package is missing or too old.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_formats(cls, structure: Structure) -> None:
+        """Refuses number formats that this runtime does not know.
+
+        Args:
+            structure: The structure of the quantized detector.
+
+        Raises:
+            PTQError: A format has no counterpart; names the key to change.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
+               **options) -> Path:
+        """Writes the model into a folder and returns its path."""
+        raise NotImplementedError
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        """Raw head outputs, flat.
+
+        Args:
+            image: (N, 3, H, W), float32, normalized as mmdet's data preprocessor does.
+        """
+        raise NotImplementedError
+
+    def coverage(self) -> IntegerCoverage:
+        """Which convolutions run in integers, by the runtime's own optimized graph."""
+        raise NotImplementedError
+
+
+def runtime_names() -> list[str]:
+    """Names of all runtimes, as they stand in ``ptq.export``."""
+    return sorted(RUNTIMES.module_dict)
+
+
+def get_runtime(name: str, key: str = 'ptq.export') -> type[Runtime]:
+    """The class of a runtime.
+
+    Args:
+        name: Its name.
+        key: Where the name stands, for messages.
+
+    Raises:
+        PTQError: There is no such runtime.
+    """
+    names = runtime_names()
+    if name not in names:
+        raise PTQError(f'`{key}` knows {", ".join(map(repr, names))}, got {name!r}.{did_you_mean(name, names)}')
+    return RUNTIMES.get(name)
+
+
+def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
+    """Opens an exported model with the runtime that its suffix tells.
+
+    Raises:
+        PTQError: No runtime reads such files, the file is missing, damaged or foreign.
+    """
+    if not Path(path).is_file():
+        raise PTQError(f'there is no model {str(path)!r}; check the path.')
+    for name in runtime_names():
+        runtime = RUNTIMES.get(name)
+        if runtime.suffix == Path(path).suffix:
+            return runtime(path, threads)
+    known = ', '.join(sorted(RUNTIMES.get(name).suffix for name in runtime_names()))
+    raise PTQError(f'{str(path)!r} is no model of a known runtime; their suffixes are {known}.')
+
+
+def model_bytes(path: str | os.PathLike) -> int:
+    """Size of an exported model, all its files together."""
+    return sum(file.stat().st_size for file in Path(path).parent.glob(f'{Path(path).stem}.*'))

@@ -1,0 +1,93 @@
+"""ONNX Runtime."""
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ...errors import PTQError
+from ...registry import RUNTIMES
+from ...wrapping import Structure
+from ..onnx_export import export_onnx, model_meta, require
+from ..onnx_nodes import check_activation_formats
+from .base import IntegerCoverage, Runtime
+
+OLDEST = (1, 19)  # 4-bit initializers, opset 21
+# in this order, where they are present
+PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
+
+
+@RUNTIMES.register_module(name='onnxruntime')
+class OnnxRuntime(Runtime):
+    """Runs ``model.onnx`` in ONNX Runtime; see :class:`Runtime`."""
+
+    name = 'onnxruntime'
+    suffix = '.onnx'
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+        self.meta = model_meta(path)
+        self.path, self.threads = os.fspath(path), threads
+        self.session = self._session()
+
+    def _session(self, optimized: str | None = None):
+        self._check_version()
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads:
+            options.intra_op_num_threads = self.threads
+            options.inter_op_num_threads = 1
+        if optimized:
+            options.optimized_model_filepath = optimized
+            # the last level changes the layout of float convolutions and saves what no checker reads
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        present = onnxruntime.get_available_providers()
+        try:
+            return onnxruntime.InferenceSession(self.path, options, providers=[p for p in PROVIDERS if p in present])
+        except Exception as error:  # the bindings raise classes of their own
+            raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {str(error).splitlines()[0][:200]}') from error
+
+    @classmethod
+    def _check_version(cls) -> None:
+        require('onnxruntime', 'onnx', 'onnxscript', extra='onnxruntime')
+        import onnxruntime
+        version = tuple(int(part) for part in onnxruntime.__version__.split('.')[:2])
+        if version < OLDEST:
+            raise PTQError(f'onnxruntime {onnxruntime.__version__} is too old, exported models need '
+                           f"{OLDEST[0]}.{OLDEST[1]}; pip install -U 'mmdet-ptq[onnxruntime]'.")
+
+    @classmethod
+    def check(cls) -> None:
+        cls._check_version()
+
+    @classmethod
+    def check_formats(cls, structure: Structure) -> None:
+        check_activation_formats(structure)
+
+    @classmethod
+    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
+               **options) -> Path:
+        path = Path(folder) / 'model.onnx'
+        export_onnx(detector, path, input_shape, runtime=cls.name, **options)
+        return path
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        return self.session.run(None, {'input': image})
+
+    def coverage(self) -> IntegerCoverage:
+        import onnx
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / 'optimized.onnx')
+            self._session(path)
+            nodes = onnx.load(path, load_external_data=False).graph.node
+        found = IntegerCoverage()
+        integer = {node.name for node in nodes if node.op_type.startswith('QLinear')
+                   or node.op_type in ('ConvInteger', 'MatMulInteger', 'QGemm')}
+        for call in self.meta['layers']:
+            # a fused node is named after the node it came from, with something before or after
+            mine = any(call == name or name.startswith(f'{call}_') for name in integer)
+            (found.integer if mine else found.float).append(call)
+        return found

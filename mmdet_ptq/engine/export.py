@@ -1,0 +1,92 @@
+"""Exporting a finished run's integer checkpoint again: other runtimes, shapes, storage."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from ..deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
+from ..deploy.compare import compare_codes
+from ..errors import PTQError
+from ..wrapping import Structure
+from .api import load_quantized
+from .export_stage import announce_coverage
+
+# a model with ReLU activations agrees at least so far
+AGREEMENT = 0.999
+
+
+def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], out: str | None = None,
+                      size: Sequence[int] | None = None, dynamic_batch: bool = False, packed: bool = True,
+                      image: str | None = None) -> list[Path]:
+    """Exports an integer checkpoint to runtimes and says what they compute in integers.
+
+    Args:
+        checkpoint: A ``quantized.pth``.
+        runtimes: Names of runtimes.
+        out: Folder that gets one folder per runtime. Defaults to None: the checkpoint's own.
+        size: Height and width of the image tensor. Defaults to None: what the checkpoint was calibrated with.
+        dynamic_batch: Whether the number of images stays open. Defaults to False.
+        packed: Whether weights of 4 bits and less are stored as codes with a table. Defaults to True.
+        image: Image file; the codes of every quantized tensor are compared with the simulation on it. Defaults to
+            None.
+
+    Returns:
+        Paths of the models.
+
+    Raises:
+        PTQError: An unknown runtime, a missing package or file, a format the runtime does not know.
+    """
+    logger = MMLogger.get_instance('mmdet_ptq_export')
+    chosen = [get_runtime(name, '--to') for name in runtimes]
+    if image is not None and 'onnxruntime' not in runtimes:
+        raise PTQError('--compare reads every tensor in ONNX Runtime; add onnxruntime to --to.')
+    state = read_quantized(checkpoint)
+    structure = Structure.from_dict(state['structure'])
+    for runtime in chosen:
+        runtime.check()
+        runtime.check_formats(structure)
+    shape = (1, 3, *size) if size else tuple(state['input_shape'])
+    if len(shape) != 4:
+        raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
+    detector = load_quantized(checkpoint)
+    check_exportable(detector)
+    example = None if image is None else read_image(detector, image, shape)
+    paths = []
+    for runtime in chosen:
+        path = runtime.export(detector, Path(out or Path(checkpoint).parent) / runtime.name, shape,
+                              dynamic_batch=dynamic_batch, packed=packed)
+        logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
+        announce_coverage(runtime.name, open_model(path).coverage())
+        if example is not None and runtime.name == 'onnxruntime':
+            report_agreement(logger, detector, path, example)
+        paths.append(path)
+    return paths
+
+
+def read_image(detector: nn.Module, path: str, shape: tuple[int, ...]) -> Tensor:
+    """An image file as the network reads it, resized to the exported shape."""
+    import mmcv
+    image = mmcv.imread(path) if Path(path).is_file() else None
+    if image is None:
+        raise PTQError(f'--compare cannot read the image {path!r}; check the path.')
+    tensor = torch.from_numpy(mmcv.imresize(image, (shape[3], shape[2]))).permute(2, 0, 1).contiguous()
+    return detector.data_preprocessor(dict(inputs=[tensor], data_samples=None), False)['inputs']
+
+
+def report_agreement(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
+    """Logs how far the runtime's integers are the simulation's, and names the first tensor that diverges."""
+    found = compare_codes(detector, path, image)
+    share = sum(entry.identical for entry in found) / len(found)
+    logger.info(f'{len(found)} quantized tensors compared: {share:.3%} of the codes are the same on average, '
+                f'{min(entry.identical for entry in found):.3%} in the worst')
+    first = next((entry for entry in found if entry.identical < AGREEMENT), None)
+    if first is None:
+        logger.info(f'every tensor has at least {AGREEMENT:.1%} of its codes in common')
+    else:
+        logger.warning(f'the first tensor that diverges is {first.name}: {first.identical:.3%} of its codes are the '
+                       f'same, the largest difference is {first.largest}')
