@@ -217,7 +217,7 @@ def observe_candidates(detector: nn.Module, batches: Iterable[Any], candidates: 
     for name, entries in wanted.items():
         for key, quantizer in entries:
             try:
-                quantizer.set_range(*observers[key].range(quantizer.bits, quantizer.symmetric))
+                quantizer.fit_activation(observers[key])
             except PTQError as error:
                 raise PTQError(f'activation {name}: {error}') from error
 

@@ -62,6 +62,7 @@ def integer_weight(quantizer: Quantizer, codes: Tensor, levels: Tensor | None = 
             levels, level_scale = quantizer.integer_levels()
         levels, scale = levels.to(torch.int32), level_scale
     else:
-        levels = torch.arange(low, high + 1, dtype=torch.int32)[None] - quantizer.zero_point.reshape(-1, 1)
+        points = quantizer.zero_point.reshape(-1, 1)
+        levels = torch.arange(low, high + 1, dtype=torch.int32, device=points.device)[None] - points
         scale = quantizer.positive_scale().detach().reshape(-1)
     return IntegerWeight(codes, low, max(1, (high - low).bit_length()), levels, scale.expand(len(codes)).clone())

@@ -97,16 +97,16 @@ class _LearnedRounding(torch.autograd.Function):
         return grad_x, grad_scale, None, grad_x * scale, None, None, None
 
 
-class _PositiveScale(torch.autograd.Function):
-    """max(scale, floor), with the gradient passed on so that a scale driven below the floor finds its way back."""
+class _BoundedScale(torch.autograd.Function):
+    """The scale within bounds, with the gradient passed on so that one driven out of them finds its way back."""
 
     @staticmethod
-    def forward(ctx, scale):
-        return scale.clamp_min(SCALE_FLOOR)
+    def forward(ctx, scale, limit):
+        return scale.clamp(limit.new_tensor(SCALE_FLOOR), limit)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        return grad, None
 
 
 @QUANTIZERS.register_module()
@@ -114,7 +114,7 @@ class AffineQuantizer(Quantizer):
     """Uniform quantization: x_hat = scale * (clip(round(x / scale) + zero_point) - zero_point).
 
     The gradient is LSQ's, with factor 1 / sqrt(elements per scale * highest level) on the scale. The scale that enters
-    is ``max(scale, SCALE_FLOOR)``, with a straight-through gradient. Half precision is quantized in float32.
+    lies between ``SCALE_FLOOR`` and ``scale_limit``, with a straight-through gradient. Half precision is quantized in float32.
 
     Args:
         bits (int): 2 to 8, or 16. Defaults to 8.
@@ -139,6 +139,7 @@ class AffineQuantizer(Quantizer):
         self.learn_scale = bool(learn_scale)
         self.scale = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn_scale)
         self.register_buffer('zero_point', torch.zeros(self.param_shape, dtype=torch.int32))
+        self.register_buffer('scale_limit', torch.full(self.param_shape, math.inf))
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -151,7 +152,7 @@ class AffineQuantizer(Quantizer):
 
     def positive_scale(self) -> Tensor:
         """The scale as it enters the arithmetic, of shape () or (C,)."""
-        return _PositiveScale.apply(self.scale)
+        return _BoundedScale.apply(self.scale, self.scale_limit)
 
     def learnable(self) -> dict[str, nn.Parameter]:
         return {'scale': self.scale} if self.learn_scale else {}
@@ -261,6 +262,33 @@ class AffineQuantizer(Quantizer):
         scale, zero = self._params_of_range(low.double(), high.double())
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
+        self.scale_limit.fill_(math.inf)
+
+    @torch.no_grad()
+    def fit_activation(self, observer: Any) -> None:
+        """Sets the range that an observer chooses; training then widens it at most to all that the observer saw.
+
+        Codes beyond the largest activation say nothing, and a runtime can leave a ReLU6 to the quantizer behind it only
+        if the range ends at 6.
+
+        Args:
+            observer (Observer): Has seen the calibration images.
+
+        Raises:
+            PTQError: If the observer saw nothing, or values that are not finite.
+        """
+        low, high = observer.range(self.bits, self.symmetric)
+        self.set_range(low, high)
+        low, high = (end.to(self.scale).reshape(self.param_shape) for end in (observer.low, observer.high))
+        dead = (low == 0) & (high == 0)
+        if dead.any() and not dead.all():
+            # a channel that was always zero gets the widest range of the others, where nothing says more
+            self.scale.copy_(torch.where(dead, self.scale[~dead].max(), self.scale))
+        first, last = (code - self.zero_point for code in self.code_range)
+        # a zero point at an end leaves no codes on that side
+        ends = [torch.where(codes != 0, end / codes, 0) for end, codes in (
+            (low.clamp_max(0), first), (high.clamp_min(0), last))]
+        self.scale_limit.copy_(torch.maximum(torch.maximum(*ends), self.scale))
 
     @torch.no_grad()
     def fit_weight(self, weight: Tensor, observer: Any = None, importance: Tensor | None = None) -> None:

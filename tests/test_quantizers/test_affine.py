@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from reference import affine
 
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.quantizers import AffineQuantizer, MinMaxObserver, build_quantizer
+from mmdet_ptq.quantizers import AffineQuantizer, MinMaxObserver, MSEObserver, build_quantizer
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -191,3 +191,37 @@ def test_shapes_that_do_not_fit():
         AffineQuantizer(8, False, 3).set_range(torch.zeros(2), torch.ones(2))
     with pytest.raises(PTQError, match='does not broadcast'):
         AffineQuantizer(8, True, 3, 0).fit_weight(torch.ones(3, 4), importance=torch.ones(5))
+
+
+def test_training_never_widens_a_range_beyond_what_was_seen():
+    q, observer = AffineQuantizer(8, num_channels=3), MinMaxObserver(num_channels=3)
+    x = torch.rand(4, 3, 5, 5) * 6
+    x[:, 2] = 0
+    observer.update(x)
+    q.fit_activation(observer)
+    assert torch.equal(q.scale[:2], x.amax((0, 2, 3))[:2] / 255) and q.scale[2] == q.scale[:2].max()
+    seen = q.scale.detach().clone()
+    q.scale.data.mul_(1.5)
+    assert torch.equal(q.positive_scale(), seen)
+    q(x).sum().backward()
+    assert q.scale.grad is not None
+    q.scale.data.copy_(seen / 2)
+    assert torch.equal(q.positive_scale(), seen / 2)
+    other = build_quantizer(q.spec())
+    other.load_state_dict(q.state_dict())
+    assert torch.equal(other.scale_limit, q.scale_limit)
+    q.set_range(torch.zeros(3), torch.full((3, ), 9.0))
+    assert torch.isinf(q.scale_limit).all()
+
+
+@pytest.mark.parametrize('symmetric', [False, True])
+def test_a_clipped_range_may_grow_to_the_extremes(symmetric):
+    torch.manual_seed(0)
+    x = torch.randn(4000)
+    x[0] = 40
+    q, observer = AffineQuantizer(8, symmetric), MSEObserver()
+    observer.update(x)
+    q.fit_activation(observer)
+    q.scale.data.fill_(1e3)
+    ends = q.decode(torch.tensor(q.code_range))
+    assert ends[1] == pytest.approx(40, rel=0.1) or ends[0] <= x.min()
