@@ -169,6 +169,8 @@ def _export(argv: list[str] | None = None) -> None:
     parser.add_argument('--input-shape', nargs=2, type=int, metavar=('HEIGHT', 'WIDTH'),
                         help='size of the image tensor, default: what the test pipeline gave when it was calibrated')
     parser.add_argument('--dynamic-batch', action='store_true', help='leave the number of images open')
+    parser.add_argument('--end2end', action='store_true',
+                        help='add decoding and NMS: the model gives boxes, scores and labels')
     parser.add_argument('--unpacked', action='store_true',
                         help='store weights of 4 bits and less as int8 instead of 4-bit codes with a table')
     parser.add_argument('--compare', metavar='IMAGE',
@@ -176,7 +178,7 @@ def _export(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from .engine.export import export_checkpoint
     export_checkpoint(args.checkpoint, args.to, args.out, args.input_shape, args.dynamic_batch, not args.unpacked,
-                      args.compare)
+                      args.compare, args.end2end)
 
 
 ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --resume to go on.')

@@ -52,6 +52,8 @@ PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob(
     (dict(reconstruct=dict(type='BlockReconstructon')), ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"]),
     (dict(equalize='weight'), ['`ptq.equalize`', "Did you mean 'weights'"]),
     (dict(equalize=True), ['`ptq.equalize`', 'str | None']),
+    (dict(dataflow='ful'), ['`ptq.dataflow`', "Did you mean 'full'"]),
+    (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),
     (dict(bias_correction='yes'), ['`ptq.bias_correction`', 'bool']),
     (dict(protect=True), ['`ptq.protect`', 'dict']),
     (dict(export=['onnxruntime']), ['`ptq.export`']),

@@ -121,11 +121,12 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The results as a terminal table: a line per figure, a column per model and its difference.
+    """The first two models as a terminal table: a line per figure, a column per model and its difference.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
     """
+    results = {**results, 'rows': results['rows'][:2]}
     table = Table(title='results', caption='differences to float: metrics in points, costs as ratios')
     table.add_column('figure', no_wrap=True)
     for place, row in enumerate(results['rows']):
@@ -138,6 +139,29 @@ def results_table(results: Mapping[str, Any]) -> Table:
         cells = [cell for pair in zip(line.values, line.changes, strict=True) for cell in pair]
         del cells[1]  # the first model has no difference to itself
         table.add_row(line.label, *cells, end_section=place == metrics)
+    return table
+
+
+def models_table(results: Mapping[str, Any]) -> Table:
+    """Every model as a line of a terminal table: headline figure, size, speed, what computes in integers.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    lines = {line.label: line for line in result_lines(results)}
+    metric = headline_metric(results)
+    table = Table(title='models')
+    table.add_column('model', no_wrap=True)
+    for heading in (metric or 'metric', 'points', 'size', 'speed', 'integer convolutions'):
+        table.add_column(heading, justify='right')
+    speeds = lines.get('speed against float')
+    for place, row in enumerate(results['rows']):
+        coverage = results.get('runtimes', {}).get(row['model'])
+        done = f"{len(coverage['integer'])} of {len(coverage['integer']) + len(coverage['float'])}" if coverage else ''
+        table.add_row(
+            row['model'], lines[metric].values[place] if metric else ABSENT,
+            lines[metric].changes[place] if metric else ABSENT, lines['size'].values[place],
+            speeds.values[place] if speeds else ABSENT, done)
     return table
 
 
@@ -177,10 +201,13 @@ def coverage_table(structure: Structure) -> Table:
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the results table.
+    """Prints the results table, and where there are more than two models, a table of all.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
         console: Where to. Defaults to the terminal.
     """
-    (console or Console()).print(results_table(results))
+    console = console or Console()
+    console.print(results_table(results))
+    if len(results['rows']) > 2:
+        console.print(models_table(results))

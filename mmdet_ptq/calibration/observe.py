@@ -29,7 +29,10 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
         PTQError: An activation is not finite (the layer is named), or no batch came.
     """
     state = getattr(detector, STATE)
-    for name, quantizer in state.activations.items():
+    # the range of a sigmoid is known beforehand
+    observed = {name: quantizer for name, quantizer in state.activations.items()
+                if 'range' not in structure.activations[name]}
+    for name, quantizer in observed.items():
         state.observers[name] = build_observer(
             {**structure.activations[name]['observer'], 'num_channels': quantizer.num_channels,
              'channel_axis': quantizer.channel_axis})
@@ -39,12 +42,11 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
                 data = detector.data_preprocessor(batch, False)
                 detector(**data, mode='predict')
         merge_ranks(state.observers)
-        for name, quantizer in state.activations.items():
+        for name, quantizer in observed.items():
             try:
-                lo, hi = state.observers[name].range(quantizer.bits, quantizer.symmetric)
+                quantizer.fit_activation(state.observers[name])
             except PTQError as error:
                 raise PTQError(f'activation {name}: {error}') from error
-            quantizer.set_range(lo, hi)
     finally:
         state.observers.clear()
     print_log(f'{len(state.activations)} activation quantizers have their ranges', 'current')

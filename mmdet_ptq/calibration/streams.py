@@ -178,9 +178,10 @@ class Streams:
     def run(self, unit: Unit, call: int, inputs: CallInputs, tensors: list[Tensor]) -> Tensor:
         """Calls a unit alone, as the given call of a forward pass."""
         self.state.reset()
-        self.state.set_calls({layer: call * count for layer, count in unit.layers.items()})
+        self.state.set_unit(unit.name, unit.layers, call, unit.calls)
         args, kwargs = inputs.arguments(tensors)
-        return self.detector.get_submodule(unit.name)(*args, **kwargs)
+        with self.state.running():
+            return self.detector.get_submodule(unit.name)(*args, **kwargs)
 
     # ------------------------------------------------------------------ one pass
 
@@ -191,7 +192,7 @@ class Streams:
         def before(unit: Unit) -> Callable:
             def hook(module, args, kwargs):
                 call = counts[unit.name]
-                self.state.set_calls({layer: call * count for layer, count in unit.layers.items()})
+                self.state.set_unit(unit.name, unit.layers, call, unit.calls)
                 if unit is target:
                     calls[call].append(self._keep_inputs(args, kwargs))
             return hook

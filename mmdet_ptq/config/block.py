@@ -13,9 +13,10 @@ from .sections import CalibrationConfig, GlobalLossConfig, ProtectConfig, Recons
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
 POLICY_KEYS = ('weights', 'activations')
-KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'head', 'first', 'last', 'overrides', 'protect',
-        'reconstruct', 'bias_correction', 'global_loss', 'export')
+KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'dataflow', 'head', 'first', 'last', 'overrides',
+        'protect', 'reconstruct', 'bias_correction', 'global_loss', 'export')
 EQUALIZATIONS = ('weights', 'activations')
+DATAFLOWS = ('full', 'per_channel')
 
 
 @dataclass
@@ -30,6 +31,10 @@ class PTQConfig:
             of activations and weights (scale migration); None leaves the weights as they are.
         weights: Format of all weights.
         activations: Format of all layer inputs.
+        dataflow: What else is quantized between the layers: ``'full'`` also quantizes layer outputs and the results of
+            sums, products, activation functions and poolings there, so that runtimes stay in integers;
+            ``'per_channel'`` is the same with a scale per channel for layer outputs that only SiLU or HardSwish reads;
+            None quantizes nothing but layer inputs.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
         first: What differs in the layers that read the image.
@@ -40,7 +45,8 @@ class PTQConfig:
         reconstruct: Local reconstruction; None skips the stage.
         bias_correction: Whether biases take back what quantization shifts on average, score outputs excepted.
         global_loss: The global stage; None skips it.
-        export: Names of the runtimes to export to.
+        export: Names of the runtimes to export to (``'onnxruntime'``, ``'openvino'``, ...); each model is evaluated
+            and timed there.
     """
 
     preset: str | None = None
@@ -48,6 +54,7 @@ class PTQConfig:
     equalize: str | None = None
     weights: TensorConfig = field(default_factory=TensorConfig)
     activations: TensorConfig = field(default_factory=TensorConfig)
+    dataflow: str | None = None
     head: dict = field(default_factory=dict)
     first: dict = field(default_factory=dict)
     last: dict = field(default_factory=dict)
@@ -77,8 +84,8 @@ class PTQConfig:
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
         choice('ptq.preset', name, tuple(PRESETS))
-        for key, kind in (('equalize', 'str | None'), ('overrides', 'dict'), ('bias_correction', 'bool'),
-                          ('export', 'list')):
+        for key, kind in (('equalize', 'str | None'), ('dataflow', 'str | None'), ('overrides', 'dict'),
+                          ('bias_correction', 'bool'), ('export', 'list')):
             if key in block:
                 check_type(f'ptq.{key}', block[key], kind)
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
@@ -92,6 +99,7 @@ class PTQConfig:
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
             equalize=merged.get('equalize'),
+            dataflow=merged.get('dataflow'),
             bias_correction=merged.get('bias_correction', False),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])))
@@ -101,8 +109,10 @@ class PTQConfig:
                 setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
         if cfg.equalize is not None:
             choice('ptq.equalize', cfg.equalize, EQUALIZATIONS)
-        if cfg.export:
-            raise PTQError('`ptq.export` is not available in this version; remove the key.')
+        if cfg.dataflow is not None:
+            choice('ptq.dataflow', cfg.dataflow, DATAFLOWS)
+        if not all(isinstance(name, str) for name in cfg.export) or len(set(cfg.export)) < len(cfg.export):
+            raise PTQError(f'`ptq.export` must be a list of different runtime names, got {cfg.export!r}.')
         if 'last' in cfg.head:
             cfg.last = merge(cfg.last, cfg.head['last'])
         return cfg

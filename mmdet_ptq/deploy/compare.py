@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..wrapping.inputs import STATE
 from .onnx_export import require
-from .onnx_graph import CODES
+from .onnx_nodes import CODES
 from .raw_outputs import RawOutputs
 
 

@@ -16,15 +16,17 @@ from ..errors import PTQError
 from ..files import write_atomic
 from ..version import __version__
 from ..wrapping import is_quantized
-from .onnx_nodes import OPSET, onnx_quantizers
+from .end2end import OUTPUTS, EndToEnd, check_end2end
+from .onnx_nodes import OPSET, expand_quantizers, quantizer_nodes
 from .raw_outputs import RawOutputs, check_exportable, output_layout
 
 FORMAT = 'mmdet_ptq.onnx'
 
 
 def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple[int, int, int, int], *,
-                runtime: str = 'onnxruntime', dynamic_batch: bool = False, packed: bool = True) -> dict:
-    """Writes a detector as ONNX, one graph from the normalized image to the head's raw outputs.
+                runtime: str = 'onnxruntime', dynamic_batch: bool = False, packed: bool = True,
+                end2end: bool = False) -> dict:
+    """Writes a detector as ONNX, one graph from the normalized image to the head's raw outputs or to detections.
 
     The quantized detector itself is exported, its quantizers writing their nodes
     (:mod:`mmdet_ptq.deploy.onnx_nodes`), with torch's exporter (``torch.onnx.export(dynamo=True)``).
@@ -36,21 +38,27 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         runtime: Whose graph it is: 'onnxruntime' or 'openvino'. Defaults to 'onnxruntime'.
         dynamic_batch: Whether N stays open. Defaults to False.
         packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table. Defaults to True.
+        end2end: Whether the graph decodes and suppresses too, see :class:`mmdet_ptq.deploy.end2end.EndToEnd`. Defaults
+            to False.
 
     Returns:
         What the file says about itself, see :func:`model_meta`.
 
     Raises:
-        PTQError: An extra is not installed, the detector has two stages, or an operation has no ONNX form.
+        PTQError: An extra is not installed, the detector has two stages, or an operation has no ONNX form, or
+            ``end2end`` does not know the head.
     """
     check_exportable(detector)
+    if end2end:
+        check_end2end(detector)
     require('onnx', 'onnxscript', extra='onnxruntime')
-    model, meta = _exported(detector, input_shape, runtime, dynamic_batch)
+    model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
     from . import onnx_passes as passes
-    from .onnx_graph import name_nodes
+    from .onnx_graph import name_layers
     graph = model.graph
-    meta['layers'] = name_nodes(graph)
-    passes.share_initializers(graph)
+    meta['layers'] = name_layers(graph)
+    if is_quantized(detector):
+        expand_quantizers(graph, detector, clip_codes=runtime == 'onnxruntime')
     passes.drop_redundant_clips(graph)
     if runtime == 'onnxruntime':
         passes.absorb_channel_scales(graph)
@@ -75,23 +83,24 @@ def require(*modules: str, extra: str) -> None:
             raise PTQError(f"the package {name} is not installed; pip install 'mmdet-ptq[{extra}]'.") from error
 
 
-def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_batch: bool) -> tuple:
+def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_batch: bool, end2end: bool) -> tuple:
     device = next(detector.parameters()).device
     example = torch.zeros(input_shape, device=device)
-    raw = RawOutputs(detector).eval()
     with torch.no_grad():
         outputs = detector(example, None, mode='tensor')
+    network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
-    emitting = onnx_quantizers(detector, runtime == 'onnxruntime') if is_quantized(detector) else nullcontext()
+    writing = quantizer_nodes(detector) if is_quantized(detector) else nullcontext()
     try:
-        with emitting, _quiet():
+        with writing, _quiet():
             program = torch.onnx.export(
-                raw, (example,), dynamo=True, opset_version=OPSET, input_names=['input'], dynamic_shapes=shapes,
-                verbose=False, external_data=False)
+                network.eval(), (example,), dynamo=True, opset_version=OPSET, input_names=['input'],
+                output_names=OUTPUTS if end2end else None, dynamic_shapes=shapes, verbose=False, external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise PTQError(f'the detector cannot be exported to ONNX: {_cause(error)}') from error
     meta = dict(format=FORMAT, version=__version__, runtime=runtime, input_shape=list(input_shape),
-                dynamic_batch=dynamic_batch, outputs=output_layout(outputs))
+                dynamic_batch=dynamic_batch, outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
+                end2end=end2end)
     return program.model, meta
 
 
@@ -136,8 +145,8 @@ def model_meta(path: str | os.PathLike) -> dict:
     """What an exported ONNX file says about itself.
 
     Returns:
-        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, layers)``: ``outputs`` is the nesting of
-        the raw outputs, ``layers`` names each convolution's layer.
+        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, layers)``: ``outputs`` is the
+        nesting of the raw outputs, ``layers`` names each convolution's layer.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

@@ -11,9 +11,7 @@ import onnx_ir as ir
 
 SCOPES = 'pkg.torch.onnx.name_scopes'
 ROOT = 'detector.'
-ACTIVATIONS = 'detector.ptq.activations.'
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
-CODES = ':codes'
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -80,8 +78,8 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
                         inputs[2])
 
 
-def name_nodes(graph: ir.Graph) -> dict[str, str]:
-    """Names nodes and constants after the detector's modules instead of after the exporter's counters.
+def name_layers(graph: ir.Graph) -> dict[str, str]:
+    """Names operations after the detector's layers instead of after the exporter's counters.
 
     Args:
         graph: A graph as torch exports it, with its scopes in the nodes' metadata.
@@ -89,42 +87,16 @@ def name_nodes(graph: ir.Graph) -> dict[str, str]:
     Returns:
         Name of each convolution or matrix product to the layer in the detector it is a call of.
     """
-    calls, found, renamed = Counter(), {}, set()
+    calls, found = Counter(), {}
     for node in graph:
         scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
-        modules = [scope for scope in scopes if scope.startswith(ROOT)]
-        if not modules:
+        modules = [scope.removeprefix(ROOT) for scope in scopes if scope.startswith(ROOT)]
+        if node.op_type not in WEIGHTED or not modules:
             continue
-        path = modules[-1]
-        if node.op_type in WEIGHTED:
-            layer = path.removeprefix(ROOT)
-            calls[layer] += 1
-            node.name = layer if calls[layer] == 1 else f'{layer}#{calls[layer] - 1}'
-            found[node.name] = layer
-            weight = produced_by(node.inputs[1], 'DequantizeLinear')
-            if weight is not None:
-                weight.name = f'{node.name}.weight'
-                for value, part in zip(weight.inputs, ('weight', 'weight_scale'), strict=False):
-                    if id(value) not in renamed:
-                        renamed.add(id(value))
-                        _rename(graph, value, f'{layer}.{part}')
-        elif path.startswith(ACTIVATIONS) and node.op_type == 'QuantizeLinear':
-            activation = path.removeprefix(ACTIVATIONS)
-            calls[path] += 1
-            suffix = '' if calls[path] == 1 else f'@{calls[path] - 1}'
-            node.name = f'{activation}{suffix}:quantize'
-            node.outputs[0].name = f'{activation}{suffix}{CODES}'
-            for value, part in zip(node.inputs[1:], ('scale', 'zero_point'), strict=False):
-                if id(value) not in renamed:
-                    renamed.add(id(value))
-                    _rename(graph, value, f'{activation}:{part}')
+        layer = modules[-1]
+        node.name = f'{layer}#{calls[layer]}' if calls[layer] else layer
+        calls[layer] += 1
+        found[node.name] = layer
+        # runtimes call what computes an output after the output
+        node.outputs[0].name = node.name
     return found
-
-
-def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    unique, number = name, 1
-    while unique in graph.initializers and graph.initializers[unique] is not value:
-        number += 1
-        unique = f'{name}_{number}'
-    # onnx_ir keeps the graph's dictionary of initializers in step with the name
-    value.name = unique

@@ -1,9 +1,17 @@
-"""What is simulated is what is exported: quantizers write ONNX nodes while the detector itself is exported."""
+"""What is simulated is what is exported: quantizers write nodes of their own while the detector itself is exported.
+
+A quantizer becomes one node of the domain ``mmdet_ptq`` that carries its name, and no constants: torch's exporter takes
+time that grows with the square of their number. Afterwards each becomes QuantizeLinear and DequantizeLinear with its
+constants, in the form that the runtime fuses.
+"""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,48 +19,17 @@ from ..errors import PTQError
 from ..quantizers import AffineQuantizer
 from ..wrapping import Structure, float_weight, quantized_weights
 from ..wrapping.inputs import STATE
-from ..wrapping.weights import QuantizedWeight
-from .integer_weights import IntegerWeight, integer_weight
+from .integer_weights import integer_weight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPSET = 21
+DOMAIN = 'mmdet_ptq'
+ACTIVATION, WEIGHT = 'Activation', 'Weight'
+CODES = ':codes'
 AFFINE = 'mmdet_ptq.AffineQuantizer'
 _symbolic = torch.onnx.ops.symbolic
-
-
-@contextmanager
-def onnx_quantizers(detector: nn.Module, clip_codes: bool) -> Iterator[None]:
-    """While it lasts, every quantizer of a detector writes QuantizeLinear and DequantizeLinear when it is exported.
-
-    Weights are written as integer values and DequantizeLinear. Weights that no int8 holds stay float.
-
-    Args:
-        detector: The calibrated quantized detector.
-        clip_codes: How activations of fewer than 8 bits are kept in range: codes are clipped after QuantizeLinear,
-            otherwise values before it. The first is what ONNX Runtime fuses, the second what OpenVINO does.
-    """
-    changed: list[nn.Module] = []
-
-    def replace(module: nn.Module, forward: Callable) -> None:
-        module.forward = forward
-        changed.append(module)
-
-    try:
-        for quantizer in getattr(detector, STATE).activations.values():
-            replace(quantizer, _ActivationNodes(quantizer, clip_codes))
-        for name, quantized in quantized_weights(detector).items():
-            layer = detector.get_submodule(name)
-            weight = deployed_weight(quantized, float_weight(layer))
-            if weight.fits_int8 and not (quantized.layout.transposed and quantized.layout.groups > 1):
-                replace(quantized, _WeightNodes(quantized, float_weight(layer).shape, weight))
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def deployed_weight(quantized: QuantizedWeight, weight: Tensor) -> IntegerWeight:
-    """The integers that a calibrated weight stands for."""
-    return integer_weight(quantized.quantizer, quantized.codes(weight))
 
 
 def check_activation_formats(structure: Structure) -> None:
@@ -67,53 +44,128 @@ def check_activation_formats(structure: Structure) -> None:
                            f'use `ptq.activations.quantizer=dict(type={AFFINE!r})`.')
 
 
-def _code_type(bits: int, symmetric: bool) -> torch.dtype:
-    if bits > 8:
-        return torch.int16 if symmetric else torch.uint16
-    return torch.int8 if symmetric else torch.uint8
+@contextmanager
+def quantizer_nodes(detector: nn.Module) -> Iterator[None]:
+    """While it lasts, every quantizer of a detector writes its node when the detector is exported.
+
+    Args:
+        detector: The calibrated quantized detector.
+    """
+    changed: list[nn.Module] = []
+
+    def replace(module: nn.Module, forward: Callable) -> None:
+        module.forward = forward
+        changed.append(module)
+
+    try:
+        for name, quantizer in getattr(detector, STATE).activations.items():
+            replace(quantizer, _Node(ACTIVATION, name))
+        for name, quantized in quantized_weights(detector).items():
+            replace(quantized, _Node(WEIGHT, name))
+        yield
+    finally:
+        for module in changed:
+            del module.forward
 
 
-class _ActivationNodes:
-    """Stands in for an activation quantizer's forward."""
+class _Node:
+    """Stands in for a quantizer's forward."""
 
-    def __init__(self, quantizer: AffineQuantizer, clip_codes: bool) -> None:
-        self.dtype = _code_type(quantizer.bits, quantizer.symmetric)
-        self.scale = quantizer.positive_scale().detach().clone()
-        # torch has no conversion to uint16 in every kernel
-        self.zero = quantizer.zero_point.detach().to(torch.int64).to(self.dtype)
-        self.axis = None if quantizer.num_channels is None else quantizer.channel_axis
-        info, (low, high) = torch.iinfo(self.dtype), quantizer.code_range
-        self.narrow = (low, high) != (info.min, info.max)
-        self.clip_codes = clip_codes
-        self.code_bounds = torch.tensor(low).to(self.dtype), torch.tensor(high).to(self.dtype)
-        zero = quantizer.zero_point.detach()
-        self.lowest, self.highest = (low - zero) * self.scale, (high - zero) * self.scale
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.name = name
 
     def __call__(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
-        axis = self.axis if self.axis is None or self.axis >= 0 else self.axis + x.dim()
-        attrs = {} if axis is None else dict(axis=axis)
-        if self.narrow and not self.clip_codes:
-            shape = [1] * x.dim()
-            if axis is not None:
-                shape[axis] = -1
-            x = torch.clamp(x, self.lowest.view(shape), self.highest.view(shape))
-        codes = _symbolic('QuantizeLinear', (x, self.scale, self.zero), attrs=attrs, dtype=self.dtype, shape=x.shape,
-                          version=OPSET)
-        if self.narrow and self.clip_codes:
-            codes = _symbolic('Clip', (codes, *self.code_bounds), dtype=self.dtype, shape=x.shape, version=OPSET)
-        return _symbolic('DequantizeLinear', (codes, self.scale, self.zero), attrs=attrs, dtype=torch.float32,
-                         shape=x.shape, version=OPSET)
+        return _symbolic(f'{DOMAIN}::{self.kind}', (x,), attrs=dict(name=self.name), dtype=torch.float32,
+                         shape=x.shape, version=1)
 
 
-class _WeightNodes:
-    """Stands in for a weight's parametrization."""
+def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool) -> None:
+    """Replaces every quantizer's node by QuantizeLinear and DequantizeLinear, in place.
 
-    def __init__(self, quantized: QuantizedWeight, shape: torch.Size, weight: IntegerWeight) -> None:
-        self.shape = shape
-        self.values = quantized.layout.from_rows(weight.integers(), shape).to(torch.int8).contiguous()
-        self.scale = weight.scale
-        self.axis = 1 if quantized.layout.transposed else 0
+    Weights become integer values and DequantizeLinear; those that no int8 holds stay float.
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        return _symbolic('DequantizeLinear', (self.values, self.scale), attrs=dict(axis=self.axis),
-                         dtype=torch.float32, shape=self.shape, version=OPSET)
+    Args:
+        graph: The exported graph.
+        detector: The detector it was exported from.
+        clip_codes: How activations of fewer than 8 bits are kept in range: codes are clipped after QuantizeLinear,
+            otherwise values before it. The first is what ONNX Runtime fuses, the second what OpenVINO does.
+    """
+    activations, weights = getattr(detector, STATE).activations, quantized_weights(detector)
+    calls: Counter[tuple[str, str]] = Counter()
+    writer = _Writer(graph, clip_codes)
+    for node in list(graph):
+        if node.domain != DOMAIN:
+            continue
+        name = node.attributes['name'].as_string()
+        label = f'{name}@{calls[node.op_type, name]}' if calls[node.op_type, name] else name
+        calls[node.op_type, name] += 1
+        if node.op_type == ACTIVATION:
+            out = writer.activation(node, name, label, activations[name])
+        else:
+            out = writer.weight(node, name, label, weights[name], detector.get_submodule(name))
+        node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    graph.opset_imports.pop(DOMAIN, None)
+
+
+class _Writer:
+    """Writes the nodes of quantizers into a graph, constants once per quantizer."""
+
+    def __init__(self, graph: ir.Graph, clip_codes: bool) -> None:
+        self.graph = graph
+        self.clip_codes = clip_codes
+        self.constants: dict[str, ir.Value] = {}
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        from .onnx_graph import add_constant
+        if name not in self.constants:
+            self.constants[name] = add_constant(self.graph, name, array)
+        return self.constants[name]
+
+    def insert(self, before: ir.Node, op_type: str, inputs: list, name: str, axis: int | None = None) -> ir.Value:
+        import onnx_ir as ir
+        node = ir.node(op_type, inputs, {} if axis is None else dict(axis=axis), name=name)
+        node.outputs[0].name = name
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def activation(self, node: ir.Node, name: str, label: str, quantizer: AffineQuantizer) -> ir.Value:
+        """QuantizeLinear and DequantizeLinear of an activation; its codes are called ``label:codes``."""
+        x, dtype, (low, high) = node.inputs[0], _code_type(quantizer), quantizer.code_range
+        axis = None
+        if quantizer.num_channels is not None:
+            axis = quantizer.channel_axis + (len(x.shape) if quantizer.channel_axis < 0 else 0)
+        scale, zero = quantizer.positive_scale().detach().cpu().numpy(), quantizer.zero_point.cpu().numpy()
+        pair = [self.constant(f'{name}:scale', scale), self.constant(f'{name}:zero_point', zero.astype(dtype))]
+        narrow = (low, high) != (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if narrow and not self.clip_codes:
+            shape = [-1 if place == axis else 1 for place in range(len(x.shape))] if axis is not None else ()
+            for op_type, code in (('Max', low), ('Min', high)):
+                bound = ((code - zero) * scale).astype(np.float32).reshape(shape)
+                x = self.insert(node, op_type, [x, self.constant(f'{name}:{op_type.lower()}', bound)],
+                                f'{label}:{op_type.lower()}')
+        codes = self.insert(node, 'QuantizeLinear', [x, *pair], f'{label}{CODES}', axis)
+        if narrow and self.clip_codes:
+            ends = [self.constant(f'{name}:{end}', np.array(code, dtype)) for end, code in (('lowest', low),
+                                                                                            ('highest', high))]
+            codes = self.insert(node, 'Clip', [codes, *ends], f'{label}:clipped')
+        return self.insert(node, 'DequantizeLinear', [codes, *pair], f'{label}:value', axis)
+
+    def weight(self, node: ir.Node, name: str, label: str, quantized: nn.Module, layer: nn.Module) -> ir.Value:
+        """DequantizeLinear of a weight's integers, or the float weight where these fit no int8."""
+        weight, layout = float_weight(layer), quantized.layout
+        integers = integer_weight(quantized.quantizer, quantized.codes(weight))
+        if not integers.fits_int8 or (layout.transposed and layout.groups > 1):
+            values = layout.from_rows(integers.values(), weight.shape)
+            return self.constant(f'{name}.weight_float', values.detach().cpu().numpy())
+        values = layout.from_rows(integers.integers(), weight.shape).to(torch.int8).cpu().numpy()
+        inputs = [self.constant(f'{name}.weight', values),
+                  self.constant(f'{name}.weight_scale', integers.scale.cpu().numpy())]
+        return self.insert(node, 'DequantizeLinear', inputs, f'{label}.weight_value', 1 if layout.transposed else 0)
+
+
+def _code_type(quantizer: AffineQuantizer) -> type:
+    if quantizer.bits > 8:
+        return np.int16 if quantizer.symmetric else np.uint16
+    return np.int8 if quantizer.symmetric else np.uint8

@@ -11,19 +11,6 @@ _INT32 = 2**31 - 1
 _SLACK = 1e-3
 
 
-def share_initializers(graph: ir.Graph) -> None:
-    """Makes calls of one layer share its weight."""
-    seen: dict[tuple, ir.Value] = {}
-    for value in list(graph.initializers.values()):
-        array = constant(value)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        first = seen.setdefault(key, value)
-        # scalars are shared by everything, which makes them hard to change later
-        if first is not value and array.ndim:
-            value.replace_all_uses_with(first)
-            del graph.initializers[value.name]
-
-
 def drop_redundant_clips(graph: ir.Graph) -> int:
     """Removes ReLU and clips whose bounds lie at or outside the codes of the quantizer that follows.
 

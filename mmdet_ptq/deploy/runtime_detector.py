@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ from .runtimes.base import Runtime
 def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None = None) -> nn.Module:
     """Builds a detector whose network is an exported model.
 
-    mmdet's data preprocessor, decoding and NMS are the config's own; weights of the config's detector are not used.
+    mmdet's data preprocessor is the config's own, and so are decoding and NMS where the model was not exported with
+    ``end2end``; weights of the config's detector are not used.
 
     Args:
         config: The config the model was exported from.
@@ -61,7 +63,11 @@ def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = 
     if detector.with_neck:
         detector.neck = nn.Identity()
     detector.extract_feat = _Features()
-    detector.bbox_head.forward = _RuntimeHead(runtime, device)
+    if runtime.meta.get('end2end'):
+        clips = getattr(getattr(detector.bbox_head, 'bbox_coder', None), 'clip_border', False)
+        detector.bbox_head.predict = _Detections(runtime, device, clips)
+    else:
+        detector.bbox_head.forward = _RawHead(runtime, device)
     detector.cfg, detector.dataset_meta = config, dataset_meta or {}
     return detector.eval()
 
@@ -73,17 +79,16 @@ class _Features:
         return batch_inputs
 
 
-class _RuntimeHead:
-    """Stands in for the head's forward."""
+class _Network:
+    """The flat outputs of a runtime for a batch of any size."""
 
     def __init__(self, runtime: Runtime, device: torch.device) -> None:
         self.runtime = runtime
         self.device = device
 
-    def __call__(self, image: Tensor) -> Any:
+    def outputs(self, image: Tensor) -> list[Tensor]:
         batches = [self._run(part) for part in self._parts(image)]
-        flat = [torch.from_numpy(np.concatenate(outputs)).to(self.device) for outputs in zip(*batches, strict=True)]
-        return nest_outputs(flat, self.runtime.meta['outputs'])
+        return [torch.from_numpy(np.concatenate(outputs)).to(self.device) for outputs in zip(*batches, strict=True)]
 
     def _parts(self, image: Tensor) -> list[Tensor]:
         if self.runtime.meta['dynamic_batch']:
@@ -102,3 +107,34 @@ class _RuntimeHead:
             image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
         outputs = self.runtime(image.detach().cpu().contiguous().numpy())
         return [output[:len(output) - missing] if missing > 0 else output for output in outputs]
+
+
+class _RawHead(_Network):
+    """Stands in for the head's forward."""
+
+    def __call__(self, image: Tensor) -> Any:
+        return nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+
+
+class _Detections(_Network):
+    """Stands in for the head's ``predict`` where the model decodes itself."""
+
+    def __init__(self, runtime: Runtime, device: torch.device, clips: bool) -> None:
+        super().__init__(runtime, device)
+        self.clips = clips
+
+    def __call__(self, image: Tensor, batch_data_samples: list, rescale: bool = False) -> list[InstanceData]:
+        samples = (sample.metainfo for sample in batch_data_samples)
+        return [self._instances(*found, meta, rescale)
+                for *found, meta in zip(*self.outputs(image), samples, strict=True)]
+
+    def _instances(self, boxes: Tensor, scores: Tensor, labels: Tensor, meta: dict, rescale: bool) -> InstanceData:
+        real = labels >= 0
+        boxes = boxes[real]
+        if self.clips:
+            # the model knows the padded size only
+            height, width = meta['img_shape'][:2]
+            boxes = torch.minimum(boxes, boxes.new_tensor([width, height] * 2))
+        if rescale:
+            boxes = boxes / boxes.new_tensor(meta['scale_factor']).repeat(2)
+        return InstanceData(bboxes=boxes, scores=scores[real], labels=labels[real])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
 from ..deploy.compare import compare_codes
+from ..deploy.end2end import RUNTIMES as END2END_RUNTIMES
+from ..deploy.end2end import check_end2end
 from ..errors import PTQError
 from ..wrapping import Structure
 from .api import load_quantized
@@ -22,7 +24,7 @@ AGREEMENT = 0.999
 
 def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], out: str | None = None,
                       size: Sequence[int] | None = None, dynamic_batch: bool = False, packed: bool = True,
-                      image: str | None = None) -> list[Path]:
+                      image: str | None = None, end2end: bool = False) -> list[Path]:
     """Exports an integer checkpoint to runtimes and says what they compute in integers.
 
     Args:
@@ -34,17 +36,23 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         packed: Whether weights of 4 bits and less are stored as codes with a table. Defaults to True.
         image: Image file; the codes of every quantized tensor are compared with the simulation on it. Defaults to
             None.
+        end2end: Whether the models decode and suppress too, and give boxes, scores and labels. Defaults to False.
 
     Returns:
         Paths of the models.
 
     Raises:
-        PTQError: An unknown runtime, a missing package or file, a format the runtime does not know.
+        PTQError: An unknown runtime, a missing package or file, a format the runtime does not know, a
+            head that ``end2end`` does not know.
     """
     logger = MMLogger.get_instance('mmdet_ptq_export')
     chosen = [get_runtime(name, '--to') for name in runtimes]
     if image is not None and 'onnxruntime' not in runtimes:
         raise PTQError('--compare reads every tensor in ONNX Runtime; add onnxruntime to --to.')
+    for name in runtimes:
+        if end2end and name not in END2END_RUNTIMES:
+            raise PTQError(f'--end2end writes models for {" and ".join(END2END_RUNTIMES)}, not for {name}; leave one '
+                           'of them out.')
     state = read_quantized(checkpoint)
     structure = Structure.from_dict(state['structure'])
     for runtime in chosen:
@@ -55,11 +63,13 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
     detector = load_quantized(checkpoint)
     check_exportable(detector)
+    if end2end:
+        check_end2end(detector)
     example = None if image is None else read_image(detector, image, shape)
     paths = []
     for runtime in chosen:
         path = runtime.export(detector, Path(out or Path(checkpoint).parent) / runtime.name, shape,
-                              dynamic_batch=dynamic_batch, packed=packed)
+                              dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
         announce_coverage(runtime.name, open_model(path).coverage())
         if example is not None and runtime.name == 'onnxruntime':

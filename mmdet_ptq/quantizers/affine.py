@@ -114,7 +114,8 @@ class AffineQuantizer(Quantizer):
     """Uniform quantization: x_hat = scale * (clip(round(x / scale) + zero_point) - zero_point).
 
     The gradient is LSQ's, with factor 1 / sqrt(elements per scale * highest level) on the scale. The scale that enters
-    lies between ``SCALE_FLOOR`` and ``scale_limit``, with a straight-through gradient. Half precision is quantized in float32.
+    lies between ``SCALE_FLOOR`` and ``scale_limit``, with a straight-through gradient. Half precision is quantized in
+    float32.
 
     Args:
         bits (int): 2 to 8, or 16. Defaults to 8.

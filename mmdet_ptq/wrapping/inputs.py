@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PTQError
 from ..quantizers import Observer, Quantizer
+from .flow import Dataflow, QuantizedOutput, carried
 from .weights import quantized_weights
 
 STATE = 'ptq'  # attribute of the detector that holds its quantization state
@@ -31,17 +32,22 @@ class QuantizationState(nn.Module):
     Args:
         quantizers: Activation name to quantizer.
         readers: Activation name to how many layer calls read it in one forward pass.
+        moved: Activations that are quantized where their values are computed, before they are moved into the tensor
+            that layers read; a scale per channel would not fit there. Defaults to none.
     """
 
-    def __init__(self, quantizers: dict[str, Quantizer], readers: dict[str, int]) -> None:
+    def __init__(self, quantizers: dict[str, Quantizer], readers: dict[str, int],
+                 moved: Collection[str] = ()) -> None:
         super().__init__()
         self.activations = nn.ModuleDict(quantizers)
         self.readers = readers
+        self.moved = frozenset(moved)
+        self.flow: Dataflow | None = None  # the quantizers between the layers
         self.mode = 'quantize'
         self.only: frozenset[str] | None = None  # the activations that the mode holds for; None: all
         self.drop = 0.0  # QDrop: share of the values that stay float
         self.observers: dict[str, Observer] = {}
-        self.hooks: list[QuantizedInput] = []
+        self.hooks: list[QuantizedInput | QuantizedOutput] = []
         # activation -> (tensor, version, quantized tensor, readers left); the reason for one quantizer per tensor
         # is also that its work is done once
         self._shared: dict[str, tuple[Tensor, int, Tensor, int]] = {}
@@ -51,6 +57,8 @@ class QuantizationState(nn.Module):
         self._shared.clear()
         for hook in self.hooks:
             hook.calls = 0
+        if self.flow is not None:
+            self.flow.reset()
 
     def set_calls(self, calls: dict[str, int]) -> None:
         """Says which call of some layers comes next, where a part of the detector runs by itself."""
@@ -58,10 +66,40 @@ class QuantizationState(nn.Module):
             if hook.layer in calls:
                 hook.calls = calls[hook.layer]
 
+    def set_unit(self, unit: str, layers: dict[str, int], call: int, calls: int) -> None:
+        """Says which call of a module comes next, where a part of the detector runs by itself.
+
+        Args:
+            unit: Path of the module.
+            layers: Its layers, and how often each runs in one call of it.
+            call: Which call comes next.
+            calls: How many there are in a forward pass.
+        """
+        self.set_calls({layer: call * count for layer, count in layers.items()})
+        if self.flow is not None:
+            self.flow.set_calls(unit, call, calls)
+
+    def running(self) -> AbstractContextManager:
+        """Surrounds a part of the detector that runs by itself; the whole detector needs nothing of the kind."""
+        return nullcontext() if self.flow is None else self.flow.running(whole=False)
+
+    def quantize(self, name: str, x: Tensor) -> Tensor:
+        """Simulated quantization of an activation, some of which may stay float (:attr:`drop`)."""
+        out = self.activations[name](x)
+        return mixed(out, x, self.drop) if self.drop else out
+
     def apply_to(self, name: str, x: Tensor, layer: str) -> Tensor:
         """Quantizes, observes or passes a tensor that a layer is about to read."""
         if self.mode == 'float' or (self.only is not None and name not in self.only):
             return x
+        if self.flow is None:
+            return self._read(name, x, layer)
+        if carried(x) == name:
+            return x  # it was quantized where it was computed
+        with self.flow.muted():
+            return self._read(name, x, layer)
+
+    def _read(self, name: str, x: Tensor, layer: str) -> Tensor:
         shared = self._shared.get(name)
         if shared is not None and shared[0] is x and shared[1] == x._version:
             out, left = shared[2], shared[3] - 1
@@ -77,9 +115,7 @@ class QuantizationState(nn.Module):
                 raise PTQError(f'input of layer {layer}: {error}') from error
             out = x
         else:
-            out = self.activations[name](x)
-            if self.drop:
-                out = mixed(out, x, self.drop)
+            out = self.quantize(name, x)
         if self.readers[name] > 1:
             self._shared[name] = (x, x._version, out, self.readers[name] - 1)
         return out

@@ -13,6 +13,7 @@ from ..config import PTQConfig, TensorConfig
 from ..errors import PTQError
 from ..quantizers import build_quantizer
 from .chains import find_junctions
+from .dataflow import plan_dataflow
 from .equalization import channel_magnitudes, equalize, log_equalization
 from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
@@ -54,6 +55,8 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         log_equalization(equalize(detector, junctions, magnitudes), skipped)
     structure, fitted = _plan(detector, cfg, probe)
     structure.norms = kept
+    if cfg.dataflow is not None:
+        plan_dataflow(detector, structure, cfg, run, probe.outputs)
     apply_structure(detector, structure)  # the folds are done; the structure records them only now
     structure.folds = [list(pair) for pair in folds]
     for name, quantized in quantized_weights(detector).items():

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import nn
 
 from ..errors import PTQError
 from ..quantizers import build_quantizer
+from .flow import Site, attach_dataflow
 from .folding import fold_norms
 from .inputs import QuantizationState, attach_inputs, is_quantized
 from .layers import add_bias
@@ -25,6 +27,7 @@ class LayerStructure:
         numel: Number of weights.
         weight: Spec of the weight quantizer; None leaves the weight float.
         inputs: One activation name per call; None leaves that input float.
+        outputs: One activation name per call, where outputs are quantized where they are computed; empty otherwise.
         reason: Why anything of the layer stays float; empty when it computes in integers.
     """
 
@@ -35,6 +38,7 @@ class LayerStructure:
     numel: int
     weight: dict | None = None
     inputs: list[str | None] = field(default_factory=list)
+    outputs: list[str | None] = field(default_factory=list)
     reason: str = ''
 
     @property
@@ -50,9 +54,13 @@ class Structure:
         folds: (convolution, normalisation) pairs that are folded.
         norms: Normalisations that stay float, and why.
         layers: Every convolution and linear layer, quantized or not.
-        activations: Activation name to ``dict(spec=..., readers=..., observer=...)``.
+        activations: Activation name to ``dict(spec=..., readers=..., observer=...)``; with ``range`` where the range
+            is known beforehand, with ``moved`` where values are quantized before they are moved into the tensor.
         uncovered: Weighted operations outside layers: module, operation, reason, macs.
         biases: Layers that got a bias which they did not have in the float detector, folding aside.
+        sites: Functional operations whose results are quantized (see :class:`mmdet_ptq.wrapping.flow.Site`).
+        module_calls: Modules whose operations are counted to find the sites, and how often each runs in a pass.
+        islands: Operations between quantized layers that stay float: module, operation, reason.
     """
 
     folds: list[list[str]] = field(default_factory=list)
@@ -61,6 +69,9 @@ class Structure:
     activations: dict[str, dict] = field(default_factory=dict)
     uncovered: list[dict] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
+    sites: list[dict] = field(default_factory=list)
+    module_calls: dict[str, int] = field(default_factory=dict)
+    islands: list[dict] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, for a checkpoint that loads without pickle."""
@@ -100,9 +111,16 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
             attach_weight(modules[layer.name], build_quantizer(layer.weight))
     state = QuantizationState(
         {name: build_quantizer(entry['spec']) for name, entry in structure.activations.items()},
-        {name: entry['readers'] for name, entry in structure.activations.items()})
+        {name: entry['readers'] for name, entry in structure.activations.items()},
+        [name for name, entry in structure.activations.items() if entry.get('moved')])
+    for name, entry in structure.activations.items():
+        if 'range' in entry:
+            state.activations[name].set_range(*map(torch.tensor, entry['range']))
     inputs = {layer.name: layer.inputs for layer in structure.layers if any(layer.inputs)}
     attach_inputs(detector, state, inputs)
+    outputs = {layer.name: layer.outputs for layer in structure.layers if any(layer.outputs)}
+    if outputs or structure.sites:
+        attach_dataflow(detector, state, outputs, [Site(**site) for site in structure.sites], structure.module_calls)
 
 
 def disable_checkpointing(detector: nn.Module) -> None:

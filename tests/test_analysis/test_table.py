@@ -43,9 +43,21 @@ def test_print_results_shows_every_figure(results):
     text = console.file.getvalue()
     for row in results['rows']:
         assert row['model'] in text
-    for line in result_lines(results):
-        assert line.label in text
-        assert all(value in text for value in line.values)
+    lines = result_lines(results)
+    assert len(results['rows']) > 2 and len(lines) > 4
+    for line in lines:
+        # of runtimes, a second table shows the headline figure, size and speed
+        assert all(value in text for value in line.values[:2])
+    assert lines[0].values[2] in text and lines[0].changes[2] in text
+
+
+def test_what_a_runtime_computes_in_integers_is_counted(results):
+    name = results['rows'][2]['model']
+    results['runtimes'] = {name: dict(integer=['a', 'b', 'c'], float=['d'])}
+    console = Console(file=io.StringIO(), width=120)
+    print_results(results, console)
+    line = next(line for line in console.file.getvalue().splitlines() if name in line)
+    assert '3 of 4' in line
 
 
 def test_print_results_of_a_run_without_rows(results):

@@ -82,7 +82,9 @@ class OpenVino(Runtime):
         for op in self.compiled.get_runtime_model().get_ops():
             info = op.get_rt_info()
             if info['layerType'].astype(str) in _LAYERS and info['runtimePrecision'].astype(str) in ('u8', 'i8'):
-                integer.update(name.strip() for name in info['originalLayersNames'].astype(str).split(','))
+                # a folded convolution is called NAME/WithoutBiases
+                integer.update(name.strip().split('/')[0]
+                               for name in info['originalLayersNames'].astype(str).split(','))
         for call in self.meta['layers']:
             (found.integer if call in integer else found.float).append(call)
         return found

@@ -1,0 +1,52 @@
+"""What ncnn's int8 layers can compute, told from a detector's structure before any long work."""
+from __future__ import annotations
+
+from ..errors import PTQError
+from ..wrapping import Structure
+
+INT8_MAX = 127
+_SYMMETRIC = ('`ptq.activations.quantizer=dict(symmetric=True, narrow_range=True)`, or 7 bits with '
+              '`ptq.activations.bits=7`')
+
+
+def check_ncnn(structure: Structure) -> None:
+    """Refuses number formats that ncnn's int8 layers do not have.
+
+    They multiply codes of -127 .. 127 without zero point. An activation fits if its levels (code minus zero point) do,
+    whatever the data: symmetric 8-bit codes without the lowest one, or any format of 7 bits and less, whose levels
+    span 127 steps at most.
+
+    Args:
+        structure: The quantized detector's structure.
+
+    Raises:
+        PTQError: A format does not fit; the sentence names the key to set.
+    """
+    if structure.sites or any(layer.outputs for layer in structure.layers):
+        raise dataflow_error()
+    for name, entry in structure.activations.items():
+        check_activation(name, entry['spec'])
+    for layer in structure.layers:
+        spec = layer.weight
+        if spec and spec['type'].rpartition('.')[2] == 'AffineQuantizer' and spec['bits'] == 8 \
+                and not spec['symmetric']:
+            raise PTQError(f'the weight of {layer.name} is quantized with a zero point, which ncnn does not have; set '
+                           '`ptq.weights.quantizer.symmetric=True`, and calibrate again.')
+
+
+def dataflow_error() -> PTQError:
+    """What is told of a detector that is quantized between its layers."""
+    return PTQError('the detector is quantized between its layers, where ncnn computes in float; set '
+                    '`ptq.dataflow=None`, and calibrate again.')
+
+
+def check_activation(name: str, spec: dict) -> None:
+    """Refuses one activation's number format, see :func:`check_ncnn`; 16 bits are left to float arithmetic."""
+    where = f'the activation {name} is'
+    if spec['type'].rpartition('.')[2] != 'AffineQuantizer':
+        raise PTQError(f"{where} of type {spec['type']}, and ncnn knows uniform activations only; set "
+                       "`ptq.activations.quantizer.type='mmdet_ptq.AffineQuantizer'`.")
+    if spec['bits'] == 8 and not (spec['symmetric'] and spec['narrow_range']):
+        kind = 'symmetric but uses the code -128' if spec['symmetric'] else 'quantized with a zero point'
+        raise PTQError(f"{where} {kind}, and ncnn's 8-bit codes are -127 .. 127 without one; set {_SYMMETRIC}, and "
+                       'calibrate again.')

@@ -1,0 +1,58 @@
+"""ncnn on the CPU, through its Python package."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ...registry import RUNTIMES
+from ...wrapping import Structure
+from ..ncnn_check import check_ncnn
+from ..ncnn_export import export_ncnn
+from ..ncnn_layers import is_integer
+from ..ncnn_network import NcnnNetwork, require_ncnn
+from .base import IntegerCoverage, Runtime
+
+
+@RUNTIMES.register_module(name='ncnn')
+class NcnnRuntime(Runtime):
+    """Runs ``model.param`` and ``model.bin`` in ncnn, image by image; see :class:`Runtime`.
+
+    Args:
+        path: The ``.param``.
+        threads: Threads of a run. Defaults to None: one.
+        packing: See :class:`mmdet_ptq.deploy.ncnn_network.NcnnNetwork`. Defaults to False: the simulation's codes.
+    """
+
+    name = 'ncnn'
+    suffix = '.param'
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None, packing: bool = False) -> None:
+        self._network = NcnnNetwork(path, threads or 1, packing)
+        self.meta = self._network.meta
+
+    @classmethod
+    def check(cls) -> None:
+        require_ncnn()
+
+    @classmethod
+    def check_formats(cls, structure: Structure) -> None:
+        check_ncnn(structure)
+
+    @classmethod
+    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
+               **options) -> Path:
+        return export_ncnn(detector, input_shape, folder)
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        results = [self._network.run(np.ascontiguousarray(one, np.float32)) for one in image]
+        return [np.stack(parts) for parts in zip(*results, strict=True)]
+
+    def coverage(self) -> IntegerCoverage:
+        found = IntegerCoverage()
+        integer = {layer.name for layer in self._network.layers if is_integer(layer)}
+        for name, call in self.meta['layers'].items():
+            (found.integer if name in integer else found.float).append(call)
+        return found

@@ -1,0 +1,447 @@
+"""Which tensors between the layers are quantized, found from one float forward pass.
+
+The pass is watched operation by operation, as :mod:`mmdet_ptq.wrapping.chains` does; what is found there is written
+into the structure, from which :mod:`mmdet_ptq.wrapping.flow` rebuilds it without running the detector.
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from ..config import PTQConfig
+from ..quantizers import build_quantizer
+from .chains import _METADATA, _function_name
+from .flow import Frames, Site, output_name
+from .layers import QUANTIZABLE, channel_axis, is_depthwise, out_channels
+from .operations import (
+    ARITHMETIC,
+    GATED,
+    GATES,
+    JOINS,
+    LAYER,
+    MOVEMENT,
+    PRODUCTS,
+    UNKNOWN,
+    classify,
+    clips_at_zero,
+    fuses_clip,
+    keeps_channels,
+    works_in_place,
+)
+from .probe import _key, _tensors
+from .structure import LayerStructure, Structure
+
+Key = tuple[int, int]
+BITS = 8  # of a tensor that no layer reads, at least
+
+
+@dataclass(eq=False)
+class Operation:
+    """One layer call or functional call.
+
+    Attributes:
+        kind: ``'layer'``, ``'movement'``, ``'arithmetic'`` or ``'unknown'``.
+        name: The layer's path, or the function's name.
+        place: Module, call, function, index as in :class:`mmdet_ptq.wrapping.flow.Site`; for a layer its path, call.
+        inputs: Floating-point tensors it reads.
+        outputs: Tensors it writes.
+        clips: It is max(x, 0), perhaps clipped above, too.
+        in_place: It overwrites its first input; who goes on with the result takes what it returns.
+        overwrites: It changes a tensor in place that is read under its old name later.
+    """
+
+    kind: str
+    name: str
+    place: tuple
+    inputs: list[Key]
+    outputs: list[Key]
+    clips: bool = False
+    in_place: bool = False
+    overwrites: bool = False
+
+    @property
+    def joins(self) -> bool:
+        return self.kind == MOVEMENT and self.name in JOINS and len(set(self.inputs)) > 1
+
+
+@dataclass
+class Recorder:
+    """Everything one forward pass did, in order."""
+
+    operations: list[Operation] = field(default_factory=list)
+    frames: Frames = field(default_factory=Frames)
+    called: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # function -> modules
+    alive: list[Tensor] = field(default_factory=list)  # so that an id is never used twice
+    written: set[Key] = field(default_factory=set)
+    overwritten: list[tuple[Operation, Key]] = field(default_factory=list)  # in place, and not the result
+    makers: dict[Any, list[Key]] = field(default_factory=lambda: defaultdict(list))  # autograd node -> tensors
+
+    def add(self, operation: Operation) -> None:
+        self.operations.append(operation)
+        self.written.update(operation.outputs)
+
+    def keep(self, tensor: Tensor) -> Key:
+        self.alive.append(tensor)
+        key = _key(tensor)
+        if tensor.grad_fn is not None:
+            self.makers[tensor.grad_fn].append(key)
+        return key
+
+    def read(self, tensor: Tensor) -> Key:
+        key, node = self.keep(tensor), tensor.grad_fn
+        if key not in self.written and isinstance(node, BackwardCFunction):
+            # a function with a kernel of its own is not seen while it runs, only in the graph it leaves
+            inputs = [k for source, _ in node.next_functions for k in self.makers.get(source, ())]
+            module = self.frames.top.module if self.frames.top else ''
+            self.add(Operation(UNKNOWN, _function_name(node), (module, 0, _function_name(node), 0), inputs, [key]))
+        return key
+
+    def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        name, frame = getattr(func, '__name__', str(func)), self.frames.top
+        if frame is None or name in _METADATA or name in ('__set__', 'requires_grad_'):
+            return func(*args, **kwargs)
+        read = [t for t in _tensors([args, kwargs]) if t.is_floating_point()]
+        inputs = [self.read(t) for t in read]  # before an in-place function raises the version
+        kind = classify(func, name, args, kwargs)
+        place = frame.next(name)
+        out = func(*args, **kwargs)
+        changed = [t for t, key in zip(read, inputs, strict=True) if _key(t) != key]
+        if name == '__get__' and not isinstance(out, Tensor):
+            return out
+        self.called[name].add(frame.module)
+        if works_in_place(name, kwargs) and isinstance(out, Tensor) and changed == [out]:
+            # another object for the result: who goes on with the changed argument is told from who takes the result
+            out = out.view_as(out)
+        outputs = [self.keep(t) for t in _tensors(out) if t.is_floating_point()]
+        in_place = works_in_place(name, kwargs) and bool(changed)
+        operation = Operation(kind, name, place, inputs, outputs, clips_at_zero(name, args, kwargs), in_place)
+        self.add(operation)
+        for tensor in changed:
+            if (key := self.keep(tensor)) not in outputs:
+                self.overwritten.append((operation, key))
+                self.written.add(key)
+        return out
+
+    def finish(self) -> None:
+        """What goes on under its old name after it was changed in place cannot be quantized."""
+        read = {key for operation in self.operations for key in operation.inputs}
+        for operation, key in self.overwritten:
+            if key in read:
+                operation.kind, operation.overwrites = UNKNOWN, True
+                operation.outputs.append(key)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.recorder.run(func, args, kwargs or {})
+
+
+def record_operations(detector: nn.Module, run: Callable[[], Any]) -> Recorder:
+    """Watches one forward pass.
+
+    Args:
+        detector: The float detector with its normalisations folded, in eval mode.
+        run: Calls the detector on one image with ``mode='predict'``.
+    """
+    recorder, handles, open_layers = Recorder(), [], []
+    frames = recorder.frames
+
+    def enter(name: str, layer: bool) -> Callable:
+        def hook(module, args, kwargs):
+            if layer:
+                source = next((t for t in _tensors([args, kwargs]) if t.is_floating_point()), None)
+                place = name, frames.calls[name]
+                frames.calls[name] += 1
+                open_layers.append((place, [] if source is None else [recorder.read(source)]))
+                frames.mute()
+            else:
+                frames.enter(name)
+        return hook
+
+    def leave(layer: bool) -> Callable:
+        def hook(module, args, output):
+            frames.leave()
+            if layer:
+                place, inputs = open_layers.pop()
+                recorder.add(Operation(LAYER, place[0], place, inputs, [recorder.keep(t) for t in _tensors(output)]))
+        return hook
+
+    frozen = [p for p in detector.parameters() if not p.requires_grad]
+    try:
+        for name, module in detector.named_modules():
+            layer = isinstance(module, QUANTIZABLE)
+            handles += [module.register_forward_pre_hook(enter(name, layer), with_kwargs=True),
+                        module.register_forward_hook(leave(layer))]
+        for parameter in frozen:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad(), _Watch(recorder):
+            run()
+        recorder.finish()
+        return recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+class _Graph:
+    """Where tensors come from and where they lead."""
+
+    def __init__(self, recorder: Recorder, layers: dict[str, LayerStructure], outputs: Container[str]) -> None:
+        self.operations = recorder.operations
+        self.readers: dict[Key, list[Operation]] = defaultdict(list)
+        self.producer: dict[Key, Operation] = {}
+        self.input_names: dict[Key, str] = {}
+        self.layers = layers
+        for op in self.operations:
+            for key in dict.fromkeys(op.inputs):
+                self.readers[key].append(op)
+            for key in op.outputs:
+                self.producer.setdefault(key, op)
+            name = self.input_of(op)
+            if name is not None:
+                self.input_names[op.inputs[0]] = name
+        # computed from integers: by known operations alone, or by any; what the head puts out is not followed further
+        self.comes: set[Key] = set()
+        self.comes_anyhow: set[Key] = set()
+        for op in self.operations:
+            if op.kind == LAYER:
+                if self.input_of(op) is not None and op.name not in outputs:
+                    self.comes.update(op.outputs)
+                    self.comes_anyhow.update(op.outputs)
+                continue
+            if op.kind != UNKNOWN and self.comes.intersection(op.inputs):
+                self.comes.update(op.outputs)
+            if self.comes_anyhow.intersection(op.inputs):
+                self.comes_anyhow.update(op.outputs)
+        self.leads: set[Key] = set()
+        self.leads_anyhow: set[Key] = set()
+        for op in reversed(self.operations):
+            if op.kind == LAYER:
+                if self.input_of(op) is not None:
+                    self.leads.update(op.inputs)
+                    self.leads_anyhow.update(op.inputs)
+                continue
+            if op.kind != UNKNOWN and self.leads.intersection(op.outputs):
+                self.leads.update(op.inputs)
+            if self.leads_anyhow.intersection(op.outputs):
+                self.leads_anyhow.update(op.inputs)
+
+    def input_of(self, op: Operation) -> str | None:
+        """Activation name of a layer call's input; None for other operations and for what stays float."""
+        if op.kind != LAYER or not op.inputs:
+            return None
+        layer = self.layers.get(op.name)
+        integer = layer is not None and layer.weight is not None and len(layer.inputs) > op.place[1]
+        return layer.inputs[op.place[1]] if integer else None
+
+    def between(self, op: Operation) -> bool:
+        """Whether an operation's result lies between quantized layers and is to be quantized where it is computed."""
+        if len(op.outputs) != 1:
+            return False
+        key = op.outputs[0]
+        if any(reader.overwrites and reader.inputs[0] == key for reader in self.readers[key]):
+            return False
+        if op.kind == LAYER:
+            return key in self.comes and key in self.leads_anyhow
+        return (op.kind == ARITHMETIC or op.joins) and key in self.comes and key in self.leads
+
+    def reads_values(self, key: Key) -> list[Operation]:
+        """The operations through which a tensor leads to a quantized layer."""
+        return [op for op in self.readers[key]
+                if self.input_of(op) is not None or self.leads_anyhow.intersection(op.outputs) and op.kind != LAYER]
+
+    def fused(self, op: Operation) -> bool:
+        """Whether runtimes compute the operation and the only one that reads its result in one."""
+        if op.kind != LAYER and not (op.kind == ARITHMETIC and fuses_clip(op.name)):
+            return False
+        readers = self.readers[op.outputs[0]]
+        return len(readers) == 1 and readers[0].clips and self.between(readers[0])
+
+    def only_gated(self, key: Key) -> bool:
+        """Whether nothing but SiLU or HardSwish reads a tensor, be it written as a product with its sigmoid."""
+        gates = {out for op in self.readers[key] if op.name in GATES for out in op.outputs}
+        return bool(self.readers[key]) and all(
+            op.name in GATED or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
+            for op in self.readers[key]) and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
+
+    def islands(self) -> list[dict]:
+        """Operations between quantized layers that stay float."""
+        found: dict[tuple[str, str], dict] = {}
+        for op in self.operations:
+            if op.kind in (LAYER, MOVEMENT) or not self.comes_anyhow.intersection(op.inputs) \
+                    or not self.leads_anyhow.intersection(op.outputs):
+                continue
+            if op.overwrites:
+                reason = 'it changes a tensor in place that is read under its old name'
+            elif op.kind == UNKNOWN:
+                reason = 'no 8-bit form of it is known'
+            elif self.between(op):
+                continue
+            else:
+                reason = 'float operations stand before it' if self.leads.intersection(op.outputs) \
+                    else 'only float operations read it'
+            found.setdefault((op.place[0], op.name), dict(module=op.place[0], operation=op.name, reason=reason))
+        return list(found.values())
+
+
+class _Planner:
+    """Gives every tensor between quantized layers its quantizer."""
+
+    def __init__(self, graph: _Graph, structure: Structure, cfg: PTQConfig, modules: dict[str, nn.Module],
+                 calls: dict[str, int]) -> None:
+        self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
+        self.per_channel = cfg.dataflow == 'per_channel'
+        policy = cfg.activations
+        bits = max(policy.bits, BITS)
+        self.spec = build_quantizer({**policy.quantizer, 'bits': bits, 'num_channels': None, 'channel_axis': 1}).spec()
+        self.gate_spec = build_quantizer(dict(
+            type='mmdet_ptq.AffineQuantizer', bits=bits, symmetric=bool(policy.quantizer.get('symmetric', False)),
+            narrow_range=bool(policy.quantizer.get('narrow_range', False)), learn_scale=False)).spec()
+        self.observer = policy.observer
+        self.names: dict[Key, str] = {}
+
+    def plan(self) -> None:
+        """Writes quantizers, outputs and sites into the structure."""
+        graph, layers = self.graph, self.graph.layers
+        found = [op for op in graph.operations if graph.between(op) and not graph.fused(op)]
+        self._one_scale_where_others_read(found)
+        for op in found:
+            self.name_of(op)
+        for op in found:
+            name = self.names[op.outputs[0]]
+            if op.kind == LAYER:
+                layer = layers[op.name]
+                layer.outputs = layer.outputs or [None] * len(layer.inputs)
+                layer.outputs[op.place[1]] = name
+            else:
+                gate = self._fixed(f'{self._site_name(op)}/{GATED[op.name]}') if op.name in GATED else None
+                observes = name == self._site_name(op) and 'range' not in self._entry(name)
+                self.structure.sites.append(Site(*op.place, name, gate, observes).to_dict())
+
+        known = {op.place for op in found}
+        for op in graph.operations:
+            # with gradients it must not overwrite what a quantizer returned
+            if op.in_place and not op.overwrites and op.place not in known and graph.reads_values(op.outputs[0]) \
+                    and graph.comes_anyhow.intersection(op.inputs[:1]):
+                self.structure.sites.append(Site(*op.place, None).to_dict())
+
+    def _one_scale_where_others_read(self, found: list[Operation]) -> None:
+        """A scale per channel is for depthwise convolutions alone."""
+        graph = self.graph
+        for op in found:
+            key = op.outputs[0]
+            name = graph.input_names.get(key)
+            if name is None or self._entry(name)['spec'].get('num_channels') is None:
+                continue
+            if any(r.kind != LAYER or not is_depthwise(self.modules[r.name]) for r in graph.reads_values(key)):
+                entry = self._entry(name)
+                entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
+
+    def name_of(self, op: Operation) -> str:
+        """The quantizer of what an operation computes."""
+        key = op.outputs[0]
+        if key not in self.names:
+            name = self.graph.input_names.get(key) or self._shared(key, op)
+            if name is None:
+                own = self._site_name(op) if op.kind != LAYER else output_name(
+                    op.name, op.place[1], len(self.graph.layers[op.name].inputs))
+                name = self._fixed(own) if op.name in GATES else self._new(own, self._channels(op))
+            self.names[key] = name
+        return self.names[key]
+
+    def _shared(self, key: Key, op: Operation) -> str | None:
+        """The quantizer of the one tensor into which a tensor's values are moved, if nobody else computes with them."""
+        found: set[str] = set()
+        if not self._follow(key, True, found) or len(found) != 1:
+            return None
+        name = found.pop()
+        if self._entry(name)['spec'].get('num_channels') is None:
+            self._entry(name)['moved'] = True
+        return name
+
+    def _follow(self, key: Key, same_channels: bool, found: set[str]) -> bool:
+        for reader in self.graph.reads_values(key):
+            if reader.kind == UNKNOWN:
+                continue
+            if reader.kind != MOVEMENT:
+                return False
+            same = same_channels and keeps_channels(reader.name)
+            for out in reader.outputs:
+                if out not in self.graph.leads:
+                    continue
+                name = self.graph.input_names.get(out)
+                if name is None and reader.joins:
+                    name = self.name_of(reader)
+                if name is None:
+                    if not self._follow(out, same, found):
+                        return False
+                elif not same and self._entry(name)['spec'].get('num_channels') is not None:
+                    return False
+                else:
+                    found.add(name)
+        return True
+
+    def _site_name(self, op: Operation) -> str:
+        module, call, name, index = op.place
+        calls = f'#{call}' if self.calls[module] > 1 else ''
+        return f'{module.replace(".", "/")}:{name}' + (f'-{index}' if index else '') + calls
+
+    def _entry(self, name: str) -> dict:
+        return self.structure.activations[name]
+
+    def _channels(self, op: Operation) -> dict:
+        """A scale per channel for what only gated activations read; the layer's own scales per channel absorb it."""
+        if not self.per_channel or op.kind != LAYER or not self.graph.only_gated(op.outputs[0]):
+            return {}
+        module = self.modules[op.name]
+        return dict(num_channels=out_channels(module), channel_axis=channel_axis(module))
+
+    def _new(self, name: str, channels: dict) -> str:
+        spec = build_quantizer({**self.spec, **channels}).spec()
+        self.structure.activations[name] = dict(spec=spec, readers=0, observer=self.observer)
+        return name
+
+    def _fixed(self, name: str) -> str:
+        self.structure.activations[name] = dict(
+            spec=dict(self.gate_spec), readers=0, observer=self.observer, range=[0.0, 1.0])
+        return name
+
+
+def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any],
+                  outputs: Iterable[str]) -> None:
+    """Adds quantizers between the layers to a structure that is about to be applied.
+
+    Args:
+        detector: The float detector with its normalisations folded, in eval mode.
+        structure: Its structure with quantized weights and inputs, changed in place.
+        cfg: The ``ptq`` block.
+        run: Calls the detector on one image with ``mode='predict'``.
+        outputs: Layers that write the heads' outputs, which stay float.
+    """
+    recorder = record_operations(detector, run)
+    graph = _Graph(recorder, {layer.name: layer for layer in structure.layers}, frozenset(outputs))
+    calls = dict(recorder.frames.calls)
+    _Planner(graph, structure, cfg, dict(detector.named_modules()), calls).plan()
+    counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
+    structure.module_calls = {module: calls[module] for module in sorted(counted)}
+    structure.islands = graph.islands()
+    operations = sum(site['activation'] is not None for site in structure.sites)
+    layers = sum(any(layer.outputs) for layer in structure.layers)
+    print_log(f'{operations} operations between the layers and the outputs of {layers} layers are quantized', 'current')
+    for island in structure.islands:
+        print_log(f'operation {island["operation"]} in module {island["module"] or "(the detector itself)"} stays '
+                  f'float: {island["reason"]}', 'current')

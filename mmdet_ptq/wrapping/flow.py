@@ -1,0 +1,333 @@
+"""Quantized tensors between the layers: outputs of layers and of functional operations, while the detector runs.
+
+Nobody's code is rewritten. A ``TorchFunctionMode`` is active during a forward pass of the whole detector, and finds
+each operation by the module whose ``forward`` calls it, by the how-manieth call of this module it is, and by the
+how-manieth call of this function therein.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PTQError
+from .layers import QUANTIZABLE
+from .operations import GATED, MOVEMENT, MOVEMENT_NAMES, classify, keeps_channels, works_in_place
+from .probe import _tensors
+from .weights import quantized_weights
+
+if TYPE_CHECKING:
+    from .inputs import QuantizationState
+
+# attribute of a tensor: the activation quantizer whose values it holds, and the version they were written with
+_CARRIED = '_ptq_activation'
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a functional operation whose result is quantized, or that works in place on a quantized tensor.
+
+    Attributes:
+        module: Path of the module whose forward calls the function.
+        call: Which call of the module in a forward pass.
+        function: The function's name.
+        index: Which call of the function within that call of the module.
+        activation: The activation quantizer of its result; None where it only works in place.
+        gate: That of the (hard) sigmoid inside a SiLU or HardSwish; None for other functions.
+        observes: Whether the activation's range is observed here, not where layers read it.
+    """
+
+    module: str
+    call: int
+    function: str
+    index: int
+    activation: str | None
+    gate: str | None = None
+    observes: bool = False
+
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        return self.module, self.call, self.function, self.index
+
+    def to_dict(self) -> dict:
+        """Plain values."""
+        return asdict(self)
+
+
+class Frame:
+    """One call of a module, with how often each function was called in it."""
+
+    __slots__ = ('call', 'counts', 'module')
+
+    def __init__(self, module: str, call: int) -> None:
+        self.module, self.call = module, call
+        self.counts = Counter()
+
+    def next(self, function: str) -> tuple[str, int, str, int]:
+        """Key of the function's next call."""
+        index = self.counts[function]
+        self.counts[function] = index + 1
+        return self.module, self.call, function, index
+
+
+class Frames:
+    """The module calls that are under way; None stands for one whose operations are nobody's business."""
+
+    def __init__(self) -> None:
+        self.stack: list[Frame | None] = []
+        self.calls = Counter()
+
+    @property
+    def top(self) -> Frame | None:
+        return self.stack[-1] if self.stack else None
+
+    def enter(self, module: str) -> None:
+        self.stack.append(Frame(module, self.calls[module]))
+        self.calls[module] += 1
+
+    def leave(self, *_) -> None:
+        if self.stack:
+            self.stack.pop()
+
+    def mute(self, *_) -> None:
+        self.stack.append(None)
+
+
+def carried(x: Tensor) -> str | None:
+    """The activation quantizer whose values a tensor holds, if it is known."""
+    name, version = getattr(x, _CARRIED, (None, None))
+    return name if name is not None and version == x._version else None
+
+
+class Dataflow:
+    """The quantizers between the layers of one detector.
+
+    Args:
+        state: The detector's quantization state.
+        sites: The operations that are looked for.
+        calls: Path of every module whose forward calls a function named in a site, to how often it runs in a pass.
+        observed: Activations whose range is observed where layers or operations write them.
+    """
+
+    def __init__(self, state: QuantizationState, sites: list[Site], calls: dict[str, int]) -> None:
+        self.state = state
+        self.sites = {site.key: site for site in sites}
+        self.functions = frozenset(site.function for site in sites)
+        self.module_calls = dict(calls)
+        self.frames = Frames()
+        self.active = False
+
+    def reset(self) -> None:
+        """Starts a forward pass."""
+        self.frames.calls.clear()
+
+    def set_calls(self, unit: str, call: int, calls: int) -> None:
+        """Says that a module is about to run for the ``call``-th of ``calls`` times, and what is in it accordingly."""
+        for module, total in self.module_calls.items():
+            if module == unit or module.startswith(f'{unit}.'):
+                self.frames.calls[module] = call * total // calls
+
+    @contextmanager
+    def running(self, whole: bool) -> Iterator[None]:
+        """Quantizes, or observes, what is computed inside.
+
+        Args:
+            whole: The detector as a whole runs; otherwise a part of it by itself.
+        """
+        if self.active or self.state.mode == 'float':
+            yield
+            return
+        self.active = True
+        self.frames.stack[:] = [Frame('', 0) if whole else None]
+        try:
+            with _FlowMode(self):
+                yield
+        finally:
+            self.active = False
+            self.frames.stack.clear()
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """What is computed inside is none of the detector's own operations."""
+        self.frames.mute()
+        try:
+            yield
+        finally:
+            self.frames.leave()
+
+    def works(self, name: str | None) -> bool:
+        """Whether an activation quantizer is there and switched on."""
+        state = self.state
+        return (name is not None and name in state.activations and state.mode == 'quantize'
+                and (state.only is None or name in state.only))
+
+    def write(self, name: str | None, x: Tensor, observes: bool, source: str) -> Tensor:
+        """Quantizes, observes or passes a tensor that was just computed."""
+        state = self.state
+        if self.works(name):
+            if carried(x) == name:
+                return x
+            if state.activations[name].num_channels is not None and name in state.moved:
+                return x  # no scale per channel goes through what comes next
+            out = state.quantize(name, x)
+            setattr(out, _CARRIED, (name, out._version))
+            return out
+        if observes and state.mode == 'observe' and name in state.observers:
+            try:
+                state.observers[name].update(x.detach())
+            except PTQError as error:
+                raise PTQError(f'output of {source}: {error}') from error
+        return x
+
+    def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Computes a functional operation, with what belongs to it."""
+        name = getattr(func, '__name__', '')
+        frame = self.frames.top
+        if frame is None:
+            return func(*args, **kwargs)
+        if name not in self.functions and name not in MOVEMENT_NAMES:
+            return func(*args, **kwargs)
+        site = self.sites.get(frame.next(name)) if name in self.functions else None
+        if site is not None and torch.is_grad_enabled() and works_in_place(name, kwargs) and carried(args[0]):
+            # what a quantizer returned is what its gradient is computed from
+            args = (args[0].clone(), *args[1:])
+        if site is None:
+            out = func(*args, **kwargs)
+        elif self.works(site.gate):
+            out = self._gated(site, args[0] if args else kwargs['input'])
+        else:
+            out = func(*args, **kwargs)
+        if name in MOVEMENT_NAMES and self.state.mode == 'quantize':
+            self._carry_on(func, name, args, kwargs, out)
+        if site is not None:
+            out = self.write(site.activation, out, site.observes, f'`{name}` in {site.module or "the detector"}')
+        return out
+
+    def _gated(self, site: Site, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(x) if GATED[site.function] == 'sigmoid' else F.hardsigmoid(x)
+        return x * self.write(site.gate, gate, False, site.function)
+
+    def _carry_on(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any) -> None:
+        """What is moved is still what its quantizer wrote."""
+        sources = {carried(t) for t in _tensors([args, kwargs]) if t.is_floating_point()}
+        source = sources.pop() if len(sources) == 1 else None
+        if source is None or classify(func, name, args, kwargs) != MOVEMENT:
+            return
+        if keeps_channels(name) or self.state.activations[source].num_channels is None:
+            for tensor in _tensors(out):
+                if tensor.is_floating_point():
+                    setattr(tensor, _CARRIED, (source, tensor._version))
+
+
+class _FlowMode(TorchFunctionMode):
+    """Hands every functional call to the dataflow."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.flow.run(func, args, kwargs or {})
+
+
+class _Enter:
+    """Forward pre-hook: a module whose operations count, or do not (no name), begins."""
+
+    def __init__(self, flow: Dataflow, module: str | None) -> None:
+        self.flow, self.module = flow, module
+
+    def __call__(self, *_) -> None:
+        if self.flow.active:
+            if self.module is None:
+                self.flow.frames.mute()
+            else:
+                self.flow.frames.enter(self.module)
+
+
+class _Leave:
+    """Forward hook: the module ends."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        self.flow = flow
+
+    def __call__(self, *_) -> None:
+        if self.flow.active:
+            self.flow.frames.leave()
+
+
+class _Running:
+    """The detector's forward. Hooks would not do: an interrupt from the keyboard passes them, the mode would stay."""
+
+    def __init__(self, flow: Dataflow, forward: Callable) -> None:
+        self.flow, self.forward = flow, forward
+        self.__doc__ = forward.__doc__
+
+    def __call__(self, *args, **kwargs):
+        with self.flow.running(whole=True):
+            return self.forward(*args, **kwargs)
+
+
+class QuantizedOutput:
+    """Forward hook of one layer whose output is quantized.
+
+    Args:
+        state: The detector's quantization state.
+        layer: The layer's name.
+        names: One activation name per call of the layer in a forward pass; None leaves that call's output alone.
+    """
+
+    def __init__(self, state: QuantizationState, layer: str, names: list[str | None]) -> None:
+        self.state, self.layer, self.names = state, layer, names
+        self.own = [output_name(layer, call, len(names)) for call in range(len(names))]
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        call = self.calls % len(self.names)
+        self.calls += 1
+        name, flow = self.names[call], self.state.flow
+        if name is None:
+            return None
+        with flow.muted():
+            return flow.write(name, output, name == self.own[call], f'layer {self.layer}')
+
+
+def output_name(layer: str, call: int, calls: int) -> str:
+    """Name of the quantizer of a layer's output, where no other one serves."""
+    return layer.replace('.', '/') + ':out' + (f'#{call}' if calls > 1 else '')
+
+
+def attach_dataflow(detector: nn.Module, state: QuantizationState, outputs: dict[str, list[str | None]],
+                    sites: list[Site], calls: dict[str, int]) -> None:
+    """Puts quantizers between the layers of a detector that has its quantized weights and inputs.
+
+    Args:
+        detector: The detector.
+        state: Its quantization state, which holds the quantizers.
+        outputs: Layer name to one activation name per call.
+        sites: The operations that are looked for.
+        calls: See :class:`Dataflow`.
+    """
+    flow = state.flow = Dataflow(state, sites, calls)
+    modules = dict(detector.named_modules())
+    for name, module in modules.items():
+        if name in calls and name:
+            _around(module, flow, name)
+    for inside in (*quantized_weights(detector).values(), *(m for m in modules.values() if isinstance(m, QUANTIZABLE))):
+        _around(inside, flow, None)
+    for name, names in outputs.items():
+        hook = QuantizedOutput(state, name, names)
+        state.hooks.append(hook)
+        modules[name].register_forward_hook(hook)
+    detector.forward = _Running(flow, detector.forward)
+
+
+def _around(module: nn.Module, flow: Dataflow, name: str | None) -> None:
+    module.register_forward_pre_hook(_Enter(flow, name), prepend=True)
+    module.register_forward_hook(_Leave(flow), always_call=True)
