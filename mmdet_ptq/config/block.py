@@ -31,10 +31,11 @@ class PTQConfig:
             of activations and weights (scale migration); None leaves the weights as they are.
         weights: Format of all weights.
         activations: Format of all layer inputs.
-        dataflow: What else is quantized between the layers: ``'full'`` also quantizes layer outputs and the results of
-            sums, products, activation functions and poolings there, so that runtimes stay in integers;
-            ``'per_channel'`` is the same with a scale per channel for layer outputs that only SiLU or HardSwish reads;
-            None quantizes nothing but layer inputs.
+        dataflow: What else is quantized between the layers, and where the heads' output layers write: ``'full'``
+            quantizes everything there (layer outputs, sums, products, activation functions, poolings) in 8 bits with
+            one scale per tensor, which ONNX Runtime needs to compute every convolution and addition in integers;
+            with ``'per_channel'`` convolutions in front of SiLU or HardSwish keep a scale per channel and the
+            activation function computes in float: less speed, more accuracy; None quantizes nothing but layer inputs.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
         first: What differs in the layers that read the image.
@@ -99,7 +100,7 @@ class PTQConfig:
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
             equalize=merged.get('equalize'),
-            dataflow=merged.get('dataflow'),
+            dataflow=merged.get('dataflow', _needed_dataflow(merged.get('export', []))),
             bias_correction=merged.get('bias_correction', False),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])))
@@ -120,6 +121,11 @@ class PTQConfig:
     def to_dict(self) -> dict:
         """Plain dict, as it is written to ``results.json``."""
         return asdict(self)
+
+
+def _needed_dataflow(export: list) -> str | None:
+    """ONNX Runtime computes a convolution in integers only if its output is quantized, too."""
+    return 'per_channel' if 'onnxruntime' in export else None
 
 
 def _with_method(section: Any) -> Any:

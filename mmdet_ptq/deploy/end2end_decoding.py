@@ -90,8 +90,8 @@ class LevelDecoding(Decoding):
         count = len(self.priors[index])
         ranks = _rows(classes, count)
         if not self.sigmoid:
-            # the background is last
-            ranks = ranks.softmax(-1)[..., :-1]
+            # the background is last; OpenVINO loses a slice in this place
+            ranks = ranks.softmax(-1).split([self.channels - 1, 1], -1)[0]
         best, places, labels = _best(ranks, self.count)
         scores = best.sigmoid() if self.sigmoid else best
         kept = scores > self.threshold

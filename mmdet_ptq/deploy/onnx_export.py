@@ -61,6 +61,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         expand_quantizers(graph, detector, clip_codes=runtime == 'onnxruntime')
     passes.drop_redundant_clips(graph)
     if runtime == 'onnxruntime':
+        passes.quantize_movements(graph)
         passes.absorb_channel_scales(graph)
         passes.drop_redundant_clips(graph)
         passes.integer_biases(graph)

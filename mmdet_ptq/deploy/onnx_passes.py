@@ -55,39 +55,77 @@ def _saturates(reader: ir.Node, low: float, high: float) -> bool:
     return bool((low / scale + zero <= lowest + _SLACK).all()) and above
 
 
-def absorb_channel_scales(graph: ir.Graph) -> int:
-    """Moves per-channel activation scales into the weights on both sides, where kernels take one scale per tensor.
+def absorb_channel_scales(graph: ir.Graph) -> None:
+    """Moves per-channel activation scales out of quantize / dequantize pairs: kernels take one scale per tensor.
 
-    A depthwise convolution reads each channel by itself, so its weights take the channel's scale: the codes then mean
-    themselves. A convolution that writes the tensor divides its weights and bias by the scales. Needs one zero point
-    for all channels.
+    A convolution that writes the tensor divides its weights and bias by the scales, and the codes then mean
+    themselves. Depthwise convolutions, which read each channel by itself, multiply theirs; whoever else reads the
+    tensor gets it multiplied.
 
-    Returns:
-        How many tensors changed.
+    Args:
+        graph: Changed in place.
     """
-    readers: dict[ir.Value, list] = {}
-    for layer in layers(graph):
-        if layer.source is not None:
-            readers.setdefault(layer.source.outputs[0], []).append(layer)
-    changed = 0
-    for out, group in readers.items():
-        dequantize = group[0].source
-        if axis_of(dequantize) != 1 or constant(dequantize.inputs[1]).ndim != 1:
+    for node in list(graph):
+        if node.op_type != 'DequantizeLinear' or axis_of(node) != 1 or len(node.inputs) < 3:
             continue
-        scale, zero = constant(dequantize.inputs[1]), constant(dequantize.inputs[2])
-        depthwise = all(_is_depthwise(layer, len(scale)) for layer in group)
-        if not depthwise or len(out.uses()) != len(group) or (zero != zero[0]).any():
+        scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
+        quantize = _quantizer_of(node)
+        if scale.ndim != 1 or quantize is None:
             continue
-        one = add_constant(graph, f'{dequantize.name}.scale', np.float32(1))
-        point = add_constant(graph, f'{dequantize.name}.zero_point', zero[:1].reshape(()))
-        for layer in group:
-            _scale_weight(graph, layer.weight, scale)
-        _per_tensor(dequantize, one, point)
-        quantize = produced_by(dequantize.inputs[0], 'QuantizeLinear')
-        if quantize is not None and len(quantize.outputs[0].uses()) == 1:
+        if (zero != zero[0]).any():
+            _spell_out(graph, node, scale, zero)
+            continue
+        one = add_constant(graph, f'{node.name}_scale', np.float32(1))
+        point = add_constant(graph, f'{node.name}_zero_point', zero[:1].reshape(()))
+        _absorb_in_readers(graph, node, scale)
+        _per_tensor(node, one, point)
+        if _quantizer_readers(quantize) == [node]:
             _absorb_in_producer(graph, quantize, scale, one, point)
-        changed += 1
-    return changed
+
+
+def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
+    """QuantizeLinear that writes what a node dequantizes, perhaps behind a clip of the codes."""
+    clip = produced_by(dequantize.inputs[0], 'Clip')
+    return produced_by(clip.inputs[0] if clip is not None else dequantize.inputs[0], 'QuantizeLinear')
+
+
+def _quantizer_readers(quantize: ir.Node) -> list[ir.Node]:
+    readers = list(quantize.outputs[0].consumers())
+    return [inner for reader in readers
+            for inner in (reader.outputs[0].consumers() if reader.op_type == 'Clip' else [reader])]
+
+
+def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) -> None:
+    out = dequantize.outputs[0]
+    reading = [layer for layer in layers(graph) if layer.source is dequantize]
+    if len(reading) == len(out.uses()) and not out.is_graph_output() and all(
+            _is_depthwise(layer, len(scale)) for layer in reading):
+        for layer in reading:
+            _scale_weight(graph, layer.weight, scale)
+        return
+    factor = add_constant(graph, f'{dequantize.name}_factor', scale.reshape(-1, *[1] * (len(out.shape) - 2)))
+    scaled = ir.node('Mul', [out, factor], name=f'{dequantize.name}_scaled')
+    scaled.outputs[0].name = f'{dequantize.name}_scaled'
+    scaled.outputs[0].shape, scaled.outputs[0].type = out.shape, out.type
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    scaled.replace_input_with(0, out)
+    graph.insert_after(dequantize, scaled)
+
+
+def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> None:
+    """Dequantizes in float operations: fusing with a scale or zero point per channel makes ONNX Runtime fail."""
+    out = dequantize.outputs[0]
+    shape = (-1, *[1] * (len(out.shape) - 2))
+    cast = ir.node('Cast', [dequantize.inputs[0]], dict(to=ir.DataType.FLOAT), name=f'{dequantize.name}_cast')
+    centred = ir.node('Sub', [cast.outputs[0], add_constant(
+        graph, f'{dequantize.name}_centre', zero.astype(np.float32).reshape(shape))], name=f'{dequantize.name}_centred')
+    scaled = ir.node('Mul', [centred.outputs[0], add_constant(
+        graph, f'{dequantize.name}_factor', scale.reshape(shape))], name=f'{dequantize.name}_scaled')
+    for node in (cast, centred, scaled):
+        node.outputs[0].name = node.name
+        graph.insert_before(dequantize, node)
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    graph.remove(dequantize, safe=True)
 
 
 def _is_depthwise(layer, channels: int) -> bool:
@@ -98,15 +136,28 @@ def _is_depthwise(layer, channels: int) -> bool:
 
 def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
     producer = produced_by(quantize.inputs[0], 'Conv')
-    if producer is None or only_consumer(producer.outputs[0]) is not quantize:
+    weight = None if producer is None else produced_by(producer.inputs[1], 'DequantizeLinear')
+    if weight is None or only_consumer(producer.outputs[0]) is not quantize:
+        _divide_before(graph, quantize, scale, one, zero)
         return
-    weight = produced_by(producer.inputs[1], 'DequantizeLinear')
     bias = constant(producer.inputs[2]) if len(producer.inputs) > 2 else np.zeros(len(scale), np.float32)
-    if weight is None or bias is None:
-        return
     _scale_weight(graph, weight, 1 / scale)
     producer.resize_inputs(3)
     producer.replace_input_with(2, add_constant(graph, f'{producer.name}.bias', (bias / scale).astype(np.float32)))
+    _per_tensor(quantize, one, zero)
+
+
+def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
+    """Where integers would be computed right before a scale per channel, the division stands by itself."""
+    producer = quantize.inputs[0].producer()
+    if producer is None or not any(produced_by(value, 'DequantizeLinear') for value in producer.inputs):
+        return
+    shape = (-1, *[1] * (len(quantize.outputs[0].shape) - 2))
+    factor = add_constant(graph, f'{quantize.name}_scale', scale.reshape(shape))
+    divided = ir.node('Div', [quantize.inputs[0], factor], name=f'{quantize.name}_divided')
+    divided.outputs[0].name = divided.name
+    graph.insert_before(quantize, divided)
+    quantize.replace_input_with(0, divided.outputs[0])
     _per_tensor(quantize, one, zero)
 
 
@@ -200,3 +251,48 @@ def _look_up_nodes(graph: ir.Graph, before: ir.Node, name: str, shape: tuple[int
         node.outputs[0].name = f'{node.name}_value'
         graph.insert_before(before, node)
     return nodes[-1].outputs[0]
+
+
+# operations whose results are some of their inputs' values
+_MOVEMENTS = ('Concat', 'MaxPool', 'Resize', 'Transpose', 'Reshape', 'Slice', 'Split', 'Flatten', 'Squeeze',
+              'Unsqueeze', 'DepthToSpace', 'SpaceToDepth')
+
+
+def quantize_movements(graph: ir.Graph) -> None:
+    """Puts a quantize / dequantize pair behind operations that only move values: runtimes move the codes then.
+
+    The values lie on the quantizer's grid already, so that the pair changes nothing.
+
+    Args:
+        graph: Changed in place.
+    """
+    for node in list(graph):
+        if node.op_type not in _MOVEMENTS or (node.op_type == 'Resize' and not _nearest(node)):
+            continue
+        data = node.inputs if node.op_type == 'Concat' else node.inputs[:1]
+        sources = [produced_by(value, 'DequantizeLinear') for value in data]
+        if None in sources or len({_pair_key(source) for source in sources}) > 1 or axis_of(sources[0]) is not None:
+            continue
+        for number, out in enumerate(node.outputs):
+            if all(reader.op_type == 'QuantizeLinear' for reader in out.consumers()) or out.is_graph_output():
+                continue
+            _requantize(graph, node, out, sources[0].inputs[1:], f'{node.name}_moved_{number}')
+
+
+def _nearest(node: ir.Node) -> bool:
+    return 'mode' not in node.attributes or node.attributes['mode'].as_string() == 'nearest'
+
+
+def _pair_key(dequantize: ir.Node) -> tuple:
+    return tuple((constant(value).dtype.str, constant(value).tobytes()) for value in dequantize.inputs[1:])
+
+
+def _requantize(graph: ir.Graph, node: ir.Node, out: ir.Value, pair: list, name: str) -> None:
+    quantize = ir.node('QuantizeLinear', [out, *pair], name=f'{name}_quantize')
+    dequantize = ir.node('DequantizeLinear', [quantize.outputs[0], *pair], name=f'{name}_dequantize')
+    for inserted, dtype in ((quantize, pair[1].dtype), (dequantize, ir.DataType.FLOAT)):
+        value = inserted.outputs[0]
+        value.name, value.shape, value.type = inserted.name, out.shape, ir.TensorType(dtype)
+    out.replace_all_uses_with(dequantize.outputs[0])
+    quantize.replace_input_with(0, out)
+    graph.insert_after(node, [quantize, dequantize])

@@ -123,6 +123,8 @@ class AffineQuantizer(Quantizer):
         num_channels (int | None): Channels with their own scale; None for one per tensor. Defaults to None.
         channel_axis (int): Axis of the channels. Defaults to 1.
         narrow_range (bool): Leave out the lowest code, as some int8 kernels want. Defaults to False.
+        shared_zero_point (bool): One zero point for all channels, as kernels want it of activations: their padding is
+            one code. Defaults to False.
         learn_scale (bool): Offer the scale for training. Defaults to True.
     """
 
@@ -132,11 +134,13 @@ class AffineQuantizer(Quantizer):
                  num_channels: int | None = None,
                  channel_axis: int = 1,
                  narrow_range: bool = False,
+                 shared_zero_point: bool = False,
                  learn_scale: bool = True) -> None:
         check_bits(bits, (2, 3, 4, 5, 6, 7, 8, 16), '2..8 or 16')
         super().__init__(bits, num_channels, channel_axis)
         self.symmetric = bool(symmetric)
         self.narrow_range = bool(narrow_range)
+        self.shared_zero_point = bool(shared_zero_point)
         self.learn_scale = bool(learn_scale)
         self.scale = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn_scale)
         self.register_buffer('zero_point', torch.zeros(self.param_shape, dtype=torch.int32))
@@ -166,6 +170,7 @@ class AffineQuantizer(Quantizer):
             num_channels=self.num_channels,
             channel_axis=self.channel_axis,
             narrow_range=self.narrow_range,
+            shared_zero_point=self.shared_zero_point,
             learn_scale=self.learn_scale)
 
     def forward(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
@@ -231,6 +236,8 @@ class AffineQuantizer(Quantizer):
     def _params_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a range that contains zero; a range of nothing but zero gets scale 1."""
         first, last = self.code_range
+        if self.shared_zero_point and not self.symmetric and low.dim() == 1 and self.num_channels is not None:
+            return self._params_of_shared_zero(low, high)
         if self.symmetric:
             scale = torch.maximum(low / first, high / last)
         else:
@@ -238,6 +245,25 @@ class AffineQuantizer(Quantizer):
         scale = torch.where(high - low > 0, scale.clamp_min(SCALE_FLOOR), torch.ones_like(scale))
         zero = torch.zeros_like(scale) if self.symmetric else (first - low / scale).round().clamp(first, last)
         return scale, zero
+
+    def _params_of_shared_zero(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The zero point that costs least: the mean square of how much wider it makes the channels' steps."""
+        (first, last), live = self.code_range, high - low > 0
+        if not live.any():
+            return torch.ones_like(low), torch.full_like(low, first)
+        low_live, high_live = low[live], high[live]
+        start, stop = first, last
+        for step in (256, 1):  # the cost is convex: the best of all codes lies around the best of every 256th
+            zero = torch.arange(start, stop + 1, step, dtype=low.dtype, device=low.device)[:, None]
+            # no codes on a side that holds values: an infinite step
+            below, above = (torch.where(end == 0, 0, end / codes) for end, codes in (
+                (-low_live, zero - first), (high_live, last - zero)))
+            scales = torch.maximum(below, above)
+            best = int((scales / (high_live - low_live)).square().mean(1).argmin())
+            start, stop = max(first, int(zero[best]) - step), min(last, int(zero[best]) + step)
+        scale = torch.ones_like(low)
+        scale[live] = scales[best].clamp_min(SCALE_FLOOR)
+        return scale, zero[best].expand_as(scale)
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -317,6 +343,8 @@ class AffineQuantizer(Quantizer):
         scale, zero = (torch.cat(parts).view(self.param_shape) for parts in zip(*found, strict=True))
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
+        if self.shared_zero_point:
+            self.set_range(*(scale * (code - zero) for code in self.code_range))
 
     def _search_range(self, matrix: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each row with the least squared error over a grid of clip ratios.

@@ -20,7 +20,7 @@ from ..config import PTQConfig
 from ..quantizers import build_quantizer
 from .chains import _METADATA, _function_name
 from .flow import Frames, Site, output_name
-from .layers import QUANTIZABLE, channel_axis, is_depthwise, out_channels
+from .layers import QUANTIZABLE, channel_axis, channel_format, is_depthwise, out_channels
 from .operations import (
     ARITHMETIC,
     GATED,
@@ -206,6 +206,7 @@ class _Graph:
         self.producer: dict[Key, Operation] = {}
         self.input_names: dict[Key, str] = {}
         self.layers = layers
+        self.outputs = outputs
         for op in self.operations:
             for key in dict.fromkeys(op.inputs):
                 self.readers[key].append(op)
@@ -256,8 +257,12 @@ class _Graph:
         if any(reader.overwrites and reader.inputs[0] == key for reader in self.readers[key]):
             return False
         if op.kind == LAYER:
-            return key in self.comes and key in self.leads_anyhow
+            return key in self.comes and key in self.leads_anyhow or self.writes_output(op)
         return (op.kind == ARITHMETIC or op.joins) and key in self.comes and key in self.leads
+
+    def writes_output(self, op: Operation) -> bool:
+        """Whether a quantized layer writes an output of the heads."""
+        return op.kind == LAYER and op.name in self.outputs and self.input_of(op) is not None
 
     def reads_values(self, key: Key) -> list[Operation]:
         """The operations through which a tensor leads to a quantized layer."""
@@ -302,8 +307,9 @@ class _Planner:
     """Gives every tensor between quantized layers its quantizer."""
 
     def __init__(self, graph: _Graph, structure: Structure, cfg: PTQConfig, modules: dict[str, nn.Module],
-                 calls: dict[str, int]) -> None:
+                 calls: dict[str, int], outputs: frozenset[str]) -> None:
         self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
+        self.outputs = outputs
         self.per_channel = cfg.dataflow == 'per_channel'
         policy = cfg.activations
         bits = max(policy.bits, BITS)
@@ -317,7 +323,8 @@ class _Planner:
     def plan(self) -> None:
         """Writes quantizers, outputs and sites into the structure."""
         graph, layers = self.graph, self.graph.layers
-        found = [op for op in graph.operations if graph.between(op) and not graph.fused(op)]
+        found = [op for op in graph.operations
+                 if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op)]
         self._one_scale_where_others_read(found)
         for op in found:
             self.name_of(op)
@@ -328,7 +335,8 @@ class _Planner:
                 layer.outputs = layer.outputs or [None] * len(layer.inputs)
                 layer.outputs[op.place[1]] = name
             else:
-                gate = self._fixed(f'{self._site_name(op)}/{GATED[op.name]}') if op.name in GATED else None
+                gated = op.name in GATED and not self._float_gate(op.inputs[0])
+                gate = self._fixed(f'{self._site_name(op)}/{GATED[op.name]}') if gated else None
                 observes = name == self._site_name(op) and 'range' not in self._entry(name)
                 self.structure.sites.append(Site(*op.place, name, gate, observes).to_dict())
 
@@ -349,7 +357,8 @@ class _Planner:
                 continue
             if any(r.kind != LAYER or not is_depthwise(self.modules[r.name]) for r in graph.reads_values(key)):
                 entry = self._entry(name)
-                entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
+                one = {key: value for key, value in entry['spec'].items() if key != 'shared_zero_point'}
+                entry['spec'] = build_quantizer({**one, 'num_channels': None}).spec()
 
     def name_of(self, op: Operation) -> str:
         """The quantizer of what an operation computes."""
@@ -400,15 +409,30 @@ class _Planner:
         calls = f'#{call}' if self.calls[module] > 1 else ''
         return f'{module.replace(".", "/")}:{name}' + (f'-{index}' if index else '') + calls
 
+    def float_gates(self) -> list[dict]:
+        """The gated activations that compute in float, as islands are told."""
+        reason = 'its input has a scale per channel'
+        return [dict(module=op.place[0], operation=op.name, reason=reason) for op in self.graph.operations
+                if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])]
+
     def _entry(self, name: str) -> dict:
         return self.structure.activations[name]
 
     def _channels(self, op: Operation) -> dict:
         """A scale per channel for what only gated activations read; the layer's own scales per channel absorb it."""
-        if not self.per_channel or op.kind != LAYER or not self.graph.only_gated(op.outputs[0]):
+        if op.kind != LAYER or not (op.name in self.outputs or self._float_gate(op.outputs[0])):
             return {}
         module = self.modules[op.name]
-        return dict(num_channels=out_channels(module), channel_axis=channel_axis(module))
+        return channel_format(self.spec, out_channels(module), channel_axis(module))
+
+    def _is_float_gate(self, op: Operation) -> bool:
+        return op.name in GATES and self._float_gate(op.inputs[0])
+
+    def _float_gate(self, key: Key) -> bool:
+        """Whether a tensor keeps a scale per channel until a SiLU or HardSwish, which then computes in float."""
+        maker = self.graph.producer.get(key)
+        return (self.per_channel and maker is not None and maker.kind == LAYER and self.graph.between(maker)
+                and self.graph.only_gated(key))
 
     def _new(self, name: str, channels: dict) -> str:
         spec = build_quantizer({**self.spec, **channels}).spec()
@@ -430,18 +454,22 @@ def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run
         structure: Its structure with quantized weights and inputs, changed in place.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
-        outputs: Layers that write the heads' outputs, which stay float.
+        outputs: Layers that write the heads' outputs, quantized with a scale per channel.
     """
-    recorder = record_operations(detector, run)
-    graph = _Graph(recorder, {layer.name: layer for layer in structure.layers}, frozenset(outputs))
+    recorder, outputs = record_operations(detector, run), frozenset(outputs)
+    graph = _Graph(recorder, {layer.name: layer for layer in structure.layers}, outputs)
     calls = dict(recorder.frames.calls)
-    _Planner(graph, structure, cfg, dict(detector.named_modules()), calls).plan()
+    planner = _Planner(graph, structure, cfg, dict(detector.named_modules()), calls, outputs)
+    planner.plan()
     counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
     structure.module_calls = {module: calls[module] for module in sorted(counted)}
-    structure.islands = graph.islands()
+    islands = planner.float_gates() + graph.islands()
+    structure.islands = list({(i['module'], i['operation']): i for i in islands}.values())
     operations = sum(site['activation'] is not None for site in structure.sites)
     layers = sum(any(layer.outputs) for layer in structure.layers)
     print_log(f'{operations} operations between the layers and the outputs of {layers} layers are quantized', 'current')
+    groups = defaultdict(list)
     for island in structure.islands:
-        print_log(f'operation {island["operation"]} in module {island["module"] or "(the detector itself)"} stays '
-                  f'float: {island["reason"]}', 'current')
+        groups[island['operation'], island['reason']].append(island['module'] or '(the detector itself)')
+    for (operation, reason), places in groups.items():
+        print_log(f'operation {operation} stays float, {reason}: {", ".join(places)}', 'current')

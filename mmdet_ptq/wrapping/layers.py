@@ -1,7 +1,9 @@
 """Which modules are quantized, and how their weight becomes a matrix with one row per output channel."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,19 @@ def in_channels(module: nn.Module) -> int:
 def channel_axis(module: nn.Module) -> int:
     """The axis of a layer's input that holds the channels."""
     return -1 if isinstance(module, nn.Linear) else 1
+
+
+def channel_format(quantizer: Mapping[str, Any], channels: int, axis: int) -> dict[str, Any]:
+    """What turns an activation's format into one with a scale per channel.
+
+    Args:
+        quantizer: The format, a registry dict.
+        channels: Number of channels.
+        axis: Their axis.
+    """
+    affine = quantizer.get('type', '').rpartition('.')[2] == 'AffineQuantizer'
+    shared = affine and not quantizer.get('symmetric')
+    return dict(num_channels=channels, channel_axis=axis, **(dict(shared_zero_point=True) if shared else {}))
 
 
 def kind(module: nn.Module) -> str:
