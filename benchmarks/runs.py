@@ -5,10 +5,11 @@ import csv
 import io
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmdet_ptq.analysis import read_results
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,27 @@ FIELDS = ('detector', 'recipe', 'float_AP', 'quantized_AP', 'difference_points',
           'float_bytes', 'quantized_bytes', 'calibration_images', 'calibration_seconds', 'seed', 'date',
           'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'command')
 CALIBRATION = ('prepare', 'observe', 'protect', 'bias_correction', 'reconstruct', 'global')
+
+
+def run_ptq(config: Path, preset: str, work_dir: Path, options: Sequence[str] = (),
+            arguments: Sequence[str] = ()) -> tuple[list[str], dict]:
+    """Runs tools/ptq.py, taking over the stages that are finished.
+
+    Args:
+        config: The config.
+        preset: The preset it starts from.
+        work_dir: Where it runs.
+        options: ``--cfg-options``.
+        arguments: Further arguments.
+
+    Returns:
+        The command, and what ``results.json`` holds.
+    """
+    command = ['tools/ptq.py', str(config), '--preset', preset, '--work-dir', str(work_dir), '--resume', *arguments]
+    if options:
+        command += ['--cfg-options', *options]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return command, read_results(work_dir / 'results.json')
 
 
 def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: Sequence[str] = (),
@@ -31,11 +53,7 @@ def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: 
         recipe_options: ``--cfg-options`` that make the recipe; they stand in the command of the line.
         options: Further ones that change no figure (workers of the dataloader, say).
     """
-    command = ['tools/ptq.py', str(config), '--preset', preset, '--work-dir', str(work_dir), '--resume']
-    if recipe_options or options:
-        command += ['--cfg-options', *recipe_options, *options]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    results = read_results(work_dir / 'results.json')
+    command, results = run_ptq(config, preset, work_dir, [*recipe_options, *options])
     rows = {row['model']: row for row in results['rows']}
     ap = {name: row['metrics'][METRIC] for name, row in rows.items()}
     versions = results['versions']
@@ -45,16 +63,30 @@ def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: 
         difference_points=round(100 * (ap['simulated'] - ap['float']), 1),
         integer_mac_share=results['coverage']['integer_mac_share'], float_bytes=rows['float']['size_bytes'],
         quantized_bytes=rows['simulated']['size_bytes'], calibration_images=results['calibration']['num_images'],
-        calibration_seconds=round(sum(results['stages'].get(s, {}).get('seconds', 0) for s in CALIBRATION)),
+        calibration_seconds=calibration_seconds(results),
         seed=results['seed'], date=results['date'][:10],
         command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *told]),
         **{name: versions[name] for name in FIELDS if name in versions})
 
 
-def write_csv(path: Path, lines: Sequence[dict]) -> None:
+def one_sentence(main: Callable[[], None]) -> None:
+    """Runs a command line; a user's mistake becomes one sentence."""
+    try:
+        main()
+    except PTQError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def calibration_seconds(results: dict) -> int:
+    """Time of all calibration stages of a run, what was taken over included."""
+    return round(sum(results['stages'].get(stage, {}).get('seconds', 0) for stage in CALIBRATION))
+
+
+def write_csv(path: Path, lines: Sequence[dict], fields: Sequence[str] = FIELDS) -> None:
     """Writes the lines."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator='\n')
+    writer = csv.DictWriter(text, fields, lineterminator='\n')
     writer.writeheader()
     writer.writerows(lines)
     write_text(path, text.getvalue())

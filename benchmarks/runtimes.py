@@ -1,0 +1,69 @@
+"""One run per detector and preset, exported: float, simulated and every runtime, one CSV line each.
+
+python benchmarks/runtimes.py CONFIG [CONFIG ...] --presets w8a8 w4a8 --out docs/results/runtimes.csv
+
+A second run with the same --work-dir takes over what is finished.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
+
+from mmdet_ptq.deploy import model_bytes, runtime_names
+
+VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'python')
+FIELDS = ('detector', 'preset', 'model', 'AP', 'difference_points', 'bytes', 'float_bytes', 'bytes_ratio',
+          'integer_convolutions', 'convolutions', 'latency_ratio', 'dataflow', 'calibration_images', 'seed', 'date',
+          *VERSIONS, 'command')
+
+
+def lines_of(config: Path, preset: str, folder: Path, options: list[str], silent: list[str]) -> list[dict]:
+    """Runs one recipe; a line per row of its results."""
+    command, results = run_ptq(config, preset, folder, [*options, *silent])
+    first, found = results['rows'][0], []
+    told = ['--cfg-options', *options] if options else []
+    for row in results['rows']:
+        coverage = results.get('runtimes', {}).get(row['model'])
+        float_bytes = first['size_bytes']
+        if coverage:
+            # in the same format, so that names and graph count on both sides
+            stored = next((folder / row['model'] / 'float').glob('model.*'))
+            float_bytes = model_bytes(stored)
+        ap, reference = row['metrics'][METRIC], first['metrics'][METRIC]
+        found.append(dict(
+            detector=config.stem, preset=preset, model=row['model'], AP=ap,
+            difference_points=round(100 * (ap - reference), 1), bytes=row['size_bytes'], float_bytes=float_bytes,
+            bytes_ratio=round(row['size_bytes'] / float_bytes, 3),
+            integer_convolutions=len(coverage['integer']) if coverage else '',
+            convolutions=len(coverage['integer']) + len(coverage['float']) if coverage else '',
+            latency_ratio=row['latency_ratio'] and round(row['latency_ratio'], 2),
+            dataflow=results['recipe']['dataflow'], calibration_images=results['calibration']['num_images'],
+            seed=results['seed'], date=results['date'][:10],
+            command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *told]),
+            **{name: results['versions'].get(name, '') for name in VERSIONS}))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('configs', nargs='+', type=Path)
+    parser.add_argument('--presets', nargs='+', default=['w8a8'])
+    parser.add_argument('--runtimes', nargs='+', default=['onnxruntime', 'openvino'], choices=runtime_names())
+    parser.add_argument('--recipe', nargs='*', default=[], metavar='KEY=VALUE', help='changes that make the recipe')
+    parser.add_argument('--out', type=Path, required=True, help='CSV file')
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'runtimes')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='changes that change no figure')
+    args = parser.parse_args()
+    options = [f'ptq.export={args.runtimes}'.replace(' ', ''), *args.recipe]
+    lines = []
+    for config in args.configs:
+        for preset in args.presets:
+            folder = args.work_dir.resolve() / config.stem / preset
+            lines += lines_of(config.resolve(), preset, folder, options, args.cfg_options)
+            write_csv(args.out, lines, FIELDS)
+
+
+if __name__ == '__main__':
+    one_sentence(main)

@@ -1,0 +1,337 @@
+"""The benchmarks' own parts on tiny detectors: command lines, CSV columns, what other tools make of a float graph."""
+import copy
+import csv
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmdet_ptq.deploy import export_onnx, get_runtime, open_model
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import tiny_batch, tiny_config, tiny_detector
+from mmdet_ptq.testing.models import tiny_model_cfg
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
+SHAPE = (1, 3, 64, 64)
+
+
+class ForeignConv(nn.Conv2d):
+    """As mmcv's Conv2dAdaptivePadding is one."""
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Benchmarks are scripts beside the package: they import each other by their own names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope='module')
+def detector():
+    return tiny_detector('retinanet')
+
+
+@pytest.fixture(scope='module')
+def images(detector):
+    inputs = detector.data_preprocessor(tiny_batch(6), False)['inputs']
+    return [inputs[i:i + 1].numpy() for i in range(len(inputs))]
+
+
+@pytest.fixture(scope='module')
+def float_onnx(detector, tmp_path_factory):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    path = tmp_path_factory.mktemp('float') / 'model.onnx'
+    export_onnx(detector, path, SHAPE)
+    return path
+
+
+@pytest.fixture(scope='module')
+def float_openvino(detector, tmp_path_factory):
+    pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
+    return get_runtime('openvino').export(detector, tmp_path_factory.mktemp('float'), SHAPE)
+
+
+def assert_close(found, wanted):
+    """Eight bits after a few images: close to float, and not float itself."""
+    assert [a.shape for a in found] == [b.shape for b in wanted]
+    a, b = (np.concatenate([array.ravel() for array in arrays]) for arrays in (found, wanted))
+    assert 0 < np.abs(a - b).mean() < 0.2 * b.std()
+
+
+@torch.no_grad()
+def raw(detector, image):
+    outputs = detector(torch.from_numpy(image), None, mode='tensor')
+    return [tensor.numpy() for group in outputs for tensor in group]
+
+
+# ------------------------------------------------------------------ other tools' models
+
+@pytest.mark.parametrize('method', ['MinMax', 'Percentile'])
+def test_quantize_static_runs_in_our_runtime_class(float_onnx, images, tmp_path, method):
+    out = tmp_path / 'static' / 'model.onnx'
+    module('peer_models').quantize_onnxruntime(float_onnx, out, images, method)
+    model, reference = open_model(out, threads=1), open_model(float_onnx, threads=1)
+    assert model.meta == reference.meta
+    coverage = model.coverage()
+    assert coverage.integer and not coverage.float
+    assert_close(model(images[0]), reference(images[0]))
+    assert [file.name for file in out.parent.iterdir()] == ['model.onnx']
+
+
+def test_nncf_runs_in_our_runtime_class(float_openvino, images, tmp_path):
+    pytest.importorskip('nncf', reason='needs pip install nncf')
+    out = tmp_path / 'nncf' / 'model.xml'
+    module('peer_models').quantize_nncf(float_openvino, out, images, 'MIXED')
+    model, reference = open_model(out, threads=1), open_model(float_openvino, threads=1)
+    assert model.meta == reference.meta
+    assert model.coverage().integer
+    assert_close(model(images[0]), reference(images[0]))
+
+
+def test_torch_ao_computes_in_integers_and_leaves_the_detector_alone(detector, images):
+    before = copy.deepcopy(detector.state_dict())
+    quantized, integer, total = module('peer_models').quantize_torch(detector, images)
+    convolutions = [m for m in quantized.modules() if type(m).__module__.startswith('torch.ao.nn.quantized')
+                    and hasattr(m, 'weight')]
+    assert len(convolutions) == integer == total == sum(isinstance(m, nn.Conv2d) for m in detector.modules())
+    assert all(conv.weight().dtype == torch.qint8 for conv in convolutions)
+    assert_close(raw(quantized, images[0]), raw(detector, images[0]))
+    assert all(torch.equal(before[name], value) for name, value in detector.state_dict().items())
+
+
+def test_torch_ao_says_which_convolutions_it_does_not_know(detector, images):
+    foreign = copy.deepcopy(detector)
+    for conv in [m for m in foreign.modules() if isinstance(m, nn.Conv2d)]:
+        conv.__class__ = ForeignConv
+    with pytest.raises(PTQError, match=r'none of the \d+ convolutions.*not ForeignConv'):
+        module('peer_models').quantize_torch(foreign, images)
+
+
+def test_a_missing_package_is_named(float_openvino, images, tmp_path, monkeypatch):
+    peer_models = module('peer_models')
+    monkeypatch.setattr(peer_models, 'find_spec', lambda name: None if name == 'nncf' else name)
+    with pytest.raises(PTQError, match='nncf is not installed; pip install nncf'):
+        peer_models.quantize_nncf(float_openvino, tmp_path / 'model.xml', images)
+    assert peer_models.package_version('no-such-package') == 'missing'
+
+
+def test_the_reader_gives_each_image_once_and_ranges_of_them():
+    reader = module('peer_models').ImageReader(['a', 'b', 'c', 'd'])
+    assert [reader.get_next() for _ in range(5)] == [{'input': name} for name in 'abcd'] + [None]
+    reader.set_range(1, 3)
+    assert [reader.get_next() for _ in range(3)] == [{'input': 'b'}, {'input': 'c'}, None]
+    assert len(reader) == 4
+
+
+# ------------------------------------------------------------------ peers.py
+
+@pytest.fixture
+def config(tmp_path):
+    cfg = tiny_config('retinanet', tmp_path)
+    path = tmp_path / 'tiny.py'
+    cfg.dump(path)
+    return path
+
+
+def peers_arguments(config, tmp_path, *more):
+    return [str(config), '--out', str(tmp_path / 'out.csv'), '--work-dir', str(tmp_path / 'work'), '--images', '4',
+            '--pairs', '1', *more]
+
+
+def read(path):
+    with path.open(encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def test_peers_measures_and_takes_over(config, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    peers = module('peers')
+    peers.main(peers_arguments(config, tmp_path, '--peers', 'ort_minmax'))
+    first = read(tmp_path / 'out.csv')
+    assert tuple(first[0]) == peers.FIELDS
+    assert [line['peer'] for line in first] == ['float', 'ort_minmax']
+    line = first[1]
+    assert line['detector'] == 'tiny' and line['runtime'] == 'onnxruntime'
+    assert float(line['drop_points']) == pytest.approx(100 * (float(first[0]['AP']) - float(line['AP'])), abs=0.05)
+    assert int(line['file_bytes']) < int(line['float_file_bytes'])
+    assert line['integer_convolutions'] == line['convolutions'] != '0'
+    assert float(line['latency_ratio']) > 0
+    assert '--peers ort_minmax' in line['command'] and str(tmp_path) not in line['command']
+
+    def again(subject):
+        raise RuntimeError('measured a second time')
+
+    monkeypatch.setattr(peers, 'PEERS', dict.fromkeys(peers.PEERS, again))
+    peers.main(peers_arguments(config, tmp_path, '--peers', 'ort_minmax'))
+    assert read(tmp_path / 'out.csv') == first
+    # other calibration images are another measurement
+    with pytest.raises(SystemExit):
+        peers.main(peers_arguments(config, tmp_path, '--peers', 'ort_minmax', '--seed', '1'))
+    assert 'measured a second time' in read(tmp_path / 'out.csv')[1]['note']
+
+
+def test_a_peer_that_fails_or_is_missing_is_a_line_and_runs_next_time(config, tmp_path, monkeypatch, capsys):
+    peers = module('peers')
+    outcome = {'error': ValueError('no such\nkernel')}
+
+    def torch_ao(subject):
+        if outcome['error']:
+            raise outcome['error']
+        return [dict(runtime='torch', AP=0.25)]
+
+    monkeypatch.setitem(peers.PEERS, 'float', lambda subject: [dict(runtime='torch', AP=0.5)])
+    monkeypatch.setitem(peers.PEERS, 'torch_ao', torch_ao)
+    arguments = peers_arguments(config, tmp_path, '--peers', 'torch_ao')
+    with pytest.raises(SystemExit) as stopped:
+        peers.main(arguments)
+    assert stopped.value.code == 1
+    assert read(tmp_path / 'out.csv')[1]['note'] == 'failed: ValueError: no such kernel'
+    outcome['error'] = PTQError('the package x is not installed; pip install x.')
+    peers.main(arguments)  # a peer that is not there is no failure
+    assert read(tmp_path / 'out.csv')[1]['note'] == 'skipped: the package x is not installed; pip install x.'
+    assert 'tiny, torch_ao: skipped' in capsys.readouterr().out
+    outcome['error'] = None
+    peers.main(arguments)
+    line = read(tmp_path / 'out.csv')[1]
+    assert (line['AP'], line['drop_points'], line['note']) == ('0.25', '25.0', '')
+
+
+def test_the_images_are_those_that_a_run_draws(config, tmp_path):
+    peers = module('peers')
+    from mmdet_ptq.cli import load_config
+    from mmdet_ptq.engine import PTQRunner
+    args = SimpleNamespace(work_dir=tmp_path / 'work', cfg_options=[], images=4, seed=3, preset='w8a8_observe')
+    subject = peers.Subject(config, args)
+    cfg = load_config(str(config), ['ptq.calibration.num_images=4', 'ptq.calibration.seed=3'])
+    runner = PTQRunner.from_cfg(cfg)
+    assert len(subject.images) == 4
+    for mine, sample in zip(subject.images, runner.calibration, strict=True):
+        batch = dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']])
+        assert np.array_equal(mine, runner.detector.data_preprocessor(batch, False)['inputs'].numpy())
+
+
+def test_ours_gives_a_line_per_row_of_the_results(config, tmp_path, monkeypatch):
+    peers = module('peers')
+    rows = [dict(model=name, metrics={'coco/bbox_mAP': ap}, size_bytes=12, latency_ratio=ratio)
+            for name, ap, ratio in (('float', 0.5, None), ('simulated', 0.49, None), ('onnxruntime', 0.48, 1.234))]
+    results = dict(rows=rows, stages=dict(observe=dict(seconds=2.4), evaluate_float=dict(seconds=9)),
+                   runtimes=dict(onnxruntime=dict(integer=['a', 'b'], float=['c'])))
+    given = []
+    monkeypatch.setattr(peers, 'run_ptq', lambda *a: (given.append(a), ([], results))[1])
+    args = SimpleNamespace(work_dir=tmp_path / 'work', cfg_options=['a=1'], images=4, seed=3, preset='w4a8')
+    simulated, exported = peers.measure_ours(peers.Subject(config, args))
+    assert (simulated['runtime'], simulated['AP'], simulated['integer_convolutions']) == ('simulated', 0.49, None)
+    assert (exported['integer_convolutions'], exported['convolutions'], exported['latency_ratio']) == (2, 3, 1.23)
+    assert exported['calibration_seconds'] == 2
+    (_, preset, _, options, arguments), = given
+    assert preset == 'w4a8' and arguments == ['--seed', '3']
+    assert options == ['ptq.calibration.num_images=4', 'ptq.export=[onnxruntime,openvino]', 'a=1']
+
+
+def test_a_mistake_is_one_sentence(capsys):
+    def main():
+        raise PTQError('name another key.')
+
+    with pytest.raises(SystemExit) as stopped:
+        module('runs').one_sentence(main)
+    assert stopped.value.code == 2 and capsys.readouterr().err == 'error: name another key.\n'
+
+
+def test_peers_knows_its_peers(capsys):
+    with pytest.raises(SystemExit):
+        module('peers').main(['x.py', '--out', 'y.csv', '--peers', 'nobody'])
+    assert 'nncf_mixed' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ latency.py
+
+def test_a_size_stands_behind_the_path(tmp_path):
+    parse = module('latency').parse_subject
+    assert parse(str(tmp_path)) == (tmp_path, None)
+    assert parse(f'{tmp_path}@320x416') == (tmp_path, (320, 416))
+    with pytest.raises(PTQError, match='must end in @HEIGHTxWIDTH'):
+        parse(f'{tmp_path}@320')
+    with pytest.raises(PTQError, match='neither a config nor a work directory'):
+        parse(str(tmp_path / 'nothing'))
+
+
+def test_the_size_of_the_test_pipeline(config):
+    from mmdet_ptq.cli import load_config
+    detectors, cfg = module('float_detectors'), load_config(str(config))
+    assert detectors.pipeline_size(cfg) == (64, 64)
+    cfg.test_dataloader.dataset.pipeline[2].scale = (1333, 800)
+    with pytest.raises(PTQError, match='CONFIG@HEIGHTxWIDTH'):
+        detectors.pipeline_size(cfg)
+
+
+def test_random_weights_get_statistics_that_fit():
+    detectors = module('float_detectors')
+    init_default_scope('mmdet')
+    detector = detectors.build_detector(Config(dict(model=tiny_model_cfg('retinanet'))))
+    batches = detectors.generated_batches((64, 96), 3, seed=0)
+    assert batches[0]['inputs'][0].shape == (3, 64, 96)
+    assert not torch.equal(batches[0]['inputs'][0], batches[1]['inputs'][0])
+    detectors.settle_norms(detector, batches)
+    detector.eval()
+    norm = next(m for m in detector.modules() if isinstance(m, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))  # ReLU writes into it
+    inputs = torch.cat([detector.data_preprocessor(copy.deepcopy(batch), False)['inputs'] for batch in batches])
+    with torch.no_grad():
+        detector(inputs, None, mode='tensor')
+    assert seen[0].std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_latency_of_a_random_detector(config, tmp_path, capsys):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    latency, out = module('latency'), tmp_path / 'latency.csv'
+    latency.main([f'{config}@64x64', '--random-weights', '--threads', '1', '--pairs', '2', '--images', '2',
+                  '--runtimes', 'onnxruntime', '--profile', '--out', str(out), '--work-dir', str(tmp_path / 'latency')])
+    lines = read(out)
+    assert tuple(lines[0]) == latency.FIELDS
+    assert [(line['runtime'], line['model']) for line in lines] == [
+        ('onnxruntime', 'ours'), ('onnxruntime', 'quantize_static')]
+    for line in lines:
+        assert float(line['float_ms']) > 0 and float(line['int8_ms']) > 0 and float(line['ratio']) > 0
+        assert int(line['file_bytes']) < int(line['float_bytes'])
+        assert (line['size'], line['weights'], line['threads'], line['pairs']) == ('64x64', 'random', '1', '2')
+        assert str(tmp_path) not in line['command']
+    assert 'latency.py tiny.py@64x64 --random-weights' in lines[0]['command']
+    assert lines[0]['peer_ratio'] and not lines[1]['peer_ratio']
+    told = capsys.readouterr().out
+    assert 'tiny, onnxruntime, quantize_static, 1 threads' in told and 'QLinearConv' in told
+    # what it exported is what a run of tools/ptq.py leaves
+    subject = latency.exported_subject(tmp_path / 'latency' / 'tiny')
+    assert set(subject.models) == {'onnxruntime'} and subject.weights == 'trained'
+
+
+def test_a_work_directory_without_models_is_refused(tmp_path):
+    with pytest.raises(PTQError, match=r'holds no exported models.*ptq.export=\[onnxruntime,openvino\]'):
+        module('latency').exported_subject(tmp_path)
+
+
+def test_profile_sorts_and_averages(float_onnx, images):
+    profiles = module('profiles')
+    times = profiles.profile('onnxruntime', float_onnx, images[0], threads=1, runs=3)
+    model = open_model(float_onnx, threads=1)
+    convolutions = sum(entry.calls for entry in times if 'Conv' in entry.kind)
+    assert convolutions == len(model.meta['layers'])
+    assert [entry.milliseconds for entry in times] == sorted((entry.milliseconds for entry in times), reverse=True)
+
+
+def test_finished_lines_are_json(config, tmp_path, monkeypatch):
+    peers = module('peers')
+    monkeypatch.setitem(peers.PEERS, 'float', lambda subject: [dict(runtime='torch', AP=0.5)])
+    peers.main(peers_arguments(config, tmp_path, '--peers', 'float'))
+    kept = json.loads((tmp_path / 'work' / 'tiny' / 'lines' / 'float.json').read_text())
+    assert kept['lines'][0]['AP'] == 0.5 and set(kept['lines'][0]) <= set(peers.FIELDS)
