@@ -15,7 +15,7 @@ from ..onnx_export import export_onnx, model_meta, require
 from ..onnx_nodes import check_activation_formats
 from .base import IntegerCoverage, Runtime
 
-OLDEST = (1, 19)  # 4-bit initializers, opset 21
+OLDEST = (1, 20)  # 4-bit initializers, opset 21
 # in this order, where they are present
 PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
 

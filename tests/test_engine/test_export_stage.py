@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mmdet.apis import inference_detector
+from mmengine.config import Config
+
+from mmdet_ptq import cli
+from mmdet_ptq.deploy import open_model, runtime_detector
+from mmdet_ptq.engine import PTQRunner
+from mmdet_ptq.errors import PTQError
+
+pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
+NAMES = ('onnxruntime', 'openvino')
+
+
+@pytest.fixture(scope='module')
+def exported(config_file, one_thread, tmp_path_factory) -> PTQRunner:
+    cfg = Config.fromfile(config_file)
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=list(NAMES))
+    cfg.work_dir = str(tmp_path_factory.mktemp('exported'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+        runner = PTQRunner.from_cfg(cfg)
+        runner.run()
+    return runner
+
+
+def test_every_runtime_has_a_row_of_the_evaluator(exported):
+    results = json.loads((Path(exported.work_dir) / 'results.json').read_text())
+    assert [row['model'] for row in results['rows']] == ['float', 'simulated', *NAMES]
+    simulated = results['rows'][1]['metrics']
+    for row in results['rows'][2:]:
+        assert row['metrics'].keys() == simulated.keys() and row['latency_ratio'] > 0
+        assert row['metrics']['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
+        assert row['size_bytes'] < results['rows'][0]['size_bytes']
+    layers = {layer['name'] for layer in results['coverage']['layers']}
+    for name in NAMES:
+        coverage = results['runtimes'][name]
+        assert coverage['float'] == [] and {call.split('#')[0] for call in coverage['integer']} == layers
+
+
+def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
+    assert exported.ptq.dataflow == 'per_channel'
+
+
+def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):
+    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.runner.export_runtime', lambda *args: pytest.fail('exported again'))
+    cfg = Config.fromfile(exported.cfg.filename)
+    cfg.merge_from_dict(dict(ptq=exported.cfg.ptq.to_dict(), work_dir=exported.work_dir, resume=True))
+    cfg.ptq = exported.cfg.ptq
+    runner = PTQRunner.from_cfg(cfg)
+    runner.run()
+    assert runner.results['rows'] == exported.results['rows']
+
+
+@pytest.mark.parametrize('model', ['onnxruntime/model.onnx', 'openvino/model.xml'])
+def test_the_test_command_gives_the_row_of_an_exported_model(exported, config_file, tmp_path, capsys, model):
+    cli.test([str(config_file), f'{exported.work_dir}/{model}', '--work-dir', str(tmp_path)])
+    logged = json.loads(next(tmp_path.glob('2*/2*.json')).read_text().splitlines()[-1])
+    row = next(row for row in exported.results['rows'] if row['model'] == model.split('/')[0])
+    assert {key: logged[key] for key in row['metrics']} == pytest.approx(row['metrics'])
+    assert model.split('/')[0] in capsys.readouterr().out
+
+
+def test_a_runtime_answers_like_a_detector(exported, config_file):
+    model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
+    detector = runtime_detector(exported.cfg, model, exported.detector.dataset_meta)
+    image = str(sorted((config_file.parent / 'val').glob('*.png'))[0])
+    found = inference_detector(detector, image).pred_instances
+    assert len(found) > 0 and found.bboxes.shape[1] == 4
+
+
+def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys):
+    image = sorted(Path(exported.work_dir).parent.parent.glob('**/val/*.png'))
+    arguments = [f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)]
+    cli.export(arguments + (['--compare', str(image[0])] if image else []))
+    first = (Path(exported.work_dir) / 'onnxruntime' / 'model.onnx').read_bytes()
+    assert (tmp_path / 'onnxruntime' / 'model.onnx').read_bytes() == first
+
+
+@pytest.mark.parametrize('arguments,told', [
+    (['--to', 'onnxruntim'], "Did you mean 'onnxruntime'"),
+    (['--to', 'openvino', '--compare', 'image.jpg'], 'add onnxruntime to --to'),
+    (['--to', 'onnxruntime', '--compare', 'no_such_image.jpg'], "cannot read the image 'no_such_image.jpg'")])
+def test_mistakes_of_the_export_command(exported, tmp_path, capsys, arguments, told):
+    with pytest.raises(SystemExit) as stopped:
+        cli.export([f'{exported.work_dir}/quantized.pth', *arguments, '--out', str(tmp_path)])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_runtime_is_refused_before_any_work(make_runner):
+    with pytest.raises(PTQError, match=r"`ptq.export` knows .*Did you mean 'openvino'"):
+        make_runner(dict(ptq=dict(export=['openvin'])))
+
+
+def test_a_missing_package_is_refused_before_any_work(make_runner, monkeypatch):
+    runner = make_runner(dict(ptq=dict(export=['openvino'])))
+    monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
+    monkeypatch.setattr('mmdet_ptq.engine.runner.prepare_detector', lambda *args: pytest.fail('the work has begun'))
+    with pytest.raises(PTQError, match=r"pip install 'mmdet-ptq\[openvino\]'"):
+        runner.calibrate()
+
+
+def test_a_model_of_another_size_is_refused(exported, config_file):
+    model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
+    model.meta['input_shape'] = [1, 3, 32, 32]
+    detector = runtime_detector(exported.cfg, model)
+    with pytest.raises(PTQError, match='was exported for images of 32x32'):
+        inference_detector(detector, str(sorted((config_file.parent / 'val').glob('*.png'))[0]))
