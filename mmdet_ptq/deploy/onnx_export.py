@@ -19,6 +19,7 @@ from ..wrapping import is_quantized
 from .end2end import OUTPUTS, EndToEnd, check_end2end
 from .onnx_nodes import OPSET, expand_quantizers, quantizer_nodes
 from .raw_outputs import RawOutputs, check_exportable, output_layout
+from .tensorrt_rules import check_tensorrt_model, divide_before_quantizing
 
 FORMAT = 'mmdet_ptq.onnx'
 
@@ -35,9 +36,10 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         detector: A calibrated quantized detector, or a float one, in eval mode.
         path: The ``.onnx`` file; it is complete or absent.
         input_shape: (N, 3, H, W).
-        runtime: Whose graph it is: 'onnxruntime' or 'openvino'. Defaults to 'onnxruntime'.
+        runtime: Whose graph it is: 'onnxruntime', 'openvino' or 'tensorrt'. Defaults to 'onnxruntime'.
         dynamic_batch: Whether N stays open. Defaults to False.
-        packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table. Defaults to True.
+        packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, for ONNX Runtime.
+            Defaults to True.
         end2end: Whether the graph decodes and suppresses too, see :class:`mmdet_ptq.deploy.end2end.EndToEnd`. Defaults
             to False.
 
@@ -60,10 +62,13 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     if is_quantized(detector):
         expand_quantizers(graph, detector, clip_codes=runtime == 'onnxruntime')
     passes.drop_redundant_clips(graph)
-    if runtime == 'onnxruntime':
+    if runtime in ('onnxruntime', 'tensorrt'):
         passes.quantize_movements(graph)
         passes.absorb_channel_scales(graph)
         passes.drop_redundant_clips(graph)
+    if runtime == 'tensorrt':
+        divide_before_quantizing(graph)
+    if runtime == 'onnxruntime':
         passes.integer_biases(graph)
         if packed:
             passes.pack_weights(graph)
@@ -139,6 +144,8 @@ def _write(model, meta: dict, path: str | os.PathLike) -> None:
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     onnx.checker.check_model(proto, full_check=True)
+    if meta['runtime'] == 'tensorrt':
+        check_tensorrt_model(proto)
     write_atomic(path, lambda file: file.write(proto.SerializeToString()))
 
 

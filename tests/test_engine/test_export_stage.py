@@ -8,7 +8,7 @@ from mmdet.apis import inference_detector
 from mmengine.config import Config
 
 from mmdet_ptq import cli
-from mmdet_ptq.deploy import open_model, runtime_detector
+from mmdet_ptq.deploy import model_bytes, open_model, runtime_detector
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.errors import PTQError
 
@@ -36,7 +36,9 @@ def test_every_runtime_has_a_row_of_the_evaluator(exported):
     for row in results['rows'][2:]:
         assert row['metrics'].keys() == simulated.keys() and row['latency_ratio'] > 0
         assert row['metrics']['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
-        assert row['size_bytes'] < results['rows'][0]['size_bytes']
+        suffix = {'onnxruntime': 'onnx', 'openvino': 'xml'}[row['model']]
+        stored = Path(exported.work_dir) / row['model'] / 'float' / f'model.{suffix}'
+        assert 0 < row['size_bytes'] < model_bytes(stored)
     layers = {layer['name'] for layer in results['coverage']['layers']}
     for name in NAMES:
         coverage = results['runtimes'][name]

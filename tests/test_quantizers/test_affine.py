@@ -99,6 +99,72 @@ def test_numerics(values, bits, symmetric):
     assert ((y - x).abs() <= q.scale * 1.001 + 1e-6).all()
 
 
+ends = st.tuples(st.floats(-1e6, 0, width=32), st.floats(0, 1e6, width=32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ends, min_size=1, max_size=6), st.sampled_from(BITS), st.booleans())
+def test_one_zero_point_for_all_channels_covers_every_range_and_no_more(ranges, bits, narrow):
+    low, high = torch.tensor(ranges, dtype=torch.float32).unbind(1)
+    q = AffineQuantizer(bits, num_channels=len(ranges), channel_axis=0, narrow_range=narrow, shared_zero_point=True)
+    q.set_range(low, high)
+    first, last = q.code_range
+    assert q.zero_point.unique().numel() == 1 and first <= q.zero_point[0] <= last
+    assert torch.isfinite(q.scale).all() and (q.scale > 0).all()
+    codes = torch.tensor(q.code_range).expand(len(ranges), 2)
+    below, above = q.decode(codes).unbind(1)
+    slack = q.scale.detach() * (last - first) * 1e-6
+    assert (below <= low + slack).all() and (high <= above + slack).all()
+    # every channel touches an end: no scale could be smaller with this zero point
+    live = (high - low > 2.0**-40 * 2**17)
+    assert ((low - below < slack) & (low < 0) | (above - high < slack) & (high > 0))[live].all()
+    assert (q.scale[high - low == 0] == 1).all()
+
+    def cost(zero):
+        scale = torch.stack([-low.double() / (zero - first) if zero > first else torch.where(low < 0, torch.inf, 0.),
+                             high.double() / (last - zero) if zero < last else torch.where(high > 0, torch.inf, 0.)])
+        used = high - low > 0
+        return (scale.amax(0)[used] / (high - low)[used].double()).square().sum()
+
+    # no other zero point costs less
+    best = cost(int(q.zero_point[0]))
+    others = range(first, last + 1, 1 if bits <= 8 else 499)
+    neighbours = [zero for zero in (q.zero_point[0] - 1, q.zero_point[0] + 1) if first <= zero <= last]
+    assert all(best <= cost(int(zero)) * (1 + 1e-9) for zero in (*others, *neighbours))
+
+
+@pytest.mark.parametrize('bits', BITS)
+@pytest.mark.parametrize('narrow', [False, True])
+def test_one_zero_point_costs_nothing_where_no_channel_needs_it(bits, narrow):
+    kwargs = dict(bits=bits, num_channels=3, narrow_range=narrow)
+    shared, plain = AffineQuantizer(**kwargs, shared_zero_point=True), AffineQuantizer(**kwargs)
+    # ReLU; what is never positive; ranges of one form; nothing at all
+    for low, high in (([0, 0, 0], [1, 5, 0]), ([-2, -3, -1e-3], [0, 0, 0]), ([-1, -2, -4], [1, 2, 4]),
+                      ([0, 0, 0], [0, 0, 0])):
+        for q in (shared, plain):
+            q.set_range(torch.tensor(low), torch.tensor(high))
+        live = torch.tensor(high) > torch.tensor(low)
+        near = abs(shared.zero_point - plain.zero_point)[live].tolist()
+        assert near == [0] * len(near) or low[0] < 0 < high[0]
+        tight = 2**bits if low[0] < 0 < high[0] else torch.inf  # a rounded zero point leaves half a step
+        torch.testing.assert_close(shared.scale, plain.scale, rtol=1e-6 + 2 / tight, atol=0)
+        assert q.code_range[0] <= shared.zero_point[0] <= q.code_range[1]
+
+
+def test_one_zero_point_between_two_channels_that_want_different_ones():
+    q = AffineQuantizer(8, num_channels=2, channel_axis=0, shared_zero_point=True)
+    q.set_range(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 1.0]))
+    assert 0 < q.zero_point[0] < 127 and (q.scale[0] > 2 / 255) and (q.scale[1] > 1 / 255)
+    assert build_quantizer(q.spec()).shared_zero_point
+    # a weight's clip ratios are searched channel by channel first
+    q.fit_weight(torch.randn(2, 500) + torch.tensor([[0.0], [2.0]]))
+    assert q.zero_point[0] == q.zero_point[1]
+    # without it, and with signed codes, nothing changes
+    q = AffineQuantizer(8, True, 2, shared_zero_point=True)
+    q.set_range(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 1.0]))
+    assert torch.equal(q.scale, torch.full((2,), 1 / 127)) and not q.zero_point.any()
+
+
 @pytest.mark.parametrize('fill', [0.0, 3.0, -2.5, 1e-30])
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_constant_tensor(fill, symmetric):

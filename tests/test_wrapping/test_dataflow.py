@@ -46,17 +46,17 @@ def no_mode_is_left():
 
 @pytest.fixture(scope='session')
 def flowing(quantized):
-    """Builds each tiny detector with a full dataflow once."""
+    """Builds each tiny detector with each dataflow once."""
     built = {}
 
-    def get(kind):
-        if kind not in built:
+    def get(kind, dataflow='full'):
+        if (kind, dataflow) not in built:
             detector = tiny_detector(kind)
-            structure = prepare_detector(
-                detector, PTQConfig.from_dict(FULL), lambda: predict(detector, tiny_batch(1)))
+            structure = prepare_detector(detector, PTQConfig.from_dict({**FULL, 'dataflow': dataflow}),
+                                         lambda: predict(detector, tiny_batch(1)))
             observe_activations(detector, [tiny_batch(2, seed=1)], structure)
-            built[kind] = detector, structure
-        return built[kind]
+            built[kind, dataflow] = detector, structure
+        return built[kind, dataflow]
 
     return get
 
@@ -109,6 +109,7 @@ def toy(between, ptq=None, **layers):
 
 
 READ = 'bbox_head/0'  # the quantizer of what the head reads
+OUT = 'bbox_head/1:out'  # and of what it puts out
 
 
 def test_movements_share_the_quantizer_of_the_tensor_they_make_and_change_nothing():
@@ -118,13 +119,13 @@ def test_movements_share_the_quantizer_of_the_tensor_they_make_and_change_nothin
 
     detector, structure, image = toy(between)
     assert {site['activation'] for site in structure.sites} == {READ}
-    assert structure.activations.keys() == {'stem', READ, 'bbox_head/1'} and not structure.islands
-    assert outputs_of(structure) == {'stem': [], 'other': [], 'bbox_head.0': ['bbox_head/1'], 'bbox_head.1': []}
+    assert structure.activations.keys() == {'stem', READ, 'bbox_head/1', OUT} and not structure.islands
+    assert outputs_of(structure) == {'stem': [], 'other': [], 'bbox_head.0': ['bbox_head/1'], 'bbox_head.1': [OUT]}
     counts = Counter()
     detector.ptq.activations[READ].register_forward_hook(lambda *_: counts.update([READ]))
     plain, _, _ = toy(between, dict(dataflow=None))
-    # the head's own output is quantized where it is computed instead of where it is read
-    assert torch.equal(detector(image), plain(image))
+    # what lies inside the head is quantized where it is computed instead of where it is read
+    assert torch.equal(detector(image), detector.ptq.activations[OUT](plain(image)))
     assert counts == {READ: 2}
 
 
@@ -145,7 +146,7 @@ def test_movements_share_the_quantizer_of_the_tensor_they_make_and_change_nothin
 ])
 def test_each_tensor_between_the_layers_has_one_quantizer(between, own):
     detector, structure, image = toy(between)
-    assert set(structure.activations) - {'stem', READ, 'bbox_head/1'} == own
+    assert set(structure.activations) - {'stem', READ, 'bbox_head/1', OUT} == own
     assert not structure.islands
     for name in own:
         fixed = name.endswith('sigmoid')
@@ -166,7 +167,8 @@ def test_float_islands_are_named_and_the_layers_around_them_stay_in_integers(mon
         ('act', 'mish'), ('', 'tanh'), ('', 'mul'), ('', 'exp'), ('', 'add')]
     assert [i['reason'] for i in structure.islands][1:3] == ['float operations stand before it',
                                                             'only float operations read it']
-    assert 'operation mish in module act stays float: no 8-bit form of it is known' in lines
+    assert 'operation mish stays float, no 8-bit form of it is known: act' in lines
+    assert 'operation tanh stays float, float operations stand before it: (the detector itself)' in lines
     assert outputs_of(structure)['stem'] == ['stem:out'] and outputs_of(structure)['other'] == ['other:out']
     assert not structure.sites
 
@@ -228,9 +230,28 @@ def test_a_module_of_the_users_that_is_called_twice_has_a_quantizer_per_call():
 def test_layers_left_float_are_not_between():
     _, structure, _ = toy(lambda self, a, b: a + b, dict(overrides={'stem': 'float'}))
     assert outputs_of(structure) == {
-        'stem': [], 'other': ['other:out'], 'bbox_head.0': ['bbox_head/1'], 'bbox_head.1': []}
+        'stem': [], 'other': ['other:out'], 'bbox_head.0': ['bbox_head/1'], 'bbox_head.1': [OUT]}
     _, structure, _ = toy(lambda self, a, b: a + b, dict(head='float'))
     assert not any(outputs_of(structure).values()) and not structure.sites
+    _, structure, _ = toy(lambda self, a, b: a + b, dict(head='float_outputs'))
+    assert outputs_of(structure)['bbox_head.0'] == outputs_of(structure)['bbox_head.1'] == []
+
+
+@pytest.mark.parametrize('dataflow', ['full', 'per_channel'])
+@pytest.mark.parametrize('symmetric', [False, True])
+def test_what_the_heads_put_out_has_a_scale_per_channel(dataflow, symmetric):
+    quantizer = dict(type='mmdet_ptq.AffineQuantizer', symmetric=symmetric)
+    detector, structure, image = toy(lambda self, a, b: a + b, dict(
+        dataflow=dataflow, activations=OBSERVE['activations'] | dict(bits=4, quantizer=quantizer)))
+    spec = structure.activations[OUT]['spec']
+    assert (spec['bits'], spec['num_channels'], spec['channel_axis']) == (8, 2, 1)
+    assert spec['shared_zero_point'] is not symmetric and spec['symmetric'] is symmetric
+    quantizer, seen = detector.ptq.activations[OUT], []
+    assert quantizer.scale[0] != quantizer.scale[1] and quantizer.zero_point.unique().numel() == 1
+    quantizer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    out = detector(image)
+    assert len(seen) == 1 and not torch.equal(seen[0], out)
+    assert torch.equal(quantizer.decode(quantizer.encode(seen[0])), out)
 
 
 @pytest.mark.parametrize('act, operation', [
@@ -246,7 +267,7 @@ def test_operations_in_place_leave_what_gradients_need(act, operation):
     assert operation in {site['function'] for site in structure.sites}
     detector(image).square().sum().backward()
     for name, quantizer in detector.ptq.activations.items():
-        assert 'range' in structure.activations[name] or quantizer.scale.grad, name
+        assert 'range' in structure.activations[name] or quantizer.scale.grad.any(), name
     with torch.no_grad():
         quiet = detector(image)
     torch.testing.assert_close(quiet, detector(image))
@@ -273,10 +294,11 @@ def test_residual_block_pyramid_and_pooling(flowing):
     assert outputs['neck.lateral_convs.0.conv'] == ['neck/lateral_convs/0/conv:out']
     assert outputs['neck.lateral_convs.1.conv'] == inputs['neck.fpn_convs.1.conv']
     assert sites_in(structure, 'neck') == {('add', 0): inputs['neck.fpn_convs.0.conv'][0]}
-    # one range per level in the head; what it puts out stays as the layers compute it
+    # one range per level in the head, and of what it puts out
     relus = [site['activation'] for site in structure.sites if site['module'] == 'bbox_head.cls_convs.0.activate']
     assert relus == inputs['bbox_head.retina_cls'] and len(set(relus)) == 3
-    assert outputs['bbox_head.retina_cls'] == outputs['bbox_head.retina_reg'] == []
+    for name in ('retina_cls', 'retina_reg'):
+        assert outputs[f'bbox_head.{name}'] == [f'bbox_head/{name}:out#{level}' for level in range(3)]
     assert not structure.islands
 
 
@@ -311,6 +333,27 @@ def test_partial_stage_with_silu_and_concatenation(flowing):
     assert sites_in(structure, f'{pool}.conv1.activate')['mul', 0] == inputs[f'{pool}.conv2.conv'][0]
     # the image is nobody's output, and Swish is a product of quantized factors
     assert not sites_in(structure, 'backbone.stem') and not structure.islands
+
+
+def test_per_channel_dataflow_leaves_swish_in_float(flowing):
+    detector, structure = flowing('yolox', 'per_channel')
+    full = flowing('yolox')[1]
+    gates = {(site['module'], site['function']) for site in full.sites if site['function'] == 'sigmoid'}
+    assert gates == {(i['module'], i['operation']) for i in structure.islands} and len(gates) > 20
+    assert {i['reason'] for i in structure.islands} == {'its input has a scale per channel'}
+    assert not any('range' in entry for entry in structure.activations.values())
+    # all else is as in the full dataflow
+    assert [site for site in structure.sites if site['activation']] == [
+        site for site in full.sites if site['activation'] and site['function'] != 'sigmoid']
+    assert outputs_of(structure) == outputs_of(full)
+    for layer in structure.layers:
+        for name in layer.outputs:
+            module, quantizer = detector.get_submodule(layer.name), detector.ptq.activations[name]
+            assert quantizer.num_channels == module.out_channels and quantizer.zero_point.unique().numel() == 1
+    # one scale per tensor in the full dataflow, but for what the heads put out
+    assert {name for layer in full.layers for name in layer.outputs if full.activations[name]['spec']['num_channels']
+            } == {f'bbox_head/multi_level_conv_{kind}/{level}:out' for kind in ('cls', 'reg', 'obj')
+                  for level in range(3)}
 
 
 def test_what_stays_float_in_tiny_detectors(flowing):
@@ -349,11 +392,11 @@ class Check(TorchFunctionMode):
         self.seen[reader] += 1
 
 
-@pytest.mark.parametrize('kind, functions', [
-    ('retinanet', {'add'}), ('ssd', {'add'}), ('yolox', {'add', 'cat', 'mul'}), ('rtmdet', {'add', 'cat', 'mul'})])
-def test_every_tensor_between_layers_is_on_the_grid_of_its_quantizer(flowing, kind, functions):
-    detector = copy.deepcopy(flowing(kind)[0])
-    structure = flowing(kind)[1]
+@pytest.mark.parametrize('kind, dataflow, functions', [
+    ('retinanet', 'full', {'add'}), ('ssd', 'full', {'add'}), ('yolox', 'full', {'add', 'cat', 'mul'}),
+    ('yolox', 'per_channel', {'add', 'cat', 'mul'}), ('rtmdet', 'full', {'add', 'cat', 'mul'})])
+def test_every_tensor_between_layers_is_on_the_grid_of_its_quantizer(flowing, kind, dataflow, functions):
+    detector, structure = copy.deepcopy(flowing(kind, dataflow))
     check = Check(detector, structure.sites)
     for layer in structure.layers:
         calls = iter(layer.inputs * 2)
@@ -394,7 +437,7 @@ def test_every_quantizer_runs_in_tensor_mode_and_in_predict_mode(flowing, kind):
 
 
 def test_nothing_is_added_without_dataflow(quantized, monkeypatch):
-    detector, structure = quantized('yolox')
+    detector, structure = quantized('retinanet')
     assert detector.ptq.flow is None and 'forward' not in vars(detector)
     assert not structure.sites and not structure.module_calls and not any(outputs_of(structure).values())
     monkeypatch.setattr('mmdet_ptq.wrapping.flow.Dataflow.running', None)
@@ -452,7 +495,7 @@ def test_quantize_only(flowing):
         assert counts == {name: 1}
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ['retinanet', 'ssd', 'rtmdet', 'faster_rcnn'])
 def test_units_that_run_by_themselves_do_what_they_do_in_the_whole(flowing, kind, tmp_path):
     detector = copy.deepcopy(flowing(kind)[0])
     detector.requires_grad_(False)
@@ -479,7 +522,7 @@ def test_units_that_run_by_themselves_do_what_they_do_in_the_whole(flowing, kind
         streams.finish(unit, inputs)
 
 
-@pytest.mark.parametrize('kind', ['ssd', 'retinanet', 'yolox', 'rtmdet'])
+@pytest.mark.parametrize('kind', ['ssd', 'retinanet', 'rtmdet'])
 def test_gradients_reach_the_scales(flowing, kind):
     detector, structure = copy.deepcopy(flowing(kind))
     rates = dict.fromkeys(('scale', 'mu', 's', 'k', 'eps', 'weight', 'bias'), 1.0)
@@ -497,41 +540,35 @@ def test_gradients_reach_the_scales(flowing, kind):
             assert torch.isfinite(quantizer.scale.grad).all() and quantizer.scale.grad.any(), name
 
 
-def test_export(flowing):
-    detector = copy.deepcopy(flowing('yolox')[0]).requires_grad_(False)
+@pytest.mark.parametrize('dataflow', ['full', 'per_channel'])
+def test_export(dataflow):
+    def between(self, a, b):
+        x = F.silu(a) + (b * b.sigmoid()).relu()
+        return F.max_pool2d(torch.cat([x, F.hardswish(self.more(x))], 1), 2)
+
+    detector, _, image = toy(between, dict(dataflow=dataflow), more=nn.Conv2d(4, 4, 1))
+    detector.requires_grad_(False)
     freeze_weights(detector)
-
-    class Wrapper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.detector = detector
-
-        def forward(self, x):
-            return self.detector(x, None, mode='tensor')
-
-    image = torch.rand(1, 3, 64, 64)
-    calls = Counter()
+    whole, calls = nn.Sequential(detector), Counter()
     for name, quantizer in detector.ptq.activations.items():
         quantizer.register_forward_hook(lambda *_, name=name: calls.update([name]))
     with torch.no_grad():
-        expected = Wrapper()(image)
+        expected = whole(image)
         eager, _ = dict(calls), calls.clear()
-        program = torch.export.export(Wrapper(), (image,), strict=False)
+        program = torch.export.export(whole, (image,), strict=False)
         # nothing is quantized a second time while tensors are traced
-        assert calls and not set(eager) ^ set(calls) and len(set(Counter(calls).values())) >= 1
-        assert {name: count * max(1, calls[name] // count) for name, count in eager.items()} == calls
-        found = program.module()(image)
-    for a, b in zip(expected, found, strict=True):
-        for x, y in zip(a, b, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+        times = {calls[name] / count for name, count in eager.items()}
+        assert calls.keys() == eager.keys() and len(times) == 1
+        torch.testing.assert_close(program.module()(image), expected, rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------ rebuilt from data
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_state_dict_and_structure_rebuild_the_detector(flowing, kind):
-    detector, structure = flowing(kind)
+@pytest.mark.parametrize('kind, dataflow', [
+    ('retinanet', 'full'), ('ssd', 'full'), ('yolox', 'per_channel'), ('rtmdet', 'full'), ('faster_rcnn', 'full')])
+def test_state_dict_and_structure_rebuild_the_detector(flowing, kind, dataflow):
+    detector, structure = flowing(kind, dataflow)
     other = tiny_detector(kind, seed=3)
     again = Structure.from_dict(json.loads(json.dumps(structure.to_dict())))
     apply_structure(other, again)
@@ -574,15 +611,18 @@ def test_weights_are_quantized_once_a_pass(flowing, monkeypatch):
     assert calls == {id(w): 1 for w in quantized_weights(detector).values()}
 
 
-@pytest.mark.parametrize('act, channels', [
-    (nn.SiLU(), 4), (nn.Hardswish(), 4), (lambda x: x * x.sigmoid(), 4), (nn.Sigmoid(), None), (nn.LeakyReLU(), None),
-    (lambda x: x.sigmoid() + x, None), (lambda x: F.silu(x) + x, None)])
-def test_a_scale_per_channel_before_gated_activations(act, channels):
+@pytest.mark.parametrize('act, channels, gate', [
+    (nn.SiLU(), 4, 'silu'), (nn.Hardswish(), 4, 'hardswish'), (lambda x: x * x.sigmoid(), 4, 'sigmoid'),
+    (nn.Sigmoid(), None, None), (nn.LeakyReLU(), None, None), (lambda x: x.sigmoid() + x, None, None),
+    (lambda x: F.silu(x) + x, None, None)])
+def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
     def between(self, a, b):
-        return self.act(a) + b
+        self.seen = a, self.act(a)
+        return self.seen[1] + b
 
     detector, structure, image = toy(between, dict(dataflow='per_channel'), act=act)
-    assert structure.activations['stem:out']['spec']['num_channels'] == channels
+    entry = structure.activations['stem:out']
+    assert entry['spec']['num_channels'] == channels and entry['spec']['shared_zero_point'] is (channels is not None)
     assert structure.activations['other:out']['spec']['num_channels'] is None
     with quantization_mode(detector, 'float'):
         expected = detector(image)
@@ -590,3 +630,27 @@ def test_a_scale_per_channel_before_gated_activations(act, channels):
     assert error < 0.05 * expected.norm()
     plain = toy(between, act=act)[0]
     assert torch.equal(plain(image), detector(image)) is (channels is None)
+    module = 'act' if isinstance(act, nn.Module) else ''
+    assert structure.islands == ([] if gate is None else [
+        dict(module=module, operation=gate, reason='its input has a scale per channel')])
+    if gate is not None:
+        # computed in float between two quantizers
+        assert not any('range' in entry for entry in structure.activations.values())
+        site = next(site for site in structure.sites if site['activation'] and site['function'] != 'add')
+        assert site['gate'] is None
+        quantizer, (before, after) = detector.ptq.activations, detector.seen
+        assert torch.equal(quantizer['stem:out'](before), before)
+        assert torch.equal(quantizer[site['activation']](act(before)), after)
+
+
+def test_a_float_gate_is_told_once_with_its_first_reason():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return F.silu(x)
+
+    _, structure, _ = toy(lambda self, a, b: self.twice(a) + self.twice(b), dict(dataflow='per_channel'), twice=Twice())
+    assert structure.islands == [
+        dict(module='twice', operation='silu', reason='its input has a scale per channel')]
+    _, structure, _ = toy(lambda self, a, b: F.silu(a).exp() + b, dict(dataflow='per_channel'))
+    assert [(i['operation'], i['reason']) for i in structure.islands][:1] == [
+        ('silu', 'only float operations read it')]

@@ -20,7 +20,7 @@ from mmdet_ptq.wrapping import (
     set_mode,
 )
 from mmdet_ptq.wrapping.folding import fold_norms
-from mmdet_ptq.wrapping.layers import QUANTIZABLE, is_depthwise
+from mmdet_ptq.wrapping.layers import QUANTIZABLE, channel_format, is_depthwise
 from mmdet_ptq.wrapping.probe import probe_detector
 from mmdet_ptq.wrapping.weights import QuantizedWeight
 
@@ -190,8 +190,19 @@ def test_per_channel_activations_on_depthwise_inputs_only(quantized, kind):
         for name in layer.inputs:
             readers.setdefault(name, []).append(is_depthwise(detector.get_submodule(layer.name)))
     for name, depthwise in readers.items():
-        assert (detector.ptq.activations[name].num_channels is not None) == all(depthwise), name
+        quantizer = detector.ptq.activations[name]
+        assert (quantizer.num_channels is not None) == all(depthwise) == quantizer.shared_zero_point, name
+        assert quantizer.zero_point.unique().numel() == 1
     assert any(all(d) for d in readers.values()) == (kind != 'retinanet')
+
+
+@pytest.mark.parametrize('quantizer, shared', [
+    (dict(type='mmdet_ptq.AffineQuantizer'), True), (dict(type='AffineQuantizer', symmetric=False), True),
+    (dict(type='mmdet_ptq.AffineQuantizer', symmetric=True), False), (dict(type='mmdet_ptq.LogAffineQuantizer'), False),
+    (dict(type='mine.AffineQuantizerOfMine'), False)])
+def test_one_zero_point_for_all_channels_where_the_format_has_one(quantizer, shared):
+    found = channel_format(quantizer, 5, -1)
+    assert found == dict(num_channels=5, channel_axis=-1, **(dict(shared_zero_point=True) if shared else {}))
 
 
 def test_per_channel_activations_can_be_switched_off(toy, image):
