@@ -16,7 +16,7 @@ from ..quantizers import Quantizer, build_observer, build_quantizer
 from ..wrapping import Structure, float_weight, quantization_mode, quantized_weights
 from ..wrapping.fit import fit_weight_quantizer
 from ..wrapping.inputs import STATE
-from ..wrapping.layers import RowLayout, channel_axis, channel_format, in_channels, is_depthwise
+from ..wrapping.layers import RowLayout, channel_axis, in_channels, is_depthwise
 from ..wrapping.policy import LayerRole, resolve_policies
 from ..wrapping.probe import head_names, probe_detector
 from .observe import merge_ranks
@@ -159,7 +159,7 @@ def _activation_candidate(detector: nn.Module, structure: Structure, tensors: Te
         spec, observer = dict(structure.activations[name]['spec']), structure.activations[name]['observer']
         spec['bits'] = change.get('bits', spec['bits'])
         if kind == 'per_channel':
-            spec.update(channel_format(spec, in_channels(layer), channel_axis(layer)))
+            spec.update(num_channels=in_channels(layer), channel_axis=channel_axis(layer))
         quantizers[name] = build_quantizer(spec).to(device)
         observers[name] = change.get('observer', observer)
     return Candidate(kind, format_label(spec, observers[name]), change, quantizers, observers)

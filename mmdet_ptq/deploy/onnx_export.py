@@ -56,6 +56,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     require('onnx', 'onnxscript', extra='onnxruntime')
     model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
     from . import onnx_passes as passes
+    from .onnx_channel_scales import absorb_channel_scales
     from .onnx_graph import name_layers
     graph = model.graph
     meta['layers'] = name_layers(graph)
@@ -64,7 +65,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     passes.drop_redundant_clips(graph)
     if runtime in ('onnxruntime', 'tensorrt'):
         passes.quantize_movements(graph)
-        passes.absorb_channel_scales(graph)
+        absorb_channel_scales(graph)
         passes.drop_redundant_clips(graph)
     if runtime == 'tensorrt':
         divide_before_quantizing(graph)

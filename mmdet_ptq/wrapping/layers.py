@@ -43,7 +43,9 @@ def channel_axis(module: nn.Module) -> int:
 
 
 def channel_format(quantizer: Mapping[str, Any], channels: int, axis: int) -> dict[str, Any]:
-    """What turns an activation's format into one with a scale per channel.
+    """What turns the format of a layer's output into one with a scale per channel.
+
+    The layer absorbs the scales, and the zero point is one for all, as kernels write it.
 
     Args:
         quantizer: The format, a registry dict.

@@ -17,7 +17,7 @@ from .dataflow import plan_dataflow
 from .equalization import channel_magnitudes, equalize, log_equalization
 from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
-from .layers import QUANTIZABLE, RowLayout, channel_axis, channel_format, in_channels, is_depthwise, kind
+from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
 from .policy import LayerPolicy, LayerRole, resolve_policies
 from .probe import LayerCall, Probe, head_names, probe_detector
 from .structure import LayerStructure, Structure, apply_structure, disable_checkpointing
@@ -141,8 +141,7 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         name = first.layer.replace('.', '/') + (f'#{first.index}' if len(by_name[first.layer].inputs) > 1 else '')
         per_channel = policy.depthwise_per_channel and all(is_depthwise(layers[c.layer]) for c in readers)
         axis = channel_axis(layers[first.layer])
-        channels = channel_format(policy.quantizer, in_channels(layers[first.layer]), axis) if per_channel else dict(
-            num_channels=None, channel_axis=axis)
+        channels = dict(num_channels=in_channels(layers[first.layer]) if per_channel else None, channel_axis=axis)
         quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
         structure.activations[name] = dict(
             spec=quantizer.spec(), readers=len(readers), observer=policy.observer)

@@ -152,7 +152,7 @@ def build_engine(path: Path) -> bytes:
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse(path.read_bytes()):
-        raise PTQError(f'TensorRT cannot read {str(path)!r}: {parser.get_error(0).desc()}')
+        raise PTQError(f'TensorRT cannot read {str(path)!r}: {parser.get_error(0)}')
     config = builder.create_builder_config()
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
     config.clear_flag(tensorrt.BuilderFlag.TF32)

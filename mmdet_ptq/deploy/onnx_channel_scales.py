@@ -1,0 +1,165 @@
+"""Per-channel activation scales moved into the weights of the convolutions around them."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .onnx_graph import Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
+
+
+def absorb_channel_scales(graph: ir.Graph) -> None:
+    """Moves per-channel activation scales out of quantize / dequantize pairs: kernels take one scale per tensor.
+
+    A convolution that writes the tensor divides its weights and bias by the scales, and the codes then mean
+    themselves. Depthwise convolutions, which read each channel by itself, multiply theirs; whoever else reads the
+    tensor gets it multiplied.
+
+    Args:
+        graph: Changed in place.
+    """
+    for node in list(graph):
+        if node.op_type != 'DequantizeLinear' or axis_of(node) != 1 or len(node.inputs) < 3:
+            continue
+        scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
+        quantize = _quantizer_of(node)
+        if scale.ndim != 1 or quantize is None:
+            continue
+        if (zero != zero[0]).any():
+            if not _pad_before(graph, node, quantize, scale, zero):
+                _spell_out(graph, node, scale, zero)
+            continue
+        one = add_constant(graph, f'{node.name}_scale', np.float32(1))
+        point = add_constant(graph, f'{node.name}_zero_point', zero[:1].reshape(()))
+        _absorb_in_readers(graph, node, scale)
+        _per_tensor(node, one, point)
+        if _quantizer_readers(quantize) == [node]:
+            _absorb_in_producer(graph, quantize, scale, one, point)
+
+
+def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
+    """QuantizeLinear that writes what a node dequantizes, perhaps behind a clip of the codes."""
+    clip = produced_by(dequantize.inputs[0], 'Clip')
+    return produced_by(clip.inputs[0] if clip is not None else dequantize.inputs[0], 'QuantizeLinear')
+
+
+def _quantizer_readers(quantize: ir.Node) -> list[ir.Node]:
+    readers = list(quantize.outputs[0].consumers())
+    return [inner for reader in readers
+            for inner in (reader.outputs[0].consumers() if reader.op_type == 'Clip' else [reader])]
+
+
+def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) -> None:
+    out = dequantize.outputs[0]
+    reading = [layer for layer in layers(graph) if layer.source is dequantize]
+    if len(reading) == len(out.uses()) and not out.is_graph_output() and all(
+            _is_depthwise(layer, len(scale)) for layer in reading):
+        for layer in reading:
+            _scale_weight(graph, layer.weight, scale)
+        return
+    factor = add_constant(graph, f'{dequantize.name}_factor', scale.reshape(-1, *[1] * (len(out.shape) - 2)))
+    scaled = ir.node('Mul', [out, factor], name=f'{dequantize.name}_scaled')
+    scaled.outputs[0].name = f'{dequantize.name}_scaled'
+    scaled.outputs[0].shape, scaled.outputs[0].type = out.shape, out.type
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    scaled.replace_input_with(0, out)
+    graph.insert_after(dequantize, scaled)
+
+
+def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> bool:
+    """Gives depthwise convolutions the codes themselves where each channel has its own zero point.
+
+    sum w (q - z_c) = sum w q - z_c sum w, of which the second part is a bias; but the border is z_c, too, which no
+    kernel pads with: the values are padded before they are quantized, and the convolutions pad no more.
+
+    Returns:
+        Whether it could be done.
+    """
+    reading = [layer for layer in layers(graph) if layer.source is dequantize]
+    pads = [tuple(layer.node.attributes['pads'].as_ints()) for layer in reading if 'pads' in layer.node.attributes]
+    if (len(reading) != len(dequantize.outputs[0].uses()) or len(pads) != len(reading) or len(set(pads)) != 1
+            or not all(_is_depthwise(layer, len(scale)) for layer in reading)
+            or _quantizer_readers(quantize) != [dequantize] or produced_by(quantize.inputs[0], 'Conv')):
+        return False
+    if any(pads[0]):
+        half = len(pads[0]) // 2
+        ends = np.array([0, 0, *pads[0][:half], 0, 0, *pads[0][half:]], np.int64)
+        padded = ir.node('Pad', [quantize.inputs[0], add_constant(graph, f'{quantize.name}_pads', ends)],
+                         name=f'{quantize.name}_padded')
+        padded.outputs[0].name, padded.outputs[0].type = padded.name, ir.TensorType(ir.DataType.FLOAT)
+        graph.insert_before(quantize, padded)
+        quantize.replace_input_with(0, padded.outputs[0])
+        for value in (quantize.outputs[0], dequantize.inputs[0], dequantize.outputs[0]):
+            value.shape = None  # no longer what the exporter found
+    for layer in reading:
+        if any(pads[0]):
+            layer.node.attributes['pads'] = ir.AttrInt64s('pads', [0] * len(pads[0]))
+        sums = constant(layer.weight.inputs[0]).astype(np.int64).reshape(len(scale), -1).sum(1)
+        _scale_weight(graph, layer.weight, scale)
+        step = constant(layer.weight.inputs[1]).astype(np.float64)
+        bias = 0 if layer.bias is None else constant(layer.bias).astype(np.float64)
+        layer.node.resize_inputs(3)
+        layer.node.replace_input_with(2, add_constant(
+            graph, f'{layer.node.name}.bias', (bias - zero.astype(np.int64) * sums * step).astype(np.float32)))
+    _per_tensor(dequantize, add_constant(graph, f'{dequantize.name}_scale', np.float32(1)),
+                add_constant(graph, f'{dequantize.name}_zero_point', np.zeros((), zero.dtype)))
+    return True
+
+
+def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> None:
+    """Dequantizes in float operations: fusing with a scale or zero point per channel makes ONNX Runtime fail."""
+    out = dequantize.outputs[0]
+    shape = (-1, *[1] * (len(out.shape) - 2))
+    cast = ir.node('Cast', [dequantize.inputs[0]], dict(to=ir.DataType.FLOAT), name=f'{dequantize.name}_cast')
+    centred = ir.node('Sub', [cast.outputs[0], add_constant(
+        graph, f'{dequantize.name}_centre', zero.astype(np.float32).reshape(shape))], name=f'{dequantize.name}_centred')
+    scaled = ir.node('Mul', [centred.outputs[0], add_constant(
+        graph, f'{dequantize.name}_factor', scale.reshape(shape))], name=f'{dequantize.name}_scaled')
+    for node in (cast, centred, scaled):
+        node.outputs[0].name = node.name
+        graph.insert_before(dequantize, node)
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    graph.remove(dequantize, safe=True)
+
+
+def _is_depthwise(layer: Layer, channels: int) -> bool:
+    group = layer.node.attributes.get('group')
+    return (layer.node.op_type == 'Conv' and group is not None and group.as_int() == channels
+            and layer.weight is not None and layer.weight.inputs[0].shape[0] == channels)
+
+
+def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
+    producer = produced_by(quantize.inputs[0], 'Conv')
+    weight = None if producer is None else produced_by(producer.inputs[1], 'DequantizeLinear')
+    if weight is None or only_consumer(producer.outputs[0]) is not quantize:
+        _divide_before(graph, quantize, scale, one, zero)
+        return
+    bias = constant(producer.inputs[2]) if len(producer.inputs) > 2 else np.zeros(len(scale), np.float32)
+    _scale_weight(graph, weight, 1 / scale)
+    producer.resize_inputs(3)
+    producer.replace_input_with(2, add_constant(graph, f'{producer.name}.bias', (bias / scale).astype(np.float32)))
+    _per_tensor(quantize, one, zero)
+
+
+def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
+    """Where integers would be computed right before a scale per channel, the division stands by itself."""
+    producer = quantize.inputs[0].producer()
+    if producer is None or not any(produced_by(value, 'DequantizeLinear') for value in producer.inputs):
+        return
+    shape = (-1, *[1] * (len(quantize.outputs[0].shape) - 2))
+    factor = add_constant(graph, f'{quantize.name}_scale', scale.reshape(shape))
+    divided = ir.node('Div', [quantize.inputs[0], factor], name=f'{quantize.name}_divided')
+    divided.outputs[0].name = divided.name
+    graph.insert_before(quantize, divided)
+    quantize.replace_input_with(0, divided.outputs[0])
+    _per_tensor(quantize, one, zero)
+
+
+def _scale_weight(graph: ir.Graph, weight: ir.Node, factor: np.ndarray) -> None:
+    scaled = (constant(weight.inputs[1]) * factor).astype(np.float32)
+    weight.replace_input_with(1, add_constant(graph, f'{weight.name}_scale', scaled))
+
+
+def _per_tensor(node: ir.Node, scale: ir.Value, zero: ir.Value) -> None:
+    node.replace_input_with(1, scale)
+    node.replace_input_with(2, zero)
+    node.attributes.pop('axis')
