@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import PTQError
 from ..version import __version__
+from ..wrapping import is_quantized
 from ..wrapping.inputs import STATE
 from .ncnn_check import check_activation, dataflow_error
 from .ncnn_format import NcnnLayer, parse_param, split_weights, write_network
@@ -36,7 +37,7 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
     must give the detector's own outputs.
 
     Args:
-        detector: The calibrated quantized detector.
+        detector: The calibrated quantized detector, or a float one to compare with.
         input_shape: (1, 3, H, W) of the preprocessed images; ncnn networks take one image.
         folder: Gets the two files.
 
@@ -48,6 +49,8 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
             the detector.
     """
     require_ncnn('pnnx')
+    if not is_quantized(detector):
+        return _export_float(detector, input_shape, Path(folder))
     if getattr(detector, STATE).flow is not None:
         raise dataflow_error()
     for name, activation in getattr(detector, STATE).activations.items():
@@ -60,12 +63,21 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
     for call in calls.values():
         if not call.integer:
             print_log(f'ncnn computes {call.layer} in float: {call.reason}', 'current')
-    with torch.no_grad():
-        outputs = detector(example.to(next(detector.parameters()).device), None, mode='tensor')
-    meta = dict(format=FORMAT, version=__version__, runtime='ncnn', input_shape=[1, *input_shape[1:]],
+    return write_network(layers, Path(folder), _meta(detector, example, calls))
+
+
+def _export_float(detector: nn.Module, input_shape: tuple[int, int, int, int], folder: Path) -> Path:
+    example = torch.zeros(1, *input_shape[1:])
+    layers = _convert(trace(copy.deepcopy(detector).cpu().eval(), example), {}, tuple(example.shape))
+    return write_network(layers, folder, _meta(detector, example, {}))
+
+
+@torch.no_grad()
+def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> dict:
+    outputs = detector(example.to(next(detector.parameters()).device), None, mode='tensor')
+    return dict(format=FORMAT, version=__version__, runtime='ncnn', input_shape=list(example.shape),
                 dynamic_batch=False, outputs=output_layout(outputs),
                 layers={name: call.layer for name, call in calls.items()})
-    return write_network(layers, Path(folder), meta)
 
 
 def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall],
@@ -75,9 +87,10 @@ def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall],
     with tempfile.TemporaryDirectory() as folder:
         traced.save(f'{folder}/model.pt')
         opaque = {opaque_type(IntegerCall if call.integer else RoundedInput, name) for name, call in calls.items()}
-        done = subprocess.run(
-            [pnnx.EXEC_PATH, 'model.pt', f'inputshape={list(shape)}f32'.replace(' ', ''), 'fp16=0',
-             f'moduleop={",".join(sorted(opaque))}'], cwd=folder, capture_output=True, text=True, check=False)
+        command = [pnnx.EXEC_PATH, 'model.pt', f'inputshape={list(shape)}f32'.replace(' ', ''), 'fp16=0']
+        if opaque:
+            command.append(f'moduleop={",".join(sorted(opaque))}')
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         param, weights = Path(folder, 'model.ncnn.param'), Path(folder, 'model.ncnn.bin')
         if done.returncode or not param.is_file() or not weights.is_file():
             lines = (done.stderr or done.stdout).strip().splitlines() or [f'exit status {done.returncode}']

@@ -54,7 +54,7 @@ def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) 
     if len(reading) == len(out.uses()) and not out.is_graph_output() and all(
             _is_depthwise(layer, len(scale)) for layer in reading):
         for layer in reading:
-            _scale_weight(graph, layer.weight, scale)
+            _scale_weight(graph, layer.node, scale)
         return
     factor = add_constant(graph, f'{dequantize.name}_factor', scale.reshape(-1, *[1] * (len(out.shape) - 2)))
     scaled = ir.node('Mul', [out, factor], name=f'{dequantize.name}_scaled')
@@ -94,8 +94,7 @@ def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: 
         if any(pads[0]):
             layer.node.attributes['pads'] = ir.AttrInt64s('pads', [0] * len(pads[0]))
         sums = constant(layer.weight.inputs[0]).astype(np.int64).reshape(len(scale), -1).sum(1)
-        _scale_weight(graph, layer.weight, scale)
-        step = constant(layer.weight.inputs[1]).astype(np.float64)
+        step = constant(_scale_weight(graph, layer.node, scale).inputs[1]).astype(np.float64)
         bias = 0 if layer.bias is None else constant(layer.bias).astype(np.float64)
         layer.node.resize_inputs(3)
         layer.node.replace_input_with(2, add_constant(
@@ -134,7 +133,7 @@ def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, o
         _divide_before(graph, quantize, scale, one, zero)
         return
     bias = constant(producer.inputs[2]) if len(producer.inputs) > 2 else np.zeros(len(scale), np.float32)
-    _scale_weight(graph, weight, 1 / scale)
+    _scale_weight(graph, producer, 1 / scale)
     producer.resize_inputs(3)
     producer.replace_input_with(2, add_constant(graph, f'{producer.name}.bias', (bias / scale).astype(np.float32)))
     _per_tensor(quantize, one, zero)
@@ -154,9 +153,24 @@ def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: i
     _per_tensor(quantize, one, zero)
 
 
-def _scale_weight(graph: ir.Graph, weight: ir.Node, factor: np.ndarray) -> None:
+def _scale_weight(graph: ir.Graph, reader: ir.Node, factor: np.ndarray) -> ir.Node:
+    """Multiplies the weight's scales for one call of a layer; other calls keep theirs.
+
+    Returns:
+        DequantizeLinear of this call's weight.
+    """
+    weight = reader.inputs[1].producer()
+    if len(weight.outputs[0].uses()) > 1:
+        shared = weight
+        weight = ir.node(
+            'DequantizeLinear', list(shared.inputs), dict(axis=axis_of(shared)), name=f'{reader.name}.own_weight')
+        value = weight.outputs[0]
+        value.name, value.shape, value.type = weight.name, shared.outputs[0].shape, shared.outputs[0].type
+        graph.insert_before(reader, weight)
+        reader.replace_input_with(1, value)
     scaled = (constant(weight.inputs[1]) * factor).astype(np.float32)
-    weight.replace_input_with(1, add_constant(graph, f'{weight.name}_scale', scaled))
+    weight.replace_input_with(1, add_constant(graph, f'{reader.name}.weight_scale', scaled))
+    return weight
 
 
 def _per_tensor(node: ir.Node, scale: ir.Value, zero: ir.Value) -> None:

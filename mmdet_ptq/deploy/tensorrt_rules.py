@@ -123,11 +123,11 @@ class _Graph:
             return 'its ONNX parser does not know this operation; express it by others, or leave it out of the network'
         if node.op_type == 'DequantizeLinear' and node.input[0] in self.constants:
             return self._weight(node)
+        if node.op_type in ('QuantizeLinear', 'DequantizeLinear'):
+            return self._activation(node)
         for name in node.input:
             if name in self.constants and self._type(name) not in _TYPES:
                 return f'its constant {name} is of type {self._type(name)}, which TensorRT does not compute; {_AGAIN}'
-        if node.op_type in ('QuantizeLinear', 'DequantizeLinear'):
-            return self._activation(node)
         for name in node.input:
             source = self.producers.get(name)
             if source is not None and source.op_type == 'QuantizeLinear':

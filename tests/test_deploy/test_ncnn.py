@@ -9,7 +9,7 @@ from torch.nn import functional
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import SIZE, tiny_quantized
+from mmdet_ptq.testing import SIZE, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import LayerStructure, Structure, prepare_detector, set_mode
 
 pytest.importorskip('ncnn', reason="needs ncnn: pip install 'mmdet-ptq[ncnn]'")
@@ -250,3 +250,14 @@ def test_operator_that_ncnn_lacks_is_named(tmp_path, monkeypatch):
     with pytest.raises(PTQError, match='cumprod.*behind neck'):
         export_ncnn(detector, SHAPE, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_float_detector_is_exported_to_compare_with(tmp_path):
+    detector = tiny_detector('ssd')
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = list(RawOutputs(detector)(x))
+    model = NcnnRuntime(export_ncnn(detector, (1, 3, 64, 64), tmp_path), threads=1)
+    for found, wanted in zip(model(x.numpy()), expected, strict=True):
+        assert abs(torch.from_numpy(found) - wanted).max() <= 1e-3 * wanted.std()
+    assert model.coverage().integer == []

@@ -21,8 +21,8 @@ FULL = dict(preset='w8a8_observe', activations=MIN_MAX, dataflow='full')
 CASES = {
     'ssd-w8a8': ('ssd', dict(preset='w8a8_observe', activations=MIN_MAX)),
     'retinanet-w8a8-dataflow': ('retinanet', FULL),
-    'yolox-w4a4-dataflow': ('yolox', dict(
-        FULL, weights=dict(bits=4), activations=dict(bits=4, **MIN_MAX),
+    'yolox-w4a4-per-channel': ('yolox', dict(
+        FULL, dataflow='per_channel', weights=dict(bits=4), activations=dict(bits=4, **MIN_MAX),
         head=dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', location='median'))))),
 }
 SHAPE = (1, 3, 64, 64)
@@ -53,14 +53,18 @@ def test_outputs_agree_with_the_simulation(exported):
     x = image(detector)
     for ours, theirs in zip(simulated(detector, x), open_model(path, threads=1)(x.numpy()), strict=True):
         assert ours.shape == theirs.shape
-        assert np.abs(ours - theirs).max() <= 0.02 * ours.std()
+        assert np.abs(ours - theirs).mean() <= 0.001 * ours.std()
+        assert np.abs(ours - theirs).max() <= 0.05 * ours.std()
 
 
 def test_codes_are_the_same(exported):
     detector, structure, path, _ = exported
     found = compare_codes(detector, path, image(detector))
     assert {entry.name.split('@')[0] for entry in found} == set(structure.activations)
-    assert min(entry.identical for entry in found) >= 0.999, [e for e in found if e.identical < 0.999][:3]
+    # the bias of a layer that several levels share lies on one grid of int32 per level, in the simulation on none
+    shared = {name for layer in structure.layers if len(set(layer.inputs)) > 1 for name in layer.outputs}
+    for entry in found:
+        assert entry.identical >= 0.999 or entry.name in shared and entry.largest == 1, entry
 
 
 def test_weights_are_stored_as_their_codes(exported):
@@ -102,10 +106,11 @@ def test_biases_are_int32(exported):
 
 
 def test_coverage_names_what_stays_float(exported):
-    _, _, path, meta = exported
+    detector, _, path, meta = exported
     coverage = open_model(path, threads=1).coverage()
     assert sorted(coverage.integer + coverage.float) == sorted(meta['layers'])
-    assert coverage.integer
+    # with quantized outputs, every convolution computes in integers
+    assert coverage.integer if detector.ptq.flow is None else not coverage.float
 
 
 def test_an_expanded_model_computes_the_same(exported, tmp_path):
@@ -146,10 +151,16 @@ def test_quantizers_are_restored_when_an_export_fails(tmp_path, monkeypatch):
         np.testing.assert_array_equal(first, second)
 
 
-def test_a_failed_export_says_why(tmp_path, monkeypatch):
-    detector = tiny_detector('ssd')
-    detector.neck = torch.nn.Identity()
-    detector.neck.forward = lambda feats: [torch.linalg.svdvals(f) for f in feats]
+class Unexportable(torch.nn.Module):
+    """A neck with an operator that has no ONNX form."""
+
+    def forward(self, feats):
+        return [f + torch.linalg.svdvals(f).sum() for f in feats]
+
+
+def test_a_failed_export_says_why(tmp_path):
+    detector = tiny_detector('retinanet')
+    detector.neck = torch.nn.Sequential(detector.neck, Unexportable())
     with pytest.raises(PTQError, match='cannot be exported to ONNX: .'):
         export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
     assert list(tmp_path.iterdir()) == []

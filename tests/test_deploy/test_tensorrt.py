@@ -145,7 +145,7 @@ def scales_per_channel(model):
 
 def a_negative_scale(model):
     node = node_of(model, 'DequantizeLinear')
-    give(model, node, 1, np.float32(-1) * np.ones(()))
+    give(model, node, 1, np.array(-1, np.float32))
     return node
 
 
