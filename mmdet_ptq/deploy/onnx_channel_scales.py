@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_graph import Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
+from .onnx_graph import SLACK, Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
 
 
 def absorb_channel_scales(graph: ir.Graph) -> None:
@@ -129,9 +129,11 @@ def _is_depthwise(layer: Layer, channels: int) -> bool:
 
 
 def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
-    producer = produced_by(quantize.inputs[0], 'Conv')
+    _relu_before(quantize, scale)
+    last = produced_by(quantize.inputs[0], 'Relu') or quantize
+    producer = produced_by(last.inputs[0], 'Conv')
     weight = None if producer is None else produced_by(producer.inputs[1], 'DequantizeLinear')
-    if weight is None or only_consumer(producer.outputs[0]) is not quantize:
+    if weight is None or only_consumer(producer.outputs[0]) is not last or len(last.outputs[0].uses()) > 1:
         _divide_before(graph, quantize, scale)
         _per_tensor(quantize, one, zero)
         return
@@ -140,6 +142,24 @@ def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, o
     producer.resize_inputs(3)
     producer.replace_input_with(2, add_constant(graph, f'{producer.name}.bias', (bias / scale).astype(np.float32)))
     _per_tensor(quantize, one, zero)
+
+
+def _relu_before(quantize: ir.Node, scale: np.ndarray) -> None:
+    """Turns a ReLU6 whose upper end the quantizer repeats into a ReLU, through which positive factors pass."""
+    clip = produced_by(quantize.inputs[0], 'Clip')
+    if clip is None or only_consumer(clip.outputs[0]) is not quantize:
+        return
+    low, high = (constant(value) for value in (*clip.inputs, None, None)[1:3])
+    zero = constant(quantize.inputs[2]).astype(np.float64)
+    top = np.iinfo(constant(quantize.inputs[2]).dtype).max
+    if low is None or high is None or float(low) != 0 or (float(high) / scale + zero < top - SLACK).any():
+        return
+    relu = ir.node('Relu', [clip.inputs[0]], name=f'{quantize.name}_relu')
+    relu.outputs[0].name, relu.outputs[0].type = relu.name, ir.TensorType(ir.DataType.FLOAT)
+    relu.outputs[0].shape = clip.outputs[0].shape
+    clip.graph.insert_before(clip, relu)
+    quantize.replace_input_with(0, relu.outputs[0])
+    clip.graph.remove(clip, safe=True)
 
 
 def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, zero: np.ndarray | None = None) -> None:

@@ -139,8 +139,6 @@ def _write(model, meta: dict, path: str | os.PathLike) -> None:
     # stack traces of the exporting machine are no business of the file
     common.ClearMetadataAndDocStringPass()(model)
     common.RemoveUnusedNodesPass()(model)
-    # the library lets two values have one name, a file must not
-    common.NameFixPass()(model)
     model.graph.name = 'detector'
     model.producer_name, model.producer_version = 'mmdet-ptq', __version__
     model.metadata_props['mmdet_ptq'] = json.dumps(meta)

@@ -146,7 +146,7 @@ class _Writer:
             shape = [-1 if place == axis else 1 for place in range(len(x.shape))] if axis is not None else ()
             for op_type, code in (('Max', low), ('Min', high)):
                 bound = ((code - zero) * scale).astype(np.float32).reshape(shape)
-                x = self.insert(node, op_type, [x, self.constant(f'{name}:{op_type.lower()}', bound)],
+                x = self.insert(node, op_type, [x, self.constant(f'{name}:{op_type.lower()}_value', bound)],
                                 f'{label}:{op_type.lower()}')
         codes = self.insert(node, 'QuantizeLinear', [x, *pair], f'{label}{CODES}', axis)
         if narrow and self.clip_codes:

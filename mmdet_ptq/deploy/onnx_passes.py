@@ -4,11 +4,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_graph import add_constant, axis_of, constant, layers, only_consumer, produced_by
+from .onnx_graph import SLACK, add_constant, axis_of, constant, layers, only_consumer, produced_by
 
 _INT32 = 2**31 - 1
-# rounded scales: 255 steps of a range that ends at 6 may end a hair below it
-_SLACK = 1e-3
 
 
 def drop_redundant_clips(graph: ir.Graph) -> int:
@@ -51,8 +49,8 @@ def _saturates(reader: ir.Node, low: float, high: float) -> bool:
     if clip is not None and clip.op_type == 'Clip':
         lowest, highest = (int(constant(v)) for v in clip.inputs[1:3])
     zero = zero.astype(np.float64)
-    above = np.isinf(high) or bool((high / scale + zero >= highest - _SLACK).all())
-    return bool((low / scale + zero <= lowest + _SLACK).all()) and above
+    above = np.isinf(high) or bool((high / scale + zero >= highest - SLACK).all())
+    return bool((low / scale + zero <= lowest + SLACK).all()) and above
 
 
 def integer_biases(graph: ir.Graph) -> list[str]:

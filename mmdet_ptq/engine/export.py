@@ -57,7 +57,7 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
     structure = Structure.from_dict(state['structure'])
     for runtime in chosen:
         # what can be written without the runtime itself is written for another machine
-        getattr(runtime, 'check_export', runtime.check)()
+        runtime.check_export()
         runtime.check_formats(structure)
     shape = (1, 3, *size) if size else tuple(state['input_shape'])
     if len(shape) != 4:

@@ -207,7 +207,7 @@ def test_a_deep_copy_is_not_touched():
     other = copy.deepcopy(detector)
     x = image(detector)
     before = simulated(other, x)
-    export = [q for q in detector.ptq.activations.values()]
+    export = list(detector.ptq.activations.values())
     export[0].forward = lambda x, rounding=None: x * 0
     for first, second in zip(before, simulated(other, x), strict=True):
         np.testing.assert_array_equal(first, second)

@@ -54,6 +54,15 @@ class Runtime:
         raise NotImplementedError
 
     @classmethod
+    def check_export(cls) -> None:
+        """Refuses an environment in which no model can be written for this runtime.
+
+        Raises:
+            PTQError: A package is missing or too old.
+        """
+        cls.check()
+
+    @classmethod
     def check_formats(cls, structure: Structure) -> None:
         """Refuses number formats that this runtime does not know.
 
@@ -123,4 +132,7 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
 
 def model_bytes(path: str | os.PathLike) -> int:
     """Size of an exported model, all its files together."""
-    return sum(file.stat().st_size for file in Path(path).parent.glob(f'{Path(path).stem}.*'))
+    path = Path(path)
+    # an engine lies beside the ONNX file that it was built from, and does not need it to run
+    files = path.parent.glob(f'{path.stem}.*') if path.suffix != '.engine' else [path]
+    return sum(file.stat().st_size for file in files)
