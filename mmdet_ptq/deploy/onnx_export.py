@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from torch import nn
 from ..errors import PTQError
 from ..files import write_atomic
 from ..version import __version__
-from ..wrapping import is_quantized
+from ..wrapping import is_quantized, quantized_weights
+from ..wrapping.inputs import STATE, quantize_only
 from .end2end import OUTPUTS, EndToEnd, check_end2end
 from .onnx_nodes import OPSET, expand_quantizers, quantizer_nodes
 from .raw_outputs import RawOutputs, check_exportable, output_layout
@@ -97,9 +98,8 @@ def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_bat
         outputs = detector(example, None, mode='tensor')
     network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
-    writing = quantizer_nodes(detector) if is_quantized(detector) else nullcontext()
     try:
-        with writing, _quiet():
+        with _writing(detector, runtime), _quiet():
             program = torch.onnx.export(
                 network.eval(), (example,), dynamo=True, opset_version=OPSET, input_names=['input'],
                 output_names=OUTPUTS if end2end else None, dynamic_shapes=shapes, verbose=False, external_data=False)
@@ -109,6 +109,19 @@ def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_bat
                 dynamic_batch=dynamic_batch, outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
                 end2end=end2end)
     return program.model, meta
+
+
+@contextmanager
+def _writing(detector: nn.Module, runtime: str) -> Iterator[None]:
+    """The quantizers that a runtime wants write their nodes."""
+    if not is_quantized(detector):
+        yield
+        return
+    state = getattr(detector, STATE)
+    # between layers OpenVINO computes in what fuses best; more quantizers make it slower
+    wanted = [name for name in state.activations if runtime != 'openvino' or state.readers[name]]
+    with quantize_only(detector, wanted, quantized_weights(detector)), quantizer_nodes(detector):
+        yield
 
 
 def _cause(error: BaseException) -> str:
