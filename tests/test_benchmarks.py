@@ -26,6 +26,10 @@ class ForeignConv(nn.Conv2d):
     """As mmcv's Conv2dAdaptivePadding is one."""
 
 
+# the benchmarks are no part of the package
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     """Benchmarks are scripts beside the package: they import each other by their own names."""

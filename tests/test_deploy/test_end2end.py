@@ -108,7 +108,11 @@ def check(outputs, instances, count):
         assert not score[found:].any()
 
 
-@pytest.fixture(scope='module', params=HEADS)
+QUICK = ('ssd', 'yolox')
+
+
+@pytest.fixture(scope='module', params=[
+    head if head in QUICK else pytest.param(head, marks=pytest.mark.slow) for head in HEADS])
 def exported(request, tmp_path_factory):
     detector = build(request.param)
     path = tmp_path_factory.mktemp(request.param) / 'model.onnx'

@@ -68,7 +68,8 @@ def difference(detector, network, x):
                for ours, theirs in zip(expected, got, strict=True))
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [
+    case if case in ('ssd', 'retinanet') else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_outputs_are_the_simulations(exported, case):
     detector, structure, path = exported(case)
     network = NcnnNetwork(path, packing=False)
