@@ -1,4 +1,5 @@
 """Integers out."""
+from .build import build_detector
 from .checkpoint import (
     is_quantized_checkpoint,
     load_quantized_state,
@@ -15,7 +16,8 @@ from .raw_outputs import check_exportable
 from .runtime_detector import runtime_detector, with_runtime
 from .runtimes import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, runtime_names
 
-__all__ = ['IntegerCoverage', 'IntegerWeight', 'Runtime', 'check_exportable', 'export_onnx', 'get_runtime',
+__all__ = ['IntegerCoverage', 'IntegerWeight', 'Runtime', 'build_detector', 'check_exportable', 'export_onnx',
+           'get_runtime',
            'integer_weight', 'is_quantized_checkpoint', 'load_quantized_state', 'model_bytes', 'open_model',
            'pack_codes', 'quantized_state', 'read_quantized', 'runtime_detector', 'runtime_names', 'save_quantized',
            'settle_biases', 'stored_bytes', 'unpack_codes', 'with_runtime']

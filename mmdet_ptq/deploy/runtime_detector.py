@@ -1,19 +1,16 @@
 """A runtime that answers like a detector: mmdet's data and decoding around an exported model."""
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
-from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
-from ..compat import replace_sync_bn
 from ..errors import PTQError
+from .build import build_detector
 from .raw_outputs import check_exportable, nest_outputs
 from .runtimes.base import Runtime
 
@@ -35,15 +32,7 @@ def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None
     Raises:
         PTQError: The config's detector has two stages.
     """
-    from mmdet.registry import MODELS
-    if config.get('custom_imports'):
-        import_modules_from_strings(**config['custom_imports'])
-    init_default_scope(config.get('default_scope', 'mmdet'))
-    model = copy.deepcopy(config['model'])
-    replace_sync_bn(model)
-    if config.get('data_preprocessor'):
-        model.setdefault('data_preprocessor', config['data_preprocessor'])
-    return with_runtime(MODELS.build(model), runtime, config, dataset_meta)
+    return with_runtime(build_detector(config), runtime, config, dataset_meta)
 
 
 def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = None,

@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from ..calibration import LoadedSamples
-from ..compat import replace_sync_bn
 from ..config import PTQConfig
-from ..deploy import load_quantized_state, read_quantized
+from ..deploy import build_detector, load_quantized_state, read_quantized
 from ..errors import PTQError
 from .runner import PTQRunner
 
@@ -65,7 +62,6 @@ def load_quantized(path: str | os.PathLike, config: Config | str | None = None, 
     Raises:
         PTQError: The file is no quantized checkpoint, or does not fit the config.
     """
-    from mmdet.registry import MODELS
     state = read_quantized(path)
     if config is None:
         config = Config(state['config'])
@@ -73,14 +69,7 @@ def load_quantized(path: str | os.PathLike, config: Config | str | None = None, 
         config = Config.fromfile(str(config))
     if config.get('model') is None:
         raise PTQError(f'{str(path)!r} carries no model config; give `config`.')
-    if config.get('custom_imports'):
-        import_modules_from_strings(**config['custom_imports'])
-    init_default_scope(config.get('default_scope', 'mmdet'))
-    model = copy.deepcopy(config['model'])
-    replace_sync_bn(model)
-    if config.get('data_preprocessor'):
-        model.setdefault('data_preprocessor', config['data_preprocessor'])
-    detector = MODELS.build(model)
+    detector = build_detector(config)
     load_quantized_state(detector, state)
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']

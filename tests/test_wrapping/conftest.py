@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.testing import tiny_quantized
+from mmdet_ptq.calibration import observe_activations
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
+from mmdet_ptq.testing.calibrated import OBSERVE, predict
+from mmdet_ptq.wrapping import prepare_detector
 
 
 class ToyHead(nn.Module):
@@ -60,3 +64,26 @@ def image():
 def quantized():
     """Builds each quantized tiny detector once; a test that changes one works on a copy."""
     return functools.cache(tiny_quantized)
+
+
+@pytest.fixture(autouse=True)
+def no_mode_is_left():
+    yield
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.fixture(scope='session')
+def flowing(quantized):
+    """Builds each tiny detector with each dataflow once."""
+    built = {}
+
+    def get(kind, dataflow='full'):
+        if (kind, dataflow) not in built:
+            detector = tiny_detector(kind)
+            structure = prepare_detector(detector, PTQConfig.from_dict({**OBSERVE, 'dataflow': dataflow}),
+                                         lambda: predict(detector, tiny_batch(1)))
+            observe_activations(detector, [tiny_batch(2, seed=1)], structure)
+            built[kind, dataflow] = detector, structure
+        return built[kind, dataflow]
+
+    return get
