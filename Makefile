@@ -20,7 +20,7 @@ demo:  ## quantize the embedded detector and show what it cost
 	$(RUN) tools/ptq.py configs/ssdlite_mbv2_ptq.py
 
 test:  ## run the tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow:  ## run the tests that take minutes, too
 	$(RUN) -m pytest -m ''

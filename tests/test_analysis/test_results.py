@@ -107,5 +107,6 @@ def test_other_schema_is_refused(tmp_path, results):
 
 
 def test_versions():
-    assert set(versions()) == {'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python'}
+    assert set(versions()) == {
+        'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino'}
     assert versions()['torch'] == torch.__version__

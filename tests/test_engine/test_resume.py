@@ -128,7 +128,7 @@ def while_a_checkpoint_is_written(patch):
 
 
 def in_evaluate(patch):
-    patch.setattr(PTQRunner, '_evaluate', stop)
+    patch.setattr(PTQRunner, 'evaluate_detector', stop)
 
 
 def in_report(patch):

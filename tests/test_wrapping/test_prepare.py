@@ -193,7 +193,6 @@ def test_per_channel_activations_on_depthwise_inputs_only(quantized, kind):
         quantizer = detector.ptq.activations[name]
         assert (quantizer.num_channels is not None) == all(depthwise), name
         assert not quantizer.shared_zero_point
-        assert quantizer.zero_point.unique().numel() == 1
     assert any(all(d) for d in readers.values()) == (kind != 'retinanet')
 
 
