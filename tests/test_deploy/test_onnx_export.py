@@ -49,12 +49,14 @@ def simulated(detector, x):
 
 
 def test_outputs_agree_with_the_simulation(exported):
-    detector, _, path, _ = exported
+    detector, structure, path, _ = exported
     x = image(detector)
+    # a code of an output that levels share may differ by one, see below
+    bound = 0.05 if any(len(set(layer.inputs)) > 1 for layer in structure.layers) else 0.02
     for ours, theirs in zip(simulated(detector, x), open_model(path, threads=1)(x.numpy()), strict=True):
         assert ours.shape == theirs.shape
         assert np.abs(ours - theirs).mean() <= 0.001 * ours.std()
-        assert np.abs(ours - theirs).max() <= 0.05 * ours.std()
+        assert np.abs(ours - theirs).max() <= bound * ours.std()
 
 
 def test_codes_are_the_same(exported):
