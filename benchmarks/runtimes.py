@@ -12,11 +12,12 @@ from pathlib import Path
 from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 
 from mmdet_ptq.deploy import model_bytes, runtime_names
+from mmdet_ptq.deploy.weight_bytes import weight_bytes
 
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'python')
 FIELDS = ('detector', 'preset', 'model', 'AP', 'difference_points', 'bytes', 'float_bytes', 'bytes_ratio',
-          'integer_convolutions', 'convolutions', 'latency_ratio', 'dataflow', 'calibration_images', 'seed', 'date',
-          *VERSIONS, 'command')
+          'weights_ratio', 'integer_convolutions', 'convolutions', 'latency_ratio', 'dataflow', 'calibration_images',
+          'seed', 'date', *VERSIONS, 'command')
 
 
 def lines_of(config: Path, preset: str, folder: Path, options: list[str], silent: list[str]) -> list[dict]:
@@ -26,16 +27,19 @@ def lines_of(config: Path, preset: str, folder: Path, options: list[str], silent
     told = ['--cfg-options', *options] if options else []
     for row in results['rows']:
         coverage = results.get('runtimes', {}).get(row['model'])
-        float_bytes = first['size_bytes']
+        float_bytes, weights_ratio = first['size_bytes'], ''
         if coverage:
             # in the same format, so that names and graph count on both sides
             stored = next((folder / row['model'] / 'float').glob('model.*'))
             float_bytes = model_bytes(stored)
+            if stored.suffix == '.onnx':
+                # without the graph, which outweighs the weights of a small detector
+                weights_ratio = round(weight_bytes(folder / row['model'] / 'model.onnx') / weight_bytes(stored), 3)
         ap, reference = row['metrics'][METRIC], first['metrics'][METRIC]
         found.append(dict(
             detector=config.stem, preset=preset, model=row['model'], AP=ap,
             difference_points=round(100 * (ap - reference), 1), bytes=row['size_bytes'], float_bytes=float_bytes,
-            bytes_ratio=round(row['size_bytes'] / float_bytes, 3),
+            bytes_ratio=round(row['size_bytes'] / float_bytes, 3), weights_ratio=weights_ratio,
             integer_convolutions=len(coverage['integer']) if coverage else '',
             convolutions=len(coverage['integer']) + len(coverage['float']) if coverage else '',
             latency_ratio=row['latency_ratio'] and round(row['latency_ratio'], 2),

@@ -4,8 +4,10 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import PTQError
 from ..quantizers import Quantizer
@@ -84,13 +86,31 @@ def _counts(data: UnitData, layer: nn.Module, call: int, batch: int, picked: Ten
     return (1 - data.cfg.fisher) + data.cfg.fisher * flat[picked]
 
 
+class _Convolved(TorchFunctionMode):
+    """Keeps what the last convolution read: layers may pad their input themselves (mmcv's adaptive padding)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d:
+            self.read = args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
     """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
-    seen = []
-    handle = data.layers[name].register_forward_hook(lambda module, args, output: seen.append(
-        (args[0].clone(), output.clone())))
+    seen, convolved = [], _Convolved()
+
+    def see(module: nn.Module, args: tuple, output: Tensor) -> None:
+        x = convolved.read if isinstance(module, nn.Conv2d) else args[0]
+        seen.append((x.clone(), output.clone()))
+
+    handle = data.layers[name].register_forward_hook(see)
     try:
-        data.streams.run(data.unit, call, inputs, data.streams.tensors(inputs))
+        with convolved:
+            data.streams.run(data.unit, call, inputs, data.streams.tensors(inputs))
     finally:
         handle.remove()
     return seen

@@ -16,7 +16,7 @@ POLICY_KEYS = ('weights', 'activations')
 KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'dataflow', 'head', 'first', 'last', 'overrides',
         'protect', 'reconstruct', 'bias_correction', 'global_loss', 'export')
 EQUALIZATIONS = ('weights', 'activations')
-DATAFLOWS = ('full', 'per_channel')
+DATAFLOWS = ('auto', 'full', 'per_channel')
 
 
 @dataclass
@@ -35,7 +35,9 @@ class PTQConfig:
             quantizes everything there (layer outputs, sums, products, activation functions, poolings) in 8 bits with
             one scale per tensor, which ONNX Runtime needs to compute every convolution and addition in integers;
             with ``'per_channel'`` convolutions in front of SiLU or HardSwish keep a scale per channel and the
-            activation function computes in float: less speed, more accuracy; None quantizes nothing but layer inputs.
+            activation function computes in float: less speed, more accuracy; ``'auto'`` does so where channels differ
+            much and is ``'full'`` elsewhere, the default with ``'onnxruntime'`` in ``export``; None quantizes nothing
+            but layer inputs.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
         first: What differs in the layers that read the image.
@@ -125,7 +127,7 @@ class PTQConfig:
 
 def _needed_dataflow(export: list) -> str | None:
     """ONNX Runtime computes a convolution in integers only if its output is quantized, too."""
-    return 'per_channel' if 'onnxruntime' in export else None
+    return 'auto' if 'onnxruntime' in export else None
 
 
 def _with_method(section: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -14,11 +15,15 @@ from ..files import load_tensors, save_tensors
 from ..quantizers import LogAffineQuantizer
 from ..version import __version__
 from ..wrapping import Structure, apply_structure, float_weight, quantized_weights
+from .integer_biases import round_shared_biases
 from .integer_weights import integer_weight
 from .packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
+from .state_text import pack_state, unpack_state
 
 FORMAT = 'mmdet_ptq.quantized'
-SCHEMA = 2
+SCHEMA = 3
+# the oldest that is read; 2 stores its text as it is
+OLDEST = 2
 TABLE_SCALE = ':scale'
 
 
@@ -65,13 +70,13 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
 
 def save_quantized(path: str | os.PathLike, state: dict) -> None:
     """Writes the integer checkpoint, atomically."""
-    save_tensors(path, state)
+    save_tensors(path, pack_state(state))
 
 
 def stored_bytes(state: dict) -> int:
     """Size of the file that :func:`save_quantized` would write."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(pack_state(state), buffer)
     return buffer.tell()
 
 
@@ -86,17 +91,23 @@ def read_quantized(path: str | os.PathLike) -> dict:
         raise PTQError(f'{str(path)!r} is no quantized checkpoint; make one with tools/ptq.py.')
     if state['schema'] > SCHEMA:
         raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
-    if state['schema'] < SCHEMA:
+    if state['schema'] < OLDEST:
         raise PTQError(f'{str(path)!r} was written by mmdet-ptq {state["version"]}, whose weights are decoded in '
                        'another way; run tools/ptq.py again.')
-    return state
+    if state['schema'] < SCHEMA:
+        return state
+    try:
+        return unpack_state(state)
+    except (KeyError, ValueError, zlib.error) as error:
+        raise PTQError(f'{str(path)!r} is damaged; run tools/ptq.py again.') from error
 
 
 def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
     """Turns a float detector of the same architecture into the calibrated quantized one, in place.
 
     The float weights become the values of the codes, and the quantized weights are frozen to exactly these; call
-    :func:`mmdet_ptq.wrapping.thaw_weights` to train the detector further.
+    :func:`mmdet_ptq.wrapping.thaw_weights` to train the detector further. Convolutions that several levels share add
+    their bias as integer kernels do, see :func:`mmdet_ptq.deploy.integer_biases.round_shared_biases`.
 
     Args:
         detector: A float detector of the checkpoint's config; its weights do not matter.
@@ -131,6 +142,7 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
             weight = float_weight(detector.get_submodule(name))
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
+    round_shared_biases(detector, structure)
     return structure
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wrapping.inputs import STATE
-from .onnx_export import require
+from .onnx_export import model_meta, require
 from .onnx_nodes import CODES
 from .raw_outputs import RawOutputs
 
@@ -32,20 +32,27 @@ class TensorAgreement:
     largest: int
 
 
-def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor) -> list[TensorAgreement]:
+def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
+                  follow: bool = False) -> list[TensorAgreement]:
     """Compares the codes of every quantized tensor between the simulation and ONNX Runtime.
 
     Args:
         detector: The quantized detector the model was exported from.
         model: The ``.onnx`` file, exported for ONNX Runtime.
         image: (N, 3, H, W), normalized.
+        follow: Whether the simulation goes on with the runtime's codes after each tensor. Each is then compared for
+            itself; otherwise a code that falls to the other side of a boundary changes what comes behind, too.
+            Defaults to False.
 
     Returns:
         One entry per quantized tensor, in the order of the network.
     """
     require('onnx', 'onnxruntime', extra='onnxruntime')
     found = _runtime_codes(model, image.cpu().numpy())
-    with torch.no_grad(), _recorded(detector) as simulated:
+    # models of older versions do not have the entry: in them nothing was folded
+    for name, offsets in model_meta(model).get('space_to_depth', {}).items():
+        found[name] = _sliced(found[name], offsets)
+    with torch.no_grad(), _recorded(detector, found if follow else {}) as simulated:
         RawOutputs(detector)(image)
     agreements = []
     for name, codes in simulated.items():
@@ -53,6 +60,12 @@ def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor) 
             difference = np.abs(_unpadded(found[name], codes.shape).astype(np.int64) - codes.cpu().numpy())
             agreements.append(TensorAgreement(name, float((difference == 0).mean()), int(difference.max())))
     return agreements
+
+
+def _sliced(codes: np.ndarray, offsets: list[list[int]]) -> np.ndarray:
+    """The codes behind SpaceToDepth in the order of the slices that the simulation quantizes."""
+    blocks, places = np.split(codes, len(offsets), axis=1), sorted(offsets)
+    return np.concatenate([blocks[places.index(offset)] for offset in offsets], axis=1)
 
 
 def _unpadded(codes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -82,16 +95,20 @@ def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.
 
 
 @contextmanager
-def _recorded(detector: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The codes of every activation quantizer in one forward pass."""
+def _recorded(detector: nn.Module, followed: Mapping[str, np.ndarray]) -> Iterator[dict[str, Tensor]]:
+    """The codes of every activation quantizer in one forward pass, which goes on with the given ones."""
     found: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
     def hook(name: str):
-        def record(quantizer: nn.Module, args: tuple, output: Tensor) -> None:
-            suffix = f'@{calls[name]}' if calls[name] else ''
+        def record(quantizer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            key = f'{name}@{calls[name]}' if calls[name] else name
             calls[name] += 1
-            found[name + suffix] = quantizer.encode(args[0])
+            found[key] = quantizer.encode(args[0])
+            if key not in followed:
+                return None
+            codes = np.ascontiguousarray(_unpadded(followed[key], output.shape)).astype(np.int32)
+            return quantizer.decode(torch.from_numpy(codes).to(output.device))
         return record
 
     handles = [quantizer.register_forward_hook(hook(name))

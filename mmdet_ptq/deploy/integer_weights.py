@@ -64,5 +64,12 @@ def integer_weight(quantizer: Quantizer, codes: Tensor, levels: Tensor | None = 
     else:
         points = quantizer.zero_point.reshape(-1, 1)
         levels = torch.arange(low, high + 1, dtype=torch.int32, device=points.device)[None] - points
-        scale = quantizer.positive_scale().detach().reshape(-1)
+        scale = integer_scale(quantizer)
     return IntegerWeight(codes, low, max(1, (high - low).bit_length()), levels, scale.expand(len(codes)).clone())
+
+
+def integer_scale(quantizer: Quantizer) -> Tensor:
+    """What the integers of a weight are multiples of, one per output channel or one for all, (C,) or (1,)."""
+    if isinstance(quantizer, LogAffineQuantizer):
+        return quantizer.integer_levels()[1]
+    return quantizer.positive_scale().detach().reshape(-1)

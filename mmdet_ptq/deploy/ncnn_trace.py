@@ -17,6 +17,7 @@ from ..quantizers import Quantizer
 from ..wrapping import float_weight, quantized_weights
 from ..wrapping.inputs import STATE, QuantizationState, QuantizedInput
 from ..wrapping.layers import RowLayout, out_channels
+from .integer_biases import SharedBias
 from .integer_weights import integer_weight
 from .raw_outputs import RawOutputs
 
@@ -194,7 +195,7 @@ def traceable(detector: nn.Module) -> tuple[nn.Module, dict[str, LayerCall]]:
 
 
 def _plain(quantized: nn.Module) -> nn.Module:
-    """A layer with its quantized weight as a plain one, and without the hook that quantizes its input.
+    """A layer with its quantized weight as a plain one, and without the hooks that quantize its input and bias.
 
     ``remove_parametrizations`` would change the class, which the original layer shares.
     """
@@ -207,6 +208,8 @@ def _plain(quantized: nn.Module) -> nn.Module:
     kept = {key: hook for key, hook in quantized._forward_pre_hooks.items() if not isinstance(hook, QuantizedInput)}
     module._forward_pre_hooks = OrderedDict(kept)
     module._forward_pre_hooks_with_kwargs = OrderedDict()
+    module._forward_hooks = OrderedDict(
+        (key, hook) for key, hook in quantized._forward_hooks.items() if not isinstance(hook, SharedBias))
     return module
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import warnings
@@ -18,6 +17,8 @@ from ..version import __version__
 from ..wrapping import is_quantized, quantized_weights
 from ..wrapping.inputs import STATE, quantize_only
 from .end2end import OUTPUTS, EndToEnd, check_end2end
+from .integer_biases import float_shared_biases
+from .meta import read_meta, write_meta
 from .onnx_nodes import OPSET, expand_quantizers, quantizer_nodes
 from .raw_outputs import RawOutputs, check_exportable, output_layout
 from .tensorrt_rules import check_tensorrt_model, divide_before_quantizing
@@ -59,10 +60,15 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     from . import onnx_passes as passes
     from .onnx_channel_scales import absorb_channel_scales
     from .onnx_graph import name_layers
+    from .onnx_names import compact
+    from .onnx_space_to_depth import fold_space_to_depth
     graph = model.graph
     meta['layers'] = name_layers(graph)
     if is_quantized(detector):
         expand_quantizers(graph, detector, clip_codes=runtime == 'onnxruntime')
+        # a float detector stays what PyTorch exports
+        folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
+        meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
     passes.drop_redundant_clips(graph)
     if runtime in ('onnxruntime', 'tensorrt'):
         passes.quantize_movements(graph)
@@ -70,10 +76,11 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         passes.drop_redundant_clips(graph)
     if runtime == 'tensorrt':
         divide_before_quantizing(graph)
-    if runtime == 'onnxruntime':
-        passes.integer_biases(graph)
-        if packed:
-            passes.pack_weights(graph)
+    passes.integer_biases(graph, stored=runtime == 'onnxruntime')
+    if runtime == 'onnxruntime' and packed:
+        passes.pack_weights(graph)
+    if runtime != 'tensorrt':  # there the model is a step towards the engine, whose messages name its nodes
+        compact(model, meta['layers'])
     _write(model, meta, path)
     return meta
 
@@ -120,7 +127,8 @@ def _writing(detector: nn.Module, runtime: str) -> Iterator[None]:
     state = getattr(detector, STATE)
     # between layers OpenVINO computes in what fuses best; more quantizers make it slower
     wanted = [name for name in state.activations if runtime != 'openvino' or state.readers[name]]
-    with quantize_only(detector, wanted, quantized_weights(detector)), quantizer_nodes(detector):
+    with (quantize_only(detector, wanted, quantized_weights(detector)), quantizer_nodes(detector),
+          float_shared_biases(detector)):
         yield
 
 
@@ -154,7 +162,7 @@ def _write(model, meta: dict, path: str | os.PathLike) -> None:
     common.RemoveUnusedNodesPass()(model)
     model.graph.name = 'detector'
     model.producer_name, model.producer_version = 'mmdet-ptq', __version__
-    model.metadata_props['mmdet_ptq'] = json.dumps(meta)
+    model.metadata_props['mmdet_ptq'] = write_meta(meta)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     onnx.checker.check_model(proto, full_check=True)
@@ -168,7 +176,9 @@ def model_meta(path: str | os.PathLike) -> dict:
 
     Returns:
         ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, layers)``: ``outputs`` is the
-        nesting of the raw outputs, ``layers`` names each convolution's layer.
+        nesting of the raw outputs, ``layers`` names each convolution's layer. A quantized detector's has
+        ``space_to_depth``, too: what :func:`mmdet_ptq.deploy.onnx_space_to_depth.fold_space_to_depth` changed, each
+        activation to the offsets of the slices in the order of the detector's channels.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.
@@ -184,4 +194,4 @@ def model_meta(path: str | os.PathLike) -> dict:
         raise PTQError(f'{str(path)!r} is damaged or no ONNX model; export it again with tools/export.py.') from error
     if 'mmdet_ptq' not in entries:
         raise PTQError(f'{str(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
-    return json.loads(entries['mmdet_ptq'])
+    return read_meta(entries['mmdet_ptq'])

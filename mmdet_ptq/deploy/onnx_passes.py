@@ -53,8 +53,13 @@ def _saturates(reader: ir.Node, low: float, high: float) -> bool:
     return bool((low / scale + zero <= lowest + SLACK).all()) and above
 
 
-def integer_biases(graph: ir.Graph) -> list[str]:
-    """Writes biases as int32, in units of input scale x weight scale, as integer kernels add them.
+def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
+    """Rounds biases to int32, in units of input scale x weight scale, as integer kernels add them.
+
+    Args:
+        graph: Changed in place.
+        stored: Whether they are stored as int32; otherwise as the float values they stand for, for runtimes that take
+            biases in float only. Defaults to True.
 
     Returns:
         Names of layers whose bias does not fit.
@@ -70,6 +75,11 @@ def integer_biases(graph: ir.Graph) -> list[str]:
         codes = np.rint(bias.astype(np.float64) / step)
         if np.abs(codes).max(initial=0) > _INT32:
             left.append(layer.node.name)
+            continue
+        if not stored:
+            rounded = (codes * step).astype(np.float32)
+            if (rounded != bias).any():
+                layer.node.replace_input_with(2, add_constant(graph, f'{layer.node.name}.bias_rounded', rounded))
             continue
         inputs = [add_constant(graph, f'{layer.node.name}.bias_codes', codes.astype(np.int32)),
                   add_constant(graph, f'{layer.node.name}.bias_scale', step)]

@@ -53,28 +53,54 @@ def flatten_tensors(tensors: dict[str, Tensor]) -> dict:
         tensors: Name to tensor.
 
     Returns:
-        ``dict(index=[[name, dtype, shape, offset], ...], data={dtype: flat tensor})``; a tensor of zeros has the
-        offset -1 and takes no space.
+        ``dict(index=[[name, dtype, shape, offset, stored dtype], ...], data={dtype: flat tensor})``. A tensor of zeros
+        has the offset -1 and takes no space; one of another number all over has ``-2 - offset`` and takes one element.
+        Integers are stored in the smallest dtype that holds them.
     """
     index, parts, ends = [], {}, {}
     for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix('torch.')
-        offset = -1
-        if tensor.count_nonzero():
-            offset = ends.get(dtype, 0)
-            ends[dtype] = offset + tensor.numel()
-            parts.setdefault(dtype, []).append(tensor.detach().cpu().reshape(-1))
-        index.append([name, dtype, list(tensor.shape), offset])
+        dtype, flat = _dtype_name(tensor), tensor.detach().cpu().reshape(-1)
+        offset, stored = -1, dtype
+        if flat.count_nonzero():
+            even = len(flat) > 1 and bool((flat == flat[0]).all())
+            flat = _narrowed(flat[:1] if even else flat)
+            stored = _dtype_name(flat)
+            offset = ends.get(stored, 0)
+            ends[stored] = offset + flat.numel()
+            parts.setdefault(stored, []).append(flat)
+            offset = -2 - offset if even else offset
+        index.append([name, dtype, list(tensor.shape), offset, stored])
     return dict(index=index, data={dtype: torch.cat(flat) for dtype, flat in parts.items()})
 
 
 def unflatten_tensors(flat: dict) -> dict[str, Tensor]:
     """Inverse of :func:`flatten_tensors`."""
     tensors = {}
-    for name, dtype, shape, offset in flat['index']:
-        count = int(np.prod(shape))
-        if offset < 0:
-            tensors[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
+    # schema 2 has no stored dtype: it is the tensor's own
+    for name, dtype, shape, offset, *stored in flat['index']:
+        own, count = getattr(torch, dtype), int(np.prod(shape))
+        if offset == -1:
+            tensors[name] = torch.zeros(shape, dtype=own)
+            continue
+        data = flat['data'][stored[0] if stored else dtype]
+        if offset < -1:
+            tensors[name] = torch.full(shape, data[-2 - offset].item(), dtype=own)
         else:
-            tensors[name] = flat['data'][dtype][offset:offset + count].reshape(shape).clone()
+            tensors[name] = data[offset:offset + count].reshape(shape).to(own, copy=True)
     return tensors
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix('torch.')
+
+
+def _narrowed(flat: Tensor) -> Tensor:
+    """Integers in the smallest dtype that holds them, anything else as it is."""
+    if flat.dtype not in (torch.int16, torch.int32, torch.int64):
+        return flat
+    low, high = int(flat.min()), int(flat.max())
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max:
+            return flat.to(dtype)
+    return flat

@@ -37,6 +37,7 @@ from .operations import (
     works_in_place,
 )
 from .probe import _key, _tensors
+from .spread import channel_ranges
 from .structure import LayerStructure, Structure
 
 Key = tuple[int, int]
@@ -307,10 +308,10 @@ class _Planner:
     """Gives every tensor between quantized layers its quantizer."""
 
     def __init__(self, graph: _Graph, structure: Structure, cfg: PTQConfig, modules: dict[str, nn.Module],
-                 calls: dict[str, int], outputs: frozenset[str]) -> None:
+                 calls: dict[str, int], outputs: frozenset[str], uneven: Container[str]) -> None:
         self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
         self.outputs = outputs
-        self.per_channel = cfg.dataflow == 'per_channel'
+        self.uneven = uneven
         policy = cfg.activations
         bits = max(policy.bits, BITS)
         self.spec = build_quantizer({**policy.quantizer, 'bits': bits, 'num_channels': None, 'channel_axis': 1}).spec()
@@ -431,7 +432,7 @@ class _Planner:
     def _float_gate(self, key: Key) -> bool:
         """Whether a tensor keeps a scale per channel until a SiLU or HardSwish, which then computes in float."""
         maker = self.graph.producer.get(key)
-        return (self.per_channel and maker is not None and maker.kind == LAYER and self.graph.between(maker)
+        return (maker is not None and maker.kind == LAYER and maker.name in self.uneven and self.graph.between(maker)
                 and self.graph.only_gated(key))
 
     def _new(self, name: str, channels: dict) -> str:
@@ -446,7 +447,7 @@ class _Planner:
 
 
 def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any],
-                  outputs: Iterable[str]) -> None:
+                  outputs: Iterable[str], run_many: Callable[[], Any]) -> None:
     """Adds quantizers between the layers to a structure that is about to be applied.
 
     Args:
@@ -455,11 +456,13 @@ def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
         outputs: Layers that write the heads' outputs, quantized with a scale per channel.
+        run_many: Calls it on more images, for ``ptq.dataflow='auto'``.
     """
+    uneven = _uneven_outputs(detector, structure, cfg, run_many)
     recorder, outputs = record_operations(detector, run), frozenset(outputs)
     graph = _Graph(recorder, {layer.name: layer for layer in structure.layers}, outputs)
     calls = dict(recorder.frames.calls)
-    planner = _Planner(graph, structure, cfg, dict(detector.named_modules()), calls, outputs)
+    planner = _Planner(graph, structure, cfg, dict(detector.named_modules()), calls, outputs, uneven)
     planner.plan()
     counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
     structure.module_calls = {module: calls[module] for module in sorted(counted)}
@@ -473,3 +476,21 @@ def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run
         groups[island['operation'], island['reason']].append(island['module'] or '(the detector itself)')
     for (operation, reason), places in groups.items():
         print_log(f'operation {operation} stays float, {reason}: {", ".join(places)}', 'current')
+
+
+def _uneven_outputs(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
+                    ) -> Container[str]:
+    """The layers whose output keeps a scale per channel in front of SiLU and HardSwish.
+
+    With ``'auto'``, inputs of depthwise convolutions whose channels are even enough get one scale, too, unless a zero
+    point serves all their channels: then the layers around absorb the scales, and they cost nothing.
+    """
+    integer = [layer.name for layer in structure.layers if layer.integer]
+    if cfg.dataflow != 'auto':
+        return frozenset(integer if cfg.dataflow == 'per_channel' else ())
+    inputs, outputs = channel_ranges(detector, integer, run, channel_axis)
+    for name, entry in structure.activations.items():
+        readers = [inputs[layer.name] for layer in structure.layers if name in layer.inputs and layer.name in inputs]
+        if entry['spec'].get('num_channels') is not None and not any(r.positive or r.uneven for r in readers):
+            entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
+    return frozenset(name for name, ranges in outputs.items() if ranges.uneven)

@@ -32,8 +32,8 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         detector: The float detector with its trained weights, in eval mode.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
-        run_many: The same on more calibration images, which ``equalize='activations'`` measures channels on.
-            Defaults to None: ``run``.
+        run_many: The same on more calibration images, on which ``equalize='activations'`` and ``dataflow='auto'``
+            measure channels. Defaults to None: ``run``.
 
     Returns:
         The structure of the quantized detector.
@@ -56,7 +56,7 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
     structure, fitted = _plan(detector, cfg, probe)
     structure.norms = kept
     if cfg.dataflow is not None:
-        plan_dataflow(detector, structure, cfg, run, probe.outputs)
+        plan_dataflow(detector, structure, cfg, run, probe.outputs, run_many or run)
     apply_structure(detector, structure)  # the folds are done; the structure records them only now
     structure.folds = [list(pair) for pair in folds]
     for name, quantized in quantized_weights(detector).items():

@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized
+from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, settle_biases
+from mmdet_ptq.deploy.packing import unflatten_tensors
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import raw_outputs, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights, quantized_weights, thaw_weights
@@ -20,6 +21,7 @@ CASES = {
 def case(request, tmp_path_factory):
     kind, ptq = request.param
     detector, structure = tiny_quantized(kind, ptq)
+    settle_biases(detector, structure)
     path = tmp_path_factory.mktemp('checkpoint') / 'quantized.pth'
     config = dict(model=tiny_model_cfg(kind), hook=dict(type=torch.nn.Conv2d), ids={1, 2})
     save_quantized(path, quantized_state(detector, structure, config, dict(classes=('a', 'b', 'c'))))
@@ -52,7 +54,9 @@ def test_structure_survives(case):
 
 
 def test_loads_without_pickle_and_holds_no_float_weights(case):
-    state = torch.load(case[3], weights_only=True)
+    assert all(isinstance(value, (str, int, dict, torch.Tensor))
+               for value in torch.load(case[3], weights_only=True).values())
+    state = read_quantized(case[3])
     names = [entry[0] for entry in state['tensors']['index']]
     assert not [n for n in names if n.endswith('weight.original')]
     bits = sum(8 * -(-torch.Size(e['rows']).numel() * e['bits'] // 8) for e in state['layers'].values())
@@ -108,10 +112,36 @@ def test_a_float_checkpoint_is_refused(tmp_path):
 
 
 def test_another_schema_is_refused(case, tmp_path):
-    state = torch.load(case[3], weights_only=True)
+    state = read_quantized(case[3])
     save_quantized(tmp_path / 'older.pth', {**state, 'schema': 1})
     with pytest.raises(PTQError, match='run tools/ptq.py again'):
         read_quantized(tmp_path / 'older.pth')
     save_quantized(tmp_path / 'newer.pth', {**state, 'schema': 99, 'version': '9.0'})
     with pytest.raises(PTQError, match=r'newer mmdet-ptq \(9.0\)'):
         read_quantized(tmp_path / 'newer.pth')
+
+
+def test_the_schema_before_is_read(case, loaded, tmp_path):
+    state = {**read_quantized(case[3]), 'schema': 2}
+    for group in ('codes', 'tables', 'tensors'):
+        tensors, index, data, ends = unflatten_tensors(state[group]), [], {}, {}
+        for name, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix('torch.')
+            index.append([name, dtype, list(tensor.shape), ends.get(dtype, 0) if tensor.any() else -1])
+            if tensor.any():
+                ends[dtype] = ends.get(dtype, 0) + tensor.numel()
+                data.setdefault(dtype, []).append(tensor.reshape(-1))
+        state[group] = dict(index=index, data={dtype: torch.cat(parts) for dtype, parts in data.items()})
+    torch.save(state, tmp_path / 'schema2.pth')
+    assert (tmp_path / 'schema2.pth').stat().st_size > 1.05 * case[3].stat().st_size
+    detector = tiny_detector(case[0], seed=6)
+    load_quantized_state(detector, read_quantized(tmp_path / 'schema2.pth'))
+    assert all(torch.equal(a, b) for a, b in zip(raw_outputs(detector.eval()), raw_outputs(loaded), strict=True))
+
+
+def test_a_damaged_text_is_refused(case, tmp_path):
+    state = torch.load(case[3], weights_only=True)
+    for text in (state['text'][:-20], torch.zeros(8, dtype=torch.uint8)):
+        torch.save({**state, 'text': text}, tmp_path / 'damaged.pth')
+        with pytest.raises(PTQError, match='damaged'):
+            read_quantized(tmp_path / 'damaged.pth')

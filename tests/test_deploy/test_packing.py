@@ -52,7 +52,8 @@ def test_flatten_round_trip():
         'float': torch.randn(2, 3), 'more': torch.randn(4), 'zeros': torch.zeros(5, 2), 'scalar': torch.tensor(1.5),
         'zero scalar': torch.tensor(0), 'long': torch.arange(4), 'int': torch.tensor([[7]], dtype=torch.int32),
         'uint8': torch.tensor([255], dtype=torch.uint8), 'bool': torch.tensor([True, False]),
-        'empty': torch.zeros(0, 3), 'half': torch.randn(3).half()}
+        'empty': torch.zeros(0, 3), 'half': torch.randn(3).half(), 'even': torch.full((3, 2), math.inf),
+        'even int': torch.full((2, ), -300), 'wide': torch.tensor([-2**40, 5]), 'minus': torch.tensor([-128, 127])}
     flat = flatten_tensors(tensors)
     again = unflatten_tensors(flat)
     assert list(again) == list(tensors)
@@ -60,7 +61,9 @@ def test_flatten_round_trip():
         assert again[name].dtype == tensor.dtype
         assert again[name].shape == tensor.shape
         assert torch.equal(again[name], tensor)
-    assert flat['data']['float32'].numel() == 6 + 4 + 1
+    # one number all over is stored once, integers in the smallest dtype that holds them
+    assert {dtype: data.numel() for dtype, data in flat['data'].items()} == dict(
+        float32=6 + 4 + 1 + 1, uint8=4 + 1 + 1, bool=2, float16=3, int16=1, int64=2, int8=2)
 
 
 def test_flattened_tensors_do_not_share_memory():

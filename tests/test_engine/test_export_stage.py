@@ -46,7 +46,7 @@ def test_every_runtime_has_a_row_of_the_evaluator(exported):
 
 
 def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
-    assert exported.ptq.dataflow == 'per_channel'
+    assert exported.ptq.dataflow == 'auto'
 
 
 def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):

@@ -1,7 +1,6 @@
 """OpenVINO on the CPU."""
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,8 +11,10 @@ from torch import nn
 from ...errors import PTQError
 from ...registry import RUNTIMES
 from ...wrapping import Structure
+from ..meta import read_meta, write_meta
 from ..onnx_export import export_onnx, require
 from ..onnx_nodes import check_activation_formats
+from ..openvino_file import compact, strip_layout
 from .base import IntegerCoverage, Runtime
 
 META = 'mmdet_ptq'
@@ -41,7 +42,7 @@ class OpenVino(Runtime):
         except RuntimeError as error:
             told = 'was not exported by mmdet-ptq' if META in str(error) else 'is damaged or no OpenVINO model'
             raise PTQError(f'{path!r} {told}; make one with tools/export.py.') from error
-        self.meta = json.loads(meta)
+        self.meta = read_meta(meta)
         # what is not quantized stays exact: the default takes bfloat16 where the processor has it
         options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
@@ -64,8 +65,10 @@ class OpenVino(Runtime):
         with tempfile.TemporaryDirectory() as temporary:
             meta = export_onnx(detector, Path(temporary) / 'model.onnx', input_shape, runtime=cls.name, **options)
             model = openvino.convert_model(Path(temporary) / 'model.onnx')
-            model.set_rt_info(json.dumps(meta), [META])
+            compact(model, meta['layers'])
+            model.set_rt_info(write_meta(meta), [META])
             openvino.save_model(model, Path(temporary) / 'model.xml', compress_to_fp16=False)
+            strip_layout(Path(temporary) / 'model.xml')
             # the file that is opened comes last: without it the model does not exist
             from ...files import write_atomic
             for suffix in ('.bin', cls.suffix):
