@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .errors import PTQError, did_you_mean
 
+# calibration images of --fast: ranges of 8 bits hardly change with more
+FAST_IMAGES = 32
+
 
 def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[[list[str] | None], None]:
     """A user's mistake becomes one sentence and exit code 2; Ctrl-C says how to go on."""
@@ -116,13 +119,20 @@ def _ptq(argv: list[str] | None = None) -> None:
     parser.add_argument('--preset', help='replaces ptq.preset')
     parser.add_argument('--resume', action='store_true', help='take over finished stages of an interrupted run')
     parser.add_argument('--seed', type=int, help='replaces ptq.calibration.seed')
+    parser.add_argument('--fast', action='store_true',
+                        help=f'a first look: ranges of at most {FAST_IMAGES} images, nothing is searched or trained')
     args = parser.parse_args(argv)
     cfg = _prepare(args)
-    changes = {}
+    changes = dict(calibration={})
     if args.seed is not None:
-        changes['calibration'] = dict(seed=args.seed)
+        changes['calibration']['seed'] = args.seed
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed}
     _change_block(cfg, args, changes)
+    if args.fast:
+        images = min(cfg.ptq.calibration.get('num_images', FAST_IMAGES), FAST_IMAGES)
+        cfg.merge_from_dict(dict(ptq=dict(
+            calibration=dict(num_images=images), protect=None, reconstruct=None, bias_correction=False,
+            global_loss=None)))
     cfg.resume = args.resume
     from .engine import PTQRunner
     PTQRunner.from_cfg(cfg).run()

@@ -221,6 +221,23 @@ def test_a_custom_detector_and_a_seed(config_file, tmp_path, monkeypatch, capfd,
     assert 'is already quantized' in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize('images', [3, 100, None])
+def test_fast_searches_and_trains_nothing(config_file, tmp_path, monkeypatch, images):
+    seen = []
+    monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.run', lambda runner: seen.append(runner.ptq))
+    cfg = Config.fromfile(config_file)
+    cfg.ptq = dict(preset='w4a8', protect=dict(), bias_correction=True,
+                   **({} if images is None else dict(calibration=dict(num_images=images))))
+    cfg.dump(tmp_path / 'thorough.py')
+    for arguments in ([], ['--fast', '--seed', '7']):
+        cli.ptq([str(tmp_path / 'thorough.py'), '--work-dir', str(tmp_path / 'out'), *arguments])
+    thorough, fast = seen
+    assert thorough.reconstruct and thorough.protect and thorough.global_loss and thorough.bias_correction
+    assert not (fast.reconstruct or fast.protect or fast.global_loss or fast.bias_correction)
+    assert fast.calibration.num_images == min(images or 256, cli.FAST_IMAGES) and fast.calibration.seed == 7
+    assert fast.weights == thorough.weights and fast.activations == thorough.activations
+
+
 def test_a_pure_python_config(config_file, tmp_path):
     (tmp_path / 'base.py').write_text(config_file.read_text())
     (tmp_path / 'lazy.py').write_text(
