@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wrapping.inputs import STATE
+from .integer_arithmetic import integer_arithmetic
 from .onnx_export import model_meta, require
 from .onnx_nodes import CODES
 from .raw_outputs import RawOutputs
@@ -33,7 +34,7 @@ class TensorAgreement:
 
 
 def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
-                  follow: bool = False) -> list[TensorAgreement]:
+                  follow: bool = False, exact: bool = False) -> list[TensorAgreement]:
     """Compares the codes of every quantized tensor between the simulation and ONNX Runtime.
 
     Args:
@@ -43,6 +44,8 @@ def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
         follow: Whether the simulation goes on with the runtime's codes after each tensor. Each is then compared for
             itself; otherwise a code that falls to the other side of a boundary changes what comes behind, too.
             Defaults to False.
+        exact: Whether the simulation computes as integer kernels do, see
+            :func:`mmdet_ptq.deploy.integer_arithmetic.integer_arithmetic`. Defaults to False.
 
     Returns:
         One entry per quantized tensor, in the order of the network.
@@ -52,7 +55,8 @@ def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
     # models of older versions do not have the entry: in them nothing was folded
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
         found[name] = _sliced(found[name], offsets)
-    with torch.no_grad(), _recorded(detector, found if follow else {}) as simulated:
+    arithmetic = integer_arithmetic(detector) if exact else nullcontext()
+    with torch.no_grad(), arithmetic, _recorded(detector, found if follow else {}) as simulated:
         RawOutputs(detector)(image)
     agreements = []
     for name, codes in simulated.items():

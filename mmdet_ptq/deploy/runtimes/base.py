@@ -1,16 +1,22 @@
 """What every runtime offers: export into a folder, a session, which convolutions it runs in integers."""
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from mmengine.logging import print_log
 from torch import nn
 
 from ...errors import PTQError, did_you_mean
 from ...registry import RUNTIMES
 from ...wrapping import Structure
+
+# two products of uint8 with codes from -64 to 64 fit into 16 bits: 255 * (64 + 64) = 32640
+SAFE_CODE = 64
 
 
 @dataclass
@@ -52,6 +58,15 @@ class Runtime:
             PTQError: The package is missing or too old.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def saturates() -> bool:
+        """Whether this runtime, on this processor, adds products of 8-bit weights in 16 bits, which overflow.
+
+        x86 processors without VNNI multiply unsigned with signed bytes by ``VPMADDUBSW``, which adds the products in
+        pairs and saturates. The runtime is tried on :func:`worst_case`, once per process.
+        """
+        return False
 
     @classmethod
     def check_export(cls) -> None:
@@ -136,3 +151,20 @@ def model_bytes(path: str | os.PathLike) -> int:
     # an engine lies beside the ONNX file that it was built from, and does not need it to run
     files = path.parent.glob(f'{path.stem}.*') if path.suffix != '.engine' else [path]
     return sum(file.stat().st_size for file in files)
+
+
+def worst_case() -> tuple[np.ndarray, np.ndarray, int]:
+    """A convolution whose sums of two products are as large as 8 bits allow.
+
+    Returns:
+        The input, (1, 16, 1, 1), uint8, the weight, (16, 16, 1, 1), int8, and each of the sums.
+    """
+    channels, code, weight = 16, 255, 127
+    return (np.full((1, channels, 1, 1), code, np.uint8), np.full((channels, channels, 1, 1), weight, np.int8),
+            channels * code * weight)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Logs a warning, once per process."""
+    print_log(text, 'current', logging.WARNING)

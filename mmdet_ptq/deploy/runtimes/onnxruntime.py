@@ -1,6 +1,7 @@
 """ONNX Runtime."""
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -13,9 +14,10 @@ from ...registry import RUNTIMES
 from ...wrapping import Structure
 from ..onnx_export import export_onnx, model_meta, require
 from ..onnx_nodes import check_activation_formats
-from .base import IntegerCoverage, Runtime
+from .base import IntegerCoverage, Runtime, worst_case
 
 OLDEST = (1, 20)  # 4-bit initializers, opset 21
+EXACT_SUMS = 'session.x64quantprecision'
 # in this order, where they are present
 PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
 
@@ -40,6 +42,9 @@ class OnnxRuntime(Runtime):
         if self.threads:
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
+        if self.saturates():
+            # weights beyond 7 bits become uint8, whose kernels add in 32 bits; where nothing saturates they are slower
+            options.add_session_config_entry(EXACT_SUMS, '1')
         if optimized:
             options.optimized_model_filepath = optimized
             # the last level changes the layout of float convolutions and saves what no checker reads
@@ -62,6 +67,27 @@ class OnnxRuntime(Runtime):
     @classmethod
     def check(cls) -> None:
         cls._check_version()
+
+    @staticmethod
+    @functools.cache
+    def saturates() -> bool:
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper
+        image, weight, exact = worst_case()
+        # the exact sum is code 240, the saturated one about half of it
+        constants = dict(one=np.float32(1), zero=np.uint8(0), weight=weight, weight_zero=np.int8(0),
+                         scale=np.float32(exact / 240))
+        graph = helper.make_graph(
+            [helper.make_node('QLinearConv', ['image', 'one', 'zero', 'weight', 'one', 'weight_zero', 'scale', 'zero'],
+                              ['sums'])], 'worst_case',
+            [helper.make_tensor_value_info('image', TensorProto.UINT8, image.shape)],
+            [helper.make_tensor_value_info('sums', TensorProto.UINT8, None)],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+        return bool((session.run(None, {'image': image})[0] != 240).any())
 
     @classmethod
     def check_formats(cls, structure: Structure) -> None:

@@ -1,6 +1,7 @@
 """OpenVINO on the CPU."""
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -15,9 +16,11 @@ from ..meta import read_meta, write_meta
 from ..onnx_export import export_onnx, require
 from ..onnx_nodes import check_activation_formats
 from ..openvino_file import compact, strip_layout
-from .base import IntegerCoverage, Runtime
+from .base import SAFE_CODE, IntegerCoverage, Runtime, warn_once, worst_case
 
 META = 'mmdet_ptq'
+# what is not quantized stays exact: the default takes bfloat16 where the processor has it
+_FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
 _LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected', 'MatMul')
 
 
@@ -43,15 +46,33 @@ class OpenVino(Runtime):
             told = 'was not exported by mmdet-ptq' if META in str(error) else 'is damaged or no OpenVINO model'
             raise PTQError(f'{path!r} {told}; make one with tools/export.py.') from error
         self.meta = read_meta(meta)
-        # what is not quantized stays exact: the default takes bfloat16 where the processor has it
-        options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
+        options = {**_FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
+        if _wide_weights(model) and self.saturates():
+            warn_once('this processor lacks VNNI, and OpenVINO loses accuracy there with weights of 8 bits: quantize '
+                      'with `ptq.weights.bits=7`, or run the model in ONNX Runtime.')
         self.compiled = core.compile_model(model, 'CPU', options)
 
     @classmethod
     def check(cls) -> None:
         require('openvino', extra='openvino')
+
+    @staticmethod
+    @functools.cache
+    def saturates() -> bool:
+        import openvino
+        from openvino import opset13 as ops
+        image, weight, exact = worst_case()
+        given = ops.parameter(image.shape, np.float32)
+        low, high = np.float32(0), np.float32(255)
+        codes = ops.fake_quantize(given, low, high, low, high, 256)
+        # a scale of 1 would be folded away, and the convolution would be a float one
+        kernel = ops.multiply(ops.convert(ops.constant(weight), 'f32'), np.float32(0.5))
+        sums = ops.convolution(codes, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+        compiled = openvino.Core().compile_model(openvino.Model([sums], [given]), 'CPU',
+                                                 {**_FLOAT32, 'INFERENCE_NUM_THREADS': 1})
+        return bool((compiled([image.astype(np.float32)])[0] < 0.9 * 0.5 * exact).any())
 
     @classmethod
     def check_formats(cls, structure: Structure) -> None:
@@ -91,3 +112,14 @@ class OpenVino(Runtime):
         for call in self.meta['layers']:
             (found.integer if call in integer else found.float).append(call)
         return found
+
+
+def _wide_weights(model) -> bool:
+    """Whether codes are large enough for the sum of two products to leave 16 bits."""
+    import openvino
+    for op in model.get_ops():
+        # depthwise weights, (C, 1, K, K), have no neighbour to be added to: their products are exact
+        if op.get_type_name() == 'Constant' and op.get_element_type() == openvino.Type.i8 and not (
+                len(op.shape) > 2 and op.shape[-3] == 1) and (np.abs(op.data.astype(np.int16)) > SAFE_CODE).any():
+            return True
+    return False
