@@ -70,8 +70,10 @@ def round_shared_biases(detector: nn.Module, structure: Structure) -> None:
             continue
         weight = weights[layer.name]
         # exported graphs have int32 biases where convolutions have int8 weights, float ones elsewhere
+        # while a checkpoint is loaded, the quantizers may not be where the weights are yet
+        values = float_weight(module).to(weight.quantizer.any_param().device)
         if (isinstance(module, nn.Linear) or is_transposed(module)
-                or not integer_weight(weight.quantizer, weight.codes(float_weight(module))).fits_int8):
+                or not integer_weight(weight.quantizer, weight.codes(values)).fits_int8):
             continue
         hook = SharedBias(state, layer.name, layer.inputs, weight)
         state.hooks.append(hook)

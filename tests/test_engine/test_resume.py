@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mmdet_ptq import cli
+from mmdet_ptq.deploy import read_quantized
+from mmdet_ptq.deploy.packing import unflatten_tensors
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.loops import GlobalCalibrationLoop, HeldOutLossLoop
 from mmdet_ptq.engine.runner import observe_activations
@@ -30,8 +32,9 @@ def stages(monkeypatch) -> dict[str, bool]:
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(path, weights_only=True)
-    return {f'{part}.{key}': value for part in ('codes', 'tensors') for key, value in state[part]['data'].items()}
+    state = read_quantized(path)
+    return {f'{part}.{key}': value for part in ('codes', 'tensors')
+            for key, value in unflatten_tensors(state[part]).items()}
 
 
 def assert_same_run(work_dir: Path, finished: PTQRunner) -> None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from mmdet_ptq.calibration.activation_store import ActivationStore
 from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
 from mmdet_ptq.calibration.units import find_units
-from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized
+from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.engine.optim import train_only_quantization
 from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.predictions.two_stage import is_two_stage
@@ -246,6 +246,7 @@ def test_state_dict_and_structure_rebuild_the_detector(flowing, kind, dataflow):
 @pytest.mark.parametrize('kind', ['retinanet', 'rtmdet'])
 def test_the_integer_checkpoint_is_bit_identical(flowing, kind, tmp_path):
     detector, structure = copy.deepcopy(flowing(kind))
+    settle_biases(detector, structure)
     save_quantized(tmp_path / 'q.pth', quantized_state(detector, structure, dict(model=tiny_model_cfg(kind)), None))
     loaded = tiny_detector(kind, seed=5)
     assert load_quantized_state(loaded, read_quantized(tmp_path / 'q.pth')) == structure
