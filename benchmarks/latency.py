@@ -82,7 +82,8 @@ def exported_subject(folder: Path, runtimes: Sequence[str] = RUNTIMES) -> Subjec
     if not models:
         raise PTQError(f'{folder} holds no exported models; run tools/ptq.py with '
                        f"--cfg-options 'ptq.export=[{','.join(runtimes)}]'.")
-    return Subject(folder.resolve().name, folder.resolve().name, 'trained', models, {})
+    name = '/'.join(folder.resolve().parts[-2:])  # work_dirs/DETECTOR/PRESET
+    return Subject(name, name, 'trained', models, {})
 
 
 def built_subject(config: Path, size: tuple[int, int] | None, folder: Path, args: argparse.Namespace) -> Subject:
