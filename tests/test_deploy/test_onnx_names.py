@@ -113,6 +113,7 @@ def test_weight_bytes_of_a_float_and_an_integer_model(pair, tmp_path):
     assert weights < weight_bytes(pair[1]) < 0.5 * weight_bytes(tmp_path / 'float.onnx')
 
 
+@pytest.mark.slow
 def test_openvino_gets_the_same_numbers_in_fewer_bytes(detector, tmp_path, monkeypatch):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
     from mmdet_ptq.deploy.runtimes import openvino
