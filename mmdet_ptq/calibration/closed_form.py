@@ -119,11 +119,11 @@ def _seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[t
 def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: float, quantizer: Quantizer) -> Tensor:
     """Tries finer and coarser grids; every output channel keeps the scale with the least error."""
     best, best_error, best_factor, before = weight, None, None, 1.0
+    round_on_grid = equations.rounding(weight, damping)
     for factor in SCALE_FACTORS:
         quantizer.rescale(torch.tensor(factor / before))
         before = factor
-        rounded, error = equations.rounded(weight, damping,
-                                           lambda column: quantizer(column.reshape(-1, 1)).view(column.shape))
+        rounded, error = round_on_grid(lambda column: quantizer(column.reshape(-1, 1)).view(column.shape))
         if best_error is None:
             best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
             continue

@@ -7,7 +7,7 @@ rounded, takes what is left of the mean.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -101,30 +101,14 @@ class LayerEquations:
         """Mean square of each input, (G, K): what an error of its weight costs."""
         return (self.inputs.diagonal(dim1=1, dim2=2)[:, :-1] / max(self.count, 1e-12)).float()
 
-    def rounded(self, weight: Tensor, damping: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Rounds column by column, moving each error onto the columns that follow; then improves code by code.
+    def rounding(self, weight: Tensor, damping: float) -> CompensatedRounding:
+        """How to round a weight on whichever grid.
 
         Args:
             weight: (G, R, K).
             damping: As for :meth:`solve`.
-            quantize: Rounds a column, (G, R).
-
-        Returns:
-            The rounded weight, and the squared error of each row, (G, R), with the best bias.
         """
-        hessian = self._hessian(damping)
-        order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-        take = torch.arange(len(order), device=order.device)[:, None]
-        ordered = hessian[take[..., None], order[:, :, None], order[:, None, :]]
-        target = weight.double().gather(2, order[:, None, :].expand_as(weight))
-        found = _compensate(target, ordered, quantize)
-        for _ in range(SWEEPS):
-            _descend(found, target, ordered, quantize)
-        change = found - target
-        error = ((change @ ordered) * change).sum(2)
-        result = torch.empty_like(found)
-        result.scatter_(2, order[:, None, :].expand_as(found), found)
-        return result.to(weight.dtype), error
+        return CompensatedRounding(self._hessian(damping), weight)
 
     def _hessian(self, damping: float) -> Tensor:
         lhs, _ = self._damped(damping)
@@ -143,33 +127,74 @@ class LayerEquations:
         return self.inputs + torch.diag_embed(pull.expand_as(diagonal)), pull
 
 
-def _compensate(target: Tensor, hessian: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-    """One pass of optimal brain quantization; errors reach the columns of later blocks once a block is done."""
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    rest, found = target.clone(), torch.empty_like(target)
-    fan_in = target.shape[2]
-    for start in range(0, fan_in, BLOCK):
-        end = min(start + BLOCK, fan_in)
-        errors = torch.empty_like(rest[..., start:end])
-        for column in range(start, end):
-            value = rest[..., column]
-            found[..., column] = quantize(value.float()).double()
-            error = (value - found[..., column]) / upper[:, column, column, None]
-            rest[..., column + 1:end] -= error[..., None] * upper[:, None, column, column + 1:end]
-            errors[..., column - start] = error
-        rest[..., end:] -= errors @ upper[:, start:end, end:]
-    return found
+class CompensatedRounding:
+    """Rounds column by column, moving each error onto the columns that follow; then improves code by code.
 
+    What does not depend on the grid is computed once. Columns go by falling mean square of their inputs.
 
-def _descend(found: Tensor, target: Tensor, hessian: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
-    """One sweep of coordinate descent, in place: each column takes its best values given all others."""
-    gradient = (found - target) @ hessian
-    for column in range(found.shape[2]):
-        scale = hessian[:, column, column, None]
-        before = found[..., column].clone()
-        after = quantize((before - gradient[..., column] / scale).float()).double()
-        # the nearest value minimises the parabola; ties and float32 may not raise the error
-        gain = (after - before) * (2 * gradient[..., column] + (after - before) * scale)
-        after = torch.where(gain < 0, after, before)
-        found[..., column] = after
-        gradient += (after - before)[..., None] * hessian[:, None, column]
+    Args:
+        hessian: Second derivatives of the squared error, (G, K, K).
+        weight: What is rounded, (G, R, K).
+    """
+
+    def __init__(self, hessian: Tensor, weight: Tensor) -> None:
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+        take = torch.arange(len(order), device=order.device)[:, None]
+        self._order = order[:, None, :].expand_as(weight)
+        self._dtype = weight.dtype
+        self._hessian = hessian[take[..., None], order[:, :, None], order[:, None, :]]
+        self._target = weight.double().gather(2, self._order)
+        self._upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(self._hessian)), upper=True)
+
+    def __call__(self, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Rounds.
+
+        Args:
+            quantize: Rounds a column, (G, R).
+
+        Returns:
+            The rounded weight, (G, R, K), and the squared error of each row, (G, R), with the best bias.
+        """
+        found = self._compensate(quantize)
+        for _ in range(SWEEPS):
+            self._descend(found, quantize)
+        change = found - self._target
+        error = ((change @ self._hessian) * change).sum(2)
+        result = torch.empty_like(found)
+        result.scatter_(2, self._order, found)
+        return result.to(self._dtype), error
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        # later columns hear of a block's changes in one product: column by column they would all be rewritten
+        fan_in = self._target.shape[2]
+        return ((start, min(start + BLOCK, fan_in)) for start in range(0, fan_in, BLOCK))
+
+    def _compensate(self, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """One pass of optimal brain quantization."""
+        upper, rest, found = self._upper, self._target.clone(), torch.empty_like(self._target)
+        for start, end in self._blocks():
+            errors = torch.empty_like(rest[..., start:end])
+            for column in range(start, end):
+                value = rest[..., column]
+                found[..., column] = quantize(value.float()).double()
+                error = (value - found[..., column]) / upper[:, column, column, None]
+                rest[..., column + 1:end] -= error[..., None] * upper[:, None, column, column + 1:end]
+                errors[..., column - start] = error
+            rest[..., end:] -= errors @ upper[:, start:end, end:]
+        return found
+
+    def _descend(self, found: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
+        """One sweep of coordinate descent, in place: each column takes its best values given all others."""
+        hessian, gradient = self._hessian, (found - self._target) @ self._hessian
+        for start, end in self._blocks():
+            changes = torch.empty_like(gradient[..., start:end])
+            for column in range(start, end):
+                scale, slope = hessian[:, column, column, None], gradient[..., column]
+                before = found[..., column]
+                change = quantize((before - slope / scale).float()).double() - before
+                # the nearest value minimises the parabola; ties and float32 may not raise the error
+                change = torch.where(change * (2 * slope + change * scale) < 0, change, 0.)
+                found[..., column] += change
+                gradient[..., column + 1:end] += change[..., None] * hessian[:, None, column, column + 1:end]
+                changes[..., column - start] = change
+            gradient[..., end:] += changes @ hessian[:, start:end, end:]

@@ -70,7 +70,7 @@ def test_compensated_rounding_beats_rounding_to_the_nearest():
     def quantize(column):
         return quantizer(column.reshape(6, 1)).detach().view(2, 3)
 
-    rounded, error = equations.rounded(solved, 1e-3, quantize)
+    rounded, error = equations.rounding(solved, 1e-3)(quantize)
     nearest = quantizer(solved.reshape(6, 6)).detach().view(2, 3, 6)
     # on the grid
     torch.testing.assert_close(quantizer(rounded.reshape(6, 6)).detach().view(2, 3, 6), rounded)
@@ -88,16 +88,16 @@ def test_compensated_rounding_beats_rounding_to_the_nearest():
 
 def test_without_rounding_nothing_is_compensated():
     equations, weight, *_ = make_equations()
-    rounded, error = equations.rounded(weight, 1e-2, lambda column: column)
+    rounded, error = equations.rounding(weight, 1e-2)(lambda column: column)
     torch.testing.assert_close(rounded, weight)
     assert error.abs().max() < 1e-3
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
     equations, weight, *_ = make_equations()
-    whole = equations.rounded(weight, 1e-2, torch.round)[0]
+    whole = equations.rounding(weight, 1e-2)(torch.round)[0]
     monkeypatch.setattr('mmdet_ptq.calibration.compensation.BLOCK', 2)
-    assert torch.equal(equations.rounded(weight, 1e-2, torch.round)[0], whole)
+    assert torch.equal(equations.rounding(weight, 1e-2)(torch.round)[0], whole)
 
 
 def test_coordinate_descent_never_raises_the_error(monkeypatch):
@@ -105,7 +105,7 @@ def test_coordinate_descent_never_raises_the_error(monkeypatch):
     errors = []
     for sweeps in range(3):
         monkeypatch.setattr('mmdet_ptq.calibration.compensation.SWEEPS', sweeps)
-        errors.append(equations.rounded(weight, 1e-2, torch.round)[1])
+        errors.append(equations.rounding(weight, 1e-2)(torch.round)[1])
     assert (errors[1] <= errors[0]).all() and (errors[2] <= errors[1]).all()
     assert errors[1].sum() < errors[0].sum()
 
@@ -123,4 +123,4 @@ def test_an_input_that_is_always_zero_is_no_trouble():
     equations.add(x, weight @ x)
     solved, _ = equations.solve(weight, torch.zeros(1, 2), 1e-2)
     torch.testing.assert_close(solved, weight, rtol=1e-2, atol=1e-2)
-    assert torch.isfinite(equations.rounded(solved, 1e-2, torch.round)[0]).all()
+    assert torch.isfinite(equations.rounding(solved, 1e-2)(torch.round)[0]).all()
