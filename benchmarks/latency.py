@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -38,9 +38,9 @@ FLOAT, OURS = 'float', 'ours'
 # what other tools make, by the runtime it runs in
 PEERS = dict(onnxruntime='quantize_static', openvino='nncf')
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'numpy', 'python')
-FIELDS = ('detector', 'size', 'runtime', 'model', 'threads', 'float_ms', 'int8_ms', 'ratio', 'peer_ratio', 'pairs',
-          'file_bytes', 'float_bytes', 'integer_convolutions', 'convolutions', 'weights', 'note', 'cpu', 'instructions',
-          'load', 'date', *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
+FIELDS = ('detector', 'size', 'runtime', 'model', 'threads', 'float_ms', 'int8_ms', 'ratio', 'peer_ratio',
+          'static_ratio', 'pairs', 'file_bytes', 'float_bytes', 'integer_convolutions', 'convolutions', 'weights',
+          'note', 'cpu', 'instructions', 'load', 'date', *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512_vnni', 'amx_int8')
 # nothing of a recipe but its formats shows in the time
 UNTRAINED = dict(protect=None, reconstruct=None, bias_correction=False, global_loss=None, export=[])
@@ -142,7 +142,7 @@ def add_peers(subject: Subject, folder: Path, args: argparse.Namespace) -> None:
 
 def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[dict]:
     """One line per int8 model."""
-    lines = []
+    lines, static = [], static_run(subject, threads)
     for runtime, models in subject.models.items():
         peer = PEERS[runtime]
         opened = {kind: open_model(path, threads) for kind, path in models.items()}
@@ -156,15 +156,27 @@ def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[di
             timed = latency_ratio(runs[FLOAT], runs[kind], args.pairs)
             # pair by pair as well: two ratios to float of different minutes say little about each other
             beside = latency_ratio(runs[peer], runs[OURS], args.pairs) if kind == OURS and peer in runs else None
+            # "is it slower than what I have" is asked across runtimes
+            across = latency_ratio(static, runs[OURS], args.pairs) if kind == OURS and static else None
             coverage = opened[kind].coverage()
             lines.append(dict(
                 runtime=runtime, model=kind, float_ms=round(timed.first_ms, 3), int8_ms=round(timed.second_ms, 3),
-                ratio=round(timed.ratio, 2), peer_ratio=round(beside.ratio, 2) if beside else None, pairs=args.pairs,
+                ratio=round(timed.ratio, 2), peer_ratio=round(beside.ratio, 2) if beside else None,
+                static_ratio=round(across.ratio, 2) if across else None, pairs=args.pairs,
                 file_bytes=model_bytes(models[kind]), float_bytes=model_bytes(models[FLOAT]),
                 integer_convolutions=len(coverage.integer),
                 convolutions=len(coverage.integer) + len(coverage.float)))
     shape = open_model(next(iter(subject.models.values()))[FLOAT]).meta['input_shape']
     return [complete(subject, f'{shape[2]}x{shape[3]}', threads, line, args) for line in lines]
+
+
+def static_run(subject: Subject, threads: int) -> Callable[[], object] | None:
+    """Runs what quantize_static made, in ONNX Runtime; ours in every runtime stands beside it."""
+    path = subject.models.get('onnxruntime', {}).get('quantize_static')
+    if path is None:
+        return None
+    model = open_model(path, threads)
+    return partial(model, example(open_model(subject.models['onnxruntime'][FLOAT])))
 
 
 def example(model) -> np.ndarray:
@@ -202,7 +214,9 @@ def print_lines(lines: list[dict]) -> None:
         if 'ratio' not in line:
             print(f'{head}: {line["note"]}')
             continue
-        beside = '' if line['peer_ratio'] is None else f', {line["peer_ratio"]} times {PEERS[line["runtime"]]}'
+        beside = ''.join(f', {line[key]} times {peer}' for key, peer in (
+            ('peer_ratio', PEERS[line['runtime']]), ('static_ratio', "ONNX Runtime's quantize_static"))
+            if line[key] is not None)
         print(f'{head}: {line["float_ms"]:.1f} ms float, {line["int8_ms"]:.1f} ms int8, {line["ratio"]} times float'
               f'{beside}, {line["integer_convolutions"]} of {line["convolutions"]} convolutions in integers')
 

@@ -13,7 +13,7 @@ from ..errors import PTQError
 from ..quantizers import Quantizer
 from ..wrapping import quantization_mode
 from ..wrapping.weights import float_weight
-from .compensation import LayerEquations, by_group, patches
+from .compensation import LayerEquations, NearestLevel, by_group, patches
 from .streams import FLOAT, CallInputs
 from .unit_data import UnitData
 
@@ -123,7 +123,7 @@ def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: flo
     for factor in SCALE_FACTORS:
         quantizer.rescale(torch.tensor(factor / before))
         before = factor
-        rounded, error = round_on_grid(lambda column: quantizer(column.reshape(-1, 1)).view(column.shape))
+        rounded, error = round_on_grid(NearestLevel(quantizer, weight.shape[0] * weight.shape[1]))
         if best_error is None:
             best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
             continue

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import PTQError
+from ..quantizers import Quantizer
 from ..wrapping.layers import is_transposed
 
 # columns whose errors move together, and passes of coordinate descent after them
@@ -125,6 +127,38 @@ class LayerEquations:
         diagonal = self.inputs.diagonal(dim1=1, dim2=2)
         pull = damping * diagonal.mean(1, keepdim=True) + 1e-8 * max(self.count, 1e-12)
         return self.inputs + torch.diag_embed(pull.expand_as(diagonal)), pull
+
+
+class NearestLevel:
+    """Rounds columns of a weight to the nearest value of its grid.
+
+    The bins of a log-affine grid meet elsewhere than half-way between its values, and an error is least at the nearest
+    value. Values that the quantizer itself rounds to others are left out: the weight could not be stored.
+
+    Args:
+        quantizer: The weight's quantizer, its parameters set.
+        rows: Output channels of all groups.
+    """
+
+    def __init__(self, quantizer: Quantizer, rows: int) -> None:
+        low, high = quantizer.code_range
+        codes = torch.arange(low, high + 1, dtype=torch.int32, device=quantizer.any_param().device)
+        levels = quantizer.decode(codes.expand(rows, -1)).sort(1).values
+        with torch.no_grad():
+            kept = quantizer(levels) == levels
+        if not kept.any(1).all():
+            raise PTQError(f'{type(quantizer).__name__} rounds none of its values to itself; choose another weight '
+                           'quantizer, or `ptq.reconstruct=None`.')
+        # one that is left out repeats the one below, or at the start the first that is kept
+        place = torch.arange(len(codes), device=codes.device).expand_as(kept)
+        place = torch.where(kept, place, kept.int().argmax(1, keepdim=True)).cummax(1).values
+        self._levels = levels.gather(1, place)
+        self._middles = ((self._levels[:, 1:] + self._levels[:, :-1]) / 2).contiguous()
+
+    def __call__(self, column: Tensor) -> Tensor:
+        """Rounds a column, (G, R)."""
+        index = torch.searchsorted(self._middles, column.reshape(-1, 1).contiguous())
+        return self._levels.gather(1, index).view(column.shape)
 
 
 class CompensatedRounding:

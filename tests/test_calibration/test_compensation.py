@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.calibration.compensation import LayerEquations, by_group, patches
-from mmdet_ptq.quantizers import AffineQuantizer
+from mmdet_ptq.calibration.compensation import LayerEquations, NearestLevel, by_group, patches
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import AffineQuantizer, LogAffineQuantizer
 from mmdet_ptq.wrapping.layers import RowLayout
 
 LAYERS = [
@@ -79,8 +80,6 @@ def test_compensated_rounding_beats_rounding_to_the_nearest():
     assert errors[0] - errors[2] < 0.6 * (errors[1] - errors[2])
     residual = (rounded @ x + equations.best_bias(rounded)[..., None] - y).mean(-1)
     assert residual.abs().max() < 1e-2
-
-
     # the error that is told is that of the positions, up to the damping
     told = error.sum() / x.shape[2] / 6
     torch.testing.assert_close(told.float(), torch.tensor(errors[0] - errors[2]), rtol=0.05, atol=0)
@@ -124,3 +123,32 @@ def test_an_input_that_is_always_zero_is_no_trouble():
     solved, _ = equations.solve(weight, torch.zeros(1, 2), 1e-2)
     torch.testing.assert_close(solved, weight, rtol=1e-2, atol=1e-2)
     assert torch.isfinite(equations.rounding(solved, 1e-2)(torch.round)[0]).all()
+
+
+@pytest.mark.parametrize('quantizer', [
+    AffineQuantizer(3, True, 6, 0), AffineQuantizer(4, False, None), LogAffineQuantizer(4, 6, location='median'),
+    LogAffineQuantizer(2, 6, location='zero'), LogAffineQuantizer(8, 6, location='median')], ids=str)
+def test_the_nearest_level_is_the_nearest_value_that_is_rounded_to_itself(quantizer):
+    weight = torch.distributions.Laplace(0.02, 0.1).sample((6, 50))
+    weight[2] = 0.
+    quantizer.fit_weight(weight)
+    low, high = quantizer.code_range
+    levels = quantizer.decode(torch.arange(low, high + 1, dtype=torch.int32).expand(6, -1)).detach()
+    stored = (quantizer(levels) == levels).detach()
+    distance = (weight[..., None] - levels[:, None]).abs().masked_fill(~stored[:, None], torch.inf).amin(2)
+    nearest = NearestLevel(quantizer, 6)
+    for column in range(50):
+        value = nearest(weight[:, column].view(2, 3))
+        assert torch.equal(quantizer(value.reshape(6, 1)).view(2, 3), value)
+        torch.testing.assert_close((value.flatten() - weight[:, column]).abs(), distance[:, column])
+
+
+def test_a_grid_whose_values_cannot_be_stored_is_refused():
+    class Moving(AffineQuantizer):
+        def forward(self, x):
+            return x + 1
+
+    quantizer = Moving(3, True, 6, 0)
+    quantizer.fit_weight(torch.randn(6, 5))
+    with pytest.raises(PTQError, match='rounds none of its values to itself'):
+        NearestLevel(quantizer, 6)
