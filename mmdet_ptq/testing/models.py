@@ -17,6 +17,8 @@ _DELTA = dict(type='DeltaXYWHBBoxCoder', target_means=[.0] * 4, target_stds=[0.1
 _RESNET = dict(
     type='ResNet', depth=18, base_channels=8, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1),
     out_indices=(1, 2), norm_cfg=dict(type='BN'), norm_eval=True, style='pytorch')
+# channels before and after, blocks, residual additions, spatial pyramid pooling
+_TWO_STAGES = [[64, 128, 3, True, False], [128, 256, 3, False, True]]
 _FPN = dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=3)
 
 
@@ -68,14 +70,14 @@ def _yolox() -> dict:
         type='YOLOX',
         data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=32),
         backbone=dict(
-            type='CSPDarknet', deepen_factor=0.33, widen_factor=0.125, out_indices=(2, 3, 4), use_depthwise=True,
-            norm_cfg=_NORM, act_cfg=dict(type='Swish')),
+            type='CSPDarknet', arch_ovewrite=_TWO_STAGES, deepen_factor=0.33, widen_factor=0.125, out_indices=(1, 2),
+            use_depthwise=True, norm_cfg=_NORM, act_cfg=dict(type='Swish')),
         neck=dict(
-            type='YOLOXPAFPN', in_channels=[32, 64, 128], out_channels=16, num_csp_blocks=1, use_depthwise=True,
+            type='YOLOXPAFPN', in_channels=[16, 32], out_channels=16, num_csp_blocks=1, use_depthwise=True,
             norm_cfg=_NORM, act_cfg=dict(type='Swish')),
         bbox_head=dict(
-            type='YOLOXHead', num_classes=NUM_CLASSES, in_channels=16, feat_channels=16, stacked_convs=2,
-            strides=(8, 16, 32), use_depthwise=True, norm_cfg=_NORM, act_cfg=dict(type='Swish')),
+            type='YOLOXHead', num_classes=NUM_CLASSES, in_channels=16, feat_channels=16, stacked_convs=1,
+            strides=(4, 8), use_depthwise=True, norm_cfg=_NORM, act_cfg=dict(type='Swish')),
         train_cfg=dict(assigner=dict(type='SimOTAAssigner', center_radius=2.5)),
         test_cfg=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.65), max_per_img=20))
 
@@ -86,14 +88,14 @@ def _rtmdet() -> dict:
         type='RTMDet',
         data_preprocessor=_PREPROCESSOR,
         backbone=dict(
-            type='CSPNeXt', arch='P5', expand_ratio=0.5, deepen_factor=0.167, widen_factor=0.125,
-            channel_attention=True, norm_cfg=_NORM, act_cfg=silu),
+            type='CSPNeXt', arch_ovewrite=_TWO_STAGES, expand_ratio=0.5, deepen_factor=0.33, widen_factor=0.125,
+            out_indices=(1, 2), channel_attention=True, norm_cfg=_NORM, act_cfg=silu),
         neck=dict(
-            type='CSPNeXtPAFPN', in_channels=[32, 64, 128], out_channels=16, num_csp_blocks=1, expand_ratio=0.5,
+            type='CSPNeXtPAFPN', in_channels=[16, 32], out_channels=16, num_csp_blocks=1, expand_ratio=0.5,
             norm_cfg=_NORM, act_cfg=silu),
         bbox_head=dict(
-            type='RTMDetSepBNHead', num_classes=NUM_CLASSES, in_channels=16, feat_channels=16, stacked_convs=2,
-            anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[8, 16, 32]),
+            type='RTMDetSepBNHead', num_classes=NUM_CLASSES, in_channels=16, feat_channels=16, stacked_convs=1,
+            anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[4, 8]),
             bbox_coder=dict(type='DistancePointBBoxCoder'),
             loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2.0, loss_weight=1.0),
             loss_bbox=dict(type='GIoULoss', loss_weight=2.0), with_objectness=False, exp_on_reg=True,

@@ -15,8 +15,8 @@ from mmdet_ptq.testing import tiny_batch, tiny_quantized
     ('yolox', {
         ('backbone.stem.conv.conv', 0): ('backbone', None, False),
         ('bbox_head.multi_level_reg_convs.0.0.depthwise_conv.conv', 0): (BOX, 0, False),
-        ('bbox_head.multi_level_conv_obj.2', 0): (QUALITY, 2, True)},
-     [f'bbox_head.multi_level_conv_{kind}.{level}' for kind in ('cls', 'obj') for level in range(3)]),
+        ('bbox_head.multi_level_conv_obj.1', 0): (QUALITY, 1, True)},
+     [f'bbox_head.multi_level_conv_{kind}.{level}' for kind in ('cls', 'obj') for level in range(2)]),
     ('faster_rcnn', {
         ('rpn_head.rpn_conv', 1): (f'rpn_head {SHARED}', 1, False),
         ('rpn_head.rpn_cls', 0): (f'rpn_head {CLASS}', 0, True),

@@ -41,7 +41,7 @@ def test_outputs_are_bit_identical(case, loaded):
     detector = copy.deepcopy(case[1])
     freeze_weights(detector)
     before, after = raw_outputs(detector), raw_outputs(loaded)
-    assert len(before) == len(after) >= 6
+    assert len(before) == len(after) >= 4
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

@@ -43,7 +43,9 @@ HEADS = dict(
     gfl=dict(
         COMMON, type='GFLHead', anchor_generator=POINTS, norm_cfg=None, reg_max=4,
         loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True)),
-    rtmdet=dict(tiny_model_cfg('rtmdet')['bbox_head'], stacked_convs=1),
+    rtmdet=dict(
+        tiny_model_cfg('rtmdet')['bbox_head'],
+        anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[8, 16, 32])),
     yolox=dict(
         COMMON, type='YOLOXHead', strides=(8, 16, 32), norm_cfg=dict(type='BN')))
 CONFIGS = dict(

@@ -159,13 +159,13 @@ def test_exported_graphs_get_the_bias_as_it_is(settled, runtime, tmp_path, monke
 def test_a_dead_channel_gets_a_bias_that_fits_an_int32(tmp_path, monkeypatch):
     def with_dead_channels(*args):
         detector = tiny_detector(*args)
-        norm = detector.backbone.conv1.bn
+        norm = detector.backbone.bn1
         norm.weight[:2], norm.bias[:2] = 1e-12, torch.tensor([0.5, -0.5])
         return detector
 
     monkeypatch.setattr('mmdet_ptq.testing.calibrated.tiny_detector', with_dead_channels)
-    detector, structure = tiny_quantized('ssd', FULL)
-    layer = next(layer for layer in structure.layers if layer.name == 'backbone.conv1.conv')
+    detector, structure = tiny_quantized('retinanet', FULL)
+    layer = next(layer for layer in structure.layers if layer.name == 'backbone.conv1')
     module, x = detector.get_submodule(layer.name), image(detector)
     before = module._conv_forward(x, module.weight, module.bias)
     assert (module.bias[:2] / steps(detector, layer)[0][:2]).abs().min() > 2**31

@@ -138,7 +138,7 @@ def test_an_expanded_model_computes_the_same(exported, tmp_path):
 
 
 def test_every_image_of_a_dynamic_batch_is_answered_alone(tmp_path):
-    detector, structure = tiny_quantized('ssd')
+    detector, structure = tiny_quantized('retinanet')
     settle_biases(detector, structure)
     export_onnx(detector, tmp_path / 'model.onnx', SHAPE, dynamic_batch=True)
     model = open_model(tmp_path / 'model.onnx', threads=1)
@@ -150,7 +150,7 @@ def test_every_image_of_a_dynamic_batch_is_answered_alone(tmp_path):
 
 
 def test_quantizers_are_restored_when_an_export_fails(tmp_path, monkeypatch):
-    detector, _ = tiny_quantized('ssd')
+    detector, _ = tiny_quantized('retinanet')
     before = simulated(detector, image(detector))
 
     def interrupted(*args, **kwargs):
@@ -216,7 +216,7 @@ def test_layout_of_nested_outputs():
 
 
 def test_a_deep_copy_is_not_touched():
-    detector, _ = tiny_quantized('ssd')
+    detector, _ = tiny_quantized('retinanet')
     other = copy.deepcopy(detector)
     x = image(detector)
     before = simulated(other, x)

@@ -120,7 +120,8 @@ def answer(code, argument='', before=(), **environment):
 
 @pytest.fixture(scope='module', params=[8, 7], ids=['8-bits', '7-bits'])
 def detector(request):
-    detector, structure = tiny_quantized('ssd', dict(
+    """A head that several levels share: every use needs exact kernels."""
+    detector, structure = tiny_quantized('retinanet', dict(
         preset='w8a8_observe', weights=dict(bits=request.param), dataflow='full',
         activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))))
     settle_biases(detector, structure)

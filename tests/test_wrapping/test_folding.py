@@ -50,7 +50,7 @@ def test_folding_is_exact(kind):
     assert _largest_change(before, after) <= 1e-10
     assert _norm_names(folded) == set(kept)
     if kind == 'rtmdet':
-        assert len(kept) == 12
+        assert len(kept) == 4
         for name, reason in kept.items():
             assert name.startswith('bbox_head.')
             assert 'shared by several normalisations' in reason and 'bbox_head.' in reason

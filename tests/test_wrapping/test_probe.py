@@ -68,8 +68,8 @@ def test_hooks_go_when_the_forward_fails(toy):
     ('ssd', {'backbone.conv1.conv'}, {f'bbox_head.{b}_convs.{i}.1' for b in ('cls', 'reg') for i in range(4)}),
     ('retinanet', {'backbone.conv1'}, {'bbox_head.retina_cls', 'bbox_head.retina_reg'}),
     ('yolox', {'backbone.stem.conv.conv'},
-     {f'bbox_head.multi_level_conv_{b}.{i}' for b in ('cls', 'reg', 'obj') for i in range(3)}),
-    ('rtmdet', {'backbone.stem.0.conv'}, {f'bbox_head.rtm_{b}.{i}' for b in ('cls', 'reg') for i in range(3)}),
+     {f'bbox_head.multi_level_conv_{b}.{i}' for b in ('cls', 'reg', 'obj') for i in range(2)}),
+    ('rtmdet', {'backbone.stem.0.conv'}, {f'bbox_head.rtm_{b}.{i}' for b in ('cls', 'reg') for i in range(2)}),
     ('faster_rcnn', {'backbone.conv1'},
      {'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg'}),
 ])

@@ -14,6 +14,7 @@ from ...registry import RUNTIMES
 from ...wrapping import Structure
 from ..onnx_export import export_onnx, model_meta, require
 from ..onnx_nodes import check_activation_formats
+from ..onnx_own_weights import with_own_weights
 from .base import IntegerCoverage, Runtime, worst_case
 
 OLDEST = (1, 20)  # 4-bit initializers, opset 21
@@ -42,16 +43,18 @@ class OnnxRuntime(Runtime):
         if self.threads:
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
+        model: str | bytes = self.path
         if self.saturates():
             # weights beyond 7 bits become uint8, whose kernels add in 32 bits; where nothing saturates they are slower
             options.add_session_config_entry(EXACT_SUMS, '1')
+            model = with_own_weights(self.path) or self.path
         if optimized:
             options.optimized_model_filepath = optimized
             # the last level changes the layout of float convolutions and saves what no checker reads
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         present = onnxruntime.get_available_providers()
         try:
-            return onnxruntime.InferenceSession(self.path, options, providers=[p for p in PROVIDERS if p in present])
+            return onnxruntime.InferenceSession(model, options, providers=[p for p in PROVIDERS if p in present])
         except Exception as error:  # the bindings raise classes of their own
             raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {str(error).splitlines()[0][:200]}') from error
 

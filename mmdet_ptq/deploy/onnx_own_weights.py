@@ -1,0 +1,59 @@
+"""Layers that share a weight get one each: what ONNX Runtime needs where it turns int8 weights into uint8.
+
+It names the new weight after the old one, so that the second layer of a shared head would add the same name again, and
+the session does not open. Nothing is stored twice: this is done to the graph in memory.
+"""
+from __future__ import annotations
+
+import os
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .onnx_graph import WEIGHTED, add_constant
+
+
+def with_own_weights(path: str | os.PathLike) -> bytes | None:
+    """Reads a model in which no two layers share a weight.
+
+    Args:
+        path: The model.
+
+    Returns:
+        The serialized model; None where no layers of the file share a weight.
+    """
+    model = ir.load(path)
+    taken, found = set(), False
+    for node in list(model.graph):
+        if node.op_type not in WEIGHTED:
+            continue
+        codes = _codes(node.inputs[1])
+        if codes in taken:
+            node.replace_input_with(1, _copied(node.inputs[1], node, model.graph))
+            found = True
+        taken.add(codes)
+    if not found:
+        return None
+    # operations that nobody reads any more would still share the codes
+    RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+def _codes(value: ir.Value) -> ir.Value:
+    """The constant that a weight is made of: its codes, or the levels that they are looked up in."""
+    while value.producer() is not None:
+        value = value.producer().inputs[0]
+    return value
+
+
+def _copied(value: ir.Value, reader: ir.Node, graph: ir.Graph) -> ir.Value:
+    """A weight of its own for one reader, with the operations that make it."""
+    producer = value.producer()
+    if producer is None:
+        return add_constant(graph, value.name, value.const_value.numpy(), value.dtype)
+    node = ir.node(producer.op_type, [_copied(producer.inputs[0], reader, graph), *producer.inputs[1:]],
+                   producer.attributes, name=f'{reader.name}/{producer.op_type}')
+    copy = node.outputs[0]
+    copy.name, copy.type, copy.shape = f'{reader.outputs[0].name}/{producer.op_type}', value.type, value.shape
+    graph.insert_before(reader, node)
+    return copy
