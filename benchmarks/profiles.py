@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdet_ptq.deploy.runtimes.onnxruntime import open_session
+
 WARM_UP = 3
 
 
@@ -57,12 +59,11 @@ def print_profile(title: str, times: list[OperatorTime]) -> None:
 def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list[OperatorTime]:
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / 'profile')
-        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        session = open_session(str(path), options)
         for _ in range(WARM_UP + runs):
             session.run(None, {'input': image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))

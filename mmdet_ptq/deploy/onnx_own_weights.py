@@ -5,24 +5,23 @@ the session does not open. Nothing is stored twice: this is done to the graph in
 """
 from __future__ import annotations
 
-import os
-
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .onnx_graph import WEIGHTED, add_constant
 
 
-def with_own_weights(path: str | os.PathLike) -> bytes | None:
-    """Reads a model in which no two layers share a weight.
+def with_own_weights(model: str | bytes) -> str | bytes:
+    """A model in which no two layers share a weight.
 
     Args:
-        path: The model.
+        model: Path of the model, or the serialized model.
 
     Returns:
-        The serialized model; None where no layers of the file share a weight.
+        The serialized model; what was given where no layers share a weight.
     """
-    model = ir.load(path)
+    given, model = model, ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
     taken, found = set(), False
     for node in list(model.graph):
         if node.op_type not in WEIGHTED:
@@ -33,7 +32,7 @@ def with_own_weights(path: str | os.PathLike) -> bytes | None:
             found = True
         taken.add(codes)
     if not found:
-        return None
+        return given
     # operations that nobody reads any more would still share the codes
     RemoveUnusedNodesPass()(model)
     return ir.to_proto(model).SerializeToString()
