@@ -7,7 +7,7 @@ import onnx_ir as ir
 from .onnx_graph import SLACK, Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
 
 
-def absorb_channel_scales(graph: ir.Graph) -> None:
+def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:
     """Moves per-channel activation scales out of quantize / dequantize pairs: kernels take one scale per tensor.
 
     A convolution that writes the tensor divides its weights and bias by the scales, and the codes then mean
@@ -16,6 +16,8 @@ def absorb_channel_scales(graph: ir.Graph) -> None:
 
     Args:
         graph: Changed in place.
+        outputs: Also where the graph ends. Without, what is put out is dequantized with its scales per channel, which
+            costs as little as one scale there. Defaults to True.
     """
     for node in list(graph):
         if node.op_type != 'DequantizeLinear' or axis_of(node) != 1 or len(node.inputs) < 3:
@@ -30,8 +32,9 @@ def absorb_channel_scales(graph: ir.Graph) -> None:
             continue
         one = add_constant(graph, f'{node.name}_scale', np.float32(1))
         point = add_constant(graph, f'{node.name}_zero_point', zero[:1].reshape(()))
-        _absorb_in_readers(graph, node, scale)
-        _per_tensor(node, one, point)
+        if outputs or node.outputs[0].uses():
+            _absorb_in_readers(graph, node, scale)
+            _per_tensor(node, one, point)
         if _quantizer_readers(quantize) == [node]:
             _absorb_in_producer(graph, quantize, scale, one, point)
 

@@ -72,7 +72,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     passes.drop_redundant_clips(graph)
     if runtime in ('onnxruntime', 'tensorrt'):
         passes.quantize_movements(graph)
-        absorb_channel_scales(graph)
+        absorb_channel_scales(graph, outputs=runtime != 'onnxruntime')
         passes.drop_redundant_clips(graph)
     if runtime == 'tensorrt':
         divide_before_quantizing(graph)
