@@ -41,6 +41,7 @@ VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'numpy', 'python')
 FIELDS = ('detector', 'size', 'runtime', 'model', 'threads', 'float_ms', 'int8_ms', 'ratio', 'peer_ratio',
           'static_ratio', 'pairs', 'file_bytes', 'float_bytes', 'integer_convolutions', 'convolutions', 'weights',
           'note', 'cpu', 'instructions', 'load', 'date', *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
+PAUSE = 0.05  # seconds between two runtimes
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512_vnni', 'amx_int8')
 # nothing of a recipe but its formats shows in the time
 UNTRAINED = dict(protect=None, reconstruct=None, bias_correction=False, global_loss=None, export=[])
@@ -157,7 +158,7 @@ def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[di
             # pair by pair as well: two ratios to float of different minutes say little about each other
             beside = latency_ratio(runs[peer], runs[OURS], args.pairs) if kind == OURS and peer in runs else None
             # "is it slower than what I have" is asked across runtimes
-            across = latency_ratio(static, runs[OURS], args.pairs) if kind == OURS and static else None
+            across = latency_ratio(static, runs[OURS], args.pairs, PAUSE) if kind == OURS and static else None
             coverage = opened[kind].coverage()
             lines.append(dict(
                 runtime=runtime, model=kind, float_ms=round(timed.first_ms, 3), int8_ms=round(timed.second_ms, 3),

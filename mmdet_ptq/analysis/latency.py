@@ -27,13 +27,16 @@ class LatencyRatio:
     pairs: int
 
 
-def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: int = 40) -> LatencyRatio:
+def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: int = 40,
+                  pause: float = 0.) -> LatencyRatio:
     """Times two functions in interleaved pairs, the order within a pair changing each time.
 
     Args:
         first: Runs one model once.
         second: Runs the other.
         pairs: How many pairs. Defaults to 40.
+        pause: Seconds before each run. Two runtimes need some: threads of one that wait in a loop for more work take
+            the time of the other. Defaults to 0.
     """
     for _ in range(WARM_UP):
         first()
@@ -41,7 +44,7 @@ def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: in
     times: list[tuple[float, float]] = []
     for number in range(pairs):
         order = (first, second) if number % 2 == 0 else (second, first)
-        pair = [_seconds(run) for run in order]
+        pair = [_seconds(run, pause) for run in order]
         times.append((pair[0], pair[1]) if number % 2 == 0 else (pair[1], pair[0]))
     return LatencyRatio(
         ratio=statistics.median(a / b for a, b in times),
@@ -50,7 +53,8 @@ def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: in
         pairs=pairs)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(run: Callable[[], Any], pause: float) -> float:
+    time.sleep(pause)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
