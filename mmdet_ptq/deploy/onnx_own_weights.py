@@ -27,6 +27,8 @@ def with_own_weights(model: str | bytes) -> str | bytes:
         if node.op_type not in WEIGHTED:
             continue
         codes = _codes(node.inputs[1])
+        if codes is None:
+            continue
         if codes in taken:
             node.replace_input_with(1, _copied(node.inputs[1], node, model.graph))
             found = True
@@ -38,11 +40,16 @@ def with_own_weights(model: str | bytes) -> str | bytes:
     return ir.to_proto(model).SerializeToString()
 
 
-def _codes(value: ir.Value) -> ir.Value:
-    """The constant that a weight is made of: its codes, or the levels that they are looked up in."""
+def _codes(value: ir.Value) -> ir.Value | None:
+    """The constant that a weight is made of: its codes, or the levels that they are looked up in.
+
+    None where there is none, as in a product of two activations.
+    """
     while value.producer() is not None:
+        if not value.producer().inputs:
+            return None
         value = value.producer().inputs[0]
-    return value
+    return value if value.const_value is not None else None
 
 
 def _copied(value: ir.Value, reader: ir.Node, graph: ir.Graph) -> ir.Value:

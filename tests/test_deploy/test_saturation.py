@@ -188,6 +188,17 @@ def test_onnxruntime_takes_exact_kernels_where_it_saturates(detector, tmp_path, 
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_product_of_activations_shares_no_weight():
+    pytest.importorskip('onnx_ir')
+    from mmdet_ptq.deploy.onnx_own_weights import with_own_weights
+    graph = helper.make_graph(
+        [helper.make_node('MatMul', ['x', 'x'], ['once']), helper.make_node('MatMul', ['once', 'x'], ['y'])], 'case',
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, [2, 2])],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, [2, 2])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10).SerializeToString()
+    assert with_own_weights(model) is model
+
+
 def convolution_weights(model, path):
     model._session(str(path))
     graph = onnx.load(path).graph
