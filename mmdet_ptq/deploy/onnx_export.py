@@ -69,6 +69,8 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         # a float detector stays what PyTorch exports
         folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
         meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
+        if runtime != 'onnxruntime':
+            meta['folded'] = {fold.layer: fold.offsets for fold in folded}
     passes.drop_redundant_clips(graph)
     if runtime in ('onnxruntime', 'tensorrt'):
         passes.quantize_movements(graph)
@@ -178,7 +180,8 @@ def model_meta(path: str | os.PathLike) -> dict:
         ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, layers)``: ``outputs`` is the
         nesting of the raw outputs, ``layers`` names each convolution's layer. A quantized detector's has
         ``space_to_depth``, too: what :func:`mmdet_ptq.deploy.onnx_space_to_depth.fold_space_to_depth` changed, each
-        activation to the offsets of the slices in the order of the detector's channels.
+        activation to the offsets of the slices in the order of the detector's channels; and ``folded`` the same by
+        layer, where its convolution reads the image itself.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

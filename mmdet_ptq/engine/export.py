@@ -10,16 +10,19 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from ..deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
-from ..deploy.compare import compare_codes
+from ..deploy.compare import TensorAgreement, compare_codes
+from ..deploy.compare_openvino import compare_layer_inputs
 from ..deploy.end2end import RUNTIMES as END2END_RUNTIMES
 from ..deploy.end2end import check_end2end
 from ..errors import PTQError
 from ..wrapping import Structure
+from ..wrapping.inputs import STATE
 from .api import load_quantized
 from .export_stage import announce_coverage
 
 # a model with ReLU activations agrees at least so far
 AGREEMENT = 0.999
+INPUT = 'the input of '
 
 
 def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], out: str | None = None,
@@ -34,8 +37,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         size: Height and width of the image tensor. Defaults to None: what the checkpoint was calibrated with.
         dynamic_batch: Whether the number of images stays open. Defaults to False.
         packed: Whether weights of 4 bits and less are stored as codes with a table. Defaults to True.
-        image: Image file; the codes of every quantized tensor are compared with the simulation on it. Defaults to
-            None.
+        image: Image file; the codes that ONNX Runtime and OpenVINO compute on it are compared with the simulation's.
+            Defaults to None.
         end2end: Whether the models decode and suppress too, and give boxes, scores and labels. Defaults to False.
 
     Returns:
@@ -47,8 +50,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
     """
     logger = MMLogger.get_instance('mmdet_ptq_export')
     chosen = [get_runtime(name, '--to') for name in runtimes]
-    if image is not None and 'onnxruntime' not in runtimes:
-        raise PTQError('--compare reads every tensor in ONNX Runtime; add onnxruntime to --to.')
+    if image is not None and not _REPORTS.keys() & set(runtimes):
+        raise PTQError(f'--compare reads the tensors of {" and ".join(_REPORTS)}; add one of them to --to.')
     for name in runtimes:
         if end2end and name not in END2END_RUNTIMES:
             raise PTQError(f'--end2end writes models for {" and ".join(END2END_RUNTIMES)}, not for {name}; leave one '
@@ -74,8 +77,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
         if path.suffix == runtime.suffix:
             announce_coverage(runtime.name, open_model(path).coverage())
-        if example is not None and runtime.name == 'onnxruntime':
-            report_agreement(logger, detector, path, example)
+        if example is not None and runtime.name in _REPORTS:
+            _REPORTS[runtime.name](logger, detector, path, example)
         paths.append(path)
     return paths
 
@@ -91,19 +94,39 @@ def read_image(detector: nn.Module, path: str, shape: tuple[int, ...]) -> Tensor
 
 
 def report_agreement(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
-    """Logs how far the runtime's integers are the simulation's, and names the first tensor that diverges."""
-    whole = compare_codes(detector, path, image, exact=True)
-    share = sum(entry.identical for entry in whole) / len(whole)
-    logger.info(f'{len(whole)} quantized tensors compared: from the image to the outputs, in the arithmetic of '
-                f'integer kernels, {share:.3%} of the codes are the same on average, '
-                f'{min(entry.identical for entry in whole):.3%} in the worst')
-    found = compare_codes(detector, path, image, follow=True)
-    share = sum(entry.identical for entry in found) / len(found)
-    logger.info(f'each tensor for itself, computed from the same codes: {share:.3%} on average, '
-                f'{min(entry.identical for entry in found):.3%} in the worst')
+    """Logs how far ONNX Runtime's integers are the simulation's, and names the first tensor that diverges."""
+    _report(logger, compare_codes(detector, path, image, exact=True),
+            'quantized tensors compared: from the image to the outputs, in the arithmetic of integer kernels')
+    _name_first(logger, compare_codes(detector, path, image, follow=True))
+
+
+def report_openvino(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
+    """The same of OpenVINO, by what layers read: it leaves out the quantizers between the layers."""
+    _report(logger, compare_layer_inputs(detector, path, image),
+            'inputs of layers compared with OpenVINO: from the image to the outputs')
+    _name_first(logger, compare_layer_inputs(detector, path, image, follow=True), INPUT)
+    readers = getattr(detector, STATE).readers
+    left_out = sum(not count for count in readers.values())
+    if left_out:
+        logger.info(f'{left_out} quantizers between the layers are not in the model for OpenVINO; the simulation '
+                    'without them:')
+        _name_first(logger, compare_layer_inputs(detector, path, image, follow=True, between=False), INPUT)
+
+
+def _report(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:
+    shares = [entry.identical for entry in found]
+    logger.info(f'{len(found)} {what}, {sum(shares) / len(shares):.3%} of the codes are the same on average, '
+                f'{min(shares):.3%} in the worst')
+
+
+def _name_first(logger: MMLogger, found: list[TensorAgreement], kind: str = '') -> None:
+    _report(logger, found, 'compared each for itself, computed from the same codes')
     first = next((entry for entry in found if entry.identical < AGREEMENT), None)
     if first is None:
         logger.info(f'every tensor has at least {AGREEMENT:.1%} of its codes in common')
     else:
-        logger.warning(f'the first tensor that diverges is {first.name}: {first.identical:.3%} of its codes are the '
+        logger.warning(f'the first that diverges is {kind}{first.name}: {first.identical:.3%} of its codes are the '
                        f'same, the largest difference is {first.largest}')
+
+
+_REPORTS = {'onnxruntime': report_agreement, 'openvino': report_openvino}

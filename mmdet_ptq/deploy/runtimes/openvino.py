@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from .base import SAFE_CODE, IntegerCoverage, Runtime, warn_once, worst_case
 
 META = 'mmdet_ptq'
 # what is not quantized stays exact: the default takes bfloat16 where the processor has it
-_FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
+FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
+_OPERATIONS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul')
 _LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected', 'MatMul')
 
 
@@ -46,7 +48,7 @@ class OpenVino(Runtime):
             told = 'was not exported by mmdet-ptq' if META in str(error) else 'is damaged or no OpenVINO model'
             raise PTQError(f'{path!r} {told}; make one with tools/export.py.') from error
         self.meta = read_meta(meta)
-        options = {**_FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
+        options = {**FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
         if _wide_weights(model) and self.saturates():
@@ -71,7 +73,7 @@ class OpenVino(Runtime):
         kernel = ops.multiply(ops.convert(ops.constant(weight), 'f32'), np.float32(0.5))
         sums = ops.convolution(codes, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
         compiled = openvino.Core().compile_model(openvino.Model([sums], [given]), 'CPU',
-                                                 {**_FLOAT32, 'INFERENCE_NUM_THREADS': 1})
+                                                 {**FLOAT32, 'INFERENCE_NUM_THREADS': 1})
         return bool((compiled([image.astype(np.float32)])[0] < 0.9 * 0.5 * exact).any())
 
     @classmethod
@@ -112,6 +114,22 @@ class OpenVino(Runtime):
         for call in self.meta['layers']:
             (found.integer if call in integer else found.float).append(call)
         return found
+
+
+def layer_operations(model, calls: Collection[str]) -> dict:
+    """Name of each call of a layer to its operation in a model.
+
+    Args:
+        model: What ``openvino.Core().read_model`` returns.
+        calls: Names of the layers' calls.
+    """
+    found = {}
+    for op in model.get_ordered_ops():
+        # a folded convolution is called NAME/WithoutBiases
+        name = op.get_friendly_name().partition('/')[0]
+        if name in calls and op.get_type_name() in _OPERATIONS:
+            found.setdefault(name, op)
+    return found
 
 
 def _wide_weights(model) -> bool:
