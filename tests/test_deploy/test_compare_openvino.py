@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmdet_ptq.deploy import get_runtime, settle_biases
 from mmdet_ptq.deploy import compare_openvino as module
+from mmdet_ptq.deploy import get_runtime, settle_biases
 from mmdet_ptq.deploy.compare_openvino import compare_layer_inputs
 from mmdet_ptq.engine import export as command
 from mmdet_ptq.errors import PTQError
