@@ -27,20 +27,22 @@ RECONSTRUCTION_METHODS = {
 }
 
 _EIGHT_BIT_ENDS = dict(
-    first=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8)),
-    last=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8)))
+    first=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)),
+    last=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)))
 
 
 def _low_bit(weights: int, activations: int) -> dict:
+    migration = dict(scale_migration=1.0) if activations < 8 else {}
     return dict(
-        weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations), reconstruct=dict(),
-        global_loss=dict(iters=200, lr=1e-4, grid_lr=0, weight_lr=1e-3), **_EIGHT_BIT_ENDS)
+        weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations, **migration),
+        reconstruct=dict(), global_loss=dict(iters=200, lr=1e-4, grid_lr=0, weight_lr=1e-3), **_EIGHT_BIT_ENDS)
 
 
 def _paper(weights: int, activations: int) -> dict:
     """The protocol of Reg-PTQ's tables: log-affine heads, uniform elsewhere, first layer 8-bit, output layers float."""
     preset = _low_bit(weights, activations)
     preset['weights']['quantizer'] = _AFFINE
+    preset['activations'].pop('scale_migration', None)
     return {**preset, 'head': dict(weights=dict(quantizer=_LOG_AFFINE)), 'last': HEAD_POLICIES['float']}
 
 

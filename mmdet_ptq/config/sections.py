@@ -45,6 +45,9 @@ class TensorConfig:
         observer: Config of the range observer, from the ``OBSERVERS`` registry.
         depthwise_per_channel: Activations only: the input of a depthwise convolution gets one scale per channel
             (each output channel reads one input channel, so it stays integer arithmetic). Defaults to True.
+        scale_migration: Activations only: how much of the differences between the channels of an input moves into the
+            weights of its readers, 0 (nothing) to 1 (each channel has its own scale, in effect), as in SmoothQuant.
+            Layers with groups and layers that several levels share are left out. Defaults to 0.
         float: Leave the tensor in floating point. Defaults to False.
     """
 
@@ -52,11 +55,14 @@ class TensorConfig:
     quantizer: dict = field(default_factory=lambda: dict(type='mmdet_ptq.AffineQuantizer'))
     observer: dict = field(default_factory=lambda: dict(type='mmdet_ptq.MSEObserver'))
     depthwise_per_channel: bool = True
+    scale_migration: float = 0.0
     float: bool = False
 
     def check(self, key: str) -> None:
         if isinstance(self.bits, bool) or self.bits not in BITS:
             raise PTQError(f'`{key}.bits` must be one of 2..8 or 16, got {self.bits!r}.')
+        if not 0 <= self.scale_migration <= 1:
+            raise PTQError(f'`{key}.scale_migration` must lie between 0 and 1, got {self.scale_migration!r}.')
         for part in ('quantizer', 'observer'):
             if not isinstance(getattr(self, part).get('type'), str):
                 raise PTQError(f'`{key}.{part}` must be a dict with a `type`, got {getattr(self, part)!r}.')

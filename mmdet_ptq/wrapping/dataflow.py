@@ -201,12 +201,12 @@ def record_operations(detector: nn.Module, run: Callable[[], Any]) -> Recorder:
 class _Graph:
     """Where tensors come from and where they lead."""
 
-    def __init__(self, recorder: Recorder, layers: dict[str, LayerStructure], outputs: Container[str]) -> None:
+    def __init__(self, recorder: Recorder, structure: Structure, outputs: Container[str]) -> None:
         self.operations = recorder.operations
         self.readers: dict[Key, list[Operation]] = defaultdict(list)
         self.producer: dict[Key, Operation] = {}
         self.input_names: dict[Key, str] = {}
-        self.layers = layers
+        self.layers = {layer.name: layer for layer in structure.layers}
         self.outputs = outputs
         for op in self.operations:
             for key in dict.fromkeys(op.inputs):
@@ -214,7 +214,8 @@ class _Graph:
             for key in op.outputs:
                 self.producer.setdefault(key, op)
             name = self.input_of(op)
-            if name is not None:
+            # one that is divided first is no other reader's: the tensor itself gets another
+            if name is not None and 'divided' not in structure.activations[name]:
                 self.input_names[op.inputs[0]] = name
         # computed from integers: by known operations alone, or by any; what the head puts out is not followed further
         self.comes: set[Key] = set()
@@ -460,7 +461,7 @@ def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run
     """
     uneven = _uneven_outputs(detector, structure, cfg, run_many)
     recorder, outputs = record_operations(detector, run), frozenset(outputs)
-    graph = _Graph(recorder, {layer.name: layer for layer in structure.layers}, outputs)
+    graph = _Graph(recorder, structure, outputs)
     calls = dict(recorder.frames.calls)
     planner = _Planner(graph, structure, cfg, dict(detector.named_modules()), calls, outputs, uneven)
     planner.plan()

@@ -1,7 +1,7 @@
 """Quantized inputs as forward pre-hooks: one quantizer per tensor, one range per call of a shared layer."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import PTQError
 from ..quantizers import Observer, Quantizer
 from .flow import Dataflow, QuantizedOutput, carried
+from .migration import ChannelDivision
 from .weights import quantized_weights
 
 STATE = 'ptq'  # attribute of the detector that holds its quantization state
@@ -34,12 +35,15 @@ class QuantizationState(nn.Module):
         readers: Activation name to how many layer calls read it in one forward pass.
         moved: Activations that are quantized where their values are computed, before they are moved into the tensor
             that layers read; a scale per channel would not fit there. Defaults to none.
+        divisions: Activation name to the division of its channels by what weights took over, in front of the
+            quantizer. Defaults to none.
     """
 
-    def __init__(self, quantizers: dict[str, Quantizer], readers: dict[str, int],
-                 moved: Collection[str] = ()) -> None:
+    def __init__(self, quantizers: dict[str, Quantizer], readers: dict[str, int], moved: Collection[str] = (),
+                 divisions: Mapping[str, ChannelDivision] | None = None) -> None:
         super().__init__()
         self.activations = nn.ModuleDict(quantizers)
+        self.divisions = nn.ModuleDict(divisions)
         self.readers = readers
         self.moved = frozenset(moved)
         self.flow: Dataflow | None = None  # the quantizers between the layers
@@ -90,14 +94,15 @@ class QuantizationState(nn.Module):
 
     def apply_to(self, name: str, x: Tensor, layer: str) -> Tensor:
         """Quantizes, observes or passes a tensor that a layer is about to read."""
-        if self.mode == 'float' or (self.only is not None and name not in self.only):
-            return x
-        if self.flow is None:
-            return self._read(name, x, layer)
-        if carried(x) == name:
+        if self.flow is not None and carried(x) == name:
             return x  # it was quantized where it was computed
-        with self.flow.muted():
+        with nullcontext() if self.flow is None else self.flow.muted():
+            if self.mode == 'float' or (self.only is not None and name not in self.only):
+                return self._divided(name, x)
             return self._read(name, x, layer)
+
+    def _divided(self, name: str, x: Tensor) -> Tensor:
+        return self.divisions[name](x) if name in self.divisions else x
 
     def _read(self, name: str, x: Tensor, layer: str) -> Tensor:
         shared = self._shared.get(name)
@@ -108,14 +113,14 @@ class QuantizationState(nn.Module):
             else:
                 del self._shared[name]
             return out
+        out = self._divided(name, x)
         if self.mode == 'observe':
             try:
-                self.observers[name].update(x.detach())
+                self.observers[name].update(out.detach())
             except PTQError as error:
                 raise PTQError(f'input of layer {layer}: {error}') from error
-            out = x
         else:
-            out = self.quantize(name, x)
+            out = self.quantize(name, out)
         if self.readers[name] > 1:
             self._shared[name] = (x, x._version, out, self.readers[name] - 1)
         return out

@@ -17,7 +17,9 @@ from .dataflow import plan_dataflow
 from .equalization import channel_magnitudes, equalize, log_equalization
 from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
+from .inputs import STATE
 from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
+from .migration import Migration, can_migrate, is_migratable, measure_factors, migrate, times_factor
 from .policy import LayerPolicy, LayerRole, resolve_policies
 from .probe import LayerCall, Probe, head_names, probe_detector
 from .structure import LayerStructure, Structure, apply_structure, disable_checkpointing
@@ -32,8 +34,8 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         detector: The float detector with its trained weights, in eval mode.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
-        run_many: The same on more calibration images, on which ``equalize='activations'`` and ``dataflow='auto'``
-            measure channels. Defaults to None: ``run``.
+        run_many: The same on more calibration images, on which ``equalize='activations'``, ``dataflow='auto'`` and
+            ``activations.scale_migration`` measure channels. Defaults to None: ``run``.
 
     Returns:
         The structure of the quantized detector.
@@ -53,7 +55,7 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         by_weights = cfg.equalize == 'weights'
         magnitudes = None if by_weights else channel_magnitudes(detector, junctions, run_many or run)
         log_equalization(equalize(detector, junctions, magnitudes), skipped)
-    structure, fitted = _plan(detector, cfg, probe)
+    structure, fitted, factors, migrations = _plan(detector, cfg, probe, run_many or run)
     structure.norms = kept
     if cfg.dataflow is not None:
         plan_dataflow(detector, structure, cfg, run, probe.outputs, run_many or run)
@@ -61,6 +63,7 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
     structure.folds = [list(pair) for pair in folds]
     for name, quantized in quantized_weights(detector).items():
         quantized.quantizer.load_state_dict(fitted[name].state_dict())
+    migrate(detector, getattr(detector, STATE), factors, migrations)
     device = next(detector.parameters()).device
     detector.to(device)
     return structure
@@ -74,7 +77,8 @@ def check_finite(detector: nn.Module) -> None:
                            'again.')
 
 
-def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe) -> tuple[Structure, dict[str, nn.Module]]:
+def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, run_many: Callable[[], Any]
+          ) -> tuple[Structure, dict[str, nn.Module], dict[str, Tensor], dict[str, Migration]]:
     heads = head_names(detector)
     calls = defaultdict(list)
     for call in probe.calls:
@@ -85,7 +89,7 @@ def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe) -> tuple[Structure,
                   last=name in probe.outputs)
         for name in layers]
     policies = resolve_policies(cfg, roles)
-    structure, fitted = Structure(uncovered=[vars(u) for u in probe.uncovered]), {}
+    structure = Structure(uncovered=[vars(u) for u in probe.uncovered])
     for name, module in layers.items():
         layer = LayerStructure(
             name, kind(module), name.split('.')[0], sum(c.macs for c in calls[name]), module.weight.numel())
@@ -96,17 +100,24 @@ def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe) -> tuple[Structure,
             continue
         if policy.weights.float:
             layer.reason = 'its weight is left float by the policy'
-        else:
-            fitted[name] = _fit(name, module, policy.weights)
-            layer.weight = fitted[name].spec()
         if policy.activations.float:
             layer.reason = 'its input is left float by the policy'
         layer.inputs = [None] * len(calls[name])
-    _share_inputs(structure, layers, policies, probe.calls)
+    migrations = _share_inputs(structure, layers, policies, probe.calls)
+    factors = measure_factors(detector, migrations, run_many)
+    taken = {reader: factors[name] for name, migration in migrations.items() for reader in migration.readers}
+    fitted = {}
     for layer in structure.layers:
+        if layer.inputs and not policies[layer.name].weights.float:
+            fitted[layer.name] = _fit(layer.name, layers[layer.name], policies[layer.name].weights,
+                                      taken.get(layer.name))
+            layer.weight = fitted[layer.name].spec()
         if not layer.integer:
             print_log(f'{layer.name} ({layer.kind}) is not in integers: {layer.reason}', 'current')
-    return structure, fitted
+    if migrations:
+        print_log(f'the scales of the channels of {len(migrations)} tensors are moved into the weights of '
+                  f'{len(taken)} layers', 'current')
+    return structure, fitted, factors, migrations
 
 
 def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe) -> str:
@@ -117,8 +128,8 @@ def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe
     return ''
 
 
-def _fit(name: str, module: nn.Module, policy: TensorConfig) -> nn.Module:
-    rows = RowLayout.of(module).to_rows(module.weight.detach())
+def _fit(name: str, module: nn.Module, policy: TensorConfig, factor: Tensor | None) -> nn.Module:
+    rows = RowLayout.of(module).to_rows(times_factor(module, module.weight.detach(), factor))
     try:
         return fit_weight_quantizer(policy, rows)
     except PTQError as error:
@@ -126,8 +137,13 @@ def _fit(name: str, module: nn.Module, policy: TensorConfig) -> nn.Module:
 
 
 def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: dict[str, LayerPolicy],
-                  calls: list[LayerCall]) -> None:
-    """Gives every tensor that quantized layers read one quantizer."""
+                  calls: list[LayerCall]) -> dict[str, Migration]:
+    """Gives every tensor that quantized layers read one quantizer.
+
+    Returns:
+        The tensors whose channels' scales move into weights, by activation name.
+    """
+    migrations = {}
     by_name = {layer.name: layer for layer in structure.layers}
     groups: dict[tuple, list[LayerCall]] = defaultdict(list)
     for call in calls:
@@ -145,5 +161,11 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
         structure.activations[name] = dict(
             spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
+        names = list(dict.fromkeys(call.layer for call in readers))
+        if not per_channel and is_migratable(policy) and all(
+                can_migrate(layers[n], len(by_name[n].inputs)) and not policies[n].weights.float for n in names):
+            structure.activations[name]['divided'] = dict(channels=in_channels(layers[first.layer]), axis=axis)
+            migrations[name] = Migration(names, policy)
         for call in readers:
             by_name[call.layer].inputs[call.index] = name
+    return migrations

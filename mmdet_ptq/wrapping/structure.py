@@ -12,6 +12,7 @@ from .flow import Site, attach_dataflow
 from .folding import fold_norms
 from .inputs import QuantizationState, attach_inputs, is_quantized
 from .layers import add_bias
+from .migration import ChannelDivision
 from .weights import attach_weight
 
 
@@ -55,7 +56,8 @@ class Structure:
         norms: Normalisations that stay float, and why.
         layers: Every convolution and linear layer, quantized or not.
         activations: Activation name to ``dict(spec=..., readers=..., observer=...)``; with ``range`` where the range
-            is known beforehand, with ``moved`` where values are quantized before they are moved into the tensor.
+            is known beforehand, with ``moved`` where values are quantized before they are moved into the tensor, with
+            ``divided`` (channels, axis) where weights took over factors of its channels.
         uncovered: Weighted operations outside layers: module, operation, reason, macs.
         biases: Layers that got a bias which they did not have in the float detector, folding aside.
         sites: Functional operations whose results are quantized (see :class:`mmdet_ptq.wrapping.flow.Site`).
@@ -112,7 +114,9 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     state = QuantizationState(
         {name: build_quantizer(entry['spec']) for name, entry in structure.activations.items()},
         {name: entry['readers'] for name, entry in structure.activations.items()},
-        [name for name, entry in structure.activations.items() if entry.get('moved')])
+        [name for name, entry in structure.activations.items() if entry.get('moved')],
+        {name: ChannelDivision(**entry['divided']) for name, entry in structure.activations.items()
+         if 'divided' in entry})
     for name, entry in structure.activations.items():
         if 'range' in entry:
             state.activations[name].set_range(*map(torch.tensor, entry['range']))
