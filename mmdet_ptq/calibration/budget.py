@@ -55,6 +55,8 @@ def cost_of(structure: Structure, changed: Specs | None = None) -> Cost:
     for name, entry in structure.activations.items():
         spec = changed.get(('activation', name), entry['spec'])
         size += 2 * FLOAT_BITS // 8 * (spec['num_channels'] or 1) if spec else 0
+        # the factors that weights took over
+        size += FLOAT_BITS // 8 * entry['divided']['channels'] if spec and 'divided' in entry else 0
     uncovered = sum(operation['macs'] for operation in structure.uncovered)
     return Cost(size, bops + FLOAT_BITS**2 * uncovered, float_macs + uncovered)
 

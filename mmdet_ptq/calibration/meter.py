@@ -20,7 +20,7 @@ from ..errors import PTQError
 from ..files import write_json
 from ..predictions import AlignedPredictions, predict_aligned
 from ..wrapping import Structure, quantization_mode
-from ..wrapping.inputs import quantize_only
+from ..wrapping.inputs import STATE, quantize_only, with_input
 from .global_loss import FilteredGlobalLoss, box_iou
 
 # a prior this confident may be reported as a detection
@@ -212,6 +212,7 @@ class _OutputError:
 
     def __init__(self, detector: nn.Module, layers: Sequence[str], weights: Collection[str]) -> None:
         self.modules = {name: detector.get_submodule(name) for name in layers}
+        self.divisions = getattr(detector, STATE).divisions_of(layers)
         self.weights = set(weights)
         self.error = self.signal = 0.0
         self._inputs: dict[str, tuple] = {}
@@ -245,10 +246,13 @@ class _OutputError:
             if name not in self.weights and all(a is b for a, b in zip(*same, strict=True)):
                 return  # another call of a shared layer: the tensor in question is not its input
             with _float_weight(module, name in self.weights):
+                if name in self.divisions:
+                    before, before_kwargs = with_input(before, before_kwargs, self.divisions[name])
                 reference = module.forward(*before, **before_kwargs).double()
             self.error += float((output.double() - reference).square().sum())
             self.signal += float(reference.square().sum())
         return hook
+
 
 
 @contextmanager

@@ -24,6 +24,11 @@ def check_ncnn(structure: Structure) -> None:
     """
     if structure.sites or any(layer.outputs for layer in structure.layers):
         raise dataflow_error()
+    divided = next((name for name, entry in structure.activations.items() if 'divided' in entry), None)
+    if divided is not None:
+        raise PTQError(f"the channels of the activation {divided} are divided before they are quantized, and ncnn's "
+                       'layers quantize what they read by one scale; set `ptq.activations.scale_migration=0`, and '
+                       'calibrate again.')
     for name, entry in structure.activations.items():
         check_activation(name, entry['spec'])
     for layer in structure.layers:

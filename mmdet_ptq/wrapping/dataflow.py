@@ -38,7 +38,7 @@ from .operations import (
 )
 from .probe import _key, _tensors
 from .spread import channel_ranges
-from .structure import LayerStructure, Structure
+from .structure import Structure
 
 Key = tuple[int, int]
 BITS = 8  # of a tensor that no layer reads, at least

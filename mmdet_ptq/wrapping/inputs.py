@@ -1,7 +1,7 @@
 """Quantized inputs as forward pre-hooks: one quantizer per tensor, one range per call of a shared layer."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -104,6 +104,12 @@ class QuantizationState(nn.Module):
     def _divided(self, name: str, x: Tensor) -> Tensor:
         return self.divisions[name](x) if name in self.divisions else x
 
+    def divisions_of(self, layers: Collection[str]) -> dict[str, ChannelDivision]:
+        """Layer name to the division of its input, for those of the given layers that have one."""
+        # a layer that is called several times has none
+        return {hook.layer: self.divisions[hook.names[0]] for hook in self.hooks
+                if isinstance(hook, QuantizedInput) and hook.layer in layers and hook.names[0] in self.divisions}
+
     def _read(self, name: str, x: Tensor, layer: str) -> Tensor:
         shared = self._shared.get(name)
         if shared is not None and shared[0] is x and shared[1] == x._version:
@@ -146,10 +152,15 @@ class QuantizedInput:
         self.calls += 1
         if name is None:
             return args, kwargs
-        if args:
-            return (self.state.apply_to(name, args[0], self.layer), *args[1:]), kwargs
-        key = next(iter(kwargs))
-        return args, {**kwargs, key: self.state.apply_to(name, kwargs[key], self.layer)}
+        return with_input(args, kwargs, lambda x: self.state.apply_to(name, x, self.layer))
+
+
+def with_input(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]) -> tuple[tuple, dict]:
+    """A layer's arguments with its input changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    key = next(iter(kwargs))
+    return args, {**kwargs, key: change(kwargs[key])}
 
 
 class _ForwardScope:

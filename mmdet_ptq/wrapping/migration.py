@@ -1,8 +1,8 @@
 """Scale migration: channels of a layer's input are divided by factors, which its weight takes over.
 
-SmoothQuant (Xiao et al., ICML 2023, equation 3) for convolutions: W x = (W diag(f)) (x / f). The division stands in front
-of the input's quantizer, so that one scale serves channels of very different ranges; the weight with its factors is what
-is quantized. Kernels see an input with one scale and a weight, as ever.
+SmoothQuant (Xiao et al., ICML 2023, equation 3) for convolutions: W x = (W diag(f)) (x / f). The division stands in
+front of the input's quantizer, so that one scale serves channels of very different ranges; the weight with its factors
+is what is quantized. Kernels see an input with one scale and a weight, as ever.
 """
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ChannelDivision(nn.Module):
         self.register_buffer('factor', torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x / factor."""
+        """X / factor."""
         shape = [1] * x.dim()
         shape[self.axis] = -1
         return x / self.factor.view(shape)

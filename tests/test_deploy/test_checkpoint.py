@@ -13,6 +13,7 @@ MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
 CASES = {
     'yolox-w8a8': ('yolox', dict(preset='w8a8_observe', activations=MIN_MAX)),
     'retinanet-w4a8': ('retinanet', dict(preset='w4a8', activations=MIN_MAX)),
+    'yolox-w4a4': ('yolox', dict(preset='w4a4', activations=MIN_MAX)),
     'rtmdet-w8a16': ('rtmdet', dict(preset='w8a8_observe', activations=dict(bits=16, **MIN_MAX))),
 }
 
