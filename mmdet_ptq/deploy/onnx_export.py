@@ -40,8 +40,8 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         input_shape: (N, 3, H, W).
         runtime: Whose graph it is: 'onnxruntime', 'openvino' or 'tensorrt'. Defaults to 'onnxruntime'.
         dynamic_batch: Whether N stays open. Defaults to False.
-        packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, for ONNX Runtime.
-            Defaults to True.
+        packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, and biases that fit as
+            int16, for ONNX Runtime. Defaults to True.
         end2end: Whether the graph decodes and suppresses too, see :class:`mmdet_ptq.deploy.end2end.EndToEnd`. Defaults
             to False.
 
@@ -57,6 +57,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         check_end2end(detector)
     require('onnx', 'onnxscript', extra='onnxruntime')
     model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
+    from . import onnx_packing as packing
     from . import onnx_passes as passes
     from .onnx_channel_scales import absorb_channel_scales
     from .onnx_graph import name_layers
@@ -80,7 +81,8 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         divide_before_quantizing(graph)
     passes.integer_biases(graph, stored=runtime == 'onnxruntime')
     if runtime == 'onnxruntime' and packed:
-        passes.pack_weights(graph)
+        packing.pack_weights(graph)
+        packing.narrow_biases(graph)
     if runtime != 'tensorrt':  # there the model is a step towards the engine, whose messages name its nodes
         compact(model, meta['layers'])
     _write(model, meta, path)

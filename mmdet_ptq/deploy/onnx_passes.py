@@ -90,60 +90,6 @@ def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
     return left
 
 
-def pack_weights(graph: ir.Graph) -> int:
-    """Stores weights of at most 16 levels as 4-bit codes and a table; runtimes look them up when a session starts.
-
-    Returns:
-        How many weights were packed.
-    """
-    packed: dict[ir.Value, ir.Value] = {}
-    for layer in layers(graph):
-        if layer.weight is None:
-            continue
-        stored = layer.weight.inputs[0]
-        array = constant(stored)
-        if array is None or array.dtype != np.int8:
-            continue
-        if stored not in packed:
-            coded = _codes(array)
-            if coded is not None:
-                packed[stored] = _look_up_nodes(graph, layer.weight, stored.name, array.shape, *coded)
-        if stored in packed:
-            layer.weight.replace_input_with(0, packed[stored])
-    return len(packed)
-
-
-def _codes(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Codes of up to 4 bits and their levels, of the whole layer (L,) or per channel (C, 16)."""
-    levels, codes = np.unique(array, return_inverse=True)
-    if len(levels) <= 16:
-        return codes.reshape(array.shape), levels
-    rows = array.reshape(len(array), -1)
-    found = [np.unique(row, return_inverse=True) for row in rows]
-    # a table for each channel must not outweigh the codes it saves
-    if max(len(row) for row, _ in found) > 16 or rows.shape[1] <= 32:
-        return None
-    levels = np.stack([np.pad(row, (0, 16 - len(row)), mode='edge') for row, _ in found])
-    return np.stack([codes.reshape(-1) for _, codes in found]).reshape(array.shape), levels
-
-
-def _look_up_nodes(graph: ir.Graph, before: ir.Node, name: str, shape: tuple[int, ...], codes: np.ndarray,
-                   levels: np.ndarray) -> ir.Value:
-    """Table[codes], all of constants, so that a runtime computes it once."""
-    stored = add_constant(graph, f'{name}_codes', codes.astype(np.uint8), ir.DataType.UINT4)
-    table = add_constant(graph, f'{name}_levels', levels.reshape(-1))
-    index = ir.node('Cast', [stored], dict(to=ir.DataType.INT32), name=f'{name}_index')
-    nodes = [index]
-    if levels.ndim == 2:
-        rows = np.arange(len(levels), dtype=np.int32).reshape(-1, *[1] * (len(shape) - 1)) * levels.shape[1]
-        nodes.append(ir.node('Add', [index.outputs[0], add_constant(graph, f'{name}_rows', rows)], name=f'{name}_row'))
-    nodes.append(ir.node('Gather', [table, nodes[-1].outputs[0]], dict(axis=0), name=f'{name}_look_up'))
-    for node in nodes:
-        node.outputs[0].name = f'{node.name}_value'
-        graph.insert_before(before, node)
-    return nodes[-1].outputs[0]
-
-
 # operations whose results are some of their inputs' values
 _MOVEMENTS = ('Concat', 'MaxPool', 'Resize', 'Transpose', 'Reshape', 'Slice', 'Split', 'Flatten', 'Squeeze',
               'Unsqueeze', 'DepthToSpace', 'SpaceToDepth')

@@ -81,9 +81,7 @@ def test_weights_are_stored_as_their_codes(exported):
             assert stored.dtype == np.int8
             np.testing.assert_array_equal(stored.reshape(len(weight.codes), -1), weight.integers().numpy())
         else:
-            assert producers[value].op_type == 'Gather'
-            levels = numpy_helper.to_array(constants[producers[value].input[0]])
-            assert levels.dtype == np.int8 and len(levels) <= 16 * len(weight.codes)
+            assert producers[value].op_type in ('Gather', 'Cast')
             assert constants[look_up_codes(value, producers, constants)].data_type == onnx.TensorProto.UINT4
     assert set(meta['layers'].values()) == set(weights)
 
@@ -115,7 +113,13 @@ def test_biases_are_int32(exported):
         if node.op_type == 'Conv' and len(node.input) > 2 and producers[node.input[0]].op_type == 'DequantizeLinear':
             scale = producers[node.input[0]].input[1]
             if not next(e for e in graph.initializer if e.name == scale).dims:
-                assert types[producers[node.input[2]].input[0]] == onnx.TensorProto.INT32
+                stored = producers[node.input[2]].input[0]
+                widen = producers.get(stored)
+                if widen is None:
+                    assert types[stored] == onnx.TensorProto.INT32
+                else:  # 16 bits hold it
+                    assert widen.op_type == 'Cast' and widen.attribute[0].i == onnx.TensorProto.INT32
+                    assert types[widen.input[0]] == onnx.TensorProto.INT16
 
 
 def test_coverage_names_what_stays_float(exported):
