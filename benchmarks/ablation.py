@@ -17,18 +17,25 @@ UNIFORM = ('ptq.weights.quantizer.type=mmdet_ptq.AffineQuantizer',)
 LOG = (*UNIFORM, 'ptq.head.weights.quantizer.type=mmdet_ptq.LogAffineQuantizer')
 # without the filter every prior counts
 UNFILTERED = ('ptq.global_loss.score_thr=0.0', 'ptq.global_loss.iou_thr=0.0', 'ptq.global_loss.max_boxes=None')
+# what low-bit presets add to the inputs of layers
+UNMOVED = ('ptq.activations.scale_migration=0.0',)
+ROUNDED = ('ptq.reconstruct=None', LOCAL, *UNIFORM)
 
 
 def published(method: str) -> tuple[str, ...]:
     """Options of a published method; {iters} is filled in later."""
-    return (f'ptq.reconstruct.method={method}', 'ptq.reconstruct.iters={iters}', LOCAL, *UNIFORM)
+    return (f'ptq.reconstruct.method={method}', 'ptq.reconstruct.iters={iters}', LOCAL, *UNIFORM, *UNMOVED)
 
 
 RECIPES = {
-    'rounding': ('ptq.reconstruct=None', LOCAL, *UNIFORM),
+    'rounding': (*ROUNDED, *UNMOVED),
+    'rounding, equalized': (*ROUNDED, *UNMOVED, 'ptq.equalize=weights'),
+    'rounding, bias corrected': (*ROUNDED, *UNMOVED, 'ptq.bias_correction=True'),
+    'rounding, scales migrated': (*ROUNDED, 'ptq.activations.scale_migration=1.0'),
     'adaround': published('adaround'),
     'brecq': published('brecq'),
     'qdrop': published('qdrop'),
+    'ours, uniform, local, scales not migrated': (LOCAL, *UNIFORM, *UNMOVED),
     'ours, uniform, local': (LOCAL, *UNIFORM),
     'ours, log-affine head, local': (LOCAL, *LOG),
     'ours, best format a layer, local': (LOCAL,),

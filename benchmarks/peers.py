@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
@@ -177,20 +177,26 @@ def measure_torch(subject: Subject) -> list[dict]:
         note='each convolution in its own QuantWrapper: eager mode knows no quantized additions between them')]
 
 
-def measure_ours(subject: Subject) -> list[dict]:
+def ours(told: str = '', options: Sequence[str] = (), arguments: Sequence[str] = ()) -> Callable[[Subject], list[dict]]:
+    """Ours, with further options and arguments of tools/ptq.py."""
+    return partial(measure_ours, told=told, options=options, arguments=arguments)
+
+
+def measure_ours(subject: Subject, told: str, options: Sequence[str], arguments: Sequence[str]) -> list[dict]:
     """One run of tools/ptq.py: what it simulates, and what it exports."""
     args = subject.args
+    folder = subject.folder / '_'.join(['ours', args.preset, *([told] if told else [])])
     _, results = run_ptq(
-        subject.config, args.preset, subject.folder / f'ours_{args.preset}',
-        [f'ptq.calibration.num_images={args.images}', f'ptq.export=[{",".join(RUNTIMES)}]', *args.cfg_options],
-        ['--seed', str(args.seed)])
+        subject.config, args.preset, folder,
+        [f'ptq.calibration.num_images={args.images}', f'ptq.export=[{",".join(RUNTIMES)}]', *options,
+         *args.cfg_options], ['--seed', str(args.seed), *arguments])
     lines = []
     for row in results['rows']:
         if row['model'] == 'float':
             continue
         coverage = results.get('runtimes', {}).get(row['model'])
         counted = coverage is not None
-        float_path = subject.folder / f'ours_{args.preset}' / row['model'] / 'float'
+        float_path = folder / row['model'] / 'float'
         lines.append(dict(
             runtime=row['model'], AP=row['metrics'][METRIC],
             calibration_seconds=calibration_seconds(results), file_bytes=row['size_bytes'],
@@ -198,7 +204,7 @@ def measure_ours(subject: Subject) -> list[dict]:
             integer_convolutions=len(coverage['integer']) if counted else None,
             convolutions=len(coverage['integer']) + len(coverage['float']) if counted else None,
             latency_ratio=round(row['latency_ratio'], 2) if row['latency_ratio'] else None,
-            note=f'preset {args.preset}'))
+            note=f'preset {args.preset}' + (f', {told}' if told else '')))
     return lines
 
 
@@ -209,13 +215,16 @@ PEERS: dict[str, Callable[[Subject], list[dict]]] = {
     'nncf_performance': nncf_peer('PERFORMANCE'),
     'nncf_mixed': nncf_peer('MIXED'),
     'torch_ao': measure_torch,
-    'ours': measure_ours,
+    'ours': ours(),
+    'ours_fast': ours('fast', arguments=('--fast',)),
+    'ours_protected': ours('protected', ('ptq.protect.images=8',)),
 }
 
 
 def peer_lines(subject: Subject, peer: str) -> list[dict]:
     """A peer's lines: taken over, or measured now; a failure is a line, too, and is tried again next time."""
-    store = subject.folder / 'lines' / (f'{peer}_{subject.args.preset}.json' if peer == 'ours' else f'{peer}.json')
+    store = subject.folder / 'lines' / (
+        f'{peer}_{subject.args.preset}.json' if peer.startswith('ours') else f'{peer}.json')
     if store.is_file():
         kept = json.loads(store.read_text(encoding='utf-8'))
         if kept['inputs'] == inputs_of(subject, peer):
@@ -234,9 +243,10 @@ def peer_lines(subject: Subject, peer: str) -> list[dict]:
 
 def inputs_of(subject: Subject, peer: str) -> str:
     """Hash of what a peer's lines depend on."""
-    ours = dict(subject.cfg.get('ptq') or {}) if peer == 'ours' else None
+    is_ours = peer.startswith('ours')
+    block = dict(subject.cfg.get('ptq') or {}) if is_ours else None
     packages = [package_version(name) for name in ('onnxruntime', 'openvino', 'nncf', 'torch')]
-    return fingerprint(subject.key, peer, ours, subject.args.preset if peer == 'ours' else None, packages)
+    return fingerprint(subject.key, peer, block, subject.args.preset if is_ours else None, packages)
 
 
 def complete(subject: Subject, peer: str, line: dict) -> dict:

@@ -233,13 +233,16 @@ def test_ours_gives_a_line_per_row_of_the_results(config, tmp_path, monkeypatch)
     given = []
     monkeypatch.setattr(peers, 'run_ptq', lambda *a: (given.append(a), ([], results))[1])
     args = SimpleNamespace(work_dir=tmp_path / 'work', cfg_options=['a=1'], images=4, seed=3, preset='w4a8')
-    simulated, exported = peers.measure_ours(peers.Subject(config, args))
+    simulated, exported = peers.ours()(peers.Subject(config, args))
     assert (simulated['runtime'], simulated['AP'], simulated['integer_convolutions']) == ('simulated', 0.49, None)
     assert (exported['integer_convolutions'], exported['convolutions'], exported['latency_ratio']) == (2, 3, 1.23)
     assert exported['calibration_seconds'] == 2
     (_, preset, _, options, arguments), = given
     assert preset == 'w4a8' and arguments == ['--seed', '3']
     assert options == ['ptq.calibration.num_images=4', 'ptq.export=[onnxruntime,openvino]', 'a=1']
+    lines = peers.ours('fast', ('b=2',), ('--fast',))(peers.Subject(config, args))
+    assert given[1][2] != given[0][2] and given[1][3][2:] == ['b=2', 'a=1']
+    assert given[1][4] == ['--seed', '3', '--fast'] and lines[0]['note'] == 'preset w4a8, fast'
 
 
 def test_a_mistake_is_one_sentence(capsys):
