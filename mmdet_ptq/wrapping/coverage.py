@@ -28,13 +28,18 @@ def _format(spec: dict | None) -> str:
     return f"{spec['bits']}-bit {style}"
 
 
+def _input_format(entry: dict) -> str:
+    spec = entry.get('spec')
+    per_channel = ' per channel' if spec and spec.get('num_channels') else ''
+    return _format(spec) + per_channel + (' (scales migrated)' if 'divided' in entry else '')
+
+
 def coverage_rows(structure: Structure) -> list[CoverageRow]:
     """One row per layer, then one per uncovered operation."""
     rows = []
     for layer in structure.layers:
-        specs = [structure.activations[name]['spec'] if name else None for name in layer.inputs]
-        formats = sorted({_format(spec) + (' per channel' if spec and spec.get('num_channels') else '')
-                          for spec in specs}) or ['float']
+        entries = [structure.activations[name] if name else {} for name in layer.inputs]
+        formats = sorted({_input_format(entry) for entry in entries}) or ['float']
         rows.append(CoverageRow(layer.name, layer.kind, layer.part, layer.macs, _format(layer.weight),
                                 ', '.join(formats), layer.integer, layer.reason))
     for op in structure.uncovered:

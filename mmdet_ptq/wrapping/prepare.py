@@ -1,8 +1,9 @@
 """Float detector in, quantized detector out: probe, fold, equalize, resolve policies, build."""
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,15 +56,16 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         by_weights = cfg.equalize == 'weights'
         magnitudes = None if by_weights else channel_magnitudes(detector, junctions, run_many or run)
         log_equalization(equalize(detector, junctions, magnitudes), skipped)
-    structure, fitted, factors, migrations = _plan(detector, cfg, probe, run_many or run)
+    plan = _plan(detector, cfg, probe, run_many or run)
+    structure = plan.structure
     structure.norms = kept
     if cfg.dataflow is not None:
         plan_dataflow(detector, structure, cfg, run, probe.outputs, run_many or run)
     apply_structure(detector, structure)  # the folds are done; the structure records them only now
     structure.folds = [list(pair) for pair in folds]
     for name, quantized in quantized_weights(detector).items():
-        quantized.quantizer.load_state_dict(fitted[name].state_dict())
-    migrate(detector, getattr(detector, STATE), factors, migrations)
+        quantized.quantizer.load_state_dict(plan.weights[name].state_dict())
+    migrate(detector, getattr(detector, STATE), plan.factors, plan.migrations)
     device = next(detector.parameters()).device
     detector.to(device)
     return structure
@@ -77,8 +79,24 @@ def check_finite(detector: nn.Module) -> None:
                            'again.')
 
 
-def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, run_many: Callable[[], Any]
-          ) -> tuple[Structure, dict[str, nn.Module], dict[str, Tensor], dict[str, Migration]]:
+@dataclass
+class _Plan:
+    """What is about to be done to a float detector.
+
+    Attributes:
+        structure: The structure of the quantized detector.
+        weights: Layer name to its fitted weight quantizer.
+        factors: Activation name to what its channels are divided by.
+        migrations: Activation name to who takes the factors over.
+    """
+
+    structure: Structure
+    weights: dict[str, nn.Module]
+    factors: dict[str, Tensor]
+    migrations: dict[str, Migration]
+
+
+def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, run_many: Callable[[], Any]) -> _Plan:
     heads = head_names(detector)
     calls = defaultdict(list)
     for call in probe.calls:
@@ -117,7 +135,7 @@ def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, run_many: Callable[
     if migrations:
         print_log(f'the scales of the channels of {len(migrations)} tensors are moved into the weights of '
                   f'{len(taken)} layers', 'current')
-    return structure, fitted, factors, migrations
+    return _Plan(structure, fitted, factors, migrations)
 
 
 def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe) -> str:
@@ -144,6 +162,7 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         The tensors whose channels' scales move into weights, by activation name.
     """
     migrations = {}
+    owners = Counter(id(module.weight) for module in layers.values())  # modules may share a parameter
     by_name = {layer.name: layer for layer in structure.layers}
     groups: dict[tuple, list[LayerCall]] = defaultdict(list)
     for call in calls:
@@ -163,7 +182,8 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
             spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
         names = list(dict.fromkeys(call.layer for call in readers))
         if not per_channel and is_migratable(policy) and all(
-                can_migrate(layers[n], len(by_name[n].inputs)) and not policies[n].weights.float for n in names):
+                can_migrate(layers[n], len(by_name[n].inputs)) and not policies[n].weights.float
+                and owners[id(layers[n].weight)] == 1 for n in names):
             structure.activations[name]['divided'] = dict(channels=in_channels(layers[first.layer]), axis=axis)
             migrations[name] = Migration(names, policy)
         for call in readers:

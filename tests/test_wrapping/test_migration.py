@@ -16,8 +16,8 @@ from mmdet_ptq.deploy.compare import compare_codes
 from mmdet_ptq.deploy.ncnn_check import check_ncnn
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer, build_observer
-from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_detector, tiny_quantized
-from mmdet_ptq.wrapping import float_weight, freeze_weights, quantization_mode
+from mmdet_ptq.testing import predict, raw_outputs, tiny_batch, tiny_detector, tiny_quantized
+from mmdet_ptq.wrapping import coverage_rows, float_weight, freeze_weights, prepare_detector, quantization_mode
 from mmdet_ptq.wrapping.inputs import quantize_only
 from mmdet_ptq.wrapping.layers import is_depthwise
 from mmdet_ptq.wrapping.migration import ChannelDivision, Migration, _factors, can_migrate, times_factor
@@ -177,3 +177,20 @@ def test_the_error_of_an_output_is_told_against_the_float_layer():
 def test_a_strength_out_of_range_is_refused():
     with pytest.raises(PTQError, match=r'`ptq.activations.scale_migration` must lie between 0 and 1, got 2'):
         PTQConfig.from_dict(block(2))
+
+
+def test_a_weight_that_two_layers_share_keeps_its_own():
+    detector = tiny_detector('yolox')
+    first, second = (detector.get_submodule(f'bbox_head.multi_level_conv_reg.{level}') for level in (0, 1))
+    second.weight = first.weight
+    structure = prepare_detector(detector, PTQConfig.from_dict(block()), lambda: predict(detector, tiny_batch(1)))
+    layers = {layer.name: layer for layer in structure.layers}
+    for name, divided in (('conv_reg', False), ('conv_cls', True)):
+        activation, = layers[f'bbox_head.multi_level_{name}.0'].inputs
+        assert ('divided' in structure.activations[activation]) == divided
+
+
+def test_the_coverage_table_tells():
+    _, structure = tiny_quantized('yolox', block())
+    told = {row.activation for row in coverage_rows(structure)}
+    assert '4-bit affine (scales migrated)' in told and '4-bit affine per channel' in told
