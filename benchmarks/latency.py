@@ -23,7 +23,7 @@ import torch
 from float_detectors import build_detector, generated_batches, pipeline_size, settle_norms
 from mmengine.registry import init_default_scope
 from peer_models import package_version, quantize_nncf, quantize_onnxruntime
-from profiles import print_profile, profile
+from profiles import memory_bandwidth, print_profile, profile
 from runs import ROOT, one_sentence, write_csv
 
 from mmdet_ptq import quantize
@@ -224,11 +224,12 @@ def print_lines(lines: list[dict]) -> None:
 
 def print_profiles(subject: Subject, threads: int) -> None:
     """Prints which operators take the time, of each model."""
+    bandwidth = memory_bandwidth()
     for runtime, models in subject.models.items():
         for kind, path in models.items():
             image = example(open_model(path))
             print_profile(f'{subject.name}, {runtime}, {kind}, {threads} threads',
-                          profile(runtime, path, image, threads))
+                          profile(runtime, path, image, threads), bandwidth)
 
 
 def parse_subject(text: str) -> tuple[Path, tuple[int, int] | None]:

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,13 @@ class OperatorTime:
         kind: Type of the operator, as the runtime calls it.
         calls: How many there are.
         milliseconds: What they take together.
-        gigabytes_per_second: Bytes they read and write over that time; None where the runtime does not tell.
+        bytes: What they read and write.
     """
 
     kind: str
     calls: int
     milliseconds: float
-    gigabytes_per_second: float | None = None
+    bytes: int
 
 
 def profile(runtime: str, path: Path, image: np.ndarray, threads: int, runs: int = 20) -> list[OperatorTime]:
@@ -45,15 +47,32 @@ def profile(runtime: str, path: Path, image: np.ndarray, threads: int, runs: int
     return sorted(found, key=lambda entry: -entry.milliseconds)
 
 
-def print_profile(title: str, times: list[OperatorTime]) -> None:
-    """Prints the table."""
+def print_profile(title: str, times: list[OperatorTime], bandwidth: float) -> None:
+    """Prints the table.
+
+    Args:
+        title: What is printed above it.
+        times: What :func:`profile` returned.
+        bandwidth: Bytes per second that memory delivers; tells what the operators would take if that were all.
+    """
     total = sum(entry.milliseconds for entry in times) or 1.0
-    print(f'\n{title}: {total:.2f} ms in operators')
-    print(f'  {"operator":<44}{"calls":>6}{"ms":>9}{"share":>8}{"GB/s":>8}')
+    print(f'\n{title}: {total:.2f} ms in operators; memory delivers {bandwidth / 1e9:.1f} GB/s')
+    print(f'  {"operator":<44}{"calls":>6}{"ms":>9}{"share":>8}{"at memory bandwidth, ms":>26}')
     for entry in times:
-        rate = '' if entry.gigabytes_per_second is None else f'{entry.gigabytes_per_second:.1f}'
-        share = entry.milliseconds / total
-        print(f'  {entry.kind:<44}{entry.calls:>6}{entry.milliseconds:>9.3f}{share:>8.1%}{rate:>8}')
+        share, least = entry.milliseconds / total, 1e3 * entry.bytes / bandwidth
+        print(f'  {entry.kind:<44}{entry.calls:>6}{entry.milliseconds:>9.3f}{share:>8.1%}{least:>26.3f}')
+
+
+def memory_bandwidth(megabytes: int = 256, tries: int = 5) -> float:
+    """Bytes per second read and written by one thread that copies more than caches hold."""
+    source = np.zeros(megabytes << 20, np.uint8)
+    target = np.ones_like(source)
+    best = math.inf
+    for _ in range(tries):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
 
 
 def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list[OperatorTime]:
@@ -76,8 +95,7 @@ def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list
         calls[kind] += 1
         micros[kind] += event['dur']
         size[kind] += sum(int(event['args'].get(f'{part}_size', 0)) for part in ('activation', 'parameter', 'output'))
-    return [OperatorTime(kind, calls[kind] // runs, micros[kind] / runs / 1e3, size[kind] / max(micros[kind], 1) / 1e3)
-            for kind in calls]
+    return [OperatorTime(kind, calls[kind] // runs, micros[kind] / runs / 1e3, size[kind] // runs) for kind in calls]
 
 
 def _openvino(path: Path, image: np.ndarray, threads: int, runs: int) -> list[OperatorTime]:
@@ -86,7 +104,9 @@ def _openvino(path: Path, image: np.ndarray, threads: int, runs: int) -> list[Op
         'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads,
         'PERF_COUNT': True})
     request = compiled.create_infer_request()
-    calls, micros = defaultdict(int), defaultdict(float)
+    sizes = {op.get_friendly_name(): sum(map(_bytes, (*(i.get_source_output() for i in op.inputs()), *op.outputs())))
+             for op in compiled.get_runtime_model().get_ops()}
+    calls, micros, size = defaultdict(int), defaultdict(float), defaultdict(int)
     for number in range(WARM_UP + runs):
         request.infer([image])
         if number < WARM_UP:
@@ -96,4 +116,10 @@ def _openvino(path: Path, image: np.ndarray, threads: int, runs: int) -> list[Op
                 kind = f'{info.node_type} {info.exec_type}'
                 calls[kind] += 1
                 micros[kind] += info.real_time.total_seconds() * 1e6
-    return [OperatorTime(kind, calls[kind] // runs, micros[kind] / runs / 1e3) for kind in calls]
+                size[kind] += sizes.get(info.node_name, 0)
+    return [OperatorTime(kind, calls[kind] // runs, micros[kind] / runs / 1e3, size[kind] // runs) for kind in calls]
+
+
+def _bytes(value) -> int:
+    shape = value.get_partial_shape()
+    return math.prod(shape.to_shape()) * value.get_element_type().size if shape.is_static else 0

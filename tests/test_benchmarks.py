@@ -334,6 +334,16 @@ def test_profile_sorts_and_averages(float_onnx, images):
     convolutions = sum(entry.calls for entry in times if 'Conv' in entry.kind)
     assert convolutions == len(model.meta['layers'])
     assert [entry.milliseconds for entry in times] == sorted((entry.milliseconds for entry in times), reverse=True)
+    # each convolution reads the image or a map and its weights, and writes a map
+    weights = sum(entry.stat().st_size for entry in [Path(float_onnx)])
+    assert sum(entry.bytes for entry in times) > weights / 2
+
+
+def test_profile_tells_what_memory_alone_would_take(capsys):
+    profiles = module('profiles')
+    assert 1e8 < profiles.memory_bandwidth(8, 2) < 1e13
+    profiles.print_profile('a model', [profiles.OperatorTime('Conv', 2, 3.0, 5_000_000)], 1e9)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ['Conv', '2', '3.000', '100.0%', '5.000']
 
 
 def test_finished_lines_are_json(config, tmp_path, monkeypatch):
