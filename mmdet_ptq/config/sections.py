@@ -143,6 +143,8 @@ class GlobalLossConfig:
             None takes ``lr``. A table moves in steps of 1/127, and reconstructed weights have been fitted to it.
         weight_lr: Learning rate of the weights (straight-through gradients), relative to their quantization step; 0
             leaves them. Defaults to 0.
+        mirror: Train on mirror images of the calibration images, too; not with ``target='ground_truth'``. Defaults to
+            True.
         holdout: Share of the calibration images kept apart to choose the best state. Defaults to 0.125.
         val_interval: Iterations between two looks at the held-out images. Defaults to 50.
         checkpoint_interval: Iterations between two checkpoints (what a killed run loses at most).
@@ -171,6 +173,7 @@ class GlobalLossConfig:
     bias_lr: float = 1e-3
     grid_lr: float | None = None
     weight_lr: float = 0
+    mirror: bool = True
     holdout: float = 0.125
     val_interval: int = 50
     checkpoint_interval: int = 50

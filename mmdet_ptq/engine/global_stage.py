@@ -14,6 +14,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..calibration import FilteredGlobalLoss
+from ..calibration.mirror import Mirrored
 from ..config import GlobalLossConfig
 from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
@@ -42,7 +43,8 @@ def train_global(runner: PTQRunner) -> None:
     train_only_quantization(runner.detector, cfg.rates())
     model = GlobalLossModel(runner.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
     runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
-    runner._train_dataloader = runner.images_loader(train, min(cfg.batch_size, len(train)), infinite=True)
+    images = Mirrored(train) if cfg.mirror and cfg.target == 'float' else train
+    runner._train_dataloader = runner.images_loader(images, min(cfg.batch_size, len(images)), infinite=True)
     runner._train_loop = dict(
         type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval)
     if held_out:

@@ -151,6 +151,28 @@ def test_ground_truth_from_a_folder_of_images_is_refused(make_runner, config_fil
         runner.calibrate()
 
 
+@pytest.mark.parametrize('target, mirror', [('float', True), ('float', False), ('ground_truth', True)])
+def test_mirror_images_are_trained_on_where_the_float_detector_answers(make_runner, target, mirror):
+    runner = make_runner({'ptq.global_loss.target': target, 'ptq.global_loss.mirror': mirror,
+                          'ptq.global_loss.iters': 1})
+    seen, loader = [], runner.images_loader
+
+    def spy(dataset, batch_size, infinite=False):
+        seen.extend([dataset] if infinite else [])
+        return loader(dataset, batch_size, infinite)
+
+    runner.images_loader = spy
+    runner.calibrate()
+    dataset, = seen
+    train = len(runner.calibration) - round(len(runner.calibration) * runner.ptq.global_loss.holdout)
+    doubled = mirror and target == 'float'
+    assert len(dataset) == train * (1 + doubled)
+    if doubled:
+        assert torch.equal(dataset[train]['inputs'], dataset[0]['inputs'].flip(-1))
+        assert dataset[train]['data_samples'].img_path == dataset[0]['data_samples'].img_path
+        assert torch.equal(dataset[0]['inputs'], runner.calibration[0]['inputs'])
+
+
 def test_rates_say_what_is_trained():
     detector, _ = tiny_quantized('retinanet', {'preset': 'w8a8_observe', 'head': 'log_affine',
                                                'activations': dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))})
