@@ -32,10 +32,11 @@ _EIGHT_BIT_ENDS = dict(
 
 
 def _low_bit(weights: int, activations: int) -> dict:
-    migration = dict(scale_migration=1.0) if activations < 8 else {}
+    # what few levels of activations cost, more iterations bring back; with 8 bits the loss is small from the start
+    migration, iters = (dict(scale_migration=1.0), 500) if activations < 8 else ({}, 200)
     return dict(
         weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations, **migration),
-        reconstruct=dict(), global_loss=dict(iters=200, lr=1e-4, grid_lr=0, weight_lr=1e-3), **_EIGHT_BIT_ENDS)
+        reconstruct=dict(), global_loss=dict(iters=iters, lr=1e-4, grid_lr=0, weight_lr=1e-3), **_EIGHT_BIT_ENDS)
 
 
 def _paper(weights: int, activations: int) -> dict:

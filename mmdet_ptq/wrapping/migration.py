@@ -17,6 +17,9 @@ from ..quantizers import AffineQuantizer, build_observer, build_quantizer
 from .layers import channel_axis, channel_format, in_channels, is_transposed
 from .weights import float_weight, quantized_weights
 
+# channels are divided by at most this, and at least its inverse; 4.3 and 0.17 on YOLOX-nano
+MAX_FACTOR = 16.0
+
 if TYPE_CHECKING:
     from ..config import TensorConfig
     from .inputs import QuantizationState
@@ -106,9 +109,11 @@ def _factors(observer: Any, migration: Migration) -> Tensor:
     dead = ((observer.low == 0) & (observer.high == 0)).cpu()
     if dead.all():
         return torch.ones(len(scale))
-    # a channel that was always zero says nothing, and its weights shall not widen the others' range
-    scale[dead] = scale[~dead].min()
-    return (scale / scale[~dead].log().mean().exp()).pow(policy.scale_migration).float()
+    relative = scale / scale[~dead].log().mean().exp()
+    # a channel that was always zero says nothing; one that was next to nothing may awake on another image, and would
+    # widen the range of all
+    relative[dead] = 1
+    return relative.clamp(1 / MAX_FACTOR, MAX_FACTOR).pow(policy.scale_migration).float()
 
 
 def times_factor(module: nn.Module, weight: Tensor, factor: Tensor | None) -> Tensor:
