@@ -224,7 +224,7 @@ def print_lines(lines: list[dict]) -> None:
 
 def print_profiles(subject: Subject, threads: int) -> None:
     """Prints which operators take the time, of each model."""
-    bandwidth = memory_bandwidth()
+    bandwidth = memory_bandwidth(threads)
     for runtime, models in subject.models.items():
         for kind, path in models.items():
             image = example(open_model(path))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmdet_ptq.deploy.runtimes.onnxruntime import open_session
 
@@ -63,16 +64,17 @@ def print_profile(title: str, times: list[OperatorTime], bandwidth: float) -> No
         print(f'  {entry.kind:<44}{entry.calls:>6}{entry.milliseconds:>9.3f}{share:>8.1%}{least:>26.3f}')
 
 
-def memory_bandwidth(megabytes: int = 256, tries: int = 5) -> float:
-    """Bytes per second read and written by one thread that copies more than caches hold."""
-    source = np.zeros(megabytes << 20, np.uint8)
-    target = np.ones_like(source)
-    best = math.inf
+def memory_bandwidth(threads: int, megabytes: int = 256, tries: int = 5) -> float:
+    """Bytes per second read and written by threads that copy more than caches hold."""
+    source, before, best = torch.zeros(megabytes << 20, dtype=torch.uint8), torch.get_num_threads(), math.inf
+    target = torch.ones_like(source)
+    torch.set_num_threads(threads)
     for _ in range(tries):
         start = time.perf_counter()
-        np.copyto(target, source)
+        target.copy_(source)
         best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
+    torch.set_num_threads(before)
+    return 2 * source.numel() / best
 
 
 def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list[OperatorTime]:
@@ -116,7 +118,7 @@ def _openvino(path: Path, image: np.ndarray, threads: int, runs: int) -> list[Op
                 kind = f'{info.node_type} {info.exec_type}'
                 calls[kind] += 1
                 micros[kind] += info.real_time.total_seconds() * 1e6
-                size[kind] += sizes.get(info.node_name, 0)
+                size[kind] += sizes[info.node_name]
     return [OperatorTime(kind, calls[kind] // runs, micros[kind] / runs / 1e3, size[kind] // runs) for kind in calls]
 
 

@@ -340,7 +340,7 @@ def test_profile_sorts_and_averages(float_onnx, images):
 
 def test_profile_tells_what_memory_alone_would_take(capsys):
     profiles = module('profiles')
-    assert 1e8 < profiles.memory_bandwidth(8, 2) < 1e13
+    assert 1e8 < profiles.memory_bandwidth(1, 8, 2) < 1e13
     profiles.print_profile('a model', [profiles.OperatorTime('Conv', 2, 3.0, 5_000_000)], 1e9)
     assert capsys.readouterr().out.splitlines()[-1].split() == ['Conv', '2', '3.000', '100.0%', '5.000']
 

@@ -9,7 +9,6 @@ from torch import nn
 from ..config.checks import merge
 from ..wrapping import QuantizedWeight, Structure
 from ..wrapping.inputs import STATE
-from ..wrapping.migration import take_back
 from ..wrapping.policy import matches
 from .candidates import Candidate, put_in
 from .sensitivity import ACTIVATION, TensorSet
@@ -53,8 +52,6 @@ def _leave_float(detector: nn.Module, structure: Structure, tensors: TensorSet) 
     for hook in state.hooks:
         hook.names = [None if name in tensors.tensors else name for name in hook.names]
     for name in tensors.tensors:
-        if name in state.divisions:
-            take_back(detector, state, name, [layer.name for layer in layers])
         del state.activations[name], state.readers[name], structure.activations[name]
 
 

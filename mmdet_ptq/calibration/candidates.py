@@ -128,7 +128,9 @@ def _activation_changes(detector: nn.Module, structure: Structure, tensors: Tens
     changes += [('range', dict(observer=dict(type=f'mmdet_ptq.{kind}'))) for kind in _RANGES
                 if any(_name(entry['observer']) != kind for entry in entries)]
     bits = min(spec['bits'] for spec in specs)
-    return changes + _bit_changes(bits, 16) + [('float', dict(float=True))]
+    # weights that took over factors of the channels were quantized with them: the tensor stays in integers
+    last_resort = [] if any('divided' in entry for entry in entries) else [('float', dict(float=True))]
+    return changes + _bit_changes(bits, 16) + last_resort
 
 
 def _weight_changes(structure: Structure, tensors: TensorSet, policy: TensorConfig) -> list[tuple[str, dict]]:

@@ -28,7 +28,7 @@ class PTQConfig:
         calibration: Calibration images.
         equalize: Before anything is quantized, per-channel factors move between layers, which changes nothing in
             float: ``'weights'`` balances the ranges of the weights (cross-layer equalization), ``'activations'`` those
-            of activations and weights (scale migration); None leaves the weights as they are.
+            of activations and weights; None leaves the weights as they are.
         weights: Format of all weights.
         activations: Format of all layer inputs.
         dataflow: What else is quantized between the layers, and where the heads' output layers write: ``'full'``

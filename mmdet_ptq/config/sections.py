@@ -47,7 +47,7 @@ class TensorConfig:
             (each output channel reads one input channel, so it stays integer arithmetic). Defaults to True.
         scale_migration: Activations only: how much of the differences between the channels of an input moves into the
             weights of its readers, 0 (nothing) to 1 (each channel has its own scale, in effect), as in SmoothQuant.
-            Layers with groups and layers that several levels share are left out. Defaults to 0.
+            Tensors that a layer with groups reads, or one that several levels share, are left out. Defaults to 0.
         float: Leave the tensor in floating point. Defaults to False.
     """
 
@@ -61,6 +61,8 @@ class TensorConfig:
     def check(self, key: str) -> None:
         if isinstance(self.bits, bool) or self.bits not in BITS:
             raise PTQError(f'`{key}.bits` must be one of 2..8 or 16, got {self.bits!r}.')
+        if self.scale_migration and key.endswith('weights'):
+            raise PTQError(f'`{key}.scale_migration` means nothing; it belongs to activations.')
         if not 0 <= self.scale_migration <= 1:
             raise PTQError(f'`{key}.scale_migration` must lie between 0 and 1, got {self.scale_migration!r}.')
         for part in ('quantizer', 'observer'):

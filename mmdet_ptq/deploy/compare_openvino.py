@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import PTQError
 from ..wrapping import quantized_weights
-from ..wrapping.inputs import STATE, QuantizedInput, quantize_only
+from ..wrapping.inputs import STATE, QuantizedInput, quantize_only, with_input
 from .compare import TensorAgreement
 from .meta import read_meta
 from .onnx_export import require
@@ -44,7 +44,7 @@ def compare_layer_inputs(detector: nn.Module, model: str | os.PathLike, image: T
         One entry per call of a layer, in the order of the network, named like the layer; ``#k`` marks further calls.
 
     Raises:
-        PTQError: OpenVINO computes something else as soon as it is watched.
+        PTQError: OpenVINO computes something else as soon as it is watched, or lacks a layer.
     """
     require('openvino', extra='openvino')
     found = _runtime_inputs(model, image.cpu().numpy())
@@ -65,18 +65,23 @@ def _runtime_inputs(path: str | os.PathLike, image: np.ndarray) -> dict[str, np.
     meta = read_meta(model.get_rt_info([META]).astype(str))
     plain = _run(core, model, image)
     inputs = {call: op.input_value(0) for call, op in layer_operations(model, meta['layers']).items()}
+    put_out = [_place(result.input_value(0)) for result in model.get_results()]
     # a tensor that several layers read is put out once
-    places = {(value.get_node().get_friendly_name(), value.get_index()): value for value in inputs.values()}
-    model.add_outputs(list(places.values()))
+    added = {_place(value): value for value in inputs.values() if _place(value) not in put_out}
+    model.add_outputs(list(added.values()))
     watched = _run(core, model, image)
-    if any(not np.array_equal(a, b) for a, b in zip(plain, watched, strict=False)):
+    if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(plain, watched, strict=False)):
         raise PTQError(f'OpenVINO computes other outputs of {os.fspath(path)!r} as soon as its tensors are read; '
                        'compare in ONNX Runtime.')
-    values = dict(zip(places, watched[len(plain):], strict=True))
-    found = {call: values[value.get_node().get_friendly_name(), value.get_index()] for call, value in inputs.items()}
+    values = dict(zip([*put_out, *added], watched, strict=True))
+    found = {call: values[_place(value)] for call, value in inputs.items()}
     for call, offsets in meta.get('folded', {}).items():
         found[call] = _slices(found[call], offsets)
     return found
+
+
+def _place(value: openvino.Output) -> tuple[str, int]:
+    return value.get_node().get_friendly_name(), value.get_index()
 
 
 def _slices(image: np.ndarray, offsets: list[list[int]]) -> np.ndarray:
@@ -98,17 +103,24 @@ def _compared(detector: nn.Module, found: Mapping[str, np.ndarray], follow: bool
     state, calls = getattr(detector, STATE), Counter()
 
     def hook(layer: str, names: list[str | None]):
-        def compare(module: nn.Module, args: tuple) -> tuple | None:
+        def compare(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             call = calls[layer]
             calls[layer] += 1
             name, label = names[call % len(names)], f'{layer}#{call}' if call else layer
-            if name is None or label not in found:
-                return None
-            quantizer, simulated = state.activations[name], args[0]
-            theirs = torch.from_numpy(_like(found[label], simulated.shape)).to(simulated)
-            difference = (quantizer.encode(theirs) - quantizer.encode(simulated)).abs()
-            agreements.append(TensorAgreement(label, float((difference == 0).double().mean()), int(difference.max())))
-            return (quantizer(theirs), *args[1:]) if follow else None
+            if name is None:
+                return args, kwargs
+            if label not in found:
+                raise PTQError(f"OpenVINO's model has no layer {label}; export it again.")
+
+            def compared(simulated: Tensor) -> Tensor:
+                quantizer = state.activations[name]
+                theirs = torch.from_numpy(_like(found[label], simulated.shape)).to(simulated)
+                difference = (quantizer.encode(theirs) - quantizer.encode(simulated)).abs()
+                agreements.append(
+                    TensorAgreement(label, float((difference == 0).double().mean()), int(difference.max())))
+                return quantizer(theirs) if follow else simulated
+
+            return with_input(args, kwargs, compared)
         return compare
 
     with ExitStack() as stack:
@@ -116,7 +128,7 @@ def _compared(detector: nn.Module, found: Mapping[str, np.ndarray], follow: bool
             if isinstance(quantized, QuantizedInput):
                 # behind the quantizer's own hook
                 stack.callback(detector.get_submodule(quantized.layer).register_forward_pre_hook(
-                    hook(quantized.layer, quantized.names)).remove)
+                    hook(quantized.layer, quantized.names), with_kwargs=True).remove)
         yield
 
 

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from .onnx_graph import add_constant, constant, layers, produced_by
 
 _LEVELS = 16  # that 4 bits tell apart
-_INT16 = 2**15 - 1
 
 
 def pack_weights(graph: ir.Graph) -> int:
@@ -29,7 +28,7 @@ def pack_weights(graph: ir.Graph) -> int:
         if stored not in packed:
             codes = _codes(array)
             if codes is not None:
-                packed[stored] = _value(graph, layer.weight, stored.name, codes)
+                packed[stored] = _value(graph, stored.name, codes)
         if stored in packed:
             layer.weight.replace_input_with(0, packed[stored])
     return len(packed)
@@ -68,7 +67,7 @@ def _codes(array: np.ndarray) -> _Codes | None:
     return _Codes(np.stack([codes.reshape(-1) for _, codes in found]).reshape(array.shape), levels)
 
 
-def _value(graph: ir.Graph, before: ir.Node, name: str, found: _Codes) -> ir.Value:
+def _value(graph: ir.Graph, name: str, found: _Codes) -> ir.Value:
     """The weight's integers, computed from nothing but constants, so that a runtime does it once."""
     int32, int8 = dict(to=ir.DataType.INT32), dict(to=ir.DataType.INT8)
     stored = add_constant(graph, f'{name}_codes', found.codes.astype(np.uint8), ir.DataType.UINT4)
@@ -88,8 +87,14 @@ def _value(graph: ir.Graph, before: ir.Node, name: str, found: _Codes) -> ir.Val
         nodes.append(ir.node('Gather', [table, nodes[-1].outputs[0]], dict(axis=0), name=f'{name}_look_up'))
     for node in nodes:
         node.outputs[0].name = f'{node.name}_value'
-        graph.insert_before(before, node)
+    # they read constants alone; behind the first reader other readers might come too early
+    graph.insert_before(graph[0], nodes)
     return nodes[-1].outputs[0]
+
+
+def _fits_int16(codes: np.ndarray) -> bool:
+    info = np.iinfo(np.int16)
+    return info.min <= codes.min(initial=0) and codes.max(initial=0) <= info.max
 
 
 def narrow_biases(graph: ir.Graph) -> int:
@@ -103,13 +108,13 @@ def narrow_biases(graph: ir.Graph) -> int:
         dequantize = produced_by(layer.bias, 'DequantizeLinear')
         stored = None if dequantize is None else dequantize.inputs[0]
         codes = constant(stored)
-        if codes is None or codes.dtype != np.int32 or np.abs(codes).max(initial=0) > _INT16:
+        if codes is None or codes.dtype != np.int32 or not _fits_int16(codes):
             continue
         if stored not in narrowed:
             narrow = add_constant(graph, f'{stored.name}_narrow', codes.astype(np.int16))
             widen = ir.node('Cast', [narrow], dict(to=ir.DataType.INT32), name=f'{stored.name}_widen')
             widen.outputs[0].name = f'{stored.name}_wide'
-            graph.insert_before(dequantize, widen)
+            graph.insert_before(graph[0], widen)
             narrowed[stored] = widen.outputs[0]
         dequantize.replace_input_with(0, narrowed[stored])
     return len(narrowed)

@@ -77,9 +77,11 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
         if path.suffix == runtime.suffix:
             announce_coverage(runtime.name, open_model(path).coverage())
-        if example is not None and runtime.name in _REPORTS:
-            _REPORTS[runtime.name](logger, detector, path, example)
         paths.append(path)
+    if example is not None:
+        for runtime, path in zip(chosen, paths, strict=True):
+            if runtime.name in _REPORTS:
+                _REPORTS[runtime.name](logger, detector, path, example)
     return paths
 
 

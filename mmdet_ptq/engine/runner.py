@@ -59,7 +59,7 @@ from .stages import StageStore, file_hash, fingerprint, stage_inputs, tensor_has
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
-# images whose largest values scale migration goes by
+# images by which channels are measured before anything is quantized
 CHANNEL_IMAGES = 32
 
 

@@ -1,4 +1,4 @@
-"""Cross-layer equalization and scale migration: per-channel factors move from one layer's rows to the next's columns.
+"""Cross-layer equalization: per-channel factors move from one layer's rows to the next's columns.
 
 Weights change, the float detector's outputs do not, and nothing is added to inference.
 """
@@ -51,7 +51,7 @@ def equalize(detector: nn.Module, junctions: Sequence[Junction], magnitudes: Seq
     as shares of the layers' largest. All junctions take turns until nothing moves; a chain convolution - depthwise -
     convolution so reaches ``r1 = r2 = r3 = cbrt(r1 r2 r3)``.
 
-    With ``magnitudes`` it is scale migration (SmoothQuant, Xiao et al., ICML 2023, eq. 4, alpha 0.5): r1 is what the
+    With ``magnitudes`` it is as in SmoothQuant ( Xiao et al., ICML 2023, eq. 4, alpha 0.5): r1 is what the
     channel holds on calibration images, and r2 is measured in shares of each row's largest weight, because every row
     has a scale of its own. Where all readers are depthwise the whole of r1 migrates: a factor on a row of its own
     costs no precision.

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..quantizers import AffineQuantizer, build_observer, build_quantizer
+from ..errors import PTQError
+from ..quantizers import build_observer, build_quantizer
 from .layers import channel_axis, channel_format, in_channels, is_transposed
-from .weights import float_weight, quantized_weights
+from .weights import float_weight
 
 # channels are divided by at most this, and at least its inverse; 4.3 and 0.17 on YOLOX-nano
 MAX_FACTOR = 16.0
@@ -47,15 +49,15 @@ class ChannelDivision(nn.Module):
 
 @dataclass
 class Migration:
-    """A tensor whose scales may move into the weights of the layers that read it.
+    """A tensor whose scales move into the weights of the layers that read it.
 
     Attributes:
         readers: Names of the layers.
-        policy: The format of their input.
+        strength: How much of the differences between its channels moves, 0 to 1.
     """
 
     readers: list[str]
-    policy: TensorConfig
+    strength: float
 
 
 def can_migrate(module: nn.Module, calls: int) -> bool:
@@ -66,24 +68,30 @@ def can_migrate(module: nn.Module, calls: int) -> bool:
     return calls == 1 and getattr(module, 'groups', 1) == 1
 
 
-def measure_factors(detector: nn.Module, migrations: Mapping[str, Migration], run: Callable[[], Any]
-                    ) -> dict[str, Tensor]:
-    """Finds the factors: each channel's own scale, to the power of ``scale_migration``, around a geometric mean of 1.
+def measure_factors(detector: nn.Module, migrations: Mapping[str, Migration], policy: TensorConfig,
+                    run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Finds the factors: each channel's own scale, to the power of the strength, around a geometric mean of 1.
 
     Args:
         detector: The float detector, in eval mode.
         migrations: Activation name to who reads it.
+        policy: The format whose scales are meant, one for all tensors: a single tensor that gets another one keeps its
+            factors.
         run: Calls the detector on some calibration images.
 
     Returns:
         Activation name to factors, (C,).
+
+    Raises:
+        PTQError: A tensor is not finite; names the layer that reads it.
     """
     observers, handles = {}, []
     for name, migration in migrations.items():
         layer = detector.get_submodule(migration.readers[0])
         channels = dict(num_channels=in_channels(layer), channel_axis=channel_axis(layer))
-        observers[name] = build_observer({**migration.policy.observer, **channels})
-        handles.append(layer.register_forward_pre_hook(_observing(observers[name]), with_kwargs=True))
+        observers[name] = build_observer({**policy.observer, **channels})
+        handles.append(layer.register_forward_pre_hook(
+            _observing(observers[name], migration.readers[0]), with_kwargs=True))
     try:
         if handles:
             with torch.no_grad():
@@ -91,17 +99,19 @@ def measure_factors(detector: nn.Module, migrations: Mapping[str, Migration], ru
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _factors(observers[name], migration) for name, migration in migrations.items()}
+    return {name: _factors(observers[name], policy, migration.strength) for name, migration in migrations.items()}
 
 
-def _observing(observer: Any) -> Callable:
+def _observing(observer: Any, layer: str) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        observer.update((args or tuple(kwargs.values()))[0].detach())
+        try:
+            observer.update((args or tuple(kwargs.values()))[0].detach())
+        except PTQError as error:
+            raise PTQError(f'input of layer {layer}: {error}') from error
     return hook
 
 
-def _factors(observer: Any, migration: Migration) -> Tensor:
-    policy = migration.policy
+def _factors(observer: Any, policy: TensorConfig, strength: float) -> Tensor:
     channels = channel_format(policy.quantizer, observer.num_channels, observer.channel_axis)
     quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
     quantizer.fit_activation(observer)
@@ -113,7 +123,7 @@ def _factors(observer: Any, migration: Migration) -> Tensor:
     # a channel that was always zero says nothing; one that was next to nothing may awake on another image, and would
     # widen the range of all
     relative[dead] = 1
-    return relative.clamp(1 / MAX_FACTOR, MAX_FACTOR).pow(policy.scale_migration).float()
+    return relative.clamp(1 / MAX_FACTOR, MAX_FACTOR).pow(strength).float()
 
 
 def times_factor(module: nn.Module, weight: Tensor, factor: Tensor | None) -> Tensor:
@@ -140,32 +150,5 @@ def migrate(detector: nn.Module, state: QuantizationState, factors: Mapping[str,
         state.divisions[name].factor.copy_(factor)
         for reader in migrations[name].readers:
             layer = detector.get_submodule(reader)
-            float_weight(layer).copy_(times_factor(layer, float_weight(layer), factor))
-
-
-@torch.no_grad()
-def take_back(detector: nn.Module, state: QuantizationState, name: str, readers: list[str]) -> None:
-    """Undoes the migration of a tensor that is to stay float; the weights of its readers get new scales.
-
-    Args:
-        detector: The quantized detector.
-        state: Its quantization state.
-        name: The activation.
-        readers: The layers that read it.
-    """
-    factor, weights = state.divisions[name].factor, quantized_weights(detector)
-    del state.divisions[name]
-    for reader in readers:
-        layer = detector.get_submodule(reader)
-        if reader in weights:
-            weight = float_weight(layer)
-            weight.copy_(times_factor(layer, weight, 1 / factor))
-            weights[reader].quantizer.fit_weight(weights[reader].layout.to_rows(weight))
-        else:
-            layer.weight.copy_(times_factor(layer, layer.weight, 1 / factor))
-
-
-def is_migratable(policy: TensorConfig) -> bool:
-    """Whether a format wants its channels' scales in the weights."""
-    quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits})
-    return policy.scale_migration > 0 and isinstance(quantizer, AffineQuantizer)
+            weight = float_weight(layer) if is_parametrized(layer, 'weight') else layer.weight
+            weight.copy_(times_factor(layer, weight, factor))

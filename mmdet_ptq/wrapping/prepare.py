@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PTQConfig, TensorConfig
 from ..errors import PTQError
-from ..quantizers import build_quantizer
+from ..quantizers import AffineQuantizer, build_quantizer
 from .chains import find_junctions
 from .dataflow import plan_dataflow
 from .equalization import channel_magnitudes, equalize, log_equalization
@@ -20,7 +20,7 @@ from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
 from .inputs import STATE
 from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
-from .migration import Migration, can_migrate, is_migratable, measure_factors, migrate, times_factor
+from .migration import Migration, can_migrate, measure_factors, migrate, times_factor
 from .policy import LayerPolicy, LayerRole, resolve_policies
 from .probe import LayerCall, Probe, head_names, probe_detector
 from .structure import LayerStructure, Structure, apply_structure, disable_checkpointing
@@ -122,7 +122,7 @@ def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, run_many: Callable[
             layer.reason = 'its input is left float by the policy'
         layer.inputs = [None] * len(calls[name])
     migrations = _share_inputs(structure, layers, policies, probe.calls)
-    factors = measure_factors(detector, migrations, run_many)
+    factors = measure_factors(detector, migrations, cfg.activations, run_many)
     taken = {reader: factors[name] for name, migration in migrations.items() for reader in migration.readers}
     fitted = {}
     for layer in structure.layers:
@@ -181,11 +181,11 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         structure.activations[name] = dict(
             spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
         names = list(dict.fromkeys(call.layer for call in readers))
-        if not per_channel and is_migratable(policy) and all(
-                can_migrate(layers[n], len(by_name[n].inputs)) and not policies[n].weights.float
-                and owners[id(layers[n].weight)] == 1 for n in names):
+        strength = min(policies[n].activations.scale_migration for n in names)
+        if strength and not per_channel and isinstance(quantizer, AffineQuantizer) and all(
+                can_migrate(layers[n], len(by_name[n].inputs)) and owners[id(layers[n].weight)] == 1 for n in names):
             structure.activations[name]['divided'] = dict(channels=in_channels(layers[first.layer]), axis=axis)
-            migrations[name] = Migration(names, policy)
+            migrations[name] = Migration(names, strength)
         for call in readers:
             by_name[call.layer].inputs[call.index] = name
     return migrations

@@ -68,6 +68,19 @@ def test_overrides_give_the_same_detector_again(retinanet, limits):
         assert {s['spec']['bits'] for s in structure.activations.values()} == {8, 16}
 
 
+@pytest.mark.parametrize('candidates', [['8bit', '16bit', 'range'], ['float']])
+def test_tensors_whose_scales_moved_into_weights_keep_them(candidates):
+    block = {**RETINANET, 'activations': dict(
+        scale_migration=1.0, observer=dict(type='mmdet_ptq.MinMaxObserver'))}
+    block['protect'] = dict(max_tensors=4, min_share=0.0, candidates=candidates, max_float_macs=1.0)
+    float_detector = tiny_detector('retinanet')
+    detector, structure = prepared(float_detector, PTQConfig.from_dict(block))
+    divided = set(detector.ptq.divisions)
+    protection, detector, structure = protect(detector, structure, block)
+    assert protection.choices and divided and set(detector.ptq.divisions) == divided
+    assert_same_as_prepared_anew(float_detector, block, protection, detector, structure)
+
+
 def test_nothing_goes_to_float_without_a_budget_for_it(retinanet):
     protection, _, structure = protect(*retinanet, {**RETINANET, 'protect': dict(candidates=['float'], max_tensors=2)})
     assert not protection.choices and not protection.overrides

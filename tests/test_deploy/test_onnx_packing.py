@@ -77,7 +77,8 @@ def test_other_weights_stay():
     assert count == 0 and constants['weight'].data_type == TensorProto.INT8
 
 
-@pytest.mark.parametrize('largest,narrow', [(32767, True), (-32767, True), (32768, False)])
+@pytest.mark.parametrize('largest,narrow', [
+    (32767, True), (-32768, True), (32768, False), (-32769, False), (-2**31, False)])
 def test_biases_take_two_bytes_where_these_hold_them(largest, narrow):
     bias = np.array([1, -2, largest, 4, 5], np.int32)
     proto = model(weights('many').astype(np.int8), bias, shared=True)
@@ -86,4 +87,19 @@ def test_biases_take_two_bytes_where_these_hold_them(largest, narrow):
     assert count == narrow and stored.data_type == (TensorProto.INT16 if narrow else TensorProto.INT32)
     np.testing.assert_array_equal(numpy_helper.to_array(stored), bias)
     for ours, theirs in zip(answers(proto), answers(narrowed), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_reader_in_front_of_the_first_one_finds_its_weight():
+    """Layers that levels share may have dequantizers of their own, in another order than they stand in the graph."""
+    proto = model(weights('one table').astype(np.int8), np.arange(OUT, dtype=np.int32), shared=True)
+    own = helper.make_node('DequantizeLinear', ['weight', 'weight_scale'], ['own'], axis=0)
+    proto.graph.node[-1].input[1] = 'own'
+    # the first convolution's dequantizer comes last
+    nodes = [*proto.graph.node[:2], own, proto.graph.node[3], proto.graph.node[2], *proto.graph.node[4:]]
+    proto.graph.ClearField('node')
+    proto.graph.node.extend(nodes)
+    packed, count, _ = changed(proto, pack_weights)
+    assert count == 1
+    for ours, theirs in zip(answers(proto), answers(packed), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -1,4 +1,3 @@
-import copy
 
 import pytest
 import torch
@@ -6,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mmdet_ptq.calibration.apply import adopt
 from mmdet_ptq.calibration.candidates import candidates_for
 from mmdet_ptq.calibration.meter import _OutputError
 from mmdet_ptq.calibration.sensitivity import ACTIVATION, TensorSet
@@ -17,10 +15,10 @@ from mmdet_ptq.deploy.ncnn_check import check_ncnn
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer, build_observer
 from mmdet_ptq.testing import predict, raw_outputs, tiny_batch, tiny_detector, tiny_quantized
-from mmdet_ptq.wrapping import coverage_rows, float_weight, freeze_weights, prepare_detector, quantization_mode
+from mmdet_ptq.wrapping import coverage_rows, freeze_weights, prepare_detector, quantization_mode
 from mmdet_ptq.wrapping.inputs import quantize_only
 from mmdet_ptq.wrapping.layers import is_depthwise
-from mmdet_ptq.wrapping.migration import ChannelDivision, Migration, _factors, can_migrate, times_factor
+from mmdet_ptq.wrapping.migration import ChannelDivision, _factors, can_migrate, times_factor
 
 MIN_MAX = dict(type='mmdet_ptq.MinMaxObserver')
 SHAPE = (1, 3, 64, 64)
@@ -84,15 +82,13 @@ def test_it_is_quantization_with_a_scale_per_channel():
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8), st.floats(0.1, 1), st.sampled_from([4, 8]))
-def test_factors_are_scales_around_one(ranges, strength, bits):
+def test_factors_are_bounded_scales_around_one(ranges, strength, bits):
     observer = build_observer({**MIN_MAX, 'num_channels': len(ranges) + 1, 'channel_axis': 1})
     high = torch.tensor([0.0, *ranges])  # the first channel is dead
     observer.update(torch.stack([torch.zeros_like(high), high]))
-    policy = TensorConfig(bits=bits, observer=MIN_MAX, scale_migration=strength)
-    factor = _factors(observer, Migration(['conv'], policy)).double()
-    live, wanted = factor[1:], torch.tensor(ranges, dtype=torch.float64)
-    assert torch.allclose(live / live[0], (wanted / wanted[0]).pow(strength), rtol=1e-3)
-    assert live.log().mean().abs() < 1e-4 and torch.isclose(factor[0], live.min())
+    factor = _factors(observer, TensorConfig(bits=bits, observer=MIN_MAX), strength).double()
+    relative = torch.tensor(ranges, dtype=torch.float64) / torch.tensor(ranges, dtype=torch.float64).log().mean().exp()
+    assert torch.allclose(factor[1:], relative.clamp(1 / 16, 16).pow(strength), rtol=1e-3) and factor[0] == 1
 
 
 @pytest.mark.parametrize('layer', [nn.Conv2d(3, 5, 3), nn.ConvTranspose2d(3, 5, 2, stride=2), nn.Linear(3, 5)],
@@ -142,41 +138,66 @@ def test_ncnn_refuses_it():
         check_ncnn(structure)
 
 
-def test_a_tensor_that_becomes_float_takes_its_factors_back():
+def uneven(detector, structure):
+    """The activation whose factors differ most, and the layers that read it."""
+    factors = {name: division.factor for name, division in detector.ptq.divisions.items()}
+    name = max(factors, key=lambda name: float(factors[name].max() / factors[name].min()))
+    assert factors[name].max() > 5 * factors[name].min()
+    return name, tuple(layer.name for layer in structure.layers if name in layer.inputs)
+
+
+def test_protection_never_makes_a_divided_tensor_float():
     detector, structure = tiny_quantized('yolox', block())
-    changed, changed_structure = copy.deepcopy(detector), copy.deepcopy(structure)
-    name = next(iter(detector.ptq.divisions))
-    layers = tuple(layer.name for layer in structure.layers if name in layer.inputs)
-    tensors = TensorSet(ACTIVATION, (name, ), layers)
-    candidate, = candidates_for(changed, changed_structure, tensors, ['float'], {})
-    adopt(changed, changed_structure, tensors, candidate)
-    assert name not in changed.ptq.divisions and name not in changed_structure.activations
-    for layer in layers:
-        assert not torch.equal(float_weight(changed.get_submodule(layer)), float_weight(detector.get_submodule(layer)))
-        torch.testing.assert_close(float_weight(changed.get_submodule(layer)),
-                                   tiny_folded(layer), rtol=1e-4, atol=1e-6)
+    name, layers = uneven(detector, structure)
+    kinds = ['range', '8bit', '16bit', 'float']
+    found = candidates_for(detector, structure, TensorSet(ACTIVATION, (name,), layers), kinds, {})
+    assert {candidate.kind for candidate in found} == {'range', '8bit', '16bit'}
+    depthwise = next(n for n in structure.activations if n not in detector.ptq.divisions)
+    readers = tuple(layer.name for layer in structure.layers if depthwise in layer.inputs)
+    found = candidates_for(detector, structure, TensorSet(ACTIVATION, (depthwise,), readers), kinds, {})
+    assert 'float' in {candidate.kind for candidate in found}
+
+
+@pytest.mark.parametrize('change', [
+    dict(weights=dict(float=True)), dict(weights=dict(bits=4)), dict(activations=dict(bits=8)),
+    dict(activations=dict(observer=dict(type='mmdet_ptq.PercentileObserver')))], ids=str)
+def test_another_format_keeps_the_factors(change):
+    detector, structure = tiny_quantized('yolox', block())
+    name, layers = uneven(detector, structure)
+    changed, _ = tiny_quantized('yolox', block(overrides=dict.fromkeys(layers, change)))
+    assert torch.equal(changed.ptq.divisions[name].factor, detector.ptq.divisions[name].factor)
     with quantization_mode(changed, 'float'):
         close(raw_outputs(changed), raw_outputs(tiny_detector('yolox')))
 
 
-def tiny_folded(layer):
-    detector, _ = tiny_quantized('yolox', block(0.0))
-    return float_weight(detector.get_submodule(layer))
-
-
 def test_the_error_of_an_output_is_told_against_the_float_layer():
     detector, structure = tiny_quantized('yolox', block())
-    name = next(iter(detector.ptq.divisions))
-    layers = [layer.name for layer in structure.layers if name in layer.inputs]
+    name, layers = uneven(detector, structure)
     meter = _OutputError(detector, layers, ())
     with torch.no_grad(), quantize_only(detector, [name], ()), meter.listening():
         raw_outputs(detector)
     assert 0 < meter.ratio < 0.1
+    meter = _OutputError(detector, layers, ())
+    meter.divisions = {}  # the float layer would read what is not divided
+    with torch.no_grad(), quantize_only(detector, [name], ()), meter.listening():
+        raw_outputs(detector)
+    assert meter.ratio > 0.1
+
+
+def test_a_tensor_that_is_not_finite_is_named():
+    detector = tiny_detector('yolox')
+    with torch.no_grad():
+        detector.backbone.stage1[0].depthwise_conv.bn.bias.fill_(1e38)
+        detector.backbone.stage1[0].depthwise_conv.bn.weight.fill_(1e38)
+    with pytest.raises(PTQError, match=r'input of layer backbone\.stage1\.0\.pointwise_conv\.conv: .*NaN or infinity'):
+        prepare_detector(detector, PTQConfig.from_dict(block()), lambda: predict(detector, tiny_batch(1)))
 
 
 def test_a_strength_out_of_range_is_refused():
     with pytest.raises(PTQError, match=r'`ptq.activations.scale_migration` must lie between 0 and 1, got 2'):
         PTQConfig.from_dict(block(2))
+    with pytest.raises(PTQError, match=r'`ptq.weights.scale_migration` means nothing; it belongs to activations'):
+        PTQConfig.from_dict(block(weights=dict(scale_migration=1.0)))
 
 
 def test_a_weight_that_two_layers_share_keeps_its_own():
