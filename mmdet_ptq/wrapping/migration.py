@@ -41,7 +41,7 @@ class ChannelDivision(nn.Module):
         self.register_buffer('factor', torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X / factor."""
+        """Divides a tensor, of any shape that has the channels on the axis."""
         shape = [1] * x.dim()
         shape[self.axis] = -1
         return x / self.factor.view(shape)
