@@ -39,6 +39,39 @@ def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:
             _absorb_in_producer(graph, quantize, scale, one, point)
 
 
+def fold_divisions(graph: ir.Graph) -> int:
+    """Moves divisions of the channels of what a convolution writes into its weight and bias.
+
+    OpenVINO does the same, but its convolution then has lost its name.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many were moved.
+    """
+    moved = 0
+    for node in list(graph):
+        convolution = produced_by(node.inputs[0], 'Conv') if node.op_type == 'Div' else None
+        factor = constant(node.inputs[1]) if convolution is not None else None
+        if (factor is None or only_consumer(convolution.outputs[0]) is not node
+                or produced_by(convolution.inputs[1], 'DequantizeLinear') is None):
+            continue
+        channels = constant(convolution.inputs[1].producer().inputs[0]).shape[0]
+        bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(channels, np.float32)
+        if bias is None or factor.size != channels or factor.shape[-2:] != (1, 1):
+            continue
+        factor = factor.reshape(-1)
+        _scale_weight(graph, convolution, 1 / factor)
+        convolution.resize_inputs(3)
+        convolution.replace_input_with(2, add_constant(
+            graph, f'{convolution.name}.bias', (bias / factor).astype(np.float32)))
+        node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        moved += 1
+    return moved
+
+
 def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
     """QuantizeLinear that writes what a node dequantizes, perhaps behind a clip of the codes."""
     clip = produced_by(dequantize.inputs[0], 'Clip')

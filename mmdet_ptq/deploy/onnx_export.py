@@ -59,7 +59,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
     from . import onnx_packing as packing
     from . import onnx_passes as passes
-    from .onnx_channel_scales import absorb_channel_scales
+    from .onnx_channel_scales import absorb_channel_scales, fold_divisions
     from .onnx_graph import name_layers
     from .onnx_names import compact
     from .onnx_space_to_depth import fold_space_to_depth
@@ -77,6 +77,8 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         passes.quantize_movements(graph)
         absorb_channel_scales(graph, outputs=runtime != 'onnxruntime')
         passes.drop_redundant_clips(graph)
+    if runtime == 'openvino':
+        fold_divisions(graph)
     if runtime == 'tensorrt':
         divide_before_quantizing(graph)
     passes.integer_biases(graph, stored=runtime == 'onnxruntime')

@@ -119,12 +119,13 @@ def test_onnx_runtime_computes_the_simulated_codes(kind, dataflow, tmp_path):
     assert not open_model(tmp_path / 'model.onnx').coverage().float
 
 
-def test_openvino_multiplies_the_same_integers(tmp_path):
+@pytest.mark.parametrize('kind', ['yolox', 'ssd'])  # behind SiLU; behind convolutions without activation, too
+def test_openvino_multiplies_the_same_integers(kind, tmp_path):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import get_runtime
     from mmdet_ptq.deploy.compare_openvino import compare_layer_inputs
-    detector, structure = tiny_quantized('yolox', block(dataflow='auto'))
+    detector, structure = tiny_quantized(kind, block(dataflow='auto'))
     settle_biases(detector, structure)
     freeze_weights(detector)
     path = get_runtime('openvino').export(detector, tmp_path, SHAPE)
