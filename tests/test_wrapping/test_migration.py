@@ -1,3 +1,5 @@
+import copy
+import functools
 
 import pytest
 import torch
@@ -28,6 +30,12 @@ def block(strength=1.0, bits=4, **more):
     return dict(preset='w8a8_observe', activations=dict(bits=bits, observer=MIN_MAX, scale_migration=strength), **more)
 
 
+@functools.cache
+def quantized(kind='yolox', dataflow=None):
+    """A detector that several tests look at; none changes it."""
+    return tiny_quantized(kind, block(dataflow=dataflow))
+
+
 def close(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -36,7 +44,7 @@ def close(ours, theirs):
 @pytest.mark.parametrize('kind', ['yolox', 'ssd', 'retinanet'])
 @pytest.mark.parametrize('dataflow', [None, 'auto'])
 def test_the_float_detector_stays_what_it_was(kind, dataflow):
-    detector, structure = tiny_quantized(kind, block(dataflow=dataflow))
+    detector, structure = quantized(kind, dataflow)
     with quantization_mode(detector, 'float'):
         close(raw_outputs(detector), raw_outputs(tiny_detector(kind)))
     # nor does it matter which tensors are quantized
@@ -48,7 +56,7 @@ def test_the_float_detector_stays_what_it_was(kind, dataflow):
 
 @pytest.mark.parametrize('kind', ['yolox', 'retinanet'])
 def test_who_takes_part(kind):
-    detector, structure = tiny_quantized(kind, block())
+    detector, structure = quantized(kind)
     expected = set()
     for name in structure.activations:
         readers = [layer for layer in structure.layers if name in layer.inputs]
@@ -107,10 +115,10 @@ def image(detector, seed=3):
     return detector.data_preprocessor(tiny_batch(1, seed=seed), False)['inputs']
 
 
-@pytest.mark.parametrize('kind,dataflow', [('yolox', 'auto'), ('retinanet', 'full')])
+@pytest.mark.parametrize('kind,dataflow', [('yolox', 'auto'), ('retinanet', 'auto')])
 def test_onnx_runtime_computes_the_simulated_codes(kind, dataflow, tmp_path):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
-    detector, structure = tiny_quantized(kind, block(dataflow=dataflow))
+    detector, structure = copy.deepcopy(quantized(kind, dataflow))
     settle_biases(detector, structure)
     freeze_weights(detector)
     export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
@@ -125,7 +133,7 @@ def test_openvino_multiplies_the_same_integers(kind, tmp_path):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import get_runtime
     from mmdet_ptq.deploy.compare_openvino import compare_layer_inputs
-    detector, structure = tiny_quantized(kind, block(dataflow='auto'))
+    detector, structure = copy.deepcopy(quantized(kind, 'auto'))
     settle_biases(detector, structure)
     freeze_weights(detector)
     path = get_runtime('openvino').export(detector, tmp_path, SHAPE)
@@ -134,7 +142,7 @@ def test_openvino_multiplies_the_same_integers(kind, tmp_path):
 
 
 def test_ncnn_refuses_it():
-    _, structure = tiny_quantized('yolox', block())
+    _, structure = quantized()
     with pytest.raises(PTQError, match=r'set `ptq.activations.scale_migration=0`'):
         check_ncnn(structure)
 
@@ -148,7 +156,7 @@ def uneven(detector, structure):
 
 
 def test_protection_never_makes_a_divided_tensor_float():
-    detector, structure = tiny_quantized('yolox', block())
+    detector, structure = quantized()
     name, layers = uneven(detector, structure)
     kinds = ['range', '8bit', '16bit', 'float']
     found = candidates_for(detector, structure, TensorSet(ACTIVATION, (name,), layers), kinds, {})
@@ -163,7 +171,7 @@ def test_protection_never_makes_a_divided_tensor_float():
     dict(weights=dict(float=True)), dict(weights=dict(bits=4)), dict(activations=dict(bits=8)),
     dict(activations=dict(observer=dict(type='mmdet_ptq.PercentileObserver')))], ids=str)
 def test_another_format_keeps_the_factors(change):
-    detector, structure = tiny_quantized('yolox', block())
+    detector, structure = quantized()
     name, layers = uneven(detector, structure)
     changed, _ = tiny_quantized('yolox', block(overrides=dict.fromkeys(layers, change)))
     assert torch.equal(changed.ptq.divisions[name].factor, detector.ptq.divisions[name].factor)
@@ -172,7 +180,7 @@ def test_another_format_keeps_the_factors(change):
 
 
 def test_the_error_of_an_output_is_told_against_the_float_layer():
-    detector, structure = tiny_quantized('yolox', block())
+    detector, structure = quantized()
     name, layers = uneven(detector, structure)
     meter = _OutputError(detector, layers, ())
     with torch.no_grad(), quantize_only(detector, [name], ()), meter.listening():
@@ -213,6 +221,6 @@ def test_a_weight_that_two_layers_share_keeps_its_own():
 
 
 def test_the_coverage_table_tells():
-    _, structure = tiny_quantized('yolox', block())
+    _, structure = quantized()
     told = {row.activation for row in coverage_rows(structure)}
     assert '4-bit affine (scales migrated)' in told and '4-bit affine per channel' in told
