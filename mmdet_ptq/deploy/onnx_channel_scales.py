@@ -61,11 +61,7 @@ def fold_divisions(graph: ir.Graph) -> int:
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(channels, np.float32)
         if bias is None or factor.size != channels or factor.shape[-2:] != (1, 1):
             continue
-        factor = factor.reshape(-1)
-        _scale_weight(graph, convolution, 1 / factor)
-        convolution.resize_inputs(3)
-        convolution.replace_input_with(2, add_constant(
-            graph, f'{convolution.name}.bias', (bias / factor).astype(np.float32)))
+        _divide_output(graph, convolution, bias, factor.reshape(-1))
         node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
         moved += 1
@@ -194,10 +190,16 @@ def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, o
         _per_tensor(quantize, one, zero)
         return
     bias = constant(producer.inputs[2]) if len(producer.inputs) > 2 else np.zeros(len(scale), np.float32)
-    _scale_weight(graph, producer, 1 / scale)
-    producer.resize_inputs(3)
-    producer.replace_input_with(2, add_constant(graph, f'{producer.name}.bias', (bias / scale).astype(np.float32)))
+    _divide_output(graph, producer, bias, scale)
     _per_tensor(quantize, one, zero)
+
+
+def _divide_output(graph: ir.Graph, convolution: ir.Node, bias: np.ndarray, factor: np.ndarray) -> None:
+    """Divides what a convolution writes, channel by channel, in its weight and its bias."""
+    _scale_weight(graph, convolution, 1 / factor)
+    convolution.resize_inputs(3)
+    convolution.replace_input_with(2, add_constant(
+        graph, f'{convolution.name}.bias', (bias / factor).astype(np.float32)))
 
 
 def _relu_before(quantize: ir.Node, scale: np.ndarray) -> None:
