@@ -32,11 +32,13 @@ _EIGHT_BIT_ENDS = dict(
 
 
 def _low_bit(weights: int, activations: int) -> dict:
-    # what few levels of activations cost, more iterations bring back; with 8 bits the loss is small from the start
-    migration, iters = (dict(scale_migration=1.0), 500) if activations < 8 else ({}, 200)
+    # what few levels of activations cost, longer and faster training brings back; with 8 bits the loss is small from
+    # the start
+    migration, training = ({}, dict(iters=200, lr=1e-4, weight_lr=1e-3)) if activations >= 8 else (
+        dict(scale_migration=1.0), dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3))
     return dict(
         weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations, **migration),
-        reconstruct=dict(), global_loss=dict(iters=iters, lr=1e-4, grid_lr=0, weight_lr=1e-3), **_EIGHT_BIT_ENDS)
+        reconstruct=dict(), global_loss=dict(**training, grid_lr=0), **_EIGHT_BIT_ENDS)
 
 
 def _paper(weights: int, activations: int) -> dict:

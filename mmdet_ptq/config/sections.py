@@ -145,8 +145,9 @@ class GlobalLossConfig:
             None takes ``lr``. A table moves in steps of 1/127, and reconstructed weights have been fitted to it.
         weight_lr: Learning rate of the weights (straight-through gradients), relative to their quantization step; 0
             leaves them. Defaults to 0.
-        mirror: Train on mirror images of the calibration images, too; not with ``target='ground_truth'``. Defaults to
-            True.
+        augment: Versions of each calibration image that are trained on: the image, its mirror image, then random
+            enlarged parts of both; 1 leaves the images as they are. With ``target='ground_truth'`` it is always 1.
+            Defaults to 2.
         holdout: Share of the calibration images kept apart to choose the best state. Defaults to 0.125.
         val_interval: Iterations between two looks at the held-out images. Defaults to 50.
         checkpoint_interval: Iterations between two checkpoints (what a killed run loses at most).
@@ -175,7 +176,7 @@ class GlobalLossConfig:
     bias_lr: float = 1e-3
     grid_lr: float | None = None
     weight_lr: float = 0
-    mirror: bool = True
+    augment: int = 2
     holdout: float = 0.125
     val_interval: int = 50
     checkpoint_interval: int = 50
@@ -190,7 +191,8 @@ class GlobalLossConfig:
     def check(self, key: str) -> None:
         if self.type.rpartition('.')[2] != 'FilteredGlobalLoss':
             raise PTQError(f"`{key}.type` is {self.type!r}; only 'mmdet_ptq.FilteredGlobalLoss' is known.")
-        positive(key, self, 'iters', 'batch_size', 'lr', 'val_interval', 'checkpoint_interval', 'log_interval')
+        positive(key, self, 'iters', 'batch_size', 'lr', 'augment', 'val_interval', 'checkpoint_interval',
+                 'log_interval')
         choice(f'{key}.combine', self.combine, ('and', 'or'))
         choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou', 'deltas'))
         choice(f'{key}.target', self.target, ('float', 'ground_truth'))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class NcnnNetwork:
         packing: Let ncnn interleave channels, as it does by default: about twice as fast, but its packed int8
             depthwise convolutions on x86 take approximate reciprocals of the scales, off by 2.4e-4. Without packing
             integer networks give the simulation's codes. Defaults to True.
+        keep: Keep every blob of a run, so that any can be read. Defaults to False.
 
     Attributes:
         layers: The layers, without their weights.
@@ -37,7 +39,8 @@ class NcnnNetwork:
         PTQError: The package or a file is missing, or a file is truncated or not ours.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int = 1, packing: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike, threads: int = 1, packing: bool = True,
+                 keep: bool = False) -> None:
         require_ncnn()
         self.layers, self.meta, weights = _read(Path(path))
         names = {blob for layer in self.layers for blob in layer.tops}
@@ -49,6 +52,7 @@ class NcnnNetwork:
         options.num_threads = threads
         options.use_int8_inference = True
         options.use_packing_layout = packing
+        options.lightmode = not keep
         # what is not quantized stays in full precision
         for name in ('vulkan_compute', 'fp16_packed', 'fp16_storage', 'fp16_arithmetic',
                      'bf16_packed', 'bf16_storage'):
@@ -59,14 +63,15 @@ class NcnnNetwork:
         if self._net.load_model(str(weights)):
             raise PTQError(f'ncnn cannot load {str(weights)!r}; export it again.')
 
-    def run(self, image: np.ndarray) -> list[np.ndarray]:
+    def run(self, image: np.ndarray, blobs: Sequence[str] | None = None) -> list[np.ndarray]:
         """Runs one image.
 
         Args:
             image: (3, H, W), float32, contiguous.
+            blobs: What is read. Defaults to None: the detector's raw outputs in order.
 
         Returns:
-            The detector's raw outputs in order, without the batch axis.
+            What was asked for, without the batch axis.
 
         Raises:
             PTQError: ncnn fails on the image.
@@ -75,7 +80,7 @@ class NcnnNetwork:
         blob = self._mat(image)  # refers to the image's memory
         extractor.input('in0', blob)
         results = []
-        for name in self._outputs:
+        for name in self._outputs if blobs is None else blobs:
             status, output = extractor.extract(name)
             if status:
                 raise PTQError(f'ncnn fails on an image of shape {image.shape} (status {status}); give images of the '

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from ..deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
 from ..deploy.compare import TensorAgreement, compare_codes
-from ..deploy.compare_openvino import compare_layer_inputs
+from ..deploy.compare_inputs import compare_layer_inputs, left_float
+from ..deploy.compare_ncnn import ncnn_inputs
+from ..deploy.compare_openvino import openvino_inputs
 from ..deploy.end2end import RUNTIMES as END2END_RUNTIMES
 from ..deploy.end2end import check_end2end
 from ..errors import PTQError
@@ -37,8 +40,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         size: Height and width of the image tensor. Defaults to None: what the checkpoint was calibrated with.
         dynamic_batch: Whether the number of images stays open. Defaults to False.
         packed: Whether weights of 4 bits and less are stored as codes with a table. Defaults to True.
-        image: Image file; the codes that ONNX Runtime and OpenVINO compute on it are compared with the simulation's.
-            Defaults to None.
+        image: Image file; the codes that ONNX Runtime, OpenVINO and ncnn compute on it are compared with the
+            simulation's. Defaults to None.
         end2end: Whether the models decode and suppress too, and give boxes, scores and labels. Defaults to False.
 
     Returns:
@@ -51,7 +54,7 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
     logger = MMLogger.get_instance('mmdet_ptq_export')
     chosen = [get_runtime(name, '--to') for name in runtimes]
     if image is not None and not _REPORTS.keys() & set(runtimes):
-        raise PTQError(f'--compare reads the tensors of {" and ".join(_REPORTS)}; add one of them to --to.')
+        raise PTQError(f'--compare reads the tensors of {", ".join(_REPORTS)}; add one of them to --to.')
     for name in runtimes:
         if end2end and name not in END2END_RUNTIMES:
             raise PTQError(f'--end2end writes models for {" and ".join(END2END_RUNTIMES)}, not for {name}; leave one '
@@ -104,15 +107,28 @@ def report_agreement(logger: MMLogger, detector: nn.Module, path: Path, image: T
 
 def report_openvino(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
     """The same of OpenVINO, by what layers read: it leaves out the quantizers between the layers."""
-    _report(logger, compare_layer_inputs(detector, path, image),
-            'inputs of layers compared with OpenVINO: from the image to the outputs')
-    _name_first(logger, compare_layer_inputs(detector, path, image, follow=True), INPUT)
+    inputs = openvino_inputs(path, image)
+    _report_inputs(logger, detector, inputs, image, 'OpenVINO')
     readers = getattr(detector, STATE).readers
     left_out = sum(not count for count in readers.values())
     if left_out:
         logger.info(f'{left_out} quantizers between the layers are not in the model for OpenVINO; the simulation '
                     'without them:')
-        _name_first(logger, compare_layer_inputs(detector, path, image, follow=True, between=False), INPUT)
+        _name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, between=False), INPUT)
+
+
+def report_ncnn(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
+    """The same of ncnn, by what layers read: between them it computes in float."""
+    _report_inputs(logger, detector, ncnn_inputs(path, image), image, 'ncnn')
+
+
+def _report_inputs(logger: MMLogger, detector: nn.Module, inputs: Mapping[str, np.ndarray], image: Tensor,
+                   runtime: str) -> None:
+    for call in left_float(detector, inputs):
+        logger.info(f'{runtime} reads the input of {call} in float, so that it cannot be compared')
+    _report(logger, compare_layer_inputs(detector, inputs, image),
+            f'inputs of layers compared with {runtime}: from the image to the outputs')
+    _name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True), INPUT)
 
 
 def _report(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:
@@ -131,4 +147,4 @@ def _name_first(logger: MMLogger, found: list[TensorAgreement], kind: str = '') 
                        f'same, the largest difference is {first.largest}')
 
 
-_REPORTS = {'onnxruntime': report_agreement, 'openvino': report_openvino}
+_REPORTS = {'onnxruntime': report_agreement, 'openvino': report_openvino, 'ncnn': report_ncnn}

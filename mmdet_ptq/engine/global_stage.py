@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ..calibration import FilteredGlobalLoss
-from ..calibration.mirror import Mirrored
+from ..calibration.augment import Augmented
 from ..config import GlobalLossConfig
 from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
@@ -43,7 +43,7 @@ def train_global(runner: PTQRunner) -> None:
     train_only_quantization(runner.detector, cfg.rates())
     model = GlobalLossModel(runner.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
     runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
-    images = Mirrored(train) if cfg.mirror and cfg.target == 'float' else train
+    images = Augmented(train, cfg.augment if cfg.target == 'float' else 1, runner.seed)
     runner._train_dataloader = runner.images_loader(images, min(cfg.batch_size, len(images)), infinite=True)
     runner._train_loop = dict(
         type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval)

@@ -7,195 +7,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from mmengine.logging import print_log
-from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from ..config import PTQConfig
 from ..quantizers import build_quantizer
-from .chains import _METADATA, _function_name
-from .flow import Frames, Site, output_name
-from .layers import QUANTIZABLE, channel_axis, channel_format, is_depthwise, out_channels
-from .operations import (
-    ARITHMETIC,
-    GATED,
-    GATES,
-    JOINS,
-    LAYER,
-    MOVEMENT,
-    PRODUCTS,
-    UNKNOWN,
-    classify,
-    clips_at_zero,
-    fuses_clip,
-    keeps_channels,
-    works_in_place,
-)
-from .probe import _key, _tensors
+from .flow import Site, output_name
+from .layers import channel_axis, channel_format, is_depthwise, out_channels
+from .operations import ARITHMETIC, GATED, GATES, LAYER, MOVEMENT, PRODUCTS, UNKNOWN, fuses_clip, keeps_channels
+from .recorder import Key, Operation, Recorder, record_operations
 from .spread import channel_ranges
 from .structure import Structure
 
-Key = tuple[int, int]
 BITS = 8  # of a tensor that no layer reads, at least
-
-
-@dataclass(eq=False)
-class Operation:
-    """One layer call or functional call.
-
-    Attributes:
-        kind: ``'layer'``, ``'movement'``, ``'arithmetic'`` or ``'unknown'``.
-        name: The layer's path, or the function's name.
-        place: Module, call, function, index as in :class:`mmdet_ptq.wrapping.flow.Site`; for a layer its path, call.
-        inputs: Floating-point tensors it reads.
-        outputs: Tensors it writes.
-        clips: It is max(x, 0), perhaps clipped above, too.
-        in_place: It overwrites its first input; who goes on with the result takes what it returns.
-        overwrites: It changes a tensor in place that is read under its old name later.
-    """
-
-    kind: str
-    name: str
-    place: tuple
-    inputs: list[Key]
-    outputs: list[Key]
-    clips: bool = False
-    in_place: bool = False
-    overwrites: bool = False
-
-    @property
-    def joins(self) -> bool:
-        return self.kind == MOVEMENT and self.name in JOINS and len(set(self.inputs)) > 1
-
-
-@dataclass
-class Recorder:
-    """Everything one forward pass did, in order."""
-
-    operations: list[Operation] = field(default_factory=list)
-    frames: Frames = field(default_factory=Frames)
-    called: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # function -> modules
-    alive: list[Tensor] = field(default_factory=list)  # so that an id is never used twice
-    written: set[Key] = field(default_factory=set)
-    overwritten: list[tuple[Operation, Key]] = field(default_factory=list)  # in place, and not the result
-    makers: dict[Any, list[Key]] = field(default_factory=lambda: defaultdict(list))  # autograd node -> tensors
-
-    def add(self, operation: Operation) -> None:
-        self.operations.append(operation)
-        self.written.update(operation.outputs)
-
-    def keep(self, tensor: Tensor) -> Key:
-        self.alive.append(tensor)
-        key = _key(tensor)
-        if tensor.grad_fn is not None:
-            self.makers[tensor.grad_fn].append(key)
-        return key
-
-    def read(self, tensor: Tensor) -> Key:
-        key, node = self.keep(tensor), tensor.grad_fn
-        if key not in self.written and isinstance(node, BackwardCFunction):
-            # a function with a kernel of its own is not seen while it runs, only in the graph it leaves
-            inputs = [k for source, _ in node.next_functions for k in self.makers.get(source, ())]
-            module = self.frames.top.module if self.frames.top else ''
-            self.add(Operation(UNKNOWN, _function_name(node), (module, 0, _function_name(node), 0), inputs, [key]))
-        return key
-
-    def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        name, frame = getattr(func, '__name__', str(func)), self.frames.top
-        if frame is None or name in _METADATA or name in ('__set__', 'requires_grad_'):
-            return func(*args, **kwargs)
-        read = [t for t in _tensors([args, kwargs]) if t.is_floating_point()]
-        inputs = [self.read(t) for t in read]  # before an in-place function raises the version
-        kind = classify(func, name, args, kwargs)
-        place = frame.next(name)
-        out = func(*args, **kwargs)
-        changed = [t for t, key in zip(read, inputs, strict=True) if _key(t) != key]
-        if name == '__get__' and not isinstance(out, Tensor):
-            return out
-        self.called[name].add(frame.module)
-        if works_in_place(name, kwargs) and isinstance(out, Tensor) and changed == [out]:
-            # another object for the result: who goes on with the changed argument is told from who takes the result
-            out = out.view_as(out)
-        outputs = [self.keep(t) for t in _tensors(out) if t.is_floating_point()]
-        in_place = works_in_place(name, kwargs) and bool(changed)
-        operation = Operation(kind, name, place, inputs, outputs, clips_at_zero(name, args, kwargs), in_place)
-        self.add(operation)
-        for tensor in changed:
-            if (key := self.keep(tensor)) not in outputs:
-                self.overwritten.append((operation, key))
-                self.written.add(key)
-        return out
-
-    def finish(self) -> None:
-        """What goes on under its old name after it was changed in place cannot be quantized."""
-        read = {key for operation in self.operations for key in operation.inputs}
-        for operation, key in self.overwritten:
-            if key in read:
-                operation.kind, operation.overwrites = UNKNOWN, True
-                operation.outputs.append(key)
-
-
-class _Watch(TorchFunctionMode):
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.recorder.run(func, args, kwargs or {})
-
-
-def record_operations(detector: nn.Module, run: Callable[[], Any]) -> Recorder:
-    """Watches one forward pass.
-
-    Args:
-        detector: The float detector with its normalisations folded, in eval mode.
-        run: Calls the detector on one image with ``mode='predict'``.
-    """
-    recorder, handles, open_layers = Recorder(), [], []
-    frames = recorder.frames
-
-    def enter(name: str, layer: bool) -> Callable:
-        def hook(module, args, kwargs):
-            if layer:
-                source = next((t for t in _tensors([args, kwargs]) if t.is_floating_point()), None)
-                place = name, frames.calls[name]
-                frames.calls[name] += 1
-                open_layers.append((place, [] if source is None else [recorder.read(source)]))
-                frames.mute()
-            else:
-                frames.enter(name)
-        return hook
-
-    def leave(layer: bool) -> Callable:
-        def hook(module, args, output):
-            frames.leave()
-            if layer:
-                place, inputs = open_layers.pop()
-                recorder.add(Operation(LAYER, place[0], place, inputs, [recorder.keep(t) for t in _tensors(output)]))
-        return hook
-
-    frozen = [p for p in detector.parameters() if not p.requires_grad]
-    try:
-        for name, module in detector.named_modules():
-            layer = isinstance(module, QUANTIZABLE)
-            handles += [module.register_forward_pre_hook(enter(name, layer), with_kwargs=True),
-                        module.register_forward_hook(leave(layer))]
-        for parameter in frozen:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad(), _Watch(recorder):
-            run()
-        recorder.finish()
-        return recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 class _Graph:
@@ -205,7 +31,6 @@ class _Graph:
         self.operations = recorder.operations
         self.readers: dict[Key, list[Operation]] = defaultdict(list)
         self.producer: dict[Key, Operation] = {}
-        self.input_names: dict[Key, str] = {}
         self.layers = {layer.name: layer for layer in structure.layers}
         self.outputs = outputs
         for op in self.operations:
@@ -213,10 +38,6 @@ class _Graph:
                 self.readers[key].append(op)
             for key in op.outputs:
                 self.producer.setdefault(key, op)
-            name = self.input_of(op)
-            # one that is divided first is no other reader's: the tensor itself gets another
-            if name is not None and 'divided' not in structure.activations[name]:
-                self.input_names[op.inputs[0]] = name
         # computed from integers: by known operations alone, or by any; what the head puts out is not followed further
         self.comes: set[Key] = set()
         self.comes_anyhow: set[Key] = set()
@@ -242,6 +63,16 @@ class _Graph:
                 self.leads.update(op.inputs)
             if self.leads_anyhow.intersection(op.outputs):
                 self.leads_anyhow.update(op.inputs)
+        self.input_names = {op.inputs[0]: self.input_of(op) for op in self.operations
+                            if self._is_of_the_tensor(op, structure)}
+
+    def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
+        """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
+        name = self.input_of(op)
+        if name is None or 'divided' in (entry := structure.activations[name]):
+            return False
+        return entry['spec']['bits'] >= BITS or all(
+            self.input_of(reader) == name for reader in self.reads_values(op.inputs[0]))
 
     def input_of(self, op: Operation) -> str | None:
         """Activation name of a layer call's input; None for other operations and for what stays float."""
@@ -492,6 +323,8 @@ def _uneven_outputs(detector: nn.Module, structure: Structure, cfg: PTQConfig, r
     inputs, outputs = channel_ranges(detector, integer, run, channel_axis)
     for name, entry in structure.activations.items():
         readers = [inputs[layer.name] for layer in structure.layers if name in layer.inputs and layer.name in inputs]
-        if entry['spec'].get('num_channels') is not None and not any(r.positive or r.uneven for r in readers):
+        # fewer bits than 8 are too few for channels to lose any
+        if entry['spec'].get('num_channels') is not None and entry['spec']['bits'] >= BITS \
+                and not any(r.positive or r.uneven for r in readers):
             entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
     return frozenset(name for name, ranges in outputs.items() if ranges.uneven)

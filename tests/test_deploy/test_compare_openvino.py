@@ -6,7 +6,8 @@ import torch
 
 from mmdet_ptq.deploy import compare_openvino as module
 from mmdet_ptq.deploy import get_runtime, settle_biases
-from mmdet_ptq.deploy.compare_openvino import compare_layer_inputs
+from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
+from mmdet_ptq.deploy.compare_openvino import openvino_inputs
 from mmdet_ptq.engine import export as command
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
@@ -34,6 +35,11 @@ def image(detector, seed=3):
     return detector.data_preprocessor(tiny_batch(1, seed=seed), False)['inputs']
 
 
+def compare(detector, path, **kwargs):
+    pixels = image(detector)
+    return compare_layer_inputs(detector, openvino_inputs(path, pixels), pixels, **kwargs)
+
+
 def calls(structure):
     return {f'{layer.name}#{call}' if call else layer.name
             for layer in structure.layers for call in range(len(layer.inputs))}
@@ -41,14 +47,14 @@ def calls(structure):
 
 def test_every_layer_reads_what_the_model_was_given(exported):
     detector, structure, path = exported
-    found = compare_layer_inputs(detector, path, image(detector), follow=True, between=False)
+    found = compare(detector, path, follow=True, between=False)
     assert {entry.name for entry in found} == calls(structure) and len(found) == len(calls(structure))
     assert min(entry.identical for entry in found) > 0.999 and max(entry.largest for entry in found) <= 1
 
 
 def test_quantizers_that_openvino_leaves_out_are_seen(exported):
     detector, structure, path = exported
-    found = compare_layer_inputs(detector, path, image(detector), follow=True)
+    found = compare(detector, path, follow=True)
     left_out = any(not entry['readers'] for entry in structure.activations.values())
     assert (min(entry.identical for entry in found) < 0.99) == left_out
     # nothing lies between the image and its own quantizer
@@ -58,10 +64,10 @@ def test_quantizers_that_openvino_leaves_out_are_seen(exported):
 def test_the_layer_behind_a_wrong_bias_is_the_first_to_diverge(exported):
     detector, structure, path = exported
     wrong = copy.deepcopy(detector)
-    names = [entry.name for entry in compare_layer_inputs(detector, path, image(detector))]
+    names = [entry.name for entry in compare(detector, path)]
     with torch.no_grad():
         wrong.get_submodule(names[1]).bias += 1
-    found = compare_layer_inputs(wrong, path, image(wrong), follow=True, between=False)
+    found = compare(wrong, path, follow=True, between=False)
     diverging = [entry.name for entry in found if entry.identical < 0.999]
     assert diverging and diverging[0] == names[2]
 
@@ -91,4 +97,4 @@ def test_a_model_that_watching_changes_is_refused(exported, monkeypatch):
 
     monkeypatch.setattr(module, '_run', changed)
     with pytest.raises(PTQError, match='as soon as its tensors are read; compare in ONNX Runtime'):
-        compare_layer_inputs(detector, path, image(detector))
+        compare(detector, path)

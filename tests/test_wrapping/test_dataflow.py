@@ -89,6 +89,30 @@ def test_a_scale_per_channel_stays_behind_what_moves_channels():
     assert structure.activations['depthwise']['spec']['num_channels'] is None
 
 
+@pytest.mark.parametrize('between, alone', [
+    (lambda self, a, b: self.depthwise(F.silu(a)), True),
+    (lambda self, a, b: self.depthwise(x := F.silu(a)) + x, False),
+    (lambda self, a, b: torch.cat([self.depthwise(x := F.silu(a)), F.max_pool2d(x, 3, 1, 1)], 1), False),
+])
+def test_others_do_not_read_the_few_bits_of_a_layer(between, alone):
+    few = dict(activations=OBSERVE['activations'] | dict(bits=4))
+    detector, structure, image = toy(between, few, depthwise=nn.Conv2d(4, 4, 3, padding=1, groups=4))
+    spec = structure.activations['depthwise']['spec']
+    assert (spec['bits'], spec['num_channels']) == (4, 4)
+    name = sites_in(structure, '')['silu', 0]
+    assert (name == 'depthwise') == alone
+    if not alone:
+        own = structure.activations[name]['spec']
+        assert (own['bits'], own['num_channels']) == (8, None)
+        seen = {}
+        for key in (name, 'depthwise'):
+            detector.ptq.activations[key].register_forward_hook(
+                lambda _, args, output, key=key: seen.update({key: (args[0], output)}))
+        detector(image)
+        # 8 bits first, then its own 4, as it is exported
+        assert torch.equal(seen['depthwise'][0], seen[name][1])
+
+
 @pytest.mark.parametrize('activations, bits, symmetric', [
     (dict(bits=4), 8, False), (dict(bits=16), 16, False),
     (dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=True)), 8, True)])

@@ -132,12 +132,14 @@ def test_openvino_multiplies_the_same_integers(kind, tmp_path):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import get_runtime
-    from mmdet_ptq.deploy.compare_openvino import compare_layer_inputs
+    from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
+    from mmdet_ptq.deploy.compare_openvino import openvino_inputs
     detector, structure = copy.deepcopy(quantized(kind, 'auto'))
     settle_biases(detector, structure)
     freeze_weights(detector)
     path = get_runtime('openvino').export(detector, tmp_path, SHAPE)
-    found = compare_layer_inputs(detector, path, image(detector), follow=True, between=False)
+    pixels = image(detector)
+    found = compare_layer_inputs(detector, openvino_inputs(path, pixels), pixels, follow=True, between=False)
     assert min(entry.identical for entry in found) > 0.999 and not open_model(path).coverage().float
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping.spread import MOST_LOST_BITS, ChannelRanges, channel_ranges
 
 AUTO = dict(dataflow='auto')
@@ -90,6 +91,13 @@ def test_auto_gives_inputs_of_depthwise_convolutions_one_scale_where_channels_ar
     _, structure, _ = toy(lambda self, a, b: self.depthwise(act(self.scaled(a))), AUTO,
                           scaled=Scaled(factors), depthwise=nn.Conv2d(4, 4, 3, groups=4))
     assert structure.activations['depthwise']['spec']['num_channels'] == channels
+
+
+def test_auto_leaves_inputs_of_few_bits_their_scales_per_channel():
+    few = dict(activations=OBSERVE['activations'] | dict(bits=4))
+    _, structure, _ = toy(lambda self, a, b: self.depthwise(F.silu(self.scaled(a))), AUTO | few,
+                          scaled=Scaled((1., 1., 1., 1.)), depthwise=nn.Conv2d(4, 4, 3, groups=4))
+    assert structure.activations['depthwise']['spec']['num_channels'] == 4
 
 
 def test_auto_is_full_where_nothing_is_uneven():

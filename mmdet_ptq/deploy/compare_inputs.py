@@ -1,0 +1,102 @@
+"""A runtime against the simulation by what layers read: how many integer codes are the same.
+
+For runtimes that leave out the quantizers between the layers: what both have is what the layers read.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import PTQError
+from ..wrapping import quantized_weights
+from ..wrapping.inputs import STATE, QuantizedInput, quantize_only, with_input
+from .compare import TensorAgreement
+from .raw_outputs import RawOutputs
+
+
+def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray], image: Tensor, follow: bool = False,
+                         between: bool = True) -> list[TensorAgreement]:
+    """Compares the codes that every layer reads between the simulation and a runtime.
+
+    Args:
+        detector: The quantized detector the runtime's model was exported from.
+        inputs: What every call of a layer reads in the runtime, before it is quantized:
+            :func:`mmdet_ptq.deploy.compare_openvino.openvino_inputs` or
+            :func:`mmdet_ptq.deploy.compare_ncnn.ncnn_inputs`.
+        image: (N, 3, H, W), normalized, which the runtime read.
+        follow: Whether the simulation goes on with what the runtime's layer reads, so that each is compared for
+            itself. Defaults to False.
+        between: Whether the simulation quantizes between the layers, as it was calibrated; without, it does what
+            such a runtime is given. Defaults to True.
+
+    Returns:
+        One entry per call of a layer, in the order of the network, named like the layer; ``#k`` marks further calls.
+
+    Raises:
+        PTQError: The model is not of this detector.
+    """
+    if not inputs.keys() & _calls(detector):
+        raise PTQError('the exported model has none of the layers of the detector; export it again.')
+    state = getattr(detector, STATE)
+    read = [name for name in state.activations if state.readers[name]]
+    only = nullcontext() if between else quantize_only(detector, read, quantized_weights(detector))
+    agreements: list[TensorAgreement] = []
+    with torch.no_grad(), only, _compared(detector, inputs, follow, agreements):
+        RawOutputs(detector)(image)
+    return agreements
+
+
+def left_float(detector: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[str]:
+    """The calls of layers whose quantized input a runtime does not quantize, so that nothing can be compared."""
+    return [call for call in _calls(detector) if call not in inputs]
+
+
+def _calls(detector: nn.Module) -> dict[str, str]:
+    """Every call of a layer with a quantized input, to the input's name."""
+    return {f'{hook.layer}#{call}' if call else hook.layer: name
+            for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)
+            for call, name in enumerate(hook.names) if name is not None}
+
+
+@contextmanager
+def _compared(detector: nn.Module, found: Mapping[str, np.ndarray], follow: bool,
+              agreements: list[TensorAgreement]) -> Iterator[None]:
+    """Every layer notes, in one forward pass, how far it reads what the runtime's layer read."""
+    state, calls = getattr(detector, STATE), Counter()
+
+    def hook(layer: str, names: list[str | None]):
+        def compare(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            call = calls[layer]
+            calls[layer] += 1
+            name, label = names[call % len(names)], f'{layer}#{call}' if call else layer
+            if name is None or label not in found:
+                return args, kwargs
+
+            def compared(simulated: Tensor) -> Tensor:
+                quantizer = state.activations[name]
+                theirs = torch.from_numpy(_like(found[label], simulated.shape)).to(simulated)
+                difference = (quantizer.encode(theirs) - quantizer.encode(simulated)).abs()
+                agreements.append(
+                    TensorAgreement(label, float((difference == 0).double().mean()), int(difference.max())))
+                return quantizer(theirs) if follow else simulated
+
+            return with_input(args, kwargs, compared)
+        return compare
+
+    with ExitStack() as stack:
+        for quantized in state.hooks:
+            if isinstance(quantized, QuantizedInput):
+                # behind the quantizer's own hook
+                stack.callback(detector.get_submodule(quantized.layer).register_forward_pre_hook(
+                    hook(quantized.layer, quantized.names), with_kwargs=True).remove)
+        yield
+
+
+def _like(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor in the shape that the detector's layer reads: matrix products may have theirs flattened."""
+    return np.ascontiguousarray(values.reshape(shape))
