@@ -7,7 +7,7 @@ from torch import nn
 from ..quantizers import Quantizer
 from .ncnn_check import INT8_MAX
 from .ncnn_format import NcnnLayer, array, floats, int8_weight
-from .ncnn_trace import LayerCall
+from .ncnn_trace import LayerCall, borders
 
 # ncnn layer type to the activation number of a convolution and the parameters it takes along (id, default)
 _ACTIVATIONS = {'ReLU': (1, ()), 'Clip': (3, ((0, '-3.402823e38'), (1, '3.402823e38'))), 'Sigmoid': (4, ()),
@@ -41,7 +41,7 @@ def integer_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
         main.weights = int8_weight(weights) + floats(bias) + floats(inverse) + floats([bottom_scale])
         return [*before, *_as_rows(main, call.shape)]
     main = NcnnLayer('Convolution' if groups == 1 else 'ConvolutionDepthWise', place.name, blobs, place.tops,
-                     _convolution_params(module, weights.size))
+                     _convolution_params(module, weights.size, call.shape))
     if groups in (1, len(scale)):
         main.weights = int8_weight(weights) + floats(bias) + floats(inverse) + floats([bottom_scale])
         return [*before, main]
@@ -94,7 +94,7 @@ def float_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
         params = {0: str(module.out_features), 1: '1', 2: str(weights.size)}
         main = NcnnLayer('InnerProduct', place.name, place.bottoms, place.tops, params)
     else:
-        params = _convolution_params(module, weights.size)
+        params = _convolution_params(module, weights.size, call.shape)
         del params[8]
         main = NcnnLayer('Convolution' if module.groups == 1 else 'ConvolutionDepthWise', place.name, place.bottoms,
                          place.tops, params)
@@ -140,12 +140,13 @@ def _quantize(name: str, bottoms: list[str], scale: np.ndarray) -> NcnnLayer:
     return layer
 
 
-def _convolution_params(module: nn.Module, size: int) -> dict[int, str]:
+def _convolution_params(module: nn.Module, size: int, shape: tuple[int, ...]) -> dict[int, str]:
     height, width = 0, 1
-    pairs = {1: module.kernel_size, 2: module.dilation, 3: module.stride, 4: module.padding}
+    pairs = {1: module.kernel_size, 2: module.dilation, 3: module.stride}
     params = {0: module.out_channels}
     for key, pair in pairs.items():
         params[key], params[key + 10] = pair[width], pair[height]
+    params[14], params[16], params[4], params[15] = borders(module, shape)
     params.update({5: 1, 6: size, 8: 2})
     if module.kernel_size == (3, 3):
         params[31] = _NO_WINOGRAD

@@ -77,7 +77,8 @@ class NcnnNetwork:
             PTQError: ncnn fails on the image.
         """
         extractor = self._net.create_extractor()
-        blob = self._mat(image)  # refers to the image's memory
+        # a copy: a layer that works in place asks who else has the blob, and crashes on memory that is not ncnn's
+        blob = self._mat(image).clone()
         extractor.input('in0', blob)
         results = []
         for name in self._outputs if blobs is None else blobs:

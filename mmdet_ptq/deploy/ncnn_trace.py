@@ -4,9 +4,11 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
@@ -66,8 +68,8 @@ class IntegerCall(nn.Module):
         layer = self._call[0].module
         if isinstance(layer, nn.Linear):
             return x[..., :1].repeat(*[1] * (x.dim() - 1), layer.out_features)
-        height, width = layer.padding
-        x = functional.pad(x[:, :1], (width, width, height, height))
+        top, bottom, left, right = borders(layer, self._call[0].shape)
+        x = functional.pad(x[:, :1], (left, right, top, bottom))
         x = functional.max_pool2d(x, layer.kernel_size, layer.stride, 0, layer.dilation)
         return x.repeat(1, layer.out_channels, 1, 1)
 
@@ -147,11 +149,26 @@ def obstacle(module: nn.Module, activation: Quantizer | None, integers: Tensor |
         return 'it has more than 8 bits'
     if isinstance(module, nn.Linear):
         return ''
-    if type(module).forward is not nn.Conv2d.forward:
+    if type(module).forward not in (nn.Conv2d.forward, Conv2dAdaptivePadding.forward):
         return f'ncnn has no int8 {type(module).__name__}'
     if module.padding_mode != 'zeros' or isinstance(module.padding, str):
         return f'its padding is {module.padding_mode!r}, {module.padding!r}'
     return ''
+
+
+def borders(module: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Zeros that a convolution puts around an input of a shape: top, bottom, left, right."""
+    if type(module).forward is not Conv2dAdaptivePadding.forward:
+        height, width = module.padding
+        return height, height, width, width
+    found = []
+    for size, kernel, stride, dilation in zip(shape[2:], module.kernel_size, module.stride, module.dilation,
+                                              strict=True):
+        # as many as the last place of the kernel lacks; the odd one at the end
+        reach = (ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
+        missing = max(reach - size, 0)
+        found += [missing // 2, missing - missing // 2]
+    return tuple(found)
 
 
 def traceable(detector: nn.Module) -> tuple[nn.Module, dict[str, LayerCall]]:

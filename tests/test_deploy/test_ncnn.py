@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from torch import nn
 from torch.nn import functional
 
@@ -234,6 +235,49 @@ def test_layers_of_every_kind(tmp_path):
     found = NcnnRuntime(path).coverage()
     assert sorted(found.integer) == ['asymmetric', 'grouped', 'linear']
     assert sorted(found.float) == ['padded', 'up']
+
+
+class Chain(nn.Module):
+    """A detector of layers one after another."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def data_preprocessor(self, data, training):
+        return data
+
+    def forward(self, inputs, data_samples=None, mode='predict'):
+        return [self.layers(inputs)]
+
+
+def chain(*layers, size=SIZE):
+    detector = Chain(*layers).eval()
+    batch = torch.randn(2, 3, size, size)
+    structure = prepare_detector(detector, PTQConfig.from_dict(W8A8), lambda: detector(batch))
+    observe_activations(detector, [dict(inputs=batch)], structure)
+    return detector
+
+
+@pytest.mark.parametrize('size', [31, 32])  # zeros on one side more than on the other, or on both the same
+def test_padding_by_the_size_of_the_image(tmp_path, size):
+    detector = chain(
+        Conv2dAdaptivePadding(3, 4, 3, stride=2), nn.ReLU(), Conv2dAdaptivePadding(4, 4, (3, 5), stride=2, groups=4),
+        nn.ReLU(), Conv2dAdaptivePadding(4, 6, 3, dilation=2), nn.ReLU(), Conv2dAdaptivePadding(6, 2, 2), size=size)
+    path = export_ncnn(detector, (1, 3, size, size), tmp_path)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    assert difference(detector, NcnnNetwork(path, packing=False), x) < 1e-4
+    assert not NcnnRuntime(path).coverage().float
+
+
+def test_a_first_layer_in_float_may_work_on_the_image_in_place(tmp_path):
+    detector = chain(nn.Conv2d(3, 4, 3, padding='same'), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    pixels = np.ascontiguousarray(image()[0])
+    before = pixels.copy()
+    network = NcnnNetwork(export_ncnn(detector, SHAPE, tmp_path), packing=False)
+    assert difference(detector, network, image()) < 1e-4
+    network.run(pixels)
+    np.testing.assert_array_equal(pixels, before)
 
 
 def test_operator_that_means_something_else_is_noticed(tmp_path):
