@@ -14,7 +14,8 @@ from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 from mmdet_ptq.deploy import model_bytes, runtime_names
 from mmdet_ptq.deploy.weight_bytes import weight_bytes
 
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'python')
+VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
+            'python')
 FIELDS = ('detector', 'preset', 'model', 'AP', 'difference_points', 'bytes', 'float_bytes', 'bytes_ratio',
           'weights_ratio', 'integer_convolutions', 'convolutions', 'latency_ratio', 'dataflow', 'calibration_images',
           'seed', 'date', *VERSIONS, 'command')

@@ -27,7 +27,7 @@ KEYS = ('schema', 'config', 'recipe', 'seed', 'versions', 'date', 'calibration',
 def versions() -> dict[str, str]:
     """Versions of everything that a run's figures depend on; ``'missing'`` for what is not installed."""
     found = {'mmdet_ptq': __version__, 'python': platform.python_version()}
-    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'onnx', 'onnxruntime', 'openvino'):
+    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn'):
         try:
             found[name] = str(import_module(name).__version__)
         except ImportError:

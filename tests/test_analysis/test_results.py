@@ -108,5 +108,5 @@ def test_other_schema_is_refused(tmp_path, results):
 
 def test_versions():
     assert set(versions()) == {
-        'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino'}
+        'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino', 'ncnn'}
     assert versions()['torch'] == torch.__version__
