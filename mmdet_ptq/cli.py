@@ -184,7 +184,8 @@ def _export(argv: list[str] | None = None) -> None:
     parser.add_argument('--unpacked', action='store_true',
                         help='store weights of 4 bits and less as int8 instead of 4-bit codes with a table')
     parser.add_argument('--compare', metavar='IMAGE',
-                        help='image file: compare the codes of every quantized tensor with the simulation')
+                        help='image file: compare the codes of every quantized tensor with the simulation '
+                             '(onnxruntime, openvino, ncnn)')
     args = parser.parse_args(argv)
     from .engine.export import export_checkpoint
     export_checkpoint(args.checkpoint, args.to, args.out, args.input_shape, args.dynamic_batch, not args.unpacked,

@@ -44,5 +44,5 @@ def _enlarged_part(image: Tensor, random: np.random.Generator) -> Tensor:
     height, width = (max(round(share * side), 1) for side in size)
     top, left = (int(random.integers(full - part + 1)) for full, part in zip(size, (height, width), strict=True))
     part = image[:, top:top + height, left:left + width]
-    out = F.interpolate(part[None].float(), size, mode='bilinear', antialias=True)[0]
+    out = F.interpolate(part[None].float(), size, mode='bilinear')[0]
     return (out if image.is_floating_point() else out.round()).to(image.dtype)

@@ -24,7 +24,7 @@ class TensorAgreement:
     """One quantized tensor.
 
     Attributes:
-        name: Name of the activation; ``@k`` marks its further calls.
+        name: Name of the activation, ``@k`` marks its further calls; or of the layer that reads it, with ``#k``.
         identical: Share of the codes that are the same.
         largest: Largest difference, in codes.
     """

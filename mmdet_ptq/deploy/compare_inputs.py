@@ -19,13 +19,13 @@ from .compare import TensorAgreement
 from .raw_outputs import RawOutputs
 
 
-def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray], image: Tensor, follow: bool = False,
-                         between: bool = True) -> list[TensorAgreement]:
+def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray | None], image: Tensor,
+                         follow: bool = False, between: bool = True) -> list[TensorAgreement]:
     """Compares the codes that every layer reads between the simulation and a runtime.
 
     Args:
         detector: The quantized detector the runtime's model was exported from.
-        inputs: What every call of a layer reads in the runtime, before it is quantized:
+        inputs: What every call of a layer reads in the runtime, before it is quantized; None where it is not:
             :func:`mmdet_ptq.deploy.compare_openvino.openvino_inputs` or
             :func:`mmdet_ptq.deploy.compare_ncnn.ncnn_inputs`.
         image: (N, 3, H, W), normalized, which the runtime read.
@@ -40,8 +40,6 @@ def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray], 
     Raises:
         PTQError: The model is not of this detector.
     """
-    if not inputs.keys() & _calls(detector):
-        raise PTQError('the exported model has none of the layers of the detector; export it again.')
     state = getattr(detector, STATE)
     read = [name for name in state.activations if state.readers[name]]
     only = nullcontext() if between else quantize_only(detector, read, quantized_weights(detector))
@@ -51,20 +49,8 @@ def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray], 
     return agreements
 
 
-def left_float(detector: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[str]:
-    """The calls of layers whose quantized input a runtime does not quantize, so that nothing can be compared."""
-    return [call for call in _calls(detector) if call not in inputs]
-
-
-def _calls(detector: nn.Module) -> dict[str, str]:
-    """Every call of a layer with a quantized input, to the input's name."""
-    return {f'{hook.layer}#{call}' if call else hook.layer: name
-            for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)
-            for call, name in enumerate(hook.names) if name is not None}
-
-
 @contextmanager
-def _compared(detector: nn.Module, found: Mapping[str, np.ndarray], follow: bool,
+def _compared(detector: nn.Module, found: Mapping[str, np.ndarray | None], follow: bool,
               agreements: list[TensorAgreement]) -> Iterator[None]:
     """Every layer notes, in one forward pass, how far it reads what the runtime's layer read."""
     state, calls = getattr(detector, STATE), Counter()
@@ -74,12 +60,16 @@ def _compared(detector: nn.Module, found: Mapping[str, np.ndarray], follow: bool
             call = calls[layer]
             calls[layer] += 1
             name, label = names[call % len(names)], f'{layer}#{call}' if call else layer
-            if name is None or label not in found:
+            if name is None:
+                return args, kwargs
+            if label not in found:
+                raise PTQError(f'the exported model has no layer {label}; export it again.')
+            if found[label] is None:
                 return args, kwargs
 
             def compared(simulated: Tensor) -> Tensor:
                 quantizer = state.activations[name]
-                theirs = torch.from_numpy(_like(found[label], simulated.shape)).to(simulated)
+                theirs = torch.from_numpy(_like(found[label], simulated.shape, label)).to(simulated)
                 difference = (quantizer.encode(theirs) - quantizer.encode(simulated)).abs()
                 agreements.append(
                     TensorAgreement(label, float((difference == 0).double().mean()), int(difference.max())))
@@ -97,6 +87,9 @@ def _compared(detector: nn.Module, found: Mapping[str, np.ndarray], follow: bool
         yield
 
 
-def _like(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _like(values: np.ndarray, shape: tuple[int, ...], label: str) -> np.ndarray:
     """A tensor in the shape that the detector's layer reads: matrix products may have theirs flattened."""
+    if values.size != np.prod(shape):
+        raise PTQError(f'the layer {label} of the exported model reads an input of {values.shape}, that of '
+                       f'the detector {tuple(shape)}; export it again.')
     return np.ascontiguousarray(values.reshape(shape))

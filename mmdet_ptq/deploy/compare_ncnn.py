@@ -9,7 +9,7 @@ from torch import Tensor
 from .ncnn_network import NcnnNetwork
 
 
-def ncnn_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray]:
+def ncnn_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray | None]:
     """What every call of a quantized layer reads in ncnn, before it is quantized.
 
     Args:
@@ -17,7 +17,7 @@ def ncnn_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray]
         image: (1, 3, H, W), normalized.
 
     Returns:
-        Name of the layer, with ``#k`` for further calls, to the tensor, (1, ...).
+        Name of the layer, with ``#k`` for further calls, to the tensor, (1, ...); None where it is not quantized.
 
     Raises:
         PTQError: The package or a file is missing, or ncnn fails on the image.
@@ -30,5 +30,5 @@ def ncnn_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray]
             if layer.name == name or layer.name.startswith(f'{name}_'):
                 reads.setdefault(name, layer.bottoms[0])
     values = network.run(np.ascontiguousarray(image[0].cpu().numpy(), np.float32), list(reads.values()))
-    return {network.meta['layers'][name].removesuffix('#0'): value[None]
-            for name, value in zip(reads, values, strict=True)}
+    found = {name: value[None] for name, value in zip(reads, values, strict=True)}
+    return {call.removesuffix('#0'): found.get(name) for name, call in network.meta['layers'].items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
 from ..deploy.compare import TensorAgreement, compare_codes
-from ..deploy.compare_inputs import compare_layer_inputs, left_float
+from ..deploy.compare_inputs import compare_layer_inputs
 from ..deploy.compare_ncnn import ncnn_inputs
 from ..deploy.compare_openvino import openvino_inputs
 from ..deploy.end2end import RUNTIMES as END2END_RUNTIMES
@@ -122,16 +122,19 @@ def report_ncnn(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor
     _report_inputs(logger, detector, ncnn_inputs(path, image), image, 'ncnn')
 
 
-def _report_inputs(logger: MMLogger, detector: nn.Module, inputs: Mapping[str, np.ndarray], image: Tensor,
+def _report_inputs(logger: MMLogger, detector: nn.Module, inputs: Mapping[str, np.ndarray | None], image: Tensor,
                    runtime: str) -> None:
-    for call in left_float(detector, inputs):
-        logger.info(f'{runtime} reads the input of {call} in float, so that it cannot be compared')
+    for call, value in inputs.items():
+        if value is None:
+            logger.info(f'{runtime} reads the input of {call} in float, so that it cannot be compared')
     _report(logger, compare_layer_inputs(detector, inputs, image),
             f'inputs of layers compared with {runtime}: from the image to the outputs')
     _name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True), INPUT)
 
 
 def _report(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:
+    if not found:
+        raise PTQError('--compare compares quantized tensors, and the model has none; leave it out.')
     shares = [entry.identical for entry in found]
     logger.info(f'{len(found)} {what}, {sum(shares) / len(shares):.3%} of the codes are the same on average, '
                 f'{min(shares):.3%} in the worst')

@@ -71,8 +71,13 @@ class _Graph:
         name = self.input_of(op)
         if name is None or 'divided' in (entry := structure.activations[name]):
             return False
-        return entry['spec']['bits'] >= BITS or all(
-            self.input_of(reader) == name for reader in self.reads_values(op.inputs[0]))
+        return entry['spec']['bits'] >= BITS or not self.read_by_others(op.inputs[0], name)
+
+    def read_by_others(self, key: Key, name: str) -> bool:
+        """Whether anything but layers whose input has this quantizer reads a tensor, be it through movements."""
+        return any(
+            any(self.read_by_others(out, name) for out in op.outputs) if op.kind == MOVEMENT
+            else self.input_of(op) != name for op in self.readers[key])
 
     def input_of(self, op: Operation) -> str | None:
         """Activation name of a layer call's input; None for other operations and for what stays float."""
@@ -211,6 +216,8 @@ class _Planner:
         if not self._follow(key, True, found) or len(found) != 1:
             return None
         name = found.pop()
+        if self._entry(name)['spec']['bits'] < BITS and self.graph.read_by_others(key, name):
+            return None
         if self._entry(name)['spec'].get('num_channels') is None:
             self._entry(name)['moved'] = True
         return name

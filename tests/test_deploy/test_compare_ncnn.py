@@ -1,10 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 from mmdet_ptq.deploy import get_runtime
-from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs, left_float
+from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
 from mmdet_ptq.engine import export as command
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import SIZE, tiny_quantized
@@ -72,10 +74,30 @@ def test_inputs_that_ncnn_reads_in_float_are_named(tmp_path):
     detector, structure, path = exported(tmp_path, 'retinanet', overrides={name: dict(activations=dict(bits=16))})
     inputs = ncnn_inputs(path, image())
     layer = next(layer for layer in structure.layers if layer.name == name)
-    assert left_float(detector, inputs) == [f'{name}#{call}' if call else name for call in range(len(layer.inputs))]
-    assert len(compare_layer_inputs(detector, inputs, image())) == len(inputs)
+    in_float = {f'{name}#{call}' if call else name for call in range(len(layer.inputs))}
+    assert {call for call, value in inputs.items() if value is None} == in_float
+    found = compare_layer_inputs(detector, inputs, image())
+    assert {entry.name for entry in found} == inputs.keys() - in_float
+
+    class Log:
+        lines = []
+        info = warning = lines.append
+
+    command.report_ncnn(Log, detector, path, image())
+    assert f'ncnn reads the input of {name} in float, so that it cannot be compared' in Log.lines
 
 
-def test_the_model_of_another_detector_is_refused(retinanet):
-    with pytest.raises(PTQError, match='none of the layers of the detector; export it again'):
-        compare_layer_inputs(retinanet[0], dict(other=image().numpy()), image())
+def test_models_of_other_detectors_are_refused(retinanet):
+    detector, _, path = retinanet
+    inputs = ncnn_inputs(path, image())
+    name = next(iter(inputs))
+    with pytest.raises(PTQError, match=f'has no layer {name}; export it again'):
+        compare_layer_inputs(detector, {key: value for key, value in inputs.items() if key != name}, image())
+    with pytest.raises(PTQError, match=rf'the layer {name} .* reads an input of \(1, 2\), that .*; export it again'):
+        compare_layer_inputs(detector, {**inputs, name: np.zeros((1, 2))}, image())
+
+
+def test_a_model_without_quantized_inputs_has_nothing_to_compare(tmp_path):
+    detector, _, path = exported(tmp_path, 'retinanet', overrides={'*': dict(activations=dict(float=True))})
+    with pytest.raises(PTQError, match='compares quantized tensors, and the model has none'):
+        command.report_ncnn(MMLogger.get_current_instance(), detector, path, image())

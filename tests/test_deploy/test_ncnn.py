@@ -251,30 +251,33 @@ class Chain(nn.Module):
         return [self.layers(inputs)]
 
 
-def chain(*layers, size=SIZE):
+def chain(*layers, size=(SIZE, SIZE), ptq=W8A8):
     detector = Chain(*layers).eval()
-    batch = torch.randn(2, 3, size, size)
-    structure = prepare_detector(detector, PTQConfig.from_dict(W8A8), lambda: detector(batch))
+    batch = torch.randn(2, 3, *size)
+    structure = prepare_detector(detector, PTQConfig.from_dict(ptq), lambda: detector(batch))
     observe_activations(detector, [dict(inputs=batch)], structure)
     return detector
 
 
-@pytest.mark.parametrize('size', [31, 32])  # zeros on one side more than on the other, or on both the same
+@pytest.mark.parametrize('size', [(31, 40), (32, 32)])
 def test_padding_by_the_size_of_the_image(tmp_path, size):
     detector = chain(
         Conv2dAdaptivePadding(3, 4, 3, stride=2), nn.ReLU(), Conv2dAdaptivePadding(4, 4, (3, 5), stride=2, groups=4),
         nn.ReLU(), Conv2dAdaptivePadding(4, 6, 3, dilation=2), nn.ReLU(), Conv2dAdaptivePadding(6, 2, 2), size=size)
-    path = export_ncnn(detector, (1, 3, size, size), tmp_path)
-    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    path = export_ncnn(detector, (1, 3, *size), tmp_path)
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     assert difference(detector, NcnnNetwork(path, packing=False), x) < 1e-4
     assert not NcnnRuntime(path).coverage().float
 
 
-def test_a_first_layer_in_float_may_work_on_the_image_in_place(tmp_path):
-    detector = chain(nn.Conv2d(3, 4, 3, padding='same'), nn.ReLU(), nn.Conv2d(4, 2, 1))
+def test_the_first_layer_may_work_in_place(tmp_path):
+    # 7 bits are bounded by a clip, which works in place; a first layer in float had a network like that, too
+    detector = chain(nn.Conv2d(3, 4, 3, padding='same'), nn.ReLU(), nn.Conv2d(4, 2, 1), ptq=dict(
+        W8A8, first=dict(activations=dict(bits=7))))
     pixels = np.ascontiguousarray(image()[0])
     before = pixels.copy()
     network = NcnnNetwork(export_ncnn(detector, SHAPE, tmp_path), packing=False)
+    assert next(layer.type for layer in network.layers if 'in0' in layer.bottoms) == 'Clip'
     assert difference(detector, network, image()) < 1e-4
     network.run(pixels)
     np.testing.assert_array_equal(pixels, before)

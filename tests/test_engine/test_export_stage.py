@@ -87,7 +87,7 @@ def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys
 
 @pytest.mark.parametrize('arguments,told', [
     (['--to', 'onnxruntim'], "Did you mean 'onnxruntime'"),
-    (['--to', 'ncnn', '--compare', 'image.jpg'], 'reads the tensors of onnxruntime and openvino'),
+    (['--to', 'tensorrt', '--compare', 'image.jpg'], 'reads the tensors of onnxruntime, openvino, ncnn'),
     (['--to', 'onnxruntime', '--compare', 'no_such_image.jpg'], "cannot read the image 'no_such_image.jpg'")])
 def test_mistakes_of_the_export_command(exported, tmp_path, capsys, arguments, told):
     with pytest.raises(SystemExit) as stopped:

@@ -166,7 +166,7 @@ def test_more_images_are_trained_on_where_the_float_detector_answers(make_runner
     dataset, = seen
     train = len(runner.calibration) - round(len(runner.calibration) * runner.ptq.global_loss.holdout)
     assert len(dataset) == train * (versions if target == 'float' else 1)
-    assert torch.equal(dataset[0]['inputs'], runner.calibration[0]['inputs'])
+    assert torch.equal(dataset[0]['inputs'], runner.calibration[0]['inputs']) and dataset.seed == runner.seed
 
 
 def test_rates_say_what_is_trained():
