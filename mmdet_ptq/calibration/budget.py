@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import ProtectConfig
+from ..config import ProtectConfig, PTQConfig
 from ..errors import PTQError
 from ..wrapping import Structure
 
 FLOAT_BITS = 32
+RUNTIME_BITS = 8  # more of them no runtime multiplies as integers
 # (kind, tensor name) -> spec of its quantizer, None for float; stands in for what the structure says
 Specs = Mapping[tuple[str, str], dict | None]
 
@@ -34,12 +35,13 @@ class Cost:
         return Cost(self.size_bytes - other.size_bytes, self.bops - other.bops, self.float_macs - other.float_macs)
 
 
-def cost_of(structure: Structure, changed: Specs | None = None) -> Cost:
+def cost_of(structure: Structure, changed: Specs | None = None, integer_bits: int = 16) -> Cost:
     """Cost of the layers, with some tensors in other formats.
 
     Args:
         structure: The structure of the quantized detector.
         changed: Formats that replace the structure's. Defaults to none.
+        integer_bits: Inputs of more bits count as float. Defaults to 16.
     """
     changed = changed or {}
     size = bops = float_macs = 0
@@ -50,7 +52,7 @@ def cost_of(structure: Structure, changed: Specs | None = None) -> Cost:
         size += _weight_bytes(layer.numel, weight)
         widest = max((spec['bits'] if spec else FLOAT_BITS for spec in inputs), default=FLOAT_BITS)
         bops += layer.macs * (weight['bits'] if weight else FLOAT_BITS) * widest
-        if weight is None or None in inputs or not inputs:
+        if weight is None or None in inputs or widest > integer_bits:
             float_macs += layer.macs
     for name, entry in structure.activations.items():
         spec = changed.get(('activation', name), entry['spec'])
@@ -74,17 +76,19 @@ class Budget:
     """The limits a user named.
 
     Args:
-        cfg: ``ptq.protect``.
+        block: The ``ptq`` block. Where it exports, 16 bits count as float, as runtimes compute them.
         detector: The quantized detector, for what its checkpoint holds besides quantized tensors.
         structure: Its structure before any change: shares are shares of its float form.
         stored_bytes: Size of the integer checkpoint as it would be written now. Defaults to None, an estimate from
             the tensors it holds.
     """
 
-    def __init__(self, cfg: ProtectConfig, detector: nn.Module, structure: Structure,
+    def __init__(self, block: PTQConfig, detector: nn.Module, structure: Structure,
                  stored_bytes: int | None = None) -> None:
+        cfg = block.protect or ProtectConfig()
+        self.integer_bits = RUNTIME_BITS if block.export else 16
         macs = sum(layer.macs for layer in structure.layers) + sum(op['macs'] for op in structure.uncovered)
-        self.start = cost_of(structure)
+        self.start = self.cost(structure)
         self.float_size = _float_bytes(detector)
         self.float_bops = FLOAT_BITS**2 * macs
         weights = FLOAT_BITS // 8 * sum(layer.numel for layer in structure.layers)
@@ -104,6 +108,14 @@ class Budget:
     def size_limit(self) -> float | None:
         """Largest size of the integer checkpoint, in bytes; None without a limit."""
         return min((limit for kind, limit in self.limits.values() if kind == 'size_bytes'), default=None)
+
+    def cost(self, structure: Structure, changed: Specs | None = None) -> Cost:
+        """Cost of the layers, with some tensors in other formats, as :func:`cost_of` counts it."""
+        return cost_of(structure, changed, self.integer_bits)
+
+    def allows_float(self, cost: Cost) -> bool:
+        """Whether a cost keeps the share of floating point."""
+        return 'max_float_macs' not in self.exceeded(cost)
 
     def exceeded(self, cost: Cost) -> list[str]:
         """Keys of the limits that a cost (of :func:`cost_of`) breaks."""

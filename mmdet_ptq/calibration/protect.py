@@ -16,7 +16,7 @@ from ..config import ProtectConfig, PTQConfig
 from ..errors import PTQError
 from ..wrapping import Structure
 from .apply import adopt, merge_overrides, overrides_for
-from .budget import Budget, Cost, cost_of
+from .budget import Budget, Cost
 from .candidates import Candidate, candidates_for, observe_candidates, present, put_in, weight_policies
 from .meter import Damage, DamageMeter
 from .sensitivity import ACTIVATION, WEIGHT, TensorSet, split_kinds, tensor_sets
@@ -141,7 +141,7 @@ class _Protector:
                  batches: Iterable[Any], stored_bytes: int | None, resume_file: Path | None) -> None:
         self.detector, self.structure, self.batches = detector, structure, batches
         self.cfg: ProtectConfig = cfg.protect or ProtectConfig()
-        self.budget = Budget(self.cfg, detector, structure, stored_bytes)
+        self.budget = Budget(cfg, detector, structure, stored_bytes)
         self.meter = DamageMeter(detector, structure, images, resume_file)
         self.policies = weight_policies(detector, structure, cfg, self.meter.run_one)
         self.sets = tensor_sets(structure)
@@ -196,6 +196,9 @@ class _Protector:
         worst = self.find_worst()
         self.offer(worst, self.cfg.candidates)
         cases = [self.cases[tensors] for tensors in worst]
+        for case in cases:  # what alone is too much is not worth a measurement
+            case.candidates = [c for c in case.candidates
+                               if self.budget.allows_float(self.cost({case.tensors: c}))]
         self.measure_offers(cases, 'measuring other formats')
         for stage in _STAGES:
             target = self.cfg.min_share * self.damage(self.sets).loss
@@ -293,7 +296,7 @@ class _Protector:
         specs = {}
         for tensors, candidate in {**{t: case.now for t, case in self.cases.items()}, **(others or {})}.items():
             specs.update(candidate.specs(tensors))
-        return cost_of(self.structure, specs)
+        return self.budget.cost(self.structure, specs)
 
     def damage(self, sets: Sequence[TensorSet], key: str | None = None) -> Damage:
         """What quantizing these tensor sets does, each in its present format."""

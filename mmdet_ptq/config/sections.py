@@ -83,8 +83,9 @@ class ProtectConfig:
         max_tensors: How many tensors may be changed at most to protect them. Defaults to 16.
         min_share: A tensor is left alone when its own loss is below this share of what the tensors that hurt more
             leave of the whole loss. Defaults to 0.05.
-        max_float_macs: Share of the multiply-accumulates that protection may turn to floating point, 0 to 1.
-            Defaults to 0.0: everything stays in integers.
+        max_float_macs: Share of the multiply-accumulates that protection may turn to floating point, 0 to 1. With
+            ``ptq.export``, 16 bits count as floating point: runtimes compute them so. Defaults to 0.0: everything
+            stays in integers.
         size_bytes: Largest integer checkpoint, in bytes.
         size_ratio: The same as a share of the float detector's float32 size, 0 to 1.
         bops_ratio: Most bit operations, as a share of the float detector's (multiply-accumulates x 32 x 32).

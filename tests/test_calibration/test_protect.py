@@ -87,6 +87,17 @@ def test_nothing_goes_to_float_without_a_budget_for_it(retinanet):
     assert structure == retinanet[1]
 
 
+@pytest.mark.parametrize('export, share, chosen', [([], 0.0, True), (['openvino'], 0.0, False),
+                                                   (['openvino'], 1.0, True)])
+def test_sixteen_bits_are_float_in_runtimes(retinanet, export, share, chosen):
+    block = {**RETINANET, 'export': export, 'dataflow': None,
+             'protect': dict(max_tensors=10, min_share=0.0, candidates=['16bit'], max_float_macs=share)}
+    protection, _, structure = protect(*retinanet, block)
+    assert bool(protection.choices) == chosen
+    assert ({s['spec']['bits'] for s in structure.activations.values()} == {8, 16}) == chosen
+    assert all((choice.float_macs > 0) == bool(export) for choice in protection.choices)
+
+
 def test_float_stays_within_its_share_of_macs(retinanet):
     limits = dict(candidates=['float'], max_tensors=6, max_float_macs=0.1)
     protection, _, structure = protect(*retinanet, {**RETINANET, 'protect': limits})
