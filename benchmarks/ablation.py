@@ -3,11 +3,14 @@
 python benchmarks/ablation.py CONFIG [CONFIG ...] --bits w4a8 w4a4 --out docs/results/ablation.csv
 
 The baselines run 20,000 iterations a unit as published; --iters makes them affordable, and the recipe's name tells it.
-A second run with the same --work-dir takes over what is finished.
+A second run with the same --work-dir takes over what is finished; recipes that differ in the global loss alone share
+the stages before it.
 """
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from runs import ROOT, run, write_csv
@@ -46,6 +49,31 @@ RECIPES = {
     'ours': (),
 }
 
+BEFORE_GLOBAL = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction')
+
+
+def begin_with(folder: Path, finished: dict[tuple, Path], key: tuple) -> None:
+    """Gives a recipe the calibration that an earlier one finished before its global loss; the run checks their inputs.
+
+    Args:
+        folder: Work directory of the recipe; left alone where it has stages of its own.
+        finished: Work directories of earlier recipes, by all of their options but the global loss's.
+        key: These options of the recipe.
+    """
+    stages = folder / 'stages'
+    if key in finished and not stages.exists():
+        stages.mkdir(parents=True)
+        for stage in BEFORE_GLOBAL:
+            path = finished[key] / 'stages' / f'{stage}.pth'
+            if path.is_file():
+                shutil.copy(path, stages)
+    finished.setdefault(key, folder)
+
+
+def before_global(options: Sequence[str]) -> tuple[str, ...]:
+    """The options that decide what precedes the global loss."""
+    return tuple(option for option in options if not option.startswith('ptq.global_loss'))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -53,20 +81,26 @@ def main() -> None:
     parser.add_argument('--bits', nargs='+', default=['w8a8', 'w4a8', 'w4a4'], help='presets')
     parser.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument('--iters', type=int, default=20000, help='iterations per unit of the published methods')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the images and of the training')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'ablation')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='changes to every config')
     args = parser.parse_args()
-    lines = []
+    lines, finished = [], {}
     for config in args.configs:
         for bits in args.bits:
-            for recipe in args.recipes:
-                options = [option.replace('{iters}', str(args.iters)) for option in RECIPES[recipe]]
-                trained = f' ({args.iters} iterations)' if '{iters}' in str(RECIPES[recipe]) else ''
-                folder = args.work_dir.resolve() / config.stem / bits / recipe.replace(', ', '_').replace(' ', '_')
-                lines.append(run(config.resolve(), f'{bits} {recipe}{trained}', bits, folder, options,
-                                 args.cfg_options))
-                write_csv(args.out, lines)
+            for seed in args.seeds:
+                for recipe in args.recipes:
+                    options = [option.replace('{iters}', str(args.iters)) for option in RECIPES[recipe]]
+                    trained = f' ({args.iters} iterations)' if '{iters}' in str(RECIPES[recipe]) else ''
+                    folder = args.work_dir.resolve() / config.stem / bits / recipe.replace(', ', '_').replace(' ', '_')
+                    if seed:
+                        options.append(f'ptq.calibration.seed={seed}')
+                        folder = folder.with_name(f'{folder.name}_seed{seed}')
+                    begin_with(folder, finished, (config, bits, before_global(options)))
+                    lines.append(run(config.resolve(), f'{bits} {recipe}{trained}', bits, folder, options,
+                                     args.cfg_options))
+                    write_csv(args.out, lines)
 
 
 if __name__ == '__main__':

@@ -371,3 +371,24 @@ def test_a_model_that_answers_differently_is_refused(float_onnx, tmp_path):
     onnx.save(other, tmp_path / 'other.onnx')
     with pytest.raises(PTQError, match='answers differently'):
         sizes.check_same(Path(float_onnx), tmp_path / 'other.onnx')
+
+
+def test_recipes_share_what_precedes_the_global_loss(tmp_path):
+    ablation = module('ablation')
+    local, trained, other = (ablation.before_global(ablation.RECIPES[name]) for name in (
+        'ours, best format a layer, local', 'ours', 'ours, uniform, local'))
+    assert local == trained != other
+    first, second, third = (tmp_path / name for name in ('first', 'second', 'third'))
+    finished = {}
+    ablation.begin_with(first, finished, local)
+    (first / 'stages').mkdir(parents=True)
+    for stage in ('observe', 'reconstruct', 'global', 'evaluate'):
+        (first / 'stages' / f'{stage}.pth').write_text(stage)
+    ablation.begin_with(second, finished, trained)
+    ablation.begin_with(third, finished, other)
+    assert sorted(path.stem for path in (second / 'stages').iterdir()) == ['observe', 'reconstruct']
+    assert not third.exists()
+    # what it has already stays
+    (second / 'stages' / 'observe.pth').write_text('its own')
+    ablation.begin_with(second, finished, trained)
+    assert (second / 'stages' / 'observe.pth').read_text() == 'its own'
