@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmdet_ptq import load_quantized
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.calibration import FilteredGlobalLoss
+from mmdet_ptq.config import GlobalLossConfig
 from mmdet_ptq.engine.global_stage import GlobalLossModel
 from mmdet_ptq.engine.optim import train_only_quantization
 from mmdet_ptq.predictions import predict_aligned
@@ -71,7 +72,7 @@ def step_memory(path: str, mode: str, count: int, size: tuple[int, int]) -> int:
         target = make_target(detector, batch)
         set_mode(detector, 'quantize')
         thaw_weights(detector)
-        train_only_quantization(detector, biases=True)
+        train_only_quantization(detector, GlobalLossConfig(weight_lr=1e-3).rates())
         model = GlobalLossModel(detector, FilteredGlobalLoss(max_boxes=1000))
         model.eval()
         model.target = target

@@ -13,9 +13,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_ptq.deploy import export_onnx, get_runtime, open_model
+from mmdet_ptq.deploy import export_onnx, get_runtime, open_model, quantized_state, save_quantized
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_batch, tiny_config, tiny_detector
+from mmdet_ptq.testing import tiny_batch, tiny_config, tiny_detector, tiny_quantized
 from mmdet_ptq.testing.models import tiny_model_cfg
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
@@ -392,3 +392,16 @@ def test_recipes_share_what_precedes_the_global_loss(tmp_path):
     (second / 'stages' / 'observe.pth').write_text('its own')
     ablation.begin_with(second, finished, trained)
     assert (second / 'stages' / 'observe.pth').read_text() == 'its own'
+
+
+def test_cost_of_simulation_is_measured(tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'quantized.pth'
+    detector, structure = tiny_quantized('retinanet')
+    save_quantized(path, quantized_state(detector, structure, dict(model=tiny_model_cfg('retinanet')), None))
+    monkeypatch.setattr('sys.argv', [str(BENCHMARKS / 'overhead.py'), str(path), '--size', '512', '512', '--batch-size',
+                                     '4', '--pairs', '1', '--threads', '1'])
+    capsys.readouterr()  # what the preparation logged
+    module('overhead').main()
+    measured = json.loads(capsys.readouterr().out)
+    assert measured['forward_simulated_over_float']['ratio'] > 0
+    assert measured['memory_bytes']['train'] > 0 and measured['memory_bytes']['calibrate'] > 0
