@@ -44,6 +44,7 @@ RECIPES = {
     'ours, best format a layer, local': (LOCAL,),
     'ours, uniform, + global': (*UNFILTERED, *UNIFORM),
     'ours, uniform, + filter': UNIFORM,
+    'ours, log-affine head, + global': (*UNFILTERED, *LOG),
     'ours, log-affine head, + filter': LOG,
     'ours, best format a layer, + global': UNFILTERED,
     'ours': (),
