@@ -212,9 +212,10 @@ PEERS: dict[str, Callable[[Subject], list[dict]]] = {
     'float': measure_float,
     'ort_minmax': onnxruntime_peer('MinMax'),
     'ort_percentile': onnxruntime_peer('Percentile'),
+    # before NNCF: behind it, in the same process, torch's quantized layers end in a segmentation fault
+    'torch_ao': measure_torch,
     'nncf_performance': nncf_peer('PERFORMANCE'),
     'nncf_mixed': nncf_peer('MIXED'),
-    'torch_ao': measure_torch,
     'ours': ours(),
     'ours_fast': ours('fast', arguments=('--fast',)),
     'ours_protected': ours('protected', ('ptq.protect.images=8',)),
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     for config in args.configs:
         subject = Subject(config, args)
         # every line is compared with float, so float comes first
-        for peer in dict.fromkeys(['float', *args.peers]):
+        for peer in [peer for peer in PEERS if peer in ('float', *args.peers)]:
             found = peer_lines(subject, peer)
             if peer == 'float':
                 subject.float_ap = found[0].get('AP')
