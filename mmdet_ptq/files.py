@@ -40,8 +40,20 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
             raise
     except OSError as error:
         what = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise PTQError(f'cannot write {path}: {what}; free some space or choose another --work-dir, then --resume.'
-                       ) from error
+        raise PTQError(f'cannot write {path}: {what}; free some space, or choose another folder: --work-dir, then '
+                       '--resume; for tools/export.py --out.') from error
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Removes a file, if it is there.
+
+    Raises:
+        PTQError: It cannot be removed.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise PTQError(f'cannot replace {path}: {error.strerror or error}; choose another folder.') from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -81,12 +93,13 @@ def load_tensors(path: str | os.PathLike) -> Any:
         raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
 
 
-def check_space(folder: str | os.PathLike, needed: int) -> None:
-    """Refuses a work directory that cannot hold what a run writes, before the run begins.
+def check_space(folder: str | os.PathLike, needed: int, option: str = '--work-dir') -> None:
+    """Refuses a folder that cannot hold what a run writes, before the run begins.
 
     Args:
-        folder: The work directory; it is made.
+        folder: The folder; it is made.
         needed: Bytes the run writes at least.
+        option: What names it, for messages. Defaults to '--work-dir'.
 
     Raises:
         PTQError: Too little space, or the folder cannot be made or written.
@@ -95,10 +108,9 @@ def check_space(folder: str | os.PathLike, needed: int) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise PTQError(f'cannot make the work directory {folder}: {error.strerror}; choose another --work-dir.'
-                       ) from error
+        raise PTQError(f'cannot make the folder {folder}: {error.strerror}; choose another {option}.') from error
     if not os.access(folder, os.W_OK):
-        raise PTQError(f'the work directory {folder} cannot be written; choose another --work-dir.')
+        raise PTQError(f'the folder {folder} cannot be written; choose another {option}.')
     if free < needed:
-        raise PTQError(f'the work directory {folder} has {free >> 20} MiB free and this run writes about '
-                       f'{needed >> 20} MiB; free some space or choose another --work-dir.')
+        raise PTQError(f'the folder {folder} has {free >> 20} MiB free and this run writes about {needed >> 20} MiB; '
+                       f'free some space or choose another {option}.')

@@ -185,7 +185,7 @@ def test_an_unknown_device(refused):
 
 def test_a_work_directory_that_cannot_be_made(refused, tmp_path):
     (tmp_path / 'file').touch()
-    assert 'cannot make the work directory' in refused('--work-dir', tmp_path / 'file' / 'inside')
+    assert 'cannot make the folder' in refused('--work-dir', tmp_path / 'file' / 'inside')
 
 
 def test_a_full_disk(refused, monkeypatch):

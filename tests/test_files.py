@@ -119,5 +119,5 @@ def test_check_space(tmp_path):
     with pytest.raises(PTQError, match='MiB free and this run writes about'):
         check_space(tmp_path, 1 << 62)
     (tmp_path / 'file').write_text('')
-    with pytest.raises(PTQError, match='cannot make the work directory'):
+    with pytest.raises(PTQError, match='cannot make the folder'):
         check_space(tmp_path / 'file' / 'folder', 1)

@@ -89,6 +89,8 @@ def read_quantized(path: str | os.PathLike) -> dict:
     state = load_tensors(path)
     if not is_quantized_checkpoint(state):
         raise PTQError(f'{str(path)!r} is no quantized checkpoint; make one with tools/ptq.py.')
+    if not {'schema', 'version'} <= state.keys():
+        raise PTQError(f'{str(path)!r} is damaged; run tools/ptq.py again.')
     if state['schema'] > SCHEMA:
         raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
     if state['schema'] < OLDEST:

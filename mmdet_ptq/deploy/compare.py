@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..wrapping.inputs import STATE
 from .integer_arithmetic import integer_arithmetic
-from .onnx_export import model_meta, require
+from .onnx_export import model_meta
 from .onnx_nodes import CODES
 from .raw_outputs import RawOutputs
+from .requirements import require
 from .runtimes.onnxruntime import open_session
 
 

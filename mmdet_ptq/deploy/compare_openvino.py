@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import PTQError
 from .meta import read_meta
-from .onnx_export import require
+from .requirements import require
 from .runtimes.openvino import FLOAT32, META, layer_operations
 
 if TYPE_CHECKING:

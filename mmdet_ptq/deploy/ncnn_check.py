@@ -41,8 +41,8 @@ def check_ncnn(structure: Structure) -> None:
 
 def dataflow_error() -> PTQError:
     """What is told of a detector that is quantized between its layers."""
-    return PTQError('the detector is quantized between its layers, where ncnn computes in float; set '
-                    '`ptq.dataflow=None`, and calibrate again.')
+    return PTQError('the detector is quantized between its layers, as ONNX Runtime wants it, and ncnn computes in '
+                    'float there: calibrate for ncnn in a run of its own, with `ptq.dataflow=None`.')
 
 
 def check_activation(name: str, spec: dict) -> None:

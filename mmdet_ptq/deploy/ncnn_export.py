@@ -22,7 +22,7 @@ from .ncnn_layers import float_layers, fuse_activations, integer_layers, rounded
 from .ncnn_network import require_ncnn
 from .ncnn_trace import IntegerCall, LayerCall, RoundedInput, opaque_type, trace, traceable
 from .ncnn_verify import verify
-from .raw_outputs import output_layout
+from .raw_outputs import first_outputs, output_layout, output_shapes
 
 FORMAT = 'mmdet_ptq.ncnn'
 
@@ -72,11 +72,10 @@ def _export_float(detector: nn.Module, input_shape: tuple[int, int, int, int], f
     return write_network(layers, folder, _meta(detector, example, {}))
 
 
-@torch.no_grad()
 def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> dict:
-    outputs = detector(example.to(next(detector.parameters()).device), None, mode='tensor')
+    outputs = first_outputs(detector, tuple(example.shape))
     return dict(format=FORMAT, version=__version__, runtime='ncnn', input_shape=list(example.shape),
-                dynamic_batch=False, outputs=output_layout(outputs),
+                dynamic_batch=False, outputs=output_layout(outputs), raw_shapes=output_shapes(outputs),
                 layers={name: call.layer for name, call in calls.items()})
 
 

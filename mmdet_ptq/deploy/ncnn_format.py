@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PTQError
-from ..files import write_atomic, write_text
+from ..files import remove, write_atomic, write_text
 
 MAGIC = '7767517'
 REMARK = '#'
@@ -96,7 +96,7 @@ def write_network(layers: list[NcnnLayer], folder: Path, meta: dict) -> Path:
     """
     path = folder / 'model.param'
     meta = {**meta, 'weights': sum(len(layer.weights) for layer in layers)}
-    path.unlink(missing_ok=True)
+    remove(path)
     write_atomic(path.with_suffix('.bin'), lambda file: file.writelines(layer.weights for layer in layers))
     write_text(path, param_text(layers, meta))
     return path

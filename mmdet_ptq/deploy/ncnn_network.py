@@ -1,7 +1,6 @@
 """Opening and running an ncnn network."""
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ import numpy as np
 
 from ..errors import PTQError
 from .ncnn_format import NcnnLayer, param_meta, parse_param
+from .requirements import require
 
 
 def require_ncnn(*packages: str) -> None:
-    """Raises PTQError unless ncnn, and further packages, are installed."""
-    for name in ('ncnn', *packages):
-        if importlib.util.find_spec(name) is None:
-            raise PTQError(f"the package {name} is not installed; pip install 'mmdet-ptq[ncnn]'.")
+    """Raises PTQError unless ncnn, and further packages, are installed and new enough."""
+    require('ncnn', *packages, extra='ncnn')
 
 
 class NcnnNetwork:

@@ -1,7 +1,6 @@
 """The quantized detector as one ONNX graph with explicit QuantizeLinear and DequantizeLinear."""
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import warnings
@@ -17,10 +16,12 @@ from ..version import __version__
 from ..wrapping import is_quantized, quantized_weights
 from ..wrapping.inputs import STATE, quantize_only
 from .end2end import OUTPUTS, EndToEnd, check_end2end
+from .export_trouble import failing_module
 from .integer_biases import float_shared_biases
 from .meta import read_meta, write_meta
 from .onnx_nodes import OPSET, expand_quantizers, quantizer_nodes
-from .raw_outputs import RawOutputs, check_exportable, output_layout
+from .raw_outputs import RawOutputs, check_exportable, first_outputs, output_layout, output_shapes
+from .requirements import require
 from .tensorrt_rules import check_tensorrt_model, divide_before_quantizing
 
 FORMAT = 'mmdet_ptq.onnx'
@@ -49,13 +50,13 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         What the file says about itself, see :func:`model_meta`.
 
     Raises:
-        PTQError: An extra is not installed, the detector has two stages, or an operation has no ONNX form, or
-            ``end2end`` does not know the head.
+        PTQError: An extra is not installed, the detector has two stages, does not take such images or so many of them,
+            an operation has no ONNX form, or ``end2end`` does not know the head.
     """
     check_exportable(detector)
     if end2end:
         check_end2end(detector)
-    require('onnx', 'onnxscript', extra='onnxruntime')
+    require('onnx', 'onnxscript', extra=runtime)
     model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
     from . import onnx_packing as packing
     from . import onnx_passes as passes
@@ -91,24 +92,10 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     return meta
 
 
-def require(*modules: str, extra: str) -> None:
-    """Refuses to go on without an optional package.
-
-    Raises:
-        PTQError: It is missing; names the extra to install.
-    """
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise PTQError(f"the package {name} is not installed; pip install 'mmdet-ptq[{extra}]'.") from error
-
-
 def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_batch: bool, end2end: bool) -> tuple:
     device = next(detector.parameters()).device
     example = torch.zeros(input_shape, device=device)
-    with torch.no_grad():
-        outputs = detector(example, None, mode='tensor')
+    outputs = first_outputs(detector, input_shape)
     network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
     try:
@@ -117,10 +104,16 @@ def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_bat
                 network.eval(), (example,), dynamo=True, opset_version=OPSET, input_names=['input'],
                 output_names=OUTPUTS if end2end else None, dynamic_shapes=shapes, verbose=False, external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise PTQError(f'the detector cannot be exported to ONNX: {_cause(error)}') from error
+        cause = _cause(error)
+        where = failing_module(network, example, cause)
+        raise PTQError(f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
+                       'replace that operation, or leave out the export.') from error
+    if dynamic_batch and isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise PTQError("--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
+                       'the option out: batches are split then.')
     meta = dict(format=FORMAT, version=__version__, runtime=runtime, input_shape=list(input_shape),
                 dynamic_batch=dynamic_batch, outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
-                end2end=end2end)
+                end2end=end2end, raw_shapes=output_shapes(outputs))
     return program.model, meta
 
 
@@ -181,8 +174,9 @@ def model_meta(path: str | os.PathLike) -> dict:
     """What an exported ONNX file says about itself.
 
     Returns:
-        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, layers)``: ``outputs`` is the
-        nesting of the raw outputs, ``layers`` names each convolution's layer. A quantized detector's has
+        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, layers)``:
+        ``outputs`` is the nesting of the raw outputs, ``raw_shapes`` are theirs for one image of ``input_shape``,
+        ``layers`` names each convolution's layer. A quantized detector's has
         ``space_to_depth``, too: what :func:`mmdet_ptq.deploy.onnx_space_to_depth.fold_space_to_depth` changed, each
         activation to the offsets of the slices in the order of the detector's channels; and ``folded`` the same by
         layer, where its convolution reads the image itself.

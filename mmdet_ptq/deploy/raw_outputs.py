@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor, nn
 
@@ -37,6 +38,34 @@ def flatten_outputs(outputs: Any) -> Iterator[Tensor]:
         return
     for item in outputs:
         yield from flatten_outputs(item)
+
+
+@torch.no_grad()
+def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -> Any:
+    """Raw outputs on an empty image, as nested as the head returns them.
+
+    Args:
+        detector: The detector, in eval mode.
+        input_shape: (N, 3, H, W).
+
+    Raises:
+        PTQError: The detector does not take images of this size.
+    """
+    *_, height, width = input_shape
+    size = f'{height}x{width} (height x width)'
+    if min(height, width) < 1:
+        raise PTQError(f'--input-shape must be two positive numbers, got {size}.')
+    try:
+        return detector(torch.zeros(input_shape, device=next(detector.parameters()).device), None, mode='tensor')
+    except RuntimeError as error:
+        told = str(error).strip().splitlines()[0].rstrip('.')
+        raise PTQError(f'the detector cannot take images of {size}: {told}; choose another --input-shape, multiples of '
+                       '32 suit most detectors.') from error
+
+
+def output_shapes(outputs: Any) -> list[list[int]]:
+    """Shapes of the raw outputs in their flat order, without the number of images."""
+    return [list(output.shape[1:]) for output in flatten_outputs(outputs)]
 
 
 def output_layout(outputs: Any) -> Any:

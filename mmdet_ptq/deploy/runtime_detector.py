@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PTQError
 from .build import build_detector
-from .raw_outputs import check_exportable, nest_outputs
+from .raw_outputs import check_exportable, first_outputs, nest_outputs, output_shapes
 from .runtimes.base import Runtime
 
 
@@ -30,9 +30,27 @@ def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None
         A detector on the CPU, in eval mode, for mmdet's test loop and ``mmdet.apis.inference_detector``.
 
     Raises:
-        PTQError: The config's detector has two stages.
+        PTQError: The config's detector has two stages, or is not the one that was exported.
     """
-    return with_runtime(build_detector(config), runtime, config, dataset_meta)
+    detector = build_detector(config).eval()
+    check_exportable(detector)
+    _check_outputs(detector, runtime.meta)
+    return with_runtime(detector, runtime, config, dataset_meta)
+
+
+def _check_outputs(detector: nn.Module, meta: dict) -> None:
+    """Refuses a model whose head returns something else than the config's; older models do not tell."""
+    if 'raw_shapes' not in meta:
+        return
+    expected = output_shapes(first_outputs(detector, (1, *meta['input_shape'][1:])))
+    if expected != meta['raw_shapes']:
+        raise PTQError(f"the model was exported from another detector than the config's: its head returns "
+                       f"{_told(meta['raw_shapes'])}, the config's {_told(expected)}; give the config that it was "
+                       'exported from.')
+
+
+def _told(shapes: list[list[int]]) -> str:
+    return f'{len(shapes)} tensors, the first of {shapes[0]}'
 
 
 def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = None,

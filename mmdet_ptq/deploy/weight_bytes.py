@@ -5,7 +5,7 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from .onnx_export import require
+from .requirements import require
 
 if TYPE_CHECKING:
     import onnx

@@ -17,7 +17,9 @@ from ..deploy.compare_ncnn import ncnn_inputs
 from ..deploy.compare_openvino import openvino_inputs
 from ..deploy.end2end import RUNTIMES as END2END_RUNTIMES
 from ..deploy.end2end import check_end2end
+from ..deploy.raw_outputs import first_outputs
 from ..errors import PTQError
+from ..files import check_space
 from ..wrapping import Structure
 from ..wrapping.inputs import STATE
 from .api import load_quantized
@@ -48,8 +50,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         Paths of the models.
 
     Raises:
-        PTQError: An unknown runtime, a missing package or file, a format the runtime does not know, a
-            head that ``end2end`` does not know.
+        PTQError: An unknown runtime, a missing package or file, a format the runtime does not know, a head that
+            ``end2end`` does not know, a size that the detector does not take, or a folder that cannot be written.
     """
     logger = MMLogger.get_instance('mmdet_ptq_export')
     chosen = [get_runtime(name, '--to') for name in runtimes]
@@ -70,16 +72,19 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
         raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
     detector = load_quantized(checkpoint)
     check_exportable(detector)
+    first_outputs(detector, shape)
     if end2end:
         check_end2end(detector)
     example = None if image is None else read_image(detector, image, shape)
-    paths = []
+    paths, folder = [], Path(out or Path(checkpoint).parent)
     for runtime in chosen:
-        path = runtime.export(detector, Path(out or Path(checkpoint).parent) / runtime.name, shape,
+        check_space(folder / runtime.name, 0, '--out')
+    for runtime in chosen:
+        path = runtime.export(detector, folder / runtime.name, shape,
                               dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
         if path.suffix == runtime.suffix:
-            announce_coverage(runtime.name, open_model(path).coverage())
+            announce_coverage(runtime.name, open_model(path).coverage(), runtime.evidence)
         paths.append(path)
     if example is not None:
         for runtime, path in zip(chosen, paths, strict=True):

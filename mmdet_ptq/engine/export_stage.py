@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from torch import nn
 
 from ..analysis import latency_ratio
 from ..deploy import IntegerCoverage, get_runtime, model_bytes, open_model, with_runtime
@@ -30,6 +29,7 @@ class Exported:
         latency_ratio: Float time / integer time in the same runtime and run, one thread.
         integer: Names of the calls of layers that the runtime computes in integers.
         float: Names of those that it does not.
+        files: Sizes of the model's files, by name.
     """
 
     metrics: dict
@@ -37,6 +37,7 @@ class Exported:
     latency_ratio: float
     integer: list[str]
     float: list[str]
+    files: dict[str, int]
 
 
 def export_runtime(runner: PTQRunner, name: str) -> dict:
@@ -55,26 +56,49 @@ def export_runtime(runner: PTQRunner, name: str) -> dict:
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
     coverage = model.coverage()
-    announce_coverage(name, coverage)
+    announce_coverage(name, coverage, model.evidence)
     metrics = runner.evaluate_detector(with_runtime(copy.deepcopy(runner.float_detector).cpu(), model, runner.cfg))
-    ratio = time_against_float(runtime, path, runner.float_detector, folder / FLOAT_FOLDER, shape)
+    float_path, = (folder / FLOAT_FOLDER).glob(f'model{path.suffix}')
+    ratio = time_against_float(path, float_path, shape)
     print_log(f'{name}: {ratio:.2f} times as fast as the float model there, one thread, batch {shape[0]}', 'current')
-    return vars(Exported(metrics, model_bytes(path), ratio, coverage.integer, coverage.float))
+    return vars(Exported(metrics, model_bytes(path), ratio, coverage.integer, coverage.float, stored_files(folder)))
 
 
-def announce_coverage(name: str, coverage: IntegerCoverage) -> None:
+def export_float(runner: PTQRunner, name: str) -> dict:
+    """Exports the float detector, against which the integer one is timed later.
+
+    Before the calibration: what has no form in the runtime shows then, and not after hours.
+
+    Args:
+        runner: After ``load``.
+        name: The runtime.
+
+    Returns:
+        Sizes of the files, by name, as ``files``.
+
+    Raises:
+        PTQError: The runtime cannot take the detector.
+    """
+    folder = Path(runner.work_dir) / name / FLOAT_FOLDER
+    get_runtime(name).export(copy.deepcopy(runner.float_detector).cpu(), folder, runner.input_shape)
+    return dict(files=stored_files(folder))
+
+
+def stored_files(folder: Path) -> dict[str, int]:
+    """Names and sizes of the files of the model in a folder."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob('model.*'))}
+
+
+def announce_coverage(name: str, coverage: IntegerCoverage, evidence: str) -> None:
     """Says how much of the model the runtime really computes in integers, and names the rest."""
     total = len(coverage.integer) + len(coverage.float)
-    print_log(f'{name}: {len(coverage.integer)} of {total} convolutions compute in integers, by its own optimized '
-              'graph', 'current')
+    print_log(f'{name}: {len(coverage.integer)} of {total} convolutions compute in integers, by {evidence}', 'current')
     for call in coverage.float:
         print_log(f'{name}: {call} stays float', 'current')
 
 
-def time_against_float(runtime, path: Path, float_detector: nn.Module, folder: Path,
-                       shape: tuple[int, int, int, int]) -> float:
+def time_against_float(path: Path, float_path: Path, shape: tuple[int, int, int, int]) -> float:
     """Latency ratio float / integer in one runtime, one thread each, interleaved."""
-    float_path = runtime.export(copy.deepcopy(float_detector).cpu(), folder, shape)
     image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     models = [open_model(p, threads=1) for p in (float_path, path)]
     with torch.no_grad():

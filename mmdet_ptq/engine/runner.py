@@ -52,7 +52,7 @@ from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .arguments import runner_arguments
 from .evaluation import evaluation_files
-from .export_stage import export_runtime
+from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
 from .stages import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
@@ -145,7 +145,9 @@ class PTQRunner(Runner):
         for name in self.ptq.export:
             check_exportable(self.detector)
             get_runtime(name).check()
+            get_runtime(name).check_export()
         self.load()
+        self.export_float()
         self.prepare()
         for name in self.ptq.export:
             get_runtime(name).check_formats(self.structure)
@@ -285,11 +287,26 @@ class PTQRunner(Runner):
         test = str(self.cfg.get('test_dataloader')) + str(self.cfg.get('test_evaluator'))
         inputs = fingerprint(self.inputs['global'], test, tensor_hash(self.detector.state_dict()))
         for name in self.ptq.export:
-            row, _ = self.stages.run(
-                f'export_{name}', fingerprint(inputs, name, self.input_shape),
-                lambda name=name: export_runtime(self, name))
+            row = self._exported(f'export_{name}', fingerprint(inputs, name, self.input_shape), Path(name),
+                                 lambda name=name: export_runtime(self, name))
             self.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
             self._row(name, row['metrics'], row['size_bytes'], bops(self.structure), row['latency_ratio'])
+
+    def export_float(self) -> None:
+        """Exports the float detector to every runtime of ``ptq.export``, before anything that takes long."""
+        for name in self.ptq.export:
+            self._exported(
+                f'export_{name}_float', fingerprint(self.inputs['prepare'], name, self.input_shape),
+                Path(name) / FLOAT_FOLDER, lambda name=name: export_float(self, name))
+
+    def _exported(self, stage: str, inputs: str, folder: Path, work: Callable[[], dict]) -> dict:
+        """Runs a stage that writes a model; it is taken over only while its files are there."""
+        state, taken_over = self.stages.run(stage, inputs, work)
+        if taken_over and state.get('files') != stored_files(Path(self.work_dir) / folder):
+            print_log(f'stage {stage}: the model in {folder} is gone or another one; it runs again', 'current')
+            self.stages.path(stage).unlink()
+            state, _ = self.stages.run(stage, inputs, work)
+        return state
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:

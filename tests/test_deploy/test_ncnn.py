@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_interrupted_export_leaves_nothing_that_looks_complete(exported, tmp_pat
 
 def test_missing_package_names_the_extra(monkeypatch, exported):
     detector, _, path = exported('retinanet')
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    monkeypatch.setitem(sys.modules, 'ncnn', None)
     with pytest.raises(PTQError, match=r'mmdet-ptq\[ncnn\]'):
         NcnnRuntime(path)
 

@@ -178,9 +178,30 @@ class Unexportable(torch.nn.Module):
 def test_a_failed_export_says_why(tmp_path):
     detector = tiny_detector('retinanet')
     detector.neck = torch.nn.Sequential(detector.neck, Unexportable())
-    with pytest.raises(PTQError, match='cannot be exported to ONNX: .'):
+    with pytest.raises(PTQError, match='cannot be exported to ONNX, in neck.1: .'):
         export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
     assert list(tmp_path.iterdir()) == []
+
+
+class Counts(torch.nn.Module):
+    """A neck whose code fixes the number of images."""
+
+    def forward(self, feats):
+        return [torch.stack([one * 2 for one in f]) for f in feats]
+
+
+def test_a_number_of_images_that_the_detector_fixes_is_not_left_open(tmp_path):
+    detector = tiny_detector('retinanet')
+    detector.neck = torch.nn.Sequential(detector.neck, Counts())
+    with pytest.raises(PTQError, match='--dynamic-batch'):
+        export_onnx(detector, tmp_path / 'model.onnx', SHAPE, dynamic_batch=True)
+    assert list(tmp_path.iterdir()) == []
+    export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
+
+
+def test_a_size_that_the_detector_does_not_take_is_refused(tmp_path):
+    with pytest.raises(PTQError, match=r'cannot take images of 33x41 .*choose another --input-shape'):
+        export_onnx(tiny_detector('yolox'), tmp_path / 'model.onnx', (1, 3, 33, 41))
 
 
 def test_two_stages_are_refused():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mmdet.apis import inference_detector
 from mmengine.config import Config
 
@@ -11,6 +12,7 @@ from mmdet_ptq import cli
 from mmdet_ptq.deploy import model_bytes, open_model, runtime_detector
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import tiny_model_cfg
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
@@ -88,12 +90,62 @@ def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys
 @pytest.mark.parametrize('arguments,told', [
     (['--to', 'onnxruntim'], "Did you mean 'onnxruntime'"),
     (['--to', 'tensorrt', '--compare', 'image.jpg'], 'reads the tensors of onnxruntime, openvino, ncnn'),
-    (['--to', 'onnxruntime', '--compare', 'no_such_image.jpg'], "cannot read the image 'no_such_image.jpg'")])
+    (['--to', 'onnxruntime', '--compare', 'no_such_image.jpg'], "cannot read the image 'no_such_image.jpg'"),
+    (['--to', 'openvino', '--input-shape', '0', '0'], '--input-shape must be two positive numbers'),
+    (['--to', 'onnxruntime', '--input-shape', '-5', '128'], '--input-shape must be two positive numbers')])
 def test_mistakes_of_the_export_command(exported, tmp_path, capsys, arguments, told):
     with pytest.raises(SystemExit) as stopped:
         cli.export([f'{exported.work_dir}/quantized.pth', *arguments, '--out', str(tmp_path)])
     assert stopped.value.code == 2 and told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('runtime', NAMES)
+def test_a_folder_that_cannot_be_written_is_refused(exported, tmp_path, capsys, runtime):
+    (tmp_path / runtime).write_text('a file')
+    with pytest.raises(SystemExit) as stopped:
+        cli.export([f'{exported.work_dir}/quantized.pth', '--to', runtime, '--out', str(tmp_path)])
+    assert stopped.value.code == 2 and 'choose another --out' in capsys.readouterr().err
+
+
+def test_a_model_that_is_gone_is_exported_again_on_resume(exported, monkeypatch):
+    path = Path(exported.work_dir) / 'openvino' / 'model.bin'
+    content = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    cfg = Config.fromfile(exported.cfg.filename)
+    cfg.merge_from_dict(dict(work_dir=exported.work_dir, resume=True))
+    cfg.ptq = exported.cfg.ptq
+    PTQRunner.from_cfg(cfg).run()
+    assert path.read_bytes() == content
+
+
+def test_a_model_of_another_detector_is_refused(exported):
+    model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
+    other = tiny_model_cfg('ssd')
+    with pytest.raises(PTQError, match='was exported from another detector'):
+        runtime_detector(Config(dict(model=other)), model)
+
+
+class Unexportable(torch.nn.Module):
+    """A neck with an operator that has no ONNX form."""
+
+    def forward(self, feats):
+        return [f + torch.linalg.svdvals(f).sum() for f in feats]
+
+
+def test_an_operator_without_onnx_form_is_refused_before_any_work(make_runner, monkeypatch):
+    runner = make_runner(dict(ptq=dict(export=['onnxruntime'])))
+    load = runner.load
+
+    def changed() -> None:
+        load()
+        runner.float_detector.neck = torch.nn.Sequential(runner.float_detector.neck, Unexportable())
+
+    monkeypatch.setattr(runner, 'load', changed)
+    monkeypatch.setattr('mmdet_ptq.engine.runner.prepare_detector', lambda *args: pytest.fail('the work has begun'))
+    with pytest.raises(PTQError, match='cannot be exported to ONNX, in neck.1: .*replace that operation'):
+        runner.calibrate()
 
 
 def test_an_unknown_runtime_is_refused_before_any_work(make_runner):
@@ -112,6 +164,7 @@ def test_a_missing_package_is_refused_before_any_work(make_runner, monkeypatch):
 def test_a_model_of_another_size_is_refused(exported, config_file):
     model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
     model.meta['input_shape'] = [1, 3, 32, 32]
+    del model.meta['raw_shapes']
     detector = runtime_detector(exported.cfg, model)
     with pytest.raises(PTQError, match='was exported for images of 32x32'):
         inference_detector(detector, str(sorted((config_file.parent / 'val').glob('*.png'))[0]))

@@ -17,6 +17,8 @@ from ...wrapping import Structure
 
 # two products of uint8 with codes from -64 to 64 fit into 16 bits: 255 * (64 + 64) = 32640
 SAFE_CODE = 64
+# models whose weights lie in a file beside them
+_WITH_WEIGHTS = ('.xml', '.param')
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Runtime:
 
     name: str
     suffix: str
+    # what coverage() reads
+    evidence: str = 'its own optimized graph'
     meta: dict
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
@@ -148,8 +152,7 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
 def model_bytes(path: str | os.PathLike) -> int:
     """Size of an exported model, all its files together."""
     path = Path(path)
-    # an engine lies beside the ONNX file that it was built from, and does not need it to run
-    files = path.parent.glob(f'{path.stem}.*') if path.suffix != '.engine' else [path]
+    files = [path, path.with_suffix('.bin')] if path.suffix in _WITH_WEIGHTS else [path]
     return sum(file.stat().st_size for file in files)
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from mmengine.logging import print_log
 from torch import nn
 
 from ...registry import RUNTIMES
@@ -28,6 +29,8 @@ class NcnnRuntime(Runtime):
 
     name = 'ncnn'
     suffix = '.param'
+    # ncnn computes a layer in the format that the file gives it, or refuses the file
+    evidence = 'the formats of the layers that it loads'
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None, packing: bool = False) -> None:
         self._network = NcnnNetwork(path, threads or 1, packing)
@@ -38,12 +41,18 @@ class NcnnRuntime(Runtime):
         require_ncnn()
 
     @classmethod
+    def check_export(cls) -> None:
+        require_ncnn('pnnx')
+
+    @classmethod
     def check_formats(cls, structure: Structure) -> None:
         check_ncnn(structure)
 
     @classmethod
     def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
                **options) -> Path:
+        if options.get('dynamic_batch'):
+            print_log('ncnn: networks take one image at a time; --dynamic-batch changes nothing', 'current')
         return export_ncnn(detector, input_shape, folder)
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
@@ -51,6 +60,7 @@ class NcnnRuntime(Runtime):
         return [np.stack(parts) for parts in zip(*results, strict=True)]
 
     def coverage(self) -> IntegerCoverage:
+        """Which convolutions run in integers, by the formats of the layers: ncnn shows no graph of its own."""
         found = IntegerCoverage()
         integer = {layer.name for layer in self._network.layers if is_integer(layer)}
         for name, call in self.meta['layers'].items():

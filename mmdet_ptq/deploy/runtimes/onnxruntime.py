@@ -14,14 +14,14 @@ from torch import nn
 from ...errors import PTQError
 from ...registry import RUNTIMES
 from ...wrapping import Structure
-from ..onnx_export import export_onnx, model_meta, require
+from ..onnx_export import export_onnx, model_meta
 from ..onnx_nodes import check_activation_formats
+from ..requirements import require
 from .base import IntegerCoverage, Runtime, worst_case
 
 if TYPE_CHECKING:
     import onnxruntime
 
-OLDEST = (1, 20)  # 4-bit initializers, opset 21
 EXACT_SUMS = 'session.x64quantprecision'
 # in this order, where they are present
 PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
@@ -59,7 +59,7 @@ class OnnxRuntime(Runtime):
         self.session = self._session()
 
     def _session(self, optimized: str | None = None):
-        self._check_version()
+        self.check()
         import onnxruntime
         options = onnxruntime.SessionOptions()
         if self.threads:
@@ -76,17 +76,8 @@ class OnnxRuntime(Runtime):
             raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {str(error).splitlines()[0][:200]}') from error
 
     @classmethod
-    def _check_version(cls) -> None:
-        require('onnxruntime', 'onnx', 'onnxscript', extra='onnxruntime')
-        import onnxruntime
-        version = tuple(int(part) for part in onnxruntime.__version__.split('.')[:2])
-        if version < OLDEST:
-            raise PTQError(f'onnxruntime {onnxruntime.__version__} is too old, exported models need '
-                           f"{OLDEST[0]}.{OLDEST[1]}; pip install -U 'mmdet-ptq[onnxruntime]'.")
-
-    @classmethod
     def check(cls) -> None:
-        cls._check_version()
+        require('onnxruntime', 'onnx', 'onnxscript', extra='onnxruntime')
 
     @staticmethod
     @functools.cache

@@ -11,12 +11,14 @@ import numpy as np
 from torch import nn
 
 from ...errors import PTQError
+from ...files import remove, write_atomic
 from ...registry import RUNTIMES
 from ...wrapping import Structure
 from ..meta import read_meta, write_meta
-from ..onnx_export import export_onnx, require
+from ..onnx_export import export_onnx
 from ..onnx_nodes import check_activation_formats
 from ..openvino_file import compact, strip_layout
+from ..requirements import require
 from .base import SAFE_CODE, IntegerCoverage, Runtime, warn_once, worst_case
 
 META = 'mmdet_ptq'
@@ -43,10 +45,11 @@ class OpenVino(Runtime):
                            'together or export again.')
         try:
             model = core.read_model(path)
-            meta = model.get_rt_info([META]).astype(str)
         except RuntimeError as error:
-            told = 'was not exported by mmdet-ptq' if META in str(error) else 'is damaged or no OpenVINO model'
-            raise PTQError(f'{path!r} {told}; make one with tools/export.py.') from error
+            raise PTQError(f'{path!r} is damaged or no OpenVINO model; make one with tools/export.py.') from error
+        if META not in model.rt_info:
+            raise PTQError(f'{path!r} was not exported by mmdet-ptq; make one with tools/export.py.')
+        meta = model.get_rt_info([META]).astype(str)
         self.meta = read_meta(meta)
         options = {**FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
@@ -59,6 +62,10 @@ class OpenVino(Runtime):
     @classmethod
     def check(cls) -> None:
         require('openvino', extra='openvino')
+
+    @classmethod
+    def check_export(cls) -> None:
+        require('onnx', 'onnxscript', 'openvino', extra='openvino')
 
     @staticmethod
     @functools.cache
@@ -92,8 +99,8 @@ class OpenVino(Runtime):
             model.set_rt_info(write_meta(meta), [META])
             openvino.save_model(model, Path(temporary) / 'model.xml', compress_to_fp16=False)
             strip_layout(Path(temporary) / 'model.xml')
-            # the file that is opened comes last: without it the model does not exist
-            from ...files import write_atomic
+            # the file that is opened goes first and comes last: it never lies beside the weights of another model
+            remove(folder / f'model{cls.suffix}')
             for suffix in ('.bin', cls.suffix):
                 content = (Path(temporary) / f'model{suffix}').read_bytes()
                 write_atomic(folder / f'model{suffix}', lambda file, content=content: file.write(content))

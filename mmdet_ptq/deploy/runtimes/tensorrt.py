@@ -13,14 +13,14 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ...errors import PTQError
-from ...files import write_atomic
+from ...files import remove, write_atomic
 from ...registry import RUNTIMES
 from ...wrapping import Structure
-from ..onnx_export import export_onnx, model_meta, require
+from ..onnx_export import export_onnx, model_meta
+from ..requirements import require
 from ..tensorrt_rules import check_tensorrt_formats, check_tensorrt_rules
 from .base import IntegerCoverage, Runtime
 
-OLDEST = (10, 6)  # the first whose parser comes with ONNX 1.17, that is with opset 21
 # images in one run of an engine whose number of images was left open
 MAX_BATCH = 32
 # --int8 is gone since TensorRT 11; 10 and 11 both know strongly typed networks, where Q/DQ alone decide
@@ -67,10 +67,6 @@ class TensorRT(Runtime):
     def check(cls) -> None:
         cls.check_export()
         require('tensorrt', extra='tensorrt')
-        import tensorrt
-        if tuple(int(part) for part in tensorrt.__version__.split('.')[:2]) < OLDEST:
-            raise PTQError(f'tensorrt {tensorrt.__version__} is too old, exported models need {OLDEST[0]}.{OLDEST[1]}; '
-                           "pip install -U 'mmdet-ptq[tensorrt]'.")
         if not torch.cuda.is_available():
             raise PTQError('TensorRT builds and runs its engines on an NVIDIA GPU, and PyTorch sees none; go on where '
                            'there is one, or remove tensorrt from the runtimes.')
@@ -99,7 +95,7 @@ class TensorRT(Runtime):
         source = Path(folder) / 'model.onnx'
         path = source.with_suffix(cls.suffix)
         # an engine of an earlier export would look like this one's
-        path.unlink(missing_ok=True)
+        remove(path)
         export_onnx(detector, source, input_shape, runtime=cls.name, **options)
         try:
             cls.check()

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model
+from mmdet_ptq.deploy.runtimes import openvino as module
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import tiny_detector
+
+openvino = pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
+pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[openvino]'")
+SHAPE = (1, 3, 64, 64)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp('openvino')
+    get_runtime('openvino').export(tiny_detector('retinanet'), found, SHAPE)
+    return found
+
+
+def test_an_export_that_is_killed_leaves_no_mixture(folder, tmp_path, monkeypatch):
+    for name in ('model.xml', 'model.bin'):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    write = module.write_atomic
+
+    def killed(path, content):
+        write(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, 'write_atomic', killed)
+    with pytest.raises(KeyboardInterrupt):
+        get_runtime('openvino').export(tiny_detector('retinanet', seed=1), tmp_path, SHAPE)
+    assert [path.name for path in tmp_path.iterdir()] == ['model.bin']
+
+
+def test_only_its_own_files_count(folder):
+    path = folder / 'model.xml'
+    expected = path.stat().st_size + (folder / 'model.bin').stat().st_size
+    (folder / 'model.onnx').write_bytes(bytes(1000))
+    assert model_bytes(path) == expected
+
+
+def test_a_foreign_model_is_told_from_a_damaged_one(tmp_path):
+    path = tmp_path / 'model.xml'
+    openvino.save_model(openvino.convert_model(torch.nn.Conv2d(3, 4, 3), example_input=torch.zeros(1, 3, 8, 8)), path)
+    with pytest.raises(PTQError, match='was not exported by mmdet-ptq'):
+        open_model(path)
+    path.write_text('no xml')
+    with pytest.raises(PTQError, match='is damaged or no OpenVINO model'):
+        open_model(path)
