@@ -43,6 +43,7 @@ FIELDS = ('detector', 'size', 'runtime', 'model', 'threads', 'float_ms', 'int8_m
           'note', 'cpu', 'instructions', 'load', 'date', *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
 PAUSE = 0.05  # seconds between two runtimes
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512_vnni', 'amx_int8')
+ISA = 'ONEDNN_MAX_CPU_ISA'  # keeps OpenVINO from the newest of them
 # nothing of a recipe but its formats shows in the time
 UNTRAINED = dict(protect=None, reconstruct=None, bias_correction=False, global_loss=None, export=[])
 
@@ -53,10 +54,11 @@ class Subject:
 
     Attributes:
         name: What its lines are called.
-        source: How the command line names it, without its folder.
+        source: How the command line names it, from the project's root; outside of it without its folder.
         weights: Where its weights come from, 'trained' or 'random'.
         models: Runtime to kind of model (float, ours, a peer's) to file.
         notes: (Runtime, kind) to why there is none.
+        built: Whether the command line's changes to configs made it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Subject:
     weights: str
     models: dict[str, dict[str, Path]]
     notes: dict[tuple[str, str], str]
+    built: bool
 
 
 # ------------------------------------------------------------------ models
@@ -84,7 +87,13 @@ def exported_subject(folder: Path, runtimes: Sequence[str] = RUNTIMES) -> Subjec
         raise PTQError(f'{folder} holds no exported models; run tools/ptq.py with '
                        f"--cfg-options 'ptq.export=[{','.join(runtimes)}]'.")
     name = '/'.join(folder.resolve().parts[-2:])  # work_dirs/DETECTOR/PRESET
-    return Subject(name, name, 'trained', models, {})
+    return Subject(name, within_project(folder) or name, 'trained', models, {}, built=False)
+
+
+def within_project(path: Path) -> str | None:
+    """A path as it is named from the project's root; None outside of it."""
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None
 
 
 def built_subject(config: Path, size: tuple[int, int] | None, folder: Path, args: argparse.Namespace) -> Subject:
@@ -116,8 +125,8 @@ def built_subject(config: Path, size: tuple[int, int] | None, folder: Path, args
         runtime.check()
         models[name] = {FLOAT: runtime.export(detector, folder / name / 'float', shape),
                         OURS: runtime.export(quantized, folder / name, shape)}
-    source = f'{config.name}@{shape[2]}x{shape[3]}'
-    return Subject(config.stem, source, 'random' if args.random_weights else 'trained', models, {})
+    source = f'{within_project(config) or config.name}@{shape[2]}x{shape[3]}'
+    return Subject(config.stem, source, 'random' if args.random_weights else 'trained', models, {}, built=True)
 
 
 def add_peers(subject: Subject, folder: Path, args: argparse.Namespace) -> None:
@@ -188,10 +197,12 @@ def example(model) -> np.ndarray:
 def complete(subject: Subject, size: str, threads: int, line: dict, args: argparse.Namespace) -> dict:
     """Adds what every line says."""
     known = versions()
-    command = ['python', 'benchmarks/latency.py', subject.source,
+    isa = os.environ.get(ISA)
+    command = [*([f'{ISA}={isa}'] if isa else []), 'python', 'benchmarks/latency.py', subject.source,
                *(['--random-weights'] if subject.weights == 'random' else []), '--threads', str(threads), '--pairs',
-               str(args.pairs), *(['--preset', args.preset] if args.preset else []),
-               *(['--cfg-options', *args.cfg_options] if args.cfg_options else [])]
+               str(args.pairs), '--runtimes', *args.runtimes, '--peers', *args.peers, '--out', args.out.name,
+               *(['--preset', args.preset] if args.preset and subject.built else []),
+               *(['--cfg-options', *args.cfg_options] if args.cfg_options and subject.built else [])]
     return dict(
         detector=subject.name, size=size, threads=threads, **line, weights=subject.weights, **processor(),
         load=round(os.getloadavg()[0], 1), date=datetime.now(timezone.utc).date().isoformat(),

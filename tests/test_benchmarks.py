@@ -314,6 +314,7 @@ def test_latency_of_a_random_detector(config, tmp_path, capsys):
         assert (line['size'], line['weights'], line['threads'], line['pairs']) == ('64x64', 'random', '1', '2')
         assert str(tmp_path) not in line['command']
     assert 'latency.py tiny.py@64x64 --random-weights' in lines[0]['command']
+    assert '--runtimes onnxruntime --peers quantize_static nncf --out latency.csv' in lines[0]['command']
     assert lines[0]['peer_ratio'] and lines[0]['static_ratio'] and not lines[1]['peer_ratio']
     told = capsys.readouterr().out
     assert 'tiny, onnxruntime, quantize_static, 1 threads' in told and 'QLinearConv' in told

@@ -79,6 +79,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
     paths, folder = [], Path(out or Path(checkpoint).parent)
     for runtime in chosen:
         check_space(folder / runtime.name, 0, '--out')
+        if not packed and runtime.name != 'onnxruntime':
+            logger.info(f'{runtime.name} stores 8 bits a weight always; --unpacked changes nothing')
     for runtime in chosen:
         path = runtime.export(detector, folder / runtime.name, shape,
                               dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
