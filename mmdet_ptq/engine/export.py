@@ -109,6 +109,9 @@ def report_agreement(logger: MMLogger, detector: nn.Module, path: Path, image: T
     """Logs how far ONNX Runtime's integers are the simulation's, and names the first tensor that diverges."""
     _report(logger, compare_codes(detector, path, image, exact=True),
             'quantized tensors compared: from the image to the outputs, in the arithmetic of integer kernels')
+    # what is evaluated: single codes on boundaries change others behind them
+    _name_first(logger, compare_codes(detector, path, image),
+                what='compared from the image to the outputs, in the arithmetic of the simulation, float32')
     _name_first(logger, compare_codes(detector, path, image, follow=True))
 
 
@@ -147,8 +150,9 @@ def _report(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:
                 f'{min(shares):.3%} in the worst')
 
 
-def _name_first(logger: MMLogger, found: list[TensorAgreement], kind: str = '') -> None:
-    _report(logger, found, 'compared each for itself, computed from the same codes')
+def _name_first(logger: MMLogger, found: list[TensorAgreement], kind: str = '',
+                what: str = 'compared each for itself, computed from the same codes') -> None:
+    _report(logger, found, what)
     first = next((entry for entry in found if entry.identical < AGREEMENT), None)
     if first is None:
         logger.info(f'every tensor has at least {AGREEMENT:.1%} of its codes in common')
