@@ -113,6 +113,12 @@ def test_a_float_checkpoint_is_refused(tmp_path):
         read_quantized(tmp_path / 'float.pth')
 
 
+def test_a_checkpoint_without_its_schema_is_refused(case, tmp_path):
+    torch.save(dict(format=read_quantized(case[3])['format']), tmp_path / 'bare.pth')
+    with pytest.raises(PTQError, match='is damaged; run tools/ptq.py again'):
+        read_quantized(tmp_path / 'bare.pth')
+
+
 def test_another_schema_is_refused(case, tmp_path):
     state = read_quantized(case[3])
     save_quantized(tmp_path / 'older.pth', {**state, 'schema': 1})
