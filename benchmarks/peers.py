@@ -212,7 +212,8 @@ PEERS: dict[str, Callable[[Subject], list[dict]]] = {
     'float': measure_float,
     'ort_minmax': onnxruntime_peer('MinMax'),
     'ort_percentile': onnxruntime_peer('Percentile'),
-    # before NNCF: behind it, in the same process, torch's quantized layers end in a segmentation fault
+    # Before NNCF: behind it, in the same process, torch's quantized layers end in a segmentation fault. The process may
+    # still end in one, after the last line was written.
     'torch_ao': measure_torch,
     'nncf_performance': nncf_peer('PERFORMANCE'),
     'nncf_mixed': nncf_peer('MIXED'),
