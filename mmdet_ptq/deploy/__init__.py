@@ -8,6 +8,7 @@ from .checkpoint import (
     save_quantized,
     stored_bytes,
 )
+from .integer_arithmetic import integer_arithmetic
 from .integer_biases import settle_biases
 from .integer_weights import IntegerWeight, integer_weight
 from .onnx_export import export_onnx
@@ -17,7 +18,6 @@ from .runtime_detector import runtime_detector, with_runtime
 from .runtimes import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, runtime_names
 
 __all__ = ['IntegerCoverage', 'IntegerWeight', 'Runtime', 'build_detector', 'check_exportable', 'export_onnx',
-           'get_runtime',
-           'integer_weight', 'is_quantized_checkpoint', 'load_quantized_state', 'model_bytes', 'open_model',
-           'pack_codes', 'quantized_state', 'read_quantized', 'runtime_detector', 'runtime_names', 'save_quantized',
-           'settle_biases', 'stored_bytes', 'unpack_codes', 'with_runtime']
+           'get_runtime', 'integer_arithmetic', 'integer_weight', 'is_quantized_checkpoint', 'load_quantized_state',
+           'model_bytes', 'open_model', 'pack_codes', 'quantized_state', 'read_quantized', 'runtime_detector',
+           'runtime_names', 'save_quantized', 'settle_biases', 'stored_bytes', 'unpack_codes', 'with_runtime']

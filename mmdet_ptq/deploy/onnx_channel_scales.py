@@ -4,7 +4,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_graph import SLACK, Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
+from .integer_results import SLACK
+from .onnx_graph import Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
 
 
 def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:

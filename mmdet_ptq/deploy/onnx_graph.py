@@ -11,8 +11,6 @@ import onnx_ir as ir
 
 SCOPES = 'pkg.torch.onnx.name_scopes'
 ROOT = 'detector.'
-# in codes; 255 steps of a range that ends at 6 may, rounded, end a hair below it
-SLACK = 1e-3
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 
 

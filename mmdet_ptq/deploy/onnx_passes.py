@@ -4,7 +4,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_graph import SLACK, add_constant, axis_of, constant, layers, only_consumer, produced_by
+from .integer_results import SLACK
+from .onnx_graph import add_constant, axis_of, constant, layers, only_consumer, produced_by
 
 _INT32 = 2**31 - 1
 

@@ -2,18 +2,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
+from ..deploy import integer_arithmetic
 from ..errors import PTQError
 from ..files import check_space
+from ..wrapping import is_quantized
 
 
 def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
-    """Runs mmdet's test loop.
+    """Runs mmdet's test loop; a quantized detector computes as integer kernels do.
 
     Args:
         cfg: The config whose ``test_dataloader`` and ``test_evaluator`` are used; ``work_dir`` must be set.
@@ -40,7 +42,8 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
     with evaluation_files():
         loop = runner.test_loop
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
-    return {key: float(value) for key, value in runner.test().items()}
+    with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
+        return {key: float(value) for key, value in runner.test().items()}
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from ..config import PTQConfig
 from ..deploy import (
     check_exportable,
     get_runtime,
+    integer_arithmetic,
     load_quantized_state,
     quantized_state,
     read_quantized,
@@ -263,7 +264,7 @@ class PTQRunner(Runner):
             self._load(state)
 
     def evaluate(self) -> None:
-        """Evaluates the float detector and the one rebuilt from the integer checkpoint."""
+        """Evaluates the float detector, and the one rebuilt from the integer checkpoint as integer kernels compute."""
         test = str(self.cfg.get('test_dataloader')) + str(self.cfg.get('test_evaluator'))
         self.results = new_results(
             str(self.cfg.filename or ''), self.ptq.to_dict(), self.seed, self.structure, self.calibration.ids,
@@ -277,9 +278,14 @@ class PTQRunner(Runner):
             lambda: self.evaluate_detector(self.float_detector))
         self._row('float', float_row, float_size_bytes(self.float_detector), float_bops(self.structure))
         quantized = Path(self.work_dir) / QUANTIZED
+
+        def simulated() -> dict:
+            with integer_arithmetic(self.detector):
+                return self.evaluate_detector(self.detector)
+
         row, _ = self.stages.run(
             'evaluate_simulated', fingerprint(self.inputs['global'], test, tensor_hash(self.detector.state_dict())),
-            lambda: self.evaluate_detector(self.detector))
+            simulated)
         self._row('simulated', row, quantized.stat().st_size, bops(self.structure))
 
     def export(self) -> None:

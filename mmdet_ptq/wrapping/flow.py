@@ -212,7 +212,11 @@ class Dataflow:
 
     def _gated(self, site: Site, x: Tensor) -> Tensor:
         gate = torch.sigmoid(x) if GATED[site.function] == 'sigmoid' else F.hardsigmoid(x)
-        return x * self.write(site.gate, gate, False, site.function)
+        return self.product(x, self.write(site.gate, gate, False, site.function))
+
+    def product(self, x: Tensor, gate: Tensor) -> Tensor:
+        """The second half of a gated activation."""
+        return x * gate
 
     def _carry_on(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         """What is moved is still what its quantizer wrote."""

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, integer_weight, settle_biases
-from mmdet_ptq.deploy import integer_arithmetic as module
+from mmdet_ptq.deploy import integer_results as module
 from mmdet_ptq.deploy.compare import _recorded, compare_codes
 from mmdet_ptq.deploy.integer_arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.integer_biases import SharedBias
@@ -39,7 +39,7 @@ def exported(request, tmp_path_factory):
 
 def counted(monkeypatch):
     """How many tensors were computed as kernels do, by kind."""
-    found, value = {}, module._Result.value
+    found, value = {}, module.Result.value
 
     def count(self, output):
         result = value(self, output)
@@ -47,7 +47,7 @@ def counted(monkeypatch):
         found[key] = found.get(key, 0) + 1
         return result
 
-    monkeypatch.setattr(module._Result, 'value', count)
+    monkeypatch.setattr(module.Result, 'value', count)
     return found
 
 
@@ -59,9 +59,9 @@ def test_a_whole_pass_gives_the_runtimes_codes(exported, monkeypatch):
         assert {entry.name.split('@')[0] for entry in found} == set(structure.activations)
         assert all(entry.identical == 1 for entry in found), found
     outputs = sum(len(layer.outputs) or len(layer.inputs) for layer in structure.layers)
-    assert kernels['_ConvolutionSum'] == 2 * outputs and 'float' not in kernels
+    assert kernels['ConvolutionSum'] == 2 * outputs and 'float' not in kernels
     # MobileNetV2's shortcuts; ResNet's, and the pyramid's
-    assert kernels['_Sum'] > 2
+    assert kernels['Sum'] > 2
 
 
 def test_a_wrong_bias_is_seen(exported):
@@ -78,12 +78,12 @@ def test_a_wrong_bias_is_seen(exported):
 
 def test_a_wrong_scale_of_a_sum_is_seen(exported, monkeypatch):
     detector, _, path = exported
-    levels = module._Sum.levels
+    levels = module.Sum.levels
 
     def halved(self, output):
-        return levels(module._Sum(self.a, self.b, (self.quantizers[1], self.quantizers[1])), output)
+        return levels(module.Sum(self.a, self.b, (self.quantizers[1], self.quantizers[1])), output)
 
-    monkeypatch.setattr(module._Sum, 'levels', halved)
+    monkeypatch.setattr(module.Sum, 'levels', halved)
     assert min(entry.identical for entry in compare_codes(detector, path, image(detector), exact=True)) < 0.9
 
 
@@ -110,8 +110,9 @@ def test_a_convolution_is_an_integer_sum_times_one_factor(exported):
     np.testing.assert_array_equal(codes[layer.outputs[0]].flatten(2).numpy(), wanted)
 
 
+@pytest.mark.parametrize('operation', ['Add', 'Mul'])
 @pytest.mark.parametrize('symmetric', [False, True])
-def test_an_addition_is_the_runtimes(symmetric):
+def test_two_tensors_are_combined_as_the_runtime_does(operation, symmetric):
     dtype, kind = (np.int8, TensorProto.INT8) if symmetric else (np.uint8, TensorProto.UINT8)
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     rng, every = np.random.default_rng(0), np.arange(low, high + 1, dtype=dtype)
@@ -126,14 +127,15 @@ def test_an_addition_is_the_runtimes(symmetric):
                  for i, q in enumerate(quantizers)]
         nodes = [helper.make_node('DequantizeLinear', ['a', 's0', 'z0'], ['x']),
                  helper.make_node('DequantizeLinear', ['b', 's1', 'z1'], ['y']),
-                 helper.make_node('Add', ['x', 'y'], ['sum']),
-                 helper.make_node('QuantizeLinear', ['sum', 's2', 'z2'], ['c'])]
+                 helper.make_node(operation, ['x', 'y'], ['float']),
+                 helper.make_node('QuantizeLinear', ['float', 's2', 'z2'], ['c'])]
         a_info, b_info, c_info = (helper.make_tensor_value_info(name, kind, a.shape) for name in 'abc')
-        graph = helper.make_graph(nodes, 'add', [a_info, b_info], [c_info], sum(pairs, []))
+        graph = helper.make_graph(nodes, operation, [a_info, b_info], [c_info], sum(pairs, []))
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
         session = ort.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
         wanted = session.run(None, {'a': a, 'b': b})[0]
-        result = module._Sum(torch.from_numpy(a).int(), torch.from_numpy(b).int(), tuple(quantizers[:2]))
+        result = (module.Sum if operation == 'Add' else module.Product)(
+            torch.from_numpy(a).int(), torch.from_numpy(b).int(), tuple(quantizers[:2]))
         with torch.no_grad():
             found = quantizers[2].encode(result.value(quantizers[2])).numpy()
         # kernels of other processors add in another order
@@ -146,7 +148,7 @@ def test_a_relu_that_the_quantizer_does_not_repeat_stays_simulated():
     quantizer.scale.data.fill_(0.05)
     codes = torch.arange(-128, 128, dtype=torch.int32)
     for ends in ([], [float('inf')]):
-        value = module._Sum(codes, codes, (quantizer, quantizer), ends=ends).value(quantizer)
+        value = module.Sum(codes, codes, (quantizer, quantizer), ends=ends).value(quantizer)
         assert (value is None) == bool(ends)
 
 

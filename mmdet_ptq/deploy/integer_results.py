@@ -1,0 +1,222 @@
+"""What ONNX Runtime's integer kernels write: codes, from the codes and constants that they read."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import AffineQuantizer, Quantizer
+
+# in codes; 255 steps of a range that ends at 6 may, rounded, end a hair below it
+SLACK = 1e-3
+_INT32 = 2**31 - 1
+# float32 holds every integer up to here, so sums that never leave the range are exact in any order
+_FLOAT32 = 2**24
+
+
+def is_kernel_format(quantizer: Quantizer) -> bool:
+    """Whether integer kernels read and write it: 8 bits or fewer, one zero point."""
+    return fits_byte(quantizer) and has_one_zero_point(quantizer)
+
+
+def fits_byte(quantizer: Quantizer) -> bool:
+    """Whether its codes are bytes, with one scale or one per channel."""
+    return (isinstance(quantizer, AffineQuantizer) and quantizer.bits <= 8
+            and (quantizer.num_channels is None or quantizer.channel_axis == 1))
+
+
+def has_one_zero_point(quantizer: AffineQuantizer) -> bool:
+    """Whether all channels have the same."""
+    return bool((quantizer.zero_point == quantizer.zero_point.reshape(-1)[0]).all())
+
+
+@dataclass
+class Result:
+    """What a kernel is about to write.
+
+    Attributes:
+        ends: Where the ReLUs behind it end: infinity, or 6.
+    """
+
+    ends: list[float] = field(default_factory=list, kw_only=True)
+
+    @torch.no_grad()
+    def value(self, output: Quantizer) -> Tensor | None:
+        """What the kernel's codes stand for; None where no integer kernel computes this."""
+        levels = self.levels(output) if is_kernel_format(output) and self._repeats_relus(output) else None
+        if levels is None:
+            return None
+        levels = levels + output.zero_point.reshape(-1)[0]
+        return output.decode(levels.clamp(*output.code_range).to(torch.int32))
+
+    def _repeats_relus(self, output: AffineQuantizer) -> bool:
+        """Whether the quantizer maps what they cut off to its ends, as export asks."""
+        (first, last), zero = output.code_range, output.zero_point
+        scale = output.positive_scale().detach().double()
+        return not self.ends or bool((zero <= first + SLACK).all()) and all(
+            math.isinf(end) or bool((end / scale + zero >= last - SLACK).all()) for end in self.ends)
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        """Codes minus zero point, not clipped yet."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Pair(Result):
+    """Of two tensors of one shape.
+
+    Attributes:
+        a: Codes of the first.
+        b: Those of the second.
+        quantizers: Theirs.
+    """
+
+    a: Tensor
+    b: Tensor
+    quantizers: tuple[AffineQuantizer, AffineQuantizer]
+
+    def _is_kernel(self, output: AffineQuantizer) -> bool:
+        """Whether all three are of one type, with one scale each."""
+        kinds = {(q.symmetric, q.num_channels) for q in (*self.quantizers, output)}
+        return len(kinds) == 1 and output.num_channels is None
+
+
+@dataclass
+class Sum(_Pair):
+    """QLinearAdd, after MLAS's kernel for AVX2: fma(a, s_a / s_c, fma(b, s_b / s_c, fixed))."""
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        if not self._is_kernel(output):
+            return None
+        zero_a, zero_b, zero = (q.zero_point.float() for q in (*self.quantizers, output))
+        ratio_a, ratio_b = (q.positive_scale().detach() / output.positive_scale().detach() for q in self.quantizers)
+        fixed = zero - _fma(zero_a, ratio_a, zero_b * ratio_b)
+        return _fma(self.a, ratio_a, _fma(self.b, ratio_b, fixed)).round() - zero
+
+
+@dataclass
+class Product(_Pair):
+    """QLinearMul, after MLAS's kernel: the exact product of integers, times s_a s_b / s_c, plus the zero point."""
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        if not self._is_kernel(output):
+            return None
+        (a, b), zero = ((codes - q.zero_point for codes, q in zip((self.a, self.b), self.quantizers, strict=True)),
+                        output.zero_point.float())
+        scale_a, scale_b, scale = (q.positive_scale().detach() for q in (*self.quantizers, output))
+        return ((a * b).float() * (scale_a * scale_b / scale) + zero).round() - zero
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of ``torch.nn.functional.conv2d`` or its siblings.
+
+    Attributes:
+        function: Which.
+        x: Its input, which a layer may have padded.
+        geometry: Stride, padding, dilation, groups.
+    """
+
+    function: Callable
+    x: Tensor
+    geometry: tuple
+
+    @classmethod
+    def of(cls, function: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+           padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Call:
+        """From what it was called with."""
+        return cls(function, x, (stride, padding, dilation, groups))
+
+
+@dataclass(frozen=True)
+class IntegerKernel:
+    """A convolution's weight.
+
+    Attributes:
+        module: The convolution.
+        integers: The weight's integers, of its shape, float32.
+        scale: Its scale, one per output channel.
+    """
+
+    module: nn.Module
+    integers: Tensor
+    scale: Tensor
+
+    def sum(self, call: Call, source: AffineQuantizer) -> Tensor:
+        """The exact sums of products, integers of float32 or float64.
+
+        Args:
+            call: The convolution, of what the source wrote.
+            source: The input's quantizer.
+        """
+        x, zero = source.encode(call.x), source.per_channel(source.zero_point, call.x)
+        largest = max(int((end - source.zero_point).abs().max()) for end in source.code_range)
+        # GPUs take shortcuts that round; processors do not
+        exact = call.x.device.type == 'cpu' and self._reach * largest <= _FLOAT32
+        dtype = torch.float32 if exact else torch.float64
+        return call.function((x - zero).to(dtype), self.integers.to(dtype), None, *call.geometry)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sums of the integers, one per output channel, float64."""
+        return self.integers.double().flatten(1).sum(1)
+
+    @cached_property
+    def _reach(self) -> float:
+        return float(self.integers.double().abs().flatten(1).sum(1).max())
+
+
+@dataclass
+class ConvolutionSum(Result):
+    """QLinearConv: the exact sum of integers, times one factor per output channel.
+
+    Attributes:
+        kernel: The convolution's integers.
+        total: The sums of products.
+        source: The input's quantizer.
+    """
+
+    kernel: IntegerKernel
+    total: Tensor
+    source: AffineQuantizer
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        # every step rounds to float32, in the order in which export writes the constants
+        bias, total, scale = self.kernel.module.bias, self.total, self.kernel.scale
+        source, target = (q.positive_scale().detach() for q in (self.source, output))
+        if source.dim():
+            scale, source = scale * source, torch.ones_like(source[0])
+        if not has_one_zero_point(self.source):
+            # the kernel reads the codes themselves, on whose border there are zero points, too
+            shift = self.source.zero_point.double() * self.kernel.sums
+            total = total.double() + self._by_channel(shift)
+            bias = ((0 if bias is None else bias.double()) - shift * scale.double()).float()
+        if target.dim():
+            scale = scale * (1 / target)
+            bias = None if bias is None else bias / target
+            target = torch.ones_like(target[0])
+        if bias is not None:
+            codes = (bias.double() / (scale * source).double()).round()
+            if codes.abs().max() > _INT32:
+                return None
+            total = total.double() + self._by_channel(codes)
+        return (total.float() * self._by_channel(source * scale / target)).round()
+
+    def float_value(self) -> Tensor:
+        """The same without an output of few bits: what a kernel writes that ends in float."""
+        bias = self.kernel.module.bias
+        value = self.total.float() * self._by_channel(self.source.positive_scale().detach() * self.kernel.scale)
+        return value if bias is None else value + self._by_channel(bias.detach())
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * len(self.kernel.module.kernel_size))
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The float32 nearest to a * b + c; the product of a code and a float32 is exact in float64."""
+    return (a.double() * b.double() + c.double()).float()
