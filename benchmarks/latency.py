@@ -41,7 +41,7 @@ VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'numpy', 'python')
 FIELDS = ('detector', 'size', 'runtime', 'model', 'threads', 'float_ms', 'int8_ms', 'ratio', 'peer_ratio',
           'static_ratio', 'pairs', 'file_bytes', 'float_bytes', 'integer_convolutions', 'convolutions', 'weights',
           'note', 'cpu', 'instructions', 'load', 'date', *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
-PAUSE = 0.05  # seconds between two runtimes
+PAUSE = 0.05  # seconds, after which no thread of another model waits in a loop for work any more
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512_vnni', 'amx_int8')
 ISA = 'ONEDNN_MAX_CPU_ISA'  # keeps OpenVINO from the newest of them
 # nothing of a recipe but its formats shows in the time
@@ -152,7 +152,7 @@ def add_peers(subject: Subject, folder: Path, args: argparse.Namespace) -> None:
 
 def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[dict]:
     """One line per int8 model."""
-    lines, static = [], static_run(subject, threads)
+    lines, static, pause = [], static_run(subject, threads), PAUSE if threads > 1 else 0.
     for runtime, models in subject.models.items():
         peer = PEERS[runtime]
         opened = {kind: open_model(path, threads) for kind, path in models.items()}
@@ -163,9 +163,9 @@ def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[di
                 if (runtime, kind) in subject.notes:
                     lines.append(dict(runtime=runtime, model=kind, note=subject.notes[runtime, kind]))
                 continue
-            timed = latency_ratio(runs[FLOAT], runs[kind], args.pairs)
+            timed = latency_ratio(runs[FLOAT], runs[kind], args.pairs, pause)
             # pair by pair as well: two ratios to float of different minutes say little about each other
-            beside = latency_ratio(runs[peer], runs[OURS], args.pairs) if kind == OURS and peer in runs else None
+            beside = latency_ratio(runs[peer], runs[OURS], args.pairs, pause) if kind == OURS and peer in runs else None
             # "is it slower than what I have" is asked across runtimes
             across = latency_ratio(static, runs[OURS], args.pairs, PAUSE) if kind == OURS and static else None
             coverage = opened[kind].coverage()

@@ -35,8 +35,8 @@ def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: in
         first: Runs one model once.
         second: Runs the other.
         pairs: How many pairs. Defaults to 40.
-        pause: Seconds before each run. Two runtimes need some: threads of one that wait in a loop for more work take
-            the time of the other. Defaults to 0.
+        pause: Seconds before each run, which an untimed one then follows. Models with more than one thread need some:
+            threads of one that wait in a loop for more work take the time of the other. Defaults to 0.
     """
     for _ in range(WARM_UP):
         first()
@@ -54,7 +54,9 @@ def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: in
 
 
 def _seconds(run: Callable[[], Any], pause: float) -> float:
-    time.sleep(pause)
+    if pause:
+        time.sleep(pause)
+        run()  # what was idle is slow at first
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

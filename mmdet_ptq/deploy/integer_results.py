@@ -133,7 +133,7 @@ class Call:
         return cls(function, x, (stride, padding, dilation, groups))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IntegerKernel:
     """A convolution's weight.
 
@@ -154,12 +154,16 @@ class IntegerKernel:
             call: The convolution, of what the source wrote.
             source: The input's quantizer.
         """
-        x, zero = source.encode(call.x), source.per_channel(source.zero_point, call.x)
+        x = source.encode(call.x) - source.per_channel(source.zero_point, call.x)
         largest = max(int((end - source.zero_point).abs().max()) for end in source.code_range)
         # GPUs take shortcuts that round; processors do not
-        exact = call.x.device.type == 'cpu' and self._reach * largest <= _FLOAT32
-        dtype = torch.float32 if exact else torch.float64
-        return call.function((x - zero).to(dtype), self.integers.to(dtype), None, *call.geometry)
+        size = self._exact_channels(_FLOAT32 / max(largest, 1)) if x.device.type == 'cpu' else None
+        if size is None:
+            return call.function(x.double(), self.integers.double(), None, *call.geometry)
+        if size == self.integers.shape[1]:
+            return call.function(x.float(), self.integers, None, *call.geometry)
+        return sum(call.function(part.float(), weight, None, *call.geometry).double()
+                   for part, weight in zip(x.split(size, 1), self.integers.split(size, 1), strict=True))
 
     @cached_property
     def sums(self) -> Tensor:
@@ -167,8 +171,22 @@ class IntegerKernel:
         return self.integers.double().flatten(1).sum(1)
 
     @cached_property
-    def _reach(self) -> float:
-        return float(self.integers.double().abs().flatten(1).sum(1).max())
+    def _magnitudes(self) -> Tensor:
+        """Sums of their absolute values, one per output channel and input channel of its group."""
+        return self.integers.double().abs().flatten(2).sum(2)
+
+    def _exact_channels(self, limit: float) -> int | None:
+        """How many input channels may be added at once, so that no sum of magnitudes exceeds a limit.
+
+        Returns:
+            None where the channels cannot be told apart, or one is too much already.
+        """
+        channels = self.integers.shape[1]
+        for parts in range(1, channels + 1 if self.module.groups == 1 else 2):
+            size = -(-channels // parts)
+            if max(float(part.sum(1).max()) for part in self._magnitudes.split(size, 1)) <= limit:
+                return size
+        return None
 
 
 @dataclass

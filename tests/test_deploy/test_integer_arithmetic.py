@@ -18,9 +18,10 @@ from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
 ort = pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
 SHAPE = (1, 3, 64, 64)
-CASES = {  # scales per channel before depthwise convolutions; biases shared by levels, additions, resizing
+CASES = {  # scales per channel before depthwise convolutions; biases shared by levels, additions, resizing; zero points
+    # per channel, products with sigmoids
     f'{kind}-{dataflow}': (kind, dict(preset='w8a8_observe', activations=MIN_MAX, dataflow=dataflow))
-    for kind, dataflow in (('ssd', 'per_channel'), ('retinanet', 'full'))}
+    for kind, dataflow in (('ssd', 'per_channel'), ('retinanet', 'full'), ('yolox', 'full'))}
 
 
 def image(detector, seed=3):
@@ -59,9 +60,11 @@ def test_a_whole_pass_gives_the_runtimes_codes(exported, monkeypatch):
         assert {entry.name.split('@')[0] for entry in found} == set(structure.activations)
         assert all(entry.identical == 1 for entry in found), found
     outputs = sum(len(layer.outputs) or len(layer.inputs) for layer in structure.layers)
-    assert kernels['ConvolutionSum'] == 2 * outputs and 'float' not in kernels
-    # MobileNetV2's shortcuts; ResNet's, and the pyramid's
-    assert kernels['Sum'] > 2
+    assert kernels['ConvolutionSum'] == 2 * outputs
+    gates = [site for site in structure.sites if site['gate']]
+    # a product is float where channels have scales of their own; MobileNetV2's shortcuts; ResNet's, and the pyramid's
+    assert kernels.get('Product', 0) + kernels.get('float', 0) == 2 * len(gates)
+    assert kernels['Product'] > 2 if gates else kernels['Sum'] > 2
 
 
 def test_a_wrong_bias_is_seen(exported):

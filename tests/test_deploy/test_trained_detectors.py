@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 2
 
 
-def check(cfg: Config, folder: Path) -> None:
+def check(cfg: Config, folder: Path, dataflow: str = 'per_channel') -> None:
     """Quantizes from observers alone, exports, and compares on evaluation images."""
-    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=16, batch_size=4), dataflow='per_channel')
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=16, batch_size=4), dataflow=dataflow)
     cfg.merge_from_dict({'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False})
     cfg.work_dir = str(folder)
     runner = PTQRunner.from_cfg(cfg)
@@ -50,7 +50,8 @@ def test_the_embedded_detector(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['ssdlite_mbv2_person', 'retinanet_r18_bccd'])
+@pytest.mark.parametrize('name', ['ssdlite_mbv2_person', 'retinanet_r18_bccd', 'yolox_nano_coco'])
 def test_detectors_of_the_zoo(zoo, tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(str(zoo))
-    check(load_config(str(zoo / 'configs' / f'{name}.py')), tmp_path)
+    # with SiLU, scales per channel are for the uneven ones
+    check(load_config(str(zoo / 'configs' / f'{name}.py')), tmp_path, 'auto' if 'yolox' in name else 'per_channel')

@@ -41,6 +41,8 @@ def test_every_runtime_has_a_row_of_the_evaluator(exported):
         suffix = {'onnxruntime': 'onnx', 'openvino': 'xml'}[row['model']]
         stored = Path(exported.work_dir) / row['model'] / 'float' / f'model.{suffix}'
         assert 0 < row['size_bytes'] < model_bytes(stored)
+    # what is simulated is what its integer kernels compute
+    assert results['rows'][2]['metrics'] == simulated
     layers = {layer['name'] for layer in results['coverage']['layers']}
     for name in NAMES:
         coverage = results['runtimes'][name]
