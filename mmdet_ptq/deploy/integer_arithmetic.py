@@ -22,7 +22,7 @@ from ..wrapping.chains import _clip_bounds
 from ..wrapping.flow import Dataflow, carried
 from ..wrapping.inputs import STATE, QuantizationState, QuantizedInput
 from ..wrapping.layers import out_channels
-from ..wrapping.operations import PRODUCTS, clips_at_zero
+from ..wrapping.operations import GATES, PRODUCTS, clips_at_zero
 from .integer_biases import SharedBias, float_shared_biases
 from .integer_results import (
     Call,
@@ -30,6 +30,7 @@ from .integer_results import (
     IntegerKernel,
     Product,
     Result,
+    Sigmoid,
     Sum,
     fits_byte,
     has_one_zero_point,
@@ -47,10 +48,10 @@ _RESULT = '_ptq_integer_result'
 def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
     """While it lasts, a calibrated quantized detector gives the codes that ONNX Runtime's integer kernels give.
 
-    For evaluating and comparing: nothing is learned through it. Convolutions, additions and products between quantized
-    tensors (``ptq.dataflow``) are computed so, with the ReLU behind them that the quantizer repeats. Everything else
-    stays the simulation: what is left float, linear layers and transposed convolutions, whose kernels end in float, and
-    functions that runtimes approximate (the sigmoid). A detector without quantizers between its layers stays as it is.
+    For evaluating and comparing: nothing is learned through it. Convolutions, additions, products and sigmoids between
+    quantized tensors (``ptq.dataflow``) are computed so, with the ReLU behind them that the quantizer repeats.
+    Everything else stays the simulation: what is left float, linear layers and transposed convolutions, whose kernels
+    end in float. A detector without quantizers between its layers stays as it is.
 
     Args:
         detector: The calibrated quantized detector, with its biases settled
@@ -69,7 +70,7 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
         for hook in _convolutions(detector, watch):
             stack.callback(hook.module.register_forward_pre_hook(hook.begin).remove)
             stack.callback(hook.module.register_forward_hook(hook.end, prepend=True, always_call=True).remove)
-        for method in ('run', 'write', 'product'):
+        for method in ('run', 'write', 'gate', 'product'):
             setattr(state.flow, method, getattr(watch, method))
             stack.callback(delattr, state.flow, method)
         yield
@@ -177,7 +178,7 @@ class _Watch:
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
-        self._run, self._write, self._product = flow.run, flow.write, flow.product
+        self._run, self._write, self._gate, self._product = flow.run, flow.write, flow.gate, flow.product
         self.layer: _Convolution | None = None
         self.of_convolutions: set[str] = set()
 
@@ -213,20 +214,35 @@ class _Watch:
                 x = x if value is None else value
         return self._write(name, x, observes, source)
 
+    def gate(self, kind: str, x: Tensor) -> Tensor:
+        """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.gate`."""
+        out, result = self._gate(kind, x), self._sigmoid(x) if kind == 'sigmoid' else None
+        return out if result is None else _mark(out, result)
+
     def product(self, x: Tensor, gate: Tensor) -> Tensor:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.product`."""
         out, result = self._product(x, gate), self._pair(Product, x, gate)
         return out if result is None else _mark(out, result)
 
     def _computed(self, name: str, args: tuple, kwargs: dict) -> Result | None:
-        """What an operation is about to write, if it is a ReLU behind a kernel or a kernel itself."""
+        """What an operation is about to write, if it is a ReLU behind a kernel, or a kernel itself."""
         result = _result_of(args[0])
         if result is not None and clips_at_zero(name, args, kwargs):
             return replace(result, ends=[*result.ends, _clip_bounds(name, args, kwargs)[1]])
+        if GATES.get(name) == 'sigmoid' and isinstance(args[0], Tensor):
+            return self._sigmoid(args[0])
         kind = Sum if name in _ADDITIONS else Product if name in PRODUCTS else None
         if kind is None or len(args) != 2 or kwargs or not all(isinstance(x, Tensor) for x in args):
             return None
         return self._pair(kind, *args)
+
+    @torch.no_grad()
+    def _sigmoid(self, x: Tensor) -> Result | None:
+        name = carried(x)
+        quantizer = self.flow.state.activations[name] if self.flow.works(name) else None
+        if quantizer is None or not is_kernel_format(quantizer):
+            return None
+        return Sigmoid(quantizer.encode(x), quantizer)
 
     @torch.no_grad()
     def _pair(self, kind: type[Sum | Product], a: Tensor, b: Tensor) -> Result | None:

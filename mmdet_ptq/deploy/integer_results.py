@@ -15,6 +15,11 @@ from ..quantizers import AffineQuantizer, Quantizer
 # in codes; 255 steps of a range that ends at 6 may, rounded, end a hair below it
 SLACK = 1e-3
 _INT32 = 2**31 - 1
+# of the sigmoid, highest power first
+_NUMERATOR = (4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03,
+              2.48287947061529e-01)
+_DENOMINATOR = (6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03,
+                1.16817656904453e-01, 9.93151921023180e-01)
 # float32 holds every integer up to here, so sums that never leave the range are exact in any order
 _FLOAT32 = 2**24
 
@@ -110,6 +115,42 @@ class Product(_Pair):
                         output.zero_point.float())
         scale_a, scale_b, scale = (q.positive_scale().detach() for q in (*self.quantizers, output))
         return ((a * b).float() * (scale_a * scale_b / scale) + zero).round() - zero
+
+
+@dataclass
+class Sigmoid(Result):
+    """QLinearSigmoid: a table, made with the rational approximation that MLAS (and Eigen) compute the sigmoid by.
+
+    Attributes:
+        codes: Those of its input.
+        source: The input's quantizer.
+    """
+
+    codes: Tensor
+    source: AffineQuantizer
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        kinds = {(q.symmetric, q.num_channels) for q in (self.source, output)}
+        if len(kinds) > 1 or output.num_channels is not None:
+            return None
+        first, last = self.source.code_range
+        inputs = self.source.decode(torch.arange(first, last + 1, device=self.codes.device))
+        table = (_sigmoid(inputs) / output.positive_scale().detach()).round()
+        return table[self.codes.long() - first]
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """1/2 + x P(x^2) / Q(x^2) for x within +-18, each step a float32 fused multiply-add."""
+    x = x.clamp(-18, 18)
+    square = x * x
+
+    def polynomial(coefficients: tuple[float, ...]) -> Tensor:
+        first, *others = (torch.full_like(x, value) for value in coefficients)
+        for value in others:
+            first = _fma(first, square, value)
+        return first
+
+    return (polynomial(_NUMERATOR) * x / polynomial(_DENOMINATOR) + 0.5).clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -211,11 +211,15 @@ class Dataflow:
         return out
 
     def _gated(self, site: Site, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(x) if GATED[site.function] == 'sigmoid' else F.hardsigmoid(x)
-        return self.product(x, self.write(site.gate, gate, False, site.function))
+        gate = self.write(site.gate, self.gate(GATED[site.function], x), False, site.function)
+        return self.product(x, gate)
+
+    def gate(self, kind: str, x: Tensor) -> Tensor:
+        """The first half of a gated activation."""
+        return torch.sigmoid(x) if kind == 'sigmoid' else F.hardsigmoid(x)
 
     def product(self, x: Tensor, gate: Tensor) -> Tensor:
-        """The second half of a gated activation."""
+        """The second half."""
         return x * gate
 
     def _carry_on(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any) -> None:

@@ -21,5 +21,6 @@ def test_the_ratio_says_how_many_times_as_fast_the_second_is(monkeypatch):
 
     timed = latency_ratio(takes(3.), takes(2.), pairs=3, pause=0.5)
     assert (timed.ratio, timed.first_ms, timed.second_ms) == (1.5, 3000, 2000)
-    # a pause is no part of a time, and the warm-up needs none
+    # a pause is no part of a time, nor is the run that follows it; the warm-up needs none
     assert slept == [0.5] * 6
+    assert clock[0] == 5 * (module.WARM_UP + 2 * 3)
