@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 
-from mmdet_ptq.deploy import model_bytes, runtime_names
+from mmdet_ptq.deploy import get_runtime, model_bytes, runtime_names
 from mmdet_ptq.deploy.weight_bytes import weight_bytes
 
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
@@ -31,7 +31,7 @@ def lines_of(config: Path, preset: str, folder: Path, options: list[str], silent
         float_bytes, weights_ratio = first['size_bytes'], ''
         if coverage:
             # in the same format, so that names and graph count on both sides
-            stored = next((folder / row['model'] / 'float').glob('model.*'))
+            stored = folder / row['model'] / 'float' / f'model{get_runtime(row["model"]).suffix}'
             float_bytes = model_bytes(stored)
             if stored.suffix == '.onnx':
                 # without the graph, which outweighs the weights of a small detector

@@ -156,3 +156,18 @@ def test_every_preset_has_its_file():
     if not PRESET_FILES:
         pytest.skip('configs/_ptq_ holds no presets yet')
     assert {path.stem for path in PRESET_FILES} == set(PRESETS)
+
+
+@pytest.mark.parametrize('block,wanted', [
+    (dict(export=['onnxruntime', 'openvino']), {}),
+    (dict(export=['onnxruntime', 'tensorrt']), dict(symmetric=True)),
+    (dict(export=['onnxruntime', 'openvino', 'tensorrt', 'ncnn']), dict(symmetric=True, narrow_range=True)),
+    # 4-bit codes fit ncnn's int8 with a zero point, too
+    (dict(preset='w4a4', export=['ncnn']), {}),
+    (dict(preset='w4a4', export=['tensorrt', 'ncnn']), dict(symmetric=True)),
+    # what the block says stands, and is told of before any long work where a runtime cannot take it
+    (dict(export=['ncnn'], activations=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=False))),
+     dict(symmetric=False, narrow_range=True))])
+def test_runtimes_without_zero_points_get_symmetric_activations(block, wanted):
+    quantizer = PTQConfig.from_dict(block).activations.quantizer
+    assert quantizer == dict(type='mmdet_ptq.AffineQuantizer', **wanted)

@@ -49,7 +49,8 @@ class PTQConfig:
         bias_correction: Whether biases take back what quantization shifts on average, score outputs excepted.
         global_loss: The global stage; None skips it.
         export: Names of the runtimes to export to (``'onnxruntime'``, ``'openvino'``, ...); each model is evaluated
-            and timed there.
+            and timed there. With ``'tensorrt'`` or ``'ncnn'``, which know no zero points, activations are symmetric
+            unless the block says otherwise.
     """
 
     preset: str | None = None
@@ -92,6 +93,7 @@ class PTQConfig:
             if key in block:
                 check_type(f'ptq.{key}', block[key], kind)
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
+        _add_needed_formats(merged)
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         cfg = cls(
             preset=name,
@@ -128,6 +130,18 @@ class PTQConfig:
 def _needed_dataflow(export: list) -> str | None:
     """ONNX Runtime computes a convolution in integers only if its output is quantized, too."""
     return 'auto' if 'onnxruntime' in export else None
+
+
+def _add_needed_formats(merged: dict) -> None:
+    """TensorRT and ncnn know no zero points; ncnn's int8 has no code -128 either. Fewer bits fit ncnn as they are."""
+    export, activations = merged.get('export', []), merged.get('activations', {})
+    if not isinstance(activations, dict) or not isinstance(activations.get('quantizer', {}), dict):
+        return  # told of where it is checked
+    narrow = 'ncnn' in export and activations.get('bits', TensorConfig().bits) == 8
+    if narrow or 'tensorrt' in export:
+        quantizer = {**dict(symmetric=True, **(dict(narrow_range=True) if narrow else {})),
+                     **activations.get('quantizer', {})}
+        merged['activations'] = {**activations, 'quantizer': quantizer}
 
 
 def _with_method(section: Any) -> Any:

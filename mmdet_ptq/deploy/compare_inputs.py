@@ -5,22 +5,22 @@ For runtimes that leave out the quantizers between the layers: what both have is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import PTQError
-from ..wrapping import quantized_weights
-from ..wrapping.inputs import STATE, QuantizedInput, quantize_only, with_input
+from ..wrapping.inputs import STATE, QuantizedInput, with_input
 from .compare import TensorAgreement
 from .raw_outputs import RawOutputs
 
 
 def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray | None], image: Tensor,
-                         follow: bool = False, between: bool = True) -> list[TensorAgreement]:
+                         follow: bool = False, within: Callable[[nn.Module], AbstractContextManager] = nullcontext
+                         ) -> list[TensorAgreement]:
     """Compares the codes that every layer reads between the simulation and a runtime.
 
     Args:
@@ -31,8 +31,9 @@ def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray | 
         image: (N, 3, H, W), normalized, which the runtime read.
         follow: Whether the simulation goes on with what the runtime's layer reads, so that each is compared for
             itself. Defaults to False.
-        between: Whether the simulation quantizes between the layers, as it was calibrated; without, it does what
-            such a runtime is given. Defaults to True.
+        within: What surrounds the simulation, given the detector: :func:`mmdet_ptq.wrapping.inputs.only_read_tensors`
+            makes it do what OpenVINO is given, :func:`mmdet_ptq.wrapping.inputs.without_dataflow` what ncnn is given.
+            Defaults to nothing: it quantizes between the layers as it was calibrated.
 
     Returns:
         One entry per call of a layer, in the order of the network, named like the layer; ``#k`` marks further calls.
@@ -40,11 +41,8 @@ def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray | 
     Raises:
         PTQError: The model is not of this detector.
     """
-    state = getattr(detector, STATE)
-    read = [name for name in state.activations if state.readers[name]]
-    only = nullcontext() if between else quantize_only(detector, read, quantized_weights(detector))
     agreements: list[TensorAgreement] = []
-    with torch.no_grad(), only, _compared(detector, inputs, follow, agreements):
+    with torch.no_grad(), within(detector), _compared(detector, inputs, follow, agreements):
         RawOutputs(detector)(image)
     return agreements
 

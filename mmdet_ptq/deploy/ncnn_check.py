@@ -14,7 +14,7 @@ def check_ncnn(structure: Structure) -> None:
 
     They multiply codes of -127 .. 127 without zero point. An activation fits if its levels (code minus zero point) do,
     whatever the data: symmetric 8-bit codes without the lowest one, or any format of 7 bits and less, whose levels
-    span 127 steps at most.
+    span 127 steps at most. What is quantized between the layers is left out there.
 
     Args:
         structure: The quantized detector's structure.
@@ -22,27 +22,21 @@ def check_ncnn(structure: Structure) -> None:
     Raises:
         PTQError: A format does not fit; the sentence names the key to set.
     """
-    if structure.sites or any(layer.outputs for layer in structure.layers):
-        raise dataflow_error()
     divided = next((name for name, entry in structure.activations.items() if 'divided' in entry), None)
     if divided is not None:
         raise PTQError(f"the channels of the activation {divided} are divided before they are quantized, and ncnn's "
                        'layers quantize what they read by one scale; set `ptq.activations.scale_migration=0`, and '
                        'calibrate again.')
+    read = {name for layer in structure.layers for name in layer.inputs}
     for name, entry in structure.activations.items():
-        check_activation(name, entry['spec'])
+        if name in read:
+            check_activation(name, entry['spec'])
     for layer in structure.layers:
         spec = layer.weight
         if spec and spec['type'].rpartition('.')[2] == 'AffineQuantizer' and spec['bits'] == 8 \
                 and not spec['symmetric']:
             raise PTQError(f'the weight of {layer.name} is quantized with a zero point, which ncnn does not have; set '
                            '`ptq.weights.quantizer.symmetric=True`, and calibrate again.')
-
-
-def dataflow_error() -> PTQError:
-    """What is told of a detector that is quantized between its layers."""
-    return PTQError('the detector is quantized between its layers, as ONNX Runtime wants it, and ncnn computes in '
-                    'float there: calibrate for ncnn in a run of its own, with `ptq.dataflow=None`.')
 
 
 def check_activation(name: str, spec: dict) -> None:

@@ -16,7 +16,7 @@ from ..errors import PTQError
 from ..version import __version__
 from ..wrapping import is_quantized
 from ..wrapping.inputs import STATE
-from .ncnn_check import check_activation, dataflow_error
+from .ncnn_check import check_activation
 from .ncnn_format import NcnnLayer, parse_param, split_weights, write_network
 from .ncnn_layers import float_layers, fuse_activations, integer_layers, rounded_layers, unrounded_layers
 from .ncnn_network import require_ncnn
@@ -32,7 +32,8 @@ _Lowering = Callable[[LayerCall, NcnnLayer], list[NcnnLayer]]
 def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], folder: str | os.PathLike) -> Path:
     """Writes ``model.param`` and ``model.bin`` for ncnn, with our integer codes and scales.
 
-    Every call of a quantized convolution or linear layer becomes an int8 layer of ncnn; everything else is float32.
+    Every call of a quantized convolution or linear layer becomes an int8 layer of ncnn; everything else is float32, the
+    quantizers between the layers are left out.
     pnnx converts what lies between them. Before the files get their names ncnn runs the network once in float, which
     must give the detector's own outputs.
 
@@ -51,10 +52,10 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
     require_ncnn('pnnx')
     if not is_quantized(detector):
         return _export_float(detector, input_shape, Path(folder))
-    if getattr(detector, STATE).flow is not None:
-        raise dataflow_error()
-    for name, activation in getattr(detector, STATE).activations.items():
-        check_activation(name, activation.spec())
+    state = getattr(detector, STATE)
+    for name, activation in state.activations.items():
+        if state.readers[name]:
+            check_activation(name, activation.spec())
     twin, calls = traceable(detector)
     example = torch.randn((1, *input_shape[1:]), generator=torch.Generator().manual_seed(0))
     skeleton = _convert(trace(twin, example), calls, tuple(example.shape))

@@ -207,6 +207,8 @@ def traceable(detector: nn.Module) -> tuple[nn.Module, dict[str, LayerCall]]:
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]
+    if state.flow is not None:
+        state.flow.enabled = False  # that of the copy
     delattr(twin, STATE)
     return twin, calls
 

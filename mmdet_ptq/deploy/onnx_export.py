@@ -13,8 +13,8 @@ from torch import nn
 from ..errors import PTQError
 from ..files import write_atomic
 from ..version import __version__
-from ..wrapping import is_quantized, quantized_weights
-from ..wrapping.inputs import STATE, quantize_only
+from ..wrapping import is_quantized, quantization_mode
+from ..wrapping.inputs import only_read_tensors
 from .end2end import OUTPUTS, EndToEnd, check_end2end
 from .export_trouble import failing_module
 from .integer_biases import float_shared_biases
@@ -123,11 +123,9 @@ def _writing(detector: nn.Module, runtime: str) -> Iterator[None]:
     if not is_quantized(detector):
         yield
         return
-    state = getattr(detector, STATE)
     # between layers OpenVINO computes in what fuses best; more quantizers make it slower
-    wanted = [name for name in state.activations if runtime != 'openvino' or state.readers[name]]
-    with (quantize_only(detector, wanted, quantized_weights(detector)), quantizer_nodes(detector),
-          float_shared_biases(detector)):
+    wanted = only_read_tensors(detector) if runtime == 'openvino' else quantization_mode(detector, 'quantize')
+    with wanted, quantizer_nodes(detector), float_shared_biases(detector):
         yield
 
 

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..deploy.raw_outputs import first_outputs
 from ..errors import PTQError
 from ..files import check_space
 from ..wrapping import Structure
-from ..wrapping.inputs import STATE
+from ..wrapping.inputs import STATE, only_read_tensors, without_dataflow
 from .api import load_quantized
 from .export_stage import announce_coverage
 
@@ -116,29 +117,27 @@ def report_agreement(logger: MMLogger, detector: nn.Module, path: Path, image: T
 
 def report_openvino(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
     """The same of OpenVINO, by what layers read: it leaves out the quantizers between the layers."""
-    inputs = openvino_inputs(path, image)
-    _report_inputs(logger, detector, inputs, image, 'OpenVINO')
-    readers = getattr(detector, STATE).readers
-    left_out = sum(not count for count in readers.values())
-    if left_out:
-        logger.info(f'{left_out} quantizers between the layers are not in the model for OpenVINO; the simulation '
-                    'without them:')
-        _name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, between=False), INPUT)
+    _report_inputs(logger, detector, openvino_inputs(path, image), image, 'OpenVINO', only_read_tensors)
 
 
 def report_ncnn(logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
     """The same of ncnn, by what layers read: between them it computes in float."""
-    _report_inputs(logger, detector, ncnn_inputs(path, image), image, 'ncnn')
+    _report_inputs(logger, detector, ncnn_inputs(path, image), image, 'ncnn', without_dataflow)
 
 
 def _report_inputs(logger: MMLogger, detector: nn.Module, inputs: Mapping[str, np.ndarray | None], image: Tensor,
-                   runtime: str) -> None:
+                   runtime: str, given: Callable[[nn.Module], AbstractContextManager]) -> None:
     for call, value in inputs.items():
         if value is None:
             logger.info(f'{runtime} reads the input of {call} in float, so that it cannot be compared')
     _report(logger, compare_layer_inputs(detector, inputs, image),
             f'inputs of layers compared with {runtime}: from the image to the outputs')
     _name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True), INPUT)
+    left_out = sum(not count for count in getattr(detector, STATE).readers.values())
+    if left_out:
+        logger.info(f'{left_out} quantizers between the layers are not in the model for {runtime}; the simulation '
+                    'without them:')
+        _name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, within=given), INPUT)
 
 
 def _report(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:

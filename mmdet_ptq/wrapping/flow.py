@@ -113,7 +113,9 @@ class Dataflow:
         state: The detector's quantization state.
         sites: The operations that are looked for.
         calls: Path of every module whose forward calls a function named in a site, to how often it runs in a pass.
-        observed: Activations whose range is observed where layers or operations write them.
+
+    Attributes:
+        enabled: Whether anything is quantized between the layers.
     """
 
     def __init__(self, state: QuantizationState, sites: list[Site], calls: dict[str, int]) -> None:
@@ -123,6 +125,7 @@ class Dataflow:
         self.module_calls = dict(calls)
         self.frames = Frames()
         self.active = False
+        self.enabled = True
 
     def reset(self) -> None:
         """Starts a forward pass."""
@@ -141,7 +144,7 @@ class Dataflow:
         Args:
             whole: The detector as a whole runs; otherwise a part of it by itself.
         """
-        if self.active or self.state.mode == 'float':
+        if self.active or not self.enabled or self.state.mode == 'float':
             yield
             return
         self.active = True
@@ -165,7 +168,7 @@ class Dataflow:
     def works(self, name: str | None) -> bool:
         """Whether an activation quantizer is there and switched on."""
         state = self.state
-        return (name is not None and name in state.activations and state.mode == 'quantize'
+        return (self.enabled and name is not None and name in state.activations and state.mode == 'quantize'
                 and (state.only is None or name in state.only))
 
     def write(self, name: str | None, x: Tensor, observes: bool, source: str) -> Tensor:

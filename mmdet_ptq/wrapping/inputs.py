@@ -241,3 +241,33 @@ def quantize_only(detector: nn.Module, activations: Collection[str], weights: Co
             yield
         finally:
             state.only = None
+
+
+@contextmanager
+def only_read_tensors(detector: nn.Module) -> Iterator[None]:
+    """Runs a block of code in which of the tensors between the layers only those are quantized that a layer reads.
+
+    That is what OpenVINO is given: it fuses what lies between the layers. Whoever else reads such a tensor reads it
+    quantized.
+    """
+    state = getattr(detector, STATE)
+    with quantize_only(detector, [name for name in state.activations if state.readers[name]],
+                       quantized_weights(detector)):
+        yield
+
+
+@contextmanager
+def without_dataflow(detector: nn.Module) -> Iterator[None]:
+    """Runs a block of code in which layers quantize what they read, and nothing else is quantized.
+
+    That is what ncnn is given: it computes in float between the layers.
+    """
+    flow = getattr(detector, STATE).flow
+    if flow is None:
+        yield
+        return
+    flow.enabled = False
+    try:
+        yield
+    finally:
+        flow.enabled = True

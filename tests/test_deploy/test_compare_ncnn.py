@@ -10,6 +10,7 @@ from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
 from mmdet_ptq.engine import export as command
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import SIZE, tiny_quantized
+from mmdet_ptq.wrapping.inputs import without_dataflow
 
 pytest.importorskip('ncnn', reason="needs ncnn: pip install 'mmdet-ptq[ncnn]'")
 pytest.importorskip('pnnx', reason="needs pnnx: pip install 'mmdet-ptq[ncnn]'")
@@ -54,6 +55,16 @@ def test_the_layer_behind_a_wrong_bias_is_the_first_to_diverge(retinanet):
         wrong.get_submodule(names[1]).bias += 1
     diverging = [entry.name for entry in compare(wrong, path, follow=True) if entry.identical < 0.999]
     assert diverging and diverging[0] == names[2]
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'yolox'])
+def test_quantizers_between_the_layers_are_left_out(tmp_path, kind):
+    detector, structure, path = exported(tmp_path, kind, dataflow='full')
+    found = compare(detector, path, follow=True, within=without_dataflow)
+    assert len(found) == sum(len(layer.inputs) for layer in structure.layers)
+    assert min(entry.identical for entry in found) > 0.999
+    # the simulation has them
+    assert min(entry.identical for entry in compare(detector, path, follow=True)) < 0.999
 
 
 def test_the_comparison_is_told(retinanet):

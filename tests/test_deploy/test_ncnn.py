@@ -141,13 +141,6 @@ def test_other_formats_are_refused_before_any_work(ptq, key, monkeypatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_quantized_dataflow_is_refused(tmp_path):
-    detector, structure = tiny_quantized('retinanet', dict(W8A8, dataflow='full'))
-    for refuse in (lambda: check_ncnn(structure), lambda: export_ncnn(detector, SHAPE, tmp_path)):
-        with pytest.raises(PTQError, match='ptq.dataflow'):
-            refuse()
-
-
 def test_weight_with_zero_point_is_refused():
     spec = dict(type='mmdet_ptq.AffineQuantizer', bits=8, symmetric=False)
     with pytest.raises(PTQError, match='ptq.weights.quantizer.symmetric'):
