@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..quantizers import AffineQuantizer
 from ..wrapping.inputs import STATE
 from .integer_arithmetic import integer_arithmetic
+from .integer_results import SIGNED_ZERO
 from .onnx_export import model_meta
 from .onnx_nodes import CODES
 from .raw_outputs import RawOutputs
@@ -57,6 +59,9 @@ def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
     # models of older versions do not have the entry: in them nothing was folded
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
         found[name] = _sliced(found[name], offsets)
+    activations = getattr(detector, STATE).activations
+    found = {name: codes - np.int16(SIGNED_ZERO) if _is_shifted(codes, activations[name.split('@')[0]]) else codes
+             for name, codes in found.items()}
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
     with torch.no_grad(), arithmetic, _recorded(detector, found if follow else {}) as simulated:
         RawOutputs(detector)(image)
@@ -66,6 +71,11 @@ def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
             difference = np.abs(_unpadded(found[name], codes.shape).astype(np.int64) - codes.cpu().numpy())
             agreements.append(TensorAgreement(name, float((difference == 0).mean()), int(difference.max())))
     return agreements
+
+
+def _is_shifted(codes: np.ndarray, quantizer: AffineQuantizer) -> bool:
+    """Whether signed codes were written as bytes without sign."""
+    return quantizer.symmetric and codes.dtype == np.uint8
 
 
 def _sliced(codes: np.ndarray, offsets: list[list[int]]) -> np.ndarray:

@@ -14,6 +14,8 @@ from ..quantizers import AffineQuantizer, Quantizer
 
 # in codes; 255 steps of a range that ends at 6 may, rounded, end a hair below it
 SLACK = 1e-3
+# zero point of symmetric activations in ONNX Runtime, whose kernels for x86 read bytes without sign
+SIGNED_ZERO = 128
 _INT32 = 2**31 - 1
 # of the sigmoid, highest power first
 _NUMERATOR = (4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03,
@@ -53,18 +55,27 @@ class Result:
     @torch.no_grad()
     def value(self, output: Quantizer) -> Tensor | None:
         """What the kernel's codes stand for; None where no integer kernel computes this."""
-        levels = self.levels(output) if is_kernel_format(output) and self._repeats_relus(output) else None
+        ends = self._clips(output) if is_kernel_format(output) else None
+        levels = None if ends is None else self.levels(output)
         if levels is None:
             return None
-        levels = levels + output.zero_point.reshape(-1)[0]
+        levels = levels.clamp(*ends) + output.zero_point.reshape(-1)[0]
         return output.decode(levels.clamp(*output.code_range).to(torch.int32))
 
-    def _repeats_relus(self, output: AffineQuantizer) -> bool:
-        """Whether the quantizer maps what they cut off to its ends, as export asks."""
-        (first, last), zero = output.code_range, output.zero_point
-        scale = output.positive_scale().detach().double()
-        return not self.ends or bool((zero <= first + SLACK).all()) and all(
-            math.isinf(end) or bool((end / scale + zero >= last - SLACK).all()) for end in self.ends)
+    def _clips(self, output: AffineQuantizer) -> tuple[float, float] | None:
+        """Where the ReLUs clip, in codes minus zero point, unless the quantizer's own ends do.
+
+        Returns:
+            None if a ReLU6 ends at different codes in different channels.
+        """
+        if not self.ends:
+            return -math.inf, math.inf
+        last, zero, scale = output.code_range[1], output.zero_point, output.positive_scale().detach()
+        end = min(self.ends)
+        if math.isinf(end) or bool((end / scale.double() + zero >= last - SLACK).all()):
+            return 0., math.inf
+        steps = (end / scale).round().unique()
+        return (0., float(steps)) if len(steps) == 1 else None
 
     def levels(self, output: AffineQuantizer) -> Tensor | None:
         """Codes minus zero point, not clipped yet."""
@@ -86,9 +97,8 @@ class _Pair(Result):
     quantizers: tuple[AffineQuantizer, AffineQuantizer]
 
     def _is_kernel(self, output: AffineQuantizer) -> bool:
-        """Whether all three are of one type, with one scale each."""
-        kinds = {(q.symmetric, q.num_channels) for q in (*self.quantizers, output)}
-        return len(kinds) == 1 and output.num_channels is None
+        """Whether all three have one scale each."""
+        return all(q.num_channels is None for q in (*self.quantizers, output))
 
 
 @dataclass
@@ -98,10 +108,11 @@ class Sum(_Pair):
     def levels(self, output: AffineQuantizer) -> Tensor | None:
         if not self._is_kernel(output):
             return None
-        zero_a, zero_b, zero = (q.zero_point.float() for q in (*self.quantizers, output))
+        zero_a, zero_b, zero = (_byte(q.zero_point, q).float() for q in (*self.quantizers, output))
         ratio_a, ratio_b = (q.positive_scale().detach() / output.positive_scale().detach() for q in self.quantizers)
+        a, b = (_byte(codes, q) for codes, q in zip((self.a, self.b), self.quantizers, strict=True))
         fixed = zero - _fma(zero_a, ratio_a, zero_b * ratio_b)
-        return _fma(self.a, ratio_a, _fma(self.b, ratio_b, fixed)).round() - zero
+        return _fma(a, ratio_a, _fma(b, ratio_b, fixed)).round() - zero
 
 
 @dataclass
@@ -111,8 +122,8 @@ class Product(_Pair):
     def levels(self, output: AffineQuantizer) -> Tensor | None:
         if not self._is_kernel(output):
             return None
-        (a, b), zero = ((codes - q.zero_point for codes, q in zip((self.a, self.b), self.quantizers, strict=True)),
-                        output.zero_point.float())
+        a, b = (codes - q.zero_point for codes, q in zip((self.a, self.b), self.quantizers, strict=True))
+        zero = _byte(output.zero_point, output).float()
         scale_a, scale_b, scale = (q.positive_scale().detach() for q in (*self.quantizers, output))
         return ((a * b).float() * (scale_a * scale_b / scale) + zero).round() - zero
 
@@ -130,8 +141,7 @@ class Sigmoid(Result):
     source: AffineQuantizer
 
     def levels(self, output: AffineQuantizer) -> Tensor | None:
-        kinds = {(q.symmetric, q.num_channels) for q in (self.source, output)}
-        if len(kinds) > 1 or output.num_channels is not None:
+        if self.source.num_channels is not None or output.num_channels is not None:
             return None
         first, last = self.source.code_range
         inputs = self.source.decode(torch.arange(first, last + 1, device=self.codes.device))
@@ -274,6 +284,11 @@ class ConvolutionSum(Result):
 
     def _by_channel(self, values: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * len(self.kernel.module.kernel_size))
+
+
+def _byte(codes: Tensor, quantizer: AffineQuantizer) -> Tensor:
+    """Codes as the graph has them."""
+    return codes + SIGNED_ZERO if quantizer.symmetric else codes
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

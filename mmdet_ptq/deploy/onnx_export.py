@@ -67,7 +67,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     graph = model.graph
     meta['layers'] = name_layers(graph)
     if is_quantized(detector):
-        expand_quantizers(graph, detector, clip_codes=runtime == 'onnxruntime')
+        expand_quantizers(graph, detector, *[runtime == 'onnxruntime'] * 2)
         # a float detector stays what PyTorch exports
         folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
         meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
@@ -78,6 +78,8 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         passes.quantize_movements(graph)
         absorb_channel_scales(graph, outputs=runtime != 'onnxruntime')
         passes.drop_redundant_clips(graph)
+    if runtime == 'onnxruntime':
+        passes.clip_codes(graph)
     if runtime == 'openvino':
         fold_divisions(graph)
     if runtime == 'tensorrt':

@@ -19,6 +19,7 @@ from ..errors import PTQError
 from ..quantizers import AffineQuantizer
 from ..wrapping import Structure, float_weight, quantized_weights
 from ..wrapping.inputs import STATE
+from .integer_results import SIGNED_ZERO
 from .integer_weights import integer_weight
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class _Node:
                          shape=x.shape, version=1)
 
 
-def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool) -> None:
+def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool, unsigned: bool) -> None:
     """Replaces every quantizer's node by QuantizeLinear and DequantizeLinear, in place.
 
     Weights become integer values and DequantizeLinear; those that no int8 holds stay float.
@@ -90,10 +91,12 @@ def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool) ->
         detector: The detector it was exported from.
         clip_codes: How activations of fewer than 8 bits are kept in range: codes are clipped after QuantizeLinear,
             otherwise values before it. The first is what ONNX Runtime fuses, the second what OpenVINO does.
+        unsigned: Whether symmetric activations of 8 bits and fewer are written as bytes without sign, with the zero
+            point :data:`mmdet_ptq.deploy.integer_results.SIGNED_ZERO`: ONNX Runtime's kernels for x86 take no others.
     """
     activations, weights = getattr(detector, STATE).activations, quantized_weights(detector)
     calls: Counter[tuple[str, str]] = Counter()
-    writer = _Writer(graph, clip_codes)
+    writer = _Writer(graph, clip_codes, unsigned)
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
@@ -112,9 +115,10 @@ def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool) ->
 class _Writer:
     """Writes the nodes of quantizers into a graph, constants once per quantizer."""
 
-    def __init__(self, graph: ir.Graph, clip_codes: bool) -> None:
+    def __init__(self, graph: ir.Graph, clip_codes: bool, unsigned: bool) -> None:
         self.graph = graph
         self.clip_codes = clip_codes
+        self.unsigned = unsigned
         self.constants: dict[str, ir.Value] = {}
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -140,6 +144,8 @@ class _Writer:
         if quantizer.num_channels is not None:
             axis = quantizer.channel_axis + (len(x.shape) if quantizer.channel_axis < 0 else 0)
         scale, zero = quantizer.positive_scale().detach().cpu().numpy(), quantizer.zero_point.cpu().numpy()
+        if self.unsigned and dtype is np.int8:
+            dtype, low, high, zero = np.uint8, low + SIGNED_ZERO, high + SIGNED_ZERO, zero + SIGNED_ZERO
         pair = [self.constant(f'{name}:scale', scale), self.constant(f'{name}:zero_point', zero.astype(dtype))]
         narrow = (low, high) != (np.iinfo(dtype).min, np.iinfo(dtype).max)
         if narrow and not self.clip_codes:

@@ -54,6 +54,59 @@ def _saturates(reader: ir.Node, low: float, high: float) -> bool:
     return bool((low / scale + zero <= lowest + SLACK).all()) and above
 
 
+def clip_codes(graph: ir.Graph) -> int:
+    """Clips codes behind a quantizer instead of values in front of it: Q(max(x, a)) = max(Q(x), Q(a)).
+
+    Signed codes do not end where a ReLU does. ONNX Runtime computes a convolution in integers only if nothing stands
+    between it and its quantizer.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many ReLUs and clips were moved.
+    """
+    moved = 0
+    for node in list(graph):
+        bounds = _clip_bounds(node) if node.op_type in ('Relu', 'Clip') else None
+        quantize = only_consumer(node.outputs[0]) if bounds is not None else None
+        if quantize is None or quantize.op_type != 'QuantizeLinear' or node.outputs[0].is_graph_output():
+            continue
+        ends = _codes_of(quantize, bounds)
+        if ends is None:
+            continue
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        graph.remove(node, safe=True)
+        _clip_behind(graph, quantize, ends)
+        moved += 1
+    return moved
+
+
+def _codes_of(quantize: ir.Node, bounds: tuple[float, float]) -> np.ndarray | None:
+    """What a quantizer makes of two values; None where channels do not agree."""
+    scale, zero = (constant(value) for value in quantize.inputs[1:3])
+    info = np.iinfo(zero.dtype)
+    with np.errstate(over='ignore'):
+        steps = [np.rint(np.float32(bound) / scale) + zero.astype(np.float32) for bound in bounds]
+    codes = [np.unique(np.clip(step, info.min, info.max)) for step in steps]
+    return None if any(len(code) > 1 for code in codes) else np.concatenate(codes).astype(zero.dtype)
+
+
+def _clip_behind(graph: ir.Graph, quantize: ir.Node, ends: np.ndarray) -> None:
+    out = quantize.outputs[0]
+    clip = only_consumer(out)
+    if clip is None or clip.op_type != 'Clip':
+        clip = ir.node('Clip', [out, None, None], name=f'{quantize.name}_clipped')
+        clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = clip.name, out.shape, out.type
+        out.replace_all_uses_with(clip.outputs[0])
+        clip.replace_input_with(0, out)
+        graph.insert_after(quantize, clip)
+    else:
+        ends = np.clip(ends, *(constant(value) for value in clip.inputs[1:3]))
+    for place, code in enumerate(ends, 1):
+        clip.replace_input_with(place, add_constant(graph, f'{clip.name}_{place}', np.array(code)))
+
+
 def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
     """Rounds biases to int32, in units of input scale x weight scale, as integer kernels add them.
 

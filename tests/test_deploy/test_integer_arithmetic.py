@@ -6,11 +6,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from mmdet_ptq.deploy import export_onnx, integer_weight, settle_biases
+from mmdet_ptq.deploy import export_onnx, integer_weight, open_model, settle_biases
 from mmdet_ptq.deploy import integer_results as module
 from mmdet_ptq.deploy.compare import _recorded, compare_codes
 from mmdet_ptq.deploy.integer_arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.integer_biases import SharedBias
+from mmdet_ptq.deploy.integer_results import SIGNED_ZERO
 from mmdet_ptq.quantizers import AffineQuantizer
 from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
@@ -18,10 +19,15 @@ from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
 ort = pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
 SHAPE = (1, 3, 64, 64)
+X86 = platform.machine().lower() in ('x86_64', 'amd64')
 CASES = {  # scales per channel before depthwise convolutions; biases shared by levels, additions, resizing; zero points
     # per channel, products with sigmoids
     f'{kind}-{dataflow}': (kind, dict(preset='w8a8_observe', activations=MIN_MAX, dataflow=dataflow))
     for kind, dataflow in (('ssd', 'per_channel'), ('retinanet', 'full'), ('yolox', 'full'))}
+SYMMETRIC = dict(MIN_MAX, quantizer=dict(symmetric=True, narrow_range=True))
+# signed codes do not end where a ReLU does
+CASES |= {f'{kind}-{dataflow}-symmetric': (kind, dict(ptq, activations=SYMMETRIC))
+          for kind, dataflow, ptq in ((kind, ptq['dataflow'], ptq) for kind, ptq in list(CASES.values())[:2])}
 
 
 def image(detector, seed=3):
@@ -61,6 +67,7 @@ def test_a_whole_pass_gives_the_runtimes_codes(exported, monkeypatch):
         assert all(entry.identical == 1 for entry in found), found
     outputs = sum(len(layer.outputs) or len(layer.inputs) for layer in structure.layers)
     assert kernels['ConvolutionSum'] == 2 * outputs
+    assert open_model(path).coverage().float == []
     # MobileNetV2's shortcuts; ResNet's, and the pyramid's; a product whose channels get scales of their own is float
     assert kernels.get('Sum', 0) + kernels.get('Product', 0) > 2
     assert kernels.get('Product', 0) == 0 or kernels['Sigmoid'] >= kernels['Product'] > kernels.get('float', 0)
@@ -113,74 +120,73 @@ def test_a_convolution_is_an_integer_sum_times_one_factor(exported):
     np.testing.assert_array_equal(codes[layer.outputs[0]].flatten(2).numpy(), wanted)
 
 
+def runtime_model(operation, quantizers, *codes):
+    """A function of codes between its quantizers: theirs as ONNX Runtime writes them."""
+    def written(values, quantizer):
+        return (values + SIGNED_ZERO * quantizer.symmetric).numpy().astype(np.uint8)
+
+    pairs = [[numpy_helper.from_array(q.scale.detach().numpy(), f's{i}'),
+              numpy_helper.from_array(written(q.zero_point, q), f'z{i}')] for i, q in enumerate(quantizers)]
+    nodes = [helper.make_node('DequantizeLinear', [f'a{i}', f's{i}', f'z{i}'], [f'x{i}']) for i in range(len(codes))]
+    last = len(codes)
+    nodes += [helper.make_node(operation, [f'x{i}' for i in range(last)], ['float']),
+              helper.make_node('QuantizeLinear', ['float', f's{last}', f'z{last}'], ['c'])]
+    infos = [helper.make_tensor_value_info(name, TensorProto.UINT8, codes[0].shape)
+             for name in (*[f'a{i}' for i in range(last)], 'c')]
+    graph = helper.make_graph(nodes, operation, infos[:-1], infos[-1:], sum(pairs, []))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+    found = session.run(None, {f'a{i}': written(part, q) for i, (part, q) in enumerate(
+        zip(codes, quantizers, strict=False))})[0]
+    return found.astype(int) - SIGNED_ZERO * quantizers[-1].symmetric
+
+
+def uniform(symmetric, scale, rng, zero=None):
+    quantizer = AffineQuantizer(8, symmetric=symmetric)
+    quantizer.scale.data.fill_(float(scale))
+    quantizer.zero_point.fill_(0 if symmetric else int(rng.integers(0, 256)) if zero is None else zero)
+    return quantizer
+
+
 @pytest.mark.parametrize('operation', ['Add', 'Mul'])
-@pytest.mark.parametrize('symmetric', [False, True])
+@pytest.mark.parametrize('symmetric', [(False, False, False), (True, True, True), (True, False, True)])
 def test_two_tensors_are_combined_as_the_runtime_does(operation, symmetric):
-    dtype, kind = (np.int8, TensorProto.INT8) if symmetric else (np.uint8, TensorProto.UINT8)
-    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-    rng, every = np.random.default_rng(0), np.arange(low, high + 1, dtype=dtype)
-    a, b = (grid.reshape(1, -1) for grid in np.meshgrid(every, every))
+    rng = np.random.default_rng(0)
     for ties in (True, False):
-        quantizers = [AffineQuantizer(8, symmetric=symmetric) for _ in range(3)]
-        for quantizer in quantizers:
-            quantizer.scale.data.fill_(float(rng.integers(1, 64) / 1024 if ties else rng.uniform(0.02, 0.05)))
-            quantizer.zero_point.fill_(0 if symmetric else int(rng.integers(0, 256)))
-        pairs = [[numpy_helper.from_array(q.scale.detach().numpy(), f's{i}'),
-                  numpy_helper.from_array(q.zero_point.numpy().astype(dtype), f'z{i}')]
-                 for i, q in enumerate(quantizers)]
-        nodes = [helper.make_node('DequantizeLinear', ['a', 's0', 'z0'], ['x']),
-                 helper.make_node('DequantizeLinear', ['b', 's1', 'z1'], ['y']),
-                 helper.make_node(operation, ['x', 'y'], ['float']),
-                 helper.make_node('QuantizeLinear', ['float', 's2', 'z2'], ['c'])]
-        a_info, b_info, c_info = (helper.make_tensor_value_info(name, kind, a.shape) for name in 'abc')
-        graph = helper.make_graph(nodes, operation, [a_info, b_info], [c_info], sum(pairs, []))
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
-        session = ort.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
-        wanted = session.run(None, {'a': a, 'b': b})[0]
-        result = (module.Sum if operation == 'Add' else module.Product)(
-            torch.from_numpy(a).int(), torch.from_numpy(b).int(), tuple(quantizers[:2]))
-        with torch.no_grad():
-            found = quantizers[2].encode(result.value(quantizers[2])).numpy()
+        quantizers = [uniform(signed, rng.integers(1, 64) / 1024 if ties else rng.uniform(0.02, 0.05), rng)
+                      for signed in symmetric]
+        a, b = (grid.reshape(1, -1) for grid in torch.meshgrid(
+            *(torch.arange(q.code_range[0], q.code_range[1] + 1, dtype=torch.int32) for q in quantizers[:2]),
+            indexing='ij'))
+        result = (module.Sum if operation == 'Add' else module.Product)(a, b, tuple(quantizers[:2]))
+        found = quantizers[2].encode(result.value(quantizers[2])).numpy()
         # kernels of other processors add in another order
-        x86 = platform.machine().lower() in ('x86_64', 'amd64')
-        assert (found == wanted).mean() >= (1 if x86 else 0.999)
+        assert (found == runtime_model(operation, quantizers, a, b)).mean() >= (1 if X86 else 0.999)
 
 
 @pytest.mark.parametrize('symmetric', [False, True])
 def test_a_sigmoid_is_the_runtimes_table(symmetric):
-    dtype, kind = (np.int8, TensorProto.INT8) if symmetric else (np.uint8, TensorProto.UINT8)
-    every = np.arange(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, dtype=dtype)
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(40):
-        source, output = AffineQuantizer(8, symmetric=symmetric), AffineQuantizer(8, symmetric=symmetric)
-        source.scale.data.fill_(float(rng.uniform(0.01, 0.2)))
-        output.scale.data.fill_(1 / (127 if symmetric else 255))
-        for quantizer in (source, output):
-            quantizer.zero_point.fill_(0 if symmetric or quantizer is output else int(rng.integers(0, 256)))
-        pairs = [[numpy_helper.from_array(q.scale.detach().numpy(), f's{i}'),
-                  numpy_helper.from_array(q.zero_point.numpy().astype(dtype), f'z{i}')]
-                 for i, q in enumerate((source, output))]
-        nodes = [helper.make_node('DequantizeLinear', ['a', 's0', 'z0'], ['x']),
-                 helper.make_node('Sigmoid', ['x'], ['float']),
-                 helper.make_node('QuantizeLinear', ['float', 's1', 'z1'], ['c'])]
-        a_info, c_info = (helper.make_tensor_value_info(name, kind, every.shape) for name in 'ac')
-        graph = helper.make_graph(nodes, 'sigmoid', [a_info], [c_info], sum(pairs, []))
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
-        session = ort.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
-        wanted = session.run(None, {'a': every})[0]
-        found = output.encode(module.Sigmoid(torch.from_numpy(every).int(), source).value(output)).numpy()
-        wrong += int((found != wanted).sum())
-    # kernels of other processors add in another order
-    assert wrong <= (0 if platform.machine().lower() in ('x86_64', 'amd64') else 10)
+        source = uniform(symmetric, rng.uniform(0.01, 0.2), rng)
+        output = uniform(symmetric, 1 / (127 if symmetric else 255), rng, zero=0)
+        codes = torch.arange(source.code_range[0], source.code_range[1] + 1, dtype=torch.int32)
+        found = output.encode(module.Sigmoid(codes, source).value(output)).numpy()
+        wrong += int((found != runtime_model('Sigmoid', (source, output), codes)).sum())
+    assert wrong <= (0 if X86 else 10)
 
 
-def test_a_relu_that_the_quantizer_does_not_repeat_stays_simulated():
+@pytest.mark.parametrize('end', [float('inf'), 6.])
+def test_a_relu_that_the_quantizer_does_not_repeat_clips_codes(end):
     quantizer = AffineQuantizer(8, symmetric=True)
-    quantizer.scale.data.fill_(0.05)
+    quantizer.scale.data.fill_(0.06)
     codes = torch.arange(-128, 128, dtype=torch.int32)
-    for ends in ([], [float('inf')]):
-        value = module.Sum(codes, codes, (quantizer, quantizer), ends=ends).value(quantizer)
-        assert (value is None) == bool(ends)
+    result = module.Sum(codes, torch.zeros_like(codes), (quantizer, quantizer), ends=[end])
+    torch.testing.assert_close(result.value(quantizer), quantizer(quantizer.decode(codes).clamp(0, end)))
+    # one code cannot clip channels of several scales
+    channels = AffineQuantizer(8, symmetric=True, num_channels=2, channel_axis=1)
+    channels.scale.data.copy_(torch.tensor([0.06, 0.07]))
+    assert (module.Result(ends=[end])._clips(channels) is None) == (end == 6)
 
 
 def test_afterwards_the_detector_is_simulated_as_before(exported):
