@@ -53,6 +53,19 @@ def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
     assert exported.ptq.dataflow == 'auto'
 
 
+def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
+    pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
+    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    cfg = Config.fromfile(config_file)
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=['onnxruntime', 'ncnn'])
+    cfg.work_dir = str(tmp_path)
+    results = PTQRunner.from_cfg(cfg).run()
+    simulated, onnxruntime, ncnn = (row['metrics'] for row in results['rows'][1:])
+    assert onnxruntime == simulated
+    assert ncnn['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
+    assert all(coverage['integer'] and not coverage['float'] for coverage in results['runtimes'].values())
+
+
 def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):
     monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
     monkeypatch.setattr('mmdet_ptq.engine.runner.export_runtime', lambda *args: pytest.fail('exported again'))
