@@ -134,7 +134,7 @@ class _Convolution:
     def end(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Forward hook."""
         self.watch.layer = None
-        if self.bias is None:
+        if self.bias is None or output is None:
             return None
         self.bias.calls = self._call()
         result, shifted = _result_of(output), self.bias(module, args, output)
@@ -143,7 +143,7 @@ class _Convolution:
     def computed(self, call: Call) -> Tensor | None:
         """What the layer's convolution gives; None where it is no QLinearConv."""
         name = self.inputs.names[self._call()]
-        if not self._is_integer(name):
+        if not self._is_own(call) or not self._is_integer(name):
             return None
         source = self.state.activations[name]
         result = ConvolutionSum(self.kernel, self.kernel.sum(call, source), source)
@@ -151,6 +151,11 @@ class _Convolution:
 
     def _call(self) -> int:
         return (self.inputs.calls - 1) % len(self.inputs.names)
+
+    def _is_own(self, call: Call) -> bool:
+        """Whether a convolution is of the layer's own weight and bias: a layer may compute others from them."""
+        own = self.module.weight
+        return call.bias is self.module.bias and (call.weight is own or torch.equal(call.weight, own))
 
     def _is_integer(self, name: str | None) -> bool:
         """Whether a call of the layer is a QLinearConv."""

@@ -170,18 +170,22 @@ class Call:
     Attributes:
         function: Which.
         x: Its input, which a layer may have padded.
+        weight: Its weight.
+        bias: Its bias.
         geometry: Stride, padding, dilation, groups.
     """
 
     function: Callable
     x: Tensor
+    weight: Tensor
+    bias: Tensor | None
     geometry: tuple
 
     @classmethod
     def of(cls, function: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
            padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Call:
         """From what it was called with."""
-        return cls(function, x, (stride, padding, dilation, groups))
+        return cls(function, x, weight, bias, (stride, padding, dilation, groups))
 
 
 @dataclass(frozen=True, eq=False)

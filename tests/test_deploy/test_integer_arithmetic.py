@@ -1,5 +1,6 @@
 import copy
 import platform
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -194,6 +195,23 @@ def test_a_relu_that_the_quantizer_does_not_repeat_clips_codes(end):
     channels = AffineQuantizer(8, symmetric=True, num_channels=2, channel_axis=1)
     channels.scale.data.copy_(torch.tensor([0.06, 0.07]))
     assert (module.Result(ends=[end])._clips(channels) is None) == (end == 6)
+
+
+@one_kind
+def test_what_a_layer_computes_from_its_weight_stays_simulated(exported, monkeypatch):
+    detector, structure, _ = exported
+    detector = copy.deepcopy(detector)
+    layer = detector.get_submodule(next(layer.name for layer in structure.layers if layer.outputs))
+    kind = type(layer)
+    # as switchable atrous convolutions do
+    monkeypatch.setattr(kind, '_conv_forward', lambda self, x, weight, bias: torch.nn.functional.conv2d(
+        x, weight * (2 if self is layer else 1), bias, self.stride, self.padding, self.dilation, self.groups))
+    seen = []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    for arithmetic in (nullcontext(), integer_arithmetic(detector)):
+        with torch.no_grad(), arithmetic:
+            detector(image(detector), None, mode='tensor')
+    torch.testing.assert_close(*seen)
 
 
 @one_kind
