@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..wrapping.chains import _clip_bounds
 from ..wrapping.flow import Dataflow, carried
 from ..wrapping.inputs import STATE, QuantizationState, QuantizedInput
 from ..wrapping.layers import out_channels
-from ..wrapping.operations import GATES, PRODUCTS, clips_at_zero
+from ..wrapping.operations import PRODUCTS, clips_at_zero
 from .integer_biases import SharedBias, float_shared_biases
 from .integer_results import (
     Call,
@@ -30,16 +30,20 @@ from .integer_results import (
     IntegerKernel,
     Product,
     Result,
-    Sigmoid,
     Sum,
+    by_table,
     fits_byte,
     has_one_zero_point,
     is_kernel_format,
+    sigmoid,
+    silu,
 )
 from .integer_weights import integer_weight
 
 _CONVOLUTIONS = frozenset({'conv1d', 'conv2d', 'conv3d'})
 _ADDITIONS = frozenset({'add', 'add_', '__add__', '__iadd__'})
+# functions that ONNX Runtime approximates in float, too
+_APPROXIMATED = dict(sigmoid=sigmoid, silu=silu)
 # attribute of a tensor: how kernels compute it, and the version this holds for
 _RESULT = '_ptq_integer_result'
 
@@ -48,8 +52,8 @@ _RESULT = '_ptq_integer_result'
 def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
     """While it lasts, a calibrated quantized detector gives the codes that ONNX Runtime's integer kernels give.
 
-    For evaluating and comparing: nothing is learned through it. Convolutions, additions, products and sigmoids between
-    quantized tensors (``ptq.dataflow``) are computed so, with the ReLU behind them that the quantizer repeats.
+    For evaluating and comparing: nothing is learned through it. Convolutions, additions and products between quantized
+    tensors (``ptq.dataflow``) are computed so, with the ReLU behind them, and sigmoids and SiLU, in float, too.
     Everything else stays the simulation: what is left float, linear layers and transposed convolutions, whose kernels
     end in float. A detector without quantizers between its layers stays as it is.
 
@@ -66,7 +70,9 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
         stack.enter_context(float_shared_biases(detector))
         # its convolutions transform the numbers and round
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
-        watch = _Watch(state.flow)
+        watch = _Watch(state.flow, _readers(detector))
+        stack.callback(setattr, state, 'quantize', state.quantize)
+        state.quantize = watch.quantize
         for hook in _convolutions(detector, watch):
             stack.callback(hook.module.register_forward_pre_hook(hook.begin).remove)
             stack.callback(hook.module.register_forward_hook(hook.end, prepend=True, always_call=True).remove)
@@ -86,19 +92,27 @@ def _result_of(x: Any) -> Result | None:
     return result if result is not None and version == x._version else None
 
 
-def _convolutions(detector: nn.Module, watch: _Watch) -> list[_Convolution]:
-    state, weights = getattr(detector, STATE), quantized_weights(detector)
-    inputs = {hook.layer: hook for hook in state.hooks if isinstance(hook, QuantizedInput)}
-    shared = {hook.layer: hook for hook in state.hooks if isinstance(hook, SharedBias)}
+def _inputs(detector: nn.Module) -> dict[str, QuantizedInput]:
+    return {hook.layer: hook for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)}
+
+
+def _readers(detector: nn.Module) -> dict[str | None, list[nn.Module]]:
+    """Activation name to the layers that read it."""
     readers: dict[str | None, list[nn.Module]] = {}
-    for layer, hook in inputs.items():
+    for layer, hook in _inputs(detector).items():
         for name in hook.names:
             readers.setdefault(name, []).append(detector.get_submodule(layer))
+    return readers
+
+
+def _convolutions(detector: nn.Module, watch: _Watch) -> list[_Convolution]:
+    inputs, weights = _inputs(detector), quantized_weights(detector)
+    shared = {hook.layer: hook for hook in getattr(detector, STATE).hooks if isinstance(hook, SharedBias)}
     found = []
     for layer in inputs.keys() & weights.keys():
         module = detector.get_submodule(layer)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == 'zeros':
-            hook = _Convolution(watch, module, inputs[layer], weights[layer], shared.get(layer), readers)
+            hook = _Convolution(watch, module, inputs[layer], weights[layer], shared.get(layer))
             found += [hook] if hook.fits else []
     return found
 
@@ -112,11 +126,10 @@ class _Convolution:
         inputs: The hook that quantizes its input.
         weight: Its quantized weight.
         shared: The hook that rounds its bias call by call, if it has one.
-        readers: Activation name to the layers that read it.
     """
 
     def __init__(self, watch: _Watch, module: nn.Module, inputs: QuantizedInput, weight: QuantizedWeight,
-                 shared: SharedBias | None, readers: dict[str | None, list[nn.Module]]) -> None:
+                 shared: SharedBias | None) -> None:
         self.watch, self.state, self.module, self.inputs = watch, watch.flow.state, module, inputs
         # one of its own, which is not switched off
         self.bias = None if shared is None else SharedBias(self.state, shared.layer, shared.names, weight)
@@ -125,7 +138,6 @@ class _Convolution:
         self.kernel = IntegerKernel(
             module, weight.layout.from_rows(integers.integers(), float_weight(module).shape).float(),
             integers.scale.detach())
-        self.readers = readers
 
     def begin(self, *_) -> None:
         """Forward pre-hook, behind the one that quantizes the input."""
@@ -162,12 +174,7 @@ class _Convolution:
         source = self.state.activations[name] if self.state.flow.works(name) else None
         if source is None or not fits_byte(source) or source.num_channels is None:
             return source is not None and fits_byte(source)
-        readers = self.readers[name]
-        depthwise = all(getattr(reader, 'groups', 1) == source.num_channels == out_channels(reader)
-                        for reader in readers)
-        # with zero points of their own the channels are padded before they are quantized, for all readers at once
-        return depthwise and (has_one_zero_point(source) or name not in self.watch.of_convolutions
-                              and len({reader.padding for reader in readers}) == 1)
+        return self.watch.is_depthwise(name) and (has_one_zero_point(source) or self.watch.is_moved_to_zero(name))
 
 
 class _Watch:
@@ -175,17 +182,43 @@ class _Watch:
 
     Args:
         flow: The detector's dataflow.
+        readers: Activation name to the layers that read it.
 
     Attributes:
         layer: The convolution that is being computed.
         of_convolutions: Activations that convolutions write.
     """
 
-    def __init__(self, flow: Dataflow) -> None:
-        self.flow = flow
+    def __init__(self, flow: Dataflow, readers: dict[str | None, list[nn.Module]]) -> None:
+        self.flow, self.readers = flow, readers
+        self._quantize = flow.state.quantize
         self._run, self._write, self._gate, self._product = flow.run, flow.write, flow.gate, flow.product
         self.layer: _Convolution | None = None
         self.of_convolutions: set[str] = set()
+
+    def is_depthwise(self, name: str) -> bool:
+        """Whether depthwise convolutions alone read an activation with a scale per channel."""
+        channels = self.flow.state.activations[name].num_channels
+        return all(getattr(reader, 'groups', 1) == channels == out_channels(reader) for reader in self.readers[name])
+
+    def is_moved_to_zero(self, name: str) -> bool:
+        """Whether each channel of an activation is moved to its zero point before one quantizer rounds all.
+
+        It is padded there, too, for all of its readers at once.
+        """
+        return (name in self.readers and self.is_depthwise(name) and name not in self.of_convolutions
+                and len({reader.padding for reader in self.readers[name]}) == 1)
+
+    def quantize(self, name: str, x: Tensor) -> Tensor:
+        """See :meth:`mmdet_ptq.wrapping.inputs.QuantizationState.quantize`."""
+        quantizer = self.flow.state.activations[name]
+        if fits_byte(quantizer) and not has_one_zero_point(quantizer) and self.is_moved_to_zero(name):
+            with torch.no_grad():
+                scale, zero = (quantizer.per_channel(value, x).float()
+                               for value in (quantizer.positive_scale(), quantizer.zero_point))
+                codes = (x / scale + zero).round().clamp(*quantizer.code_range)
+                x = quantizer.decode(codes.to(torch.int32))
+        return self._quantize(name, x)
 
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.run`."""
@@ -197,6 +230,8 @@ class _Watch:
                 return value
         elif self.flow.frames.top is not None and args:
             result = self._computed(name, args, kwargs)
+            if name in _APPROXIMATED:
+                func = wraps(func)(partial(self._approximated, _APPROXIMATED[name]))
         if result is None:
             return self._run(func, args, kwargs)
 
@@ -221,8 +256,15 @@ class _Watch:
 
     def gate(self, kind: str, x: Tensor) -> Tensor:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.gate`."""
-        out, result = self._gate(kind, x), self._sigmoid(x) if kind == 'sigmoid' else None
-        return out if result is None else _mark(out, result)
+        return self._approximated(sigmoid, x) if kind == 'sigmoid' else self._gate(kind, x)
+
+    @torch.no_grad()
+    def _approximated(self, function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+        name = carried(x)
+        quantizer = self.flow.state.activations[name] if self.flow.works(name) else None
+        known = quantizer is not None and fits_byte(quantizer)
+        out = by_table(function, x, quantizer) if known else function(x)
+        return x.copy_(out) if inplace else out
 
     def product(self, x: Tensor, gate: Tensor) -> Tensor:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.product`."""
@@ -234,20 +276,10 @@ class _Watch:
         result = _result_of(args[0])
         if result is not None and clips_at_zero(name, args, kwargs):
             return replace(result, ends=[*result.ends, _clip_bounds(name, args, kwargs)[1]])
-        if GATES.get(name) == 'sigmoid' and isinstance(args[0], Tensor):
-            return self._sigmoid(args[0])
         kind = Sum if name in _ADDITIONS else Product if name in PRODUCTS else None
         if kind is None or len(args) != 2 or kwargs or not all(isinstance(x, Tensor) for x in args):
             return None
         return self._pair(kind, *args)
-
-    @torch.no_grad()
-    def _sigmoid(self, x: Tensor) -> Result | None:
-        name = carried(x)
-        quantizer = self.flow.state.activations[name] if self.flow.works(name) else None
-        if quantizer is None or not is_kernel_format(quantizer):
-            return None
-        return Sigmoid(quantizer.encode(x), quantizer)
 
     @torch.no_grad()
     def _pair(self, kind: type[Sum | Product], a: Tensor, b: Tensor) -> Result | None:

@@ -128,29 +128,21 @@ class Product(_Pair):
         return ((a * b).float() * (scale_a * scale_b / scale) + zero).round() - zero
 
 
-@dataclass
-class Sigmoid(Result):
-    """QLinearSigmoid: a table, made with the rational approximation that MLAS (and Eigen) compute the sigmoid by.
-
-    Attributes:
-        codes: Those of its input.
-        source: The input's quantizer.
-    """
-
-    codes: Tensor
-    source: AffineQuantizer
-
-    def levels(self, output: AffineQuantizer) -> Tensor | None:
-        if self.source.num_channels is not None or output.num_channels is not None:
-            return None
-        first, last = self.source.code_range
-        inputs = self.source.decode(torch.arange(first, last + 1, device=self.codes.device))
-        table = (_sigmoid(inputs) / output.positive_scale().detach()).round()
-        return table[self.codes.long() - first]
+def by_table(function: Callable[[Tensor], Tensor], x: Tensor, quantizer: AffineQuantizer) -> Tensor:
+    """A function of every value that a quantizer wrote, computed once for each of its codes."""
+    first, last = quantizer.code_range
+    codes = torch.arange(first, last + 1, device=x.device)
+    channels = quantizer.num_channels or 1
+    table = function(quantizer.decode(codes.expand(1, channels, -1)))
+    places = quantizer.encode(x).long() - first
+    if channels > 1:
+        rows = torch.arange(channels, device=x.device) * len(codes)
+        places = places + quantizer.per_channel(rows, x)
+    return table.flatten()[places]
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    """1/2 + x P(x^2) / Q(x^2) for x within +-18, each step a float32 fused multiply-add."""
+def sigmoid(x: Tensor) -> Tensor:
+    """ONNX Runtime's: 1/2 + x P(x^2) / Q(x^2) for x within +-18, each step a float32 fused multiply-add."""
     x = x.clamp(-18, 18)
     square = x * x
 
@@ -161,6 +153,11 @@ def _sigmoid(x: Tensor) -> Tensor:
         return first
 
     return (polynomial(_NUMERATOR) * x / polynomial(_DENOMINATOR) + 0.5).clamp(0, 1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """ONNX Runtime's, which it calls QuickGelu."""
+    return x * sigmoid(x)
 
 
 @dataclass(frozen=True)
