@@ -76,7 +76,7 @@ def before_global(options: Sequence[str]) -> tuple[str, ...]:
     return tuple(option for option in options if not option.startswith('ptq.global_loss'))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--bits', nargs='+', default=['w8a8', 'w4a8', 'w4a4'], help='presets')
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'ablation')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='changes to every config')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     lines, finished = [], {}
     for config in args.configs:
         for bits in args.bits:
@@ -96,11 +96,10 @@ def main() -> None:
                     trained = f' ({args.iters} iterations)' if '{iters}' in str(RECIPES[recipe]) else ''
                     folder = args.work_dir.resolve() / config.stem / bits / recipe.replace(', ', '_').replace(' ', '_')
                     if seed:
-                        options.append(f'ptq.calibration.seed={seed}')
                         folder = folder.with_name(f'{folder.name}_seed{seed}')
-                    begin_with(folder, finished, (config, bits, before_global(options)))
+                    begin_with(folder, finished, (config, bits, seed, before_global(options)))
                     lines.append(run(config.resolve(), f'{bits} {recipe}{trained}', bits, folder, options,
-                                     args.cfg_options))
+                                     args.cfg_options, ['--seed', str(seed)] if seed else ()))
                     write_csv(args.out, lines)
 
 

@@ -42,7 +42,7 @@ def run_ptq(config: Path, preset: str, work_dir: Path, options: Sequence[str] = 
 
 
 def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: Sequence[str] = (),
-        options: Sequence[str] = ()) -> dict:
+        options: Sequence[str] = (), arguments: Sequence[str] = ()) -> dict:
     """Runs one recipe and returns its line.
 
     Args:
@@ -52,8 +52,9 @@ def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: 
         work_dir: Where it runs; finished stages there are taken over.
         recipe_options: ``--cfg-options`` that make the recipe; they stand in the command of the line.
         options: Further ones that change no figure (workers of the dataloader, say).
+        arguments: Further arguments of tools/ptq.py.
     """
-    command, results = run_ptq(config, preset, work_dir, [*recipe_options, *options])
+    command, results = run_ptq(config, preset, work_dir, [*recipe_options, *options], arguments)
     rows = {row['model']: row for row in results['rows']}
     ap = {name: row['metrics'][METRIC] for name, row in rows.items()}
     versions = results['versions']
@@ -65,7 +66,7 @@ def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: 
         quantized_bytes=rows['simulated']['size_bytes'], calibration_images=results['calibration']['num_images'],
         calibration_seconds=calibration_seconds(results),
         seed=results['seed'], date=results['date'][:10],
-        command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *told]),
+        command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *arguments, *told]),
         **{name: versions[name] for name in FIELDS if name in versions})
 
 

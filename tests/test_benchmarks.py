@@ -413,6 +413,19 @@ def test_recipes_share_what_precedes_the_global_loss(tmp_path):
     assert (second / 'stages' / 'observe.pth').read_text() == 'its own'
 
 
+def test_a_seed_is_of_the_images_and_of_the_training(tmp_path, monkeypatch):
+    runs, given = module('runs'), []
+    row = dict(metrics={'coco/bbox_mAP': 0.5}, size_bytes=1)
+    results = dict(rows=[dict(row, model='float'), dict(row, model='simulated')], stages={}, seed=2, date='2026-01-01',
+                   coverage=dict(integer_mac_share=1.0), calibration=dict(num_images=3), versions={})
+    monkeypatch.setattr(runs, 'run_ptq', lambda *args: (given.append(args), (['', '', '--preset', 'w4a4'], results))[1])
+    module('ablation').main([str(tmp_path / 'tiny.py'), '--bits', 'w4a4', '--recipes', 'ours', 'rounding', '--seeds',
+                             '0', '2', '--out', str(tmp_path / 'out.csv'), '--work-dir', str(tmp_path / 'work')])
+    assert [list(args[4]) for args in given] == [[], [], ['--seed', '2'], ['--seed', '2']]
+    assert len({args[2] for args in given}) == 4
+    assert '--preset w4a4 --seed 2 --cfg-options ptq.reconstruct=None' in read(tmp_path / 'out.csv')[3]['command']
+
+
 def test_cost_of_simulation_is_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / 'quantized.pth'
     detector, structure = tiny_quantized('retinanet')
