@@ -71,14 +71,13 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
         # its convolutions transform the numbers and round
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
         watch = _Watch(state.flow, _readers(detector))
-        stack.callback(setattr, state, 'quantize', state.quantize)
-        state.quantize = watch.quantize
         for hook in _convolutions(detector, watch):
             stack.callback(hook.module.register_forward_pre_hook(hook.begin).remove)
             stack.callback(hook.module.register_forward_hook(hook.end, prepend=True, always_call=True).remove)
-        for method in ('run', 'write', 'gate', 'product'):
-            setattr(state.flow, method, getattr(watch, method))
-            stack.callback(delattr, state.flow, method)
+        flow = state.flow
+        for owner, method in ((state, 'quantize'), (flow, 'run'), (flow, 'write'), (flow, 'gate'), (flow, 'product')):
+            setattr(owner, method, getattr(watch, method))
+            stack.callback(delattr, owner, method)
         yield
 
 
@@ -230,7 +229,8 @@ class _Watch:
                 return value
         elif self.flow.frames.top is not None and args:
             result = self._computed(name, args, kwargs)
-            if name in _APPROXIMATED:
+            # what the detector computes outside of its modules decodes their outputs, and no runtime sees it
+            if name in _APPROXIMATED and self.flow.frames.top.module:
                 func = wraps(func)(partial(self._approximated, _APPROXIMATED[name]))
         if result is None:
             return self._run(func, args, kwargs)

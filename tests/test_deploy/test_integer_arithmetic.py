@@ -237,7 +237,8 @@ def test_afterwards_the_detector_is_simulated_as_before(exported):
     with pytest.raises(KeyboardInterrupt), integer_arithmetic(detector):
         raise KeyboardInterrupt
     assert [len(m._forward_hooks) for m in detector.modules()] == hooks
-    assert not {'run', 'write'} & set(vars(detector.ptq.flow))
+    assert not {'run', 'write', 'gate', 'product'} & set(vars(detector.ptq.flow))
+    assert 'quantize' not in vars(detector.ptq)
     assert all(hook.enabled for hook in detector.ptq.hooks if isinstance(hook, SharedBias))
     for first, second in zip(before, raw_outputs(detector), strict=True):
         assert torch.equal(first, second)
