@@ -67,7 +67,8 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     graph = model.graph
     meta['layers'] = name_layers(graph)
     if is_quantized(detector):
-        expand_quantizers(graph, detector, *[runtime == 'onnxruntime'] * 2)
+        own = runtime == 'onnxruntime'
+        expand_quantizers(graph, detector, clip_codes=own, unsigned=own)
         # a float detector stays what PyTorch exports
         folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
         meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
