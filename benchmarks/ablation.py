@@ -2,8 +2,8 @@
 
 python benchmarks/ablation.py CONFIG [CONFIG ...] --bits w4a8 w4a4 --out docs/results/ablation.csv
 
-The baselines run 20,000 iterations a unit as published; --iters makes them affordable, and the recipe's name tells it.
-A second run with the same --work-dir takes over what is finished; recipes that differ in the global loss alone share
+The baselines run 20,000 iterations a unit as published; --iters makes them affordable, --steps does so for the global
+loss, and the recipe's name tells both. A second run with the same --work-dir takes over what is finished; recipes that differ in the global loss alone share
 the stages before it.
 """
 from __future__ import annotations
@@ -76,12 +76,29 @@ def before_global(options: Sequence[str]) -> tuple[str, ...]:
     return tuple(option for option in options if not option.startswith('ptq.global_loss'))
 
 
+def shortened(recipe: Sequence[str], iters: int, steps: int | None) -> tuple[list[str], str]:
+    """The options of a recipe with its iterations, and what its name says of them.
+
+    Args:
+        recipe: Its options.
+        iters: Iterations per unit, for a published method.
+        steps: Iterations of the global loss, where the recipe has one; None leaves the preset's.
+    """
+    options = [option.replace('{iters}', str(iters)) for option in recipe]
+    if options != list(recipe):
+        return options, f' ({iters} iterations)'
+    if steps is None or LOCAL in options:
+        return options, ''
+    return [*options, f'ptq.global_loss.iters={steps}'], f' ({steps} steps)'
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--bits', nargs='+', default=['w8a8', 'w4a8', 'w4a4'], help='presets')
     parser.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument('--iters', type=int, default=20000, help='iterations per unit of the published methods')
+    parser.add_argument('--steps', type=int, help='iterations of the global loss, instead of the preset\'s')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the images and of the training')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'ablation')
@@ -92,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         for bits in args.bits:
             for seed in args.seeds:
                 for recipe in args.recipes:
-                    options = [option.replace('{iters}', str(args.iters)) for option in RECIPES[recipe]]
-                    trained = f' ({args.iters} iterations)' if '{iters}' in str(RECIPES[recipe]) else ''
-                    folder = args.work_dir.resolve() / config.stem / bits / recipe.replace(', ', '_').replace(' ', '_')
+                    options, trained = shortened(RECIPES[recipe], args.iters, args.steps)
+                    name = recipe.replace(', ', '_').replace(' ', '_') + (f'_{args.steps}' if args.steps else '')
+                    folder = args.work_dir.resolve() / config.stem / bits / name
                     if seed:
                         folder = folder.with_name(f'{folder.name}_seed{seed}')
                     begin_with(folder, finished, (config, bits, seed, before_global(options)))

@@ -426,6 +426,16 @@ def test_a_seed_is_of_the_images_and_of_the_training(tmp_path, monkeypatch):
     assert '--preset w4a4 --seed 2 --cfg-options ptq.reconstruct=None' in read(tmp_path / 'out.csv')[3]['command']
 
 
+def test_shortened_recipes_say_so():
+    ablation = module('ablation')
+    assert ablation.shortened(ablation.RECIPES['ours'], 300, None) == ([], '')
+    assert ablation.shortened(ablation.RECIPES['ours'], 300, 100) == (['ptq.global_loss.iters=100'], ' (100 steps)')
+    options, told = ablation.shortened(ablation.RECIPES['qdrop'], 300, 100)
+    assert 'ptq.reconstruct.iters=300' in options and told == ' (300 iterations)'
+    for name in ('rounding', 'ours, uniform, local'):
+        assert ablation.shortened(ablation.RECIPES[name], 300, 100) == (list(ablation.RECIPES[name]), '')
+
+
 def test_cost_of_simulation_is_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / 'quantized.pth'
     detector, structure = tiny_quantized('retinanet')

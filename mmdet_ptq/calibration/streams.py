@@ -1,7 +1,8 @@
 """What reaches each unit: calibration batches on their way through the float and the quantized detector, unit by unit.
 
 The detector's own forward is run again for every unit, but finished units return what they returned before and
-units that do not matter return zeros, so that each unit computes once. No code of the user is traced or rewritten.
+units that do not matter return zeros, so that each unit computes once. The float stream, which no calibration changes,
+is run for several units at a time. No code of the user is traced or rewritten.
 """
 from __future__ import annotations
 
@@ -26,8 +27,27 @@ from .units import Unit
 FLOAT, QUANTIZED = 'float', 'quantize'
 
 
+# share of the store's memory that float inputs and outputs of coming units may take
+AHEAD = 0.25
+
+
 class _Reached(Exception):
-    """Ends a forward pass after the last call of the unit in question."""
+    """Ends a forward pass after the last call of the units in question."""
+
+
+@dataclass
+class _Pass:
+    """One batch on its way to some units.
+
+    Attributes:
+        index: The batch.
+        left: Calls of these units that are still to come.
+        counts: Calls so far, by unit.
+    """
+
+    index: int
+    left: int
+    counts: Counter = field(default_factory=Counter)
 
 
 @dataclass
@@ -77,15 +97,14 @@ class Streams:
         self.state = getattr(detector, STATE)
         self.store = store
         self.units = {unit.name: unit for unit in units}
+        self.device = next(detector.parameters()).device
         self.batches: list[Batch] = []
         self.finished: set[str] = set()
         # (stream, unit, call) -> one number per batch
         self._outputs: dict[tuple[str, str, int], list[int]] = {}
         self._shapes: list[dict[tuple[str, int], tuple[torch.Size, torch.dtype]]] = []
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.detector.parameters()).device
+        # float inputs of coming units
+        self._ahead: dict[str, list[list[CallInputs]]] = {}
 
     @torch.no_grad()
     def add(self, data: dict, two_stage: bool, fisher: bool = False) -> None:
@@ -131,11 +150,11 @@ class Streams:
         Returns:
             For each call of the unit, its inputs batch by batch.
         """
-        calls: list[list[CallInputs]] = [[] for _ in range(unit.calls)]
-        with torch.no_grad(), quantization_mode(self.detector, stream):
-            for index in range(len(self.batches)):
-                self._replay(index, unit, stream, calls)
-        return calls
+        if stream != FLOAT:
+            return self._replay([unit], stream)[unit.name]
+        if unit.name not in self._ahead:
+            self._ahead = self._replay(self._coming(unit), stream)
+        return self._ahead.pop(unit.name)
 
     def finish(self, unit: Unit, inputs: list[list[CallInputs]]) -> None:
         """Keeps what the calibrated unit returns, and forgets what nobody will ask for again.
@@ -185,45 +204,70 @@ class Streams:
 
     # ------------------------------------------------------------------ one pass
 
-    def _replay(self, index: int, target: Unit, stream: str, calls: list[list[CallInputs]]) -> None:
-        batch, counts = self.batches[index], Counter()
-        needed = self._needed(target)
+    def _coming(self, unit: Unit) -> list[Unit]:
+        """The unit and those after it whose float inputs and outputs fit in memory, too."""
+        names = list(self.units)
+        coming, size = [unit], self._float_bytes(unit)
+        for name in names[names.index(unit.name) + 1:]:
+            size += self._float_bytes(self.units[name])
+            if size > AHEAD * self.store.limit_bytes:
+                break
+            coming.append(self.units[name])
+        return coming
+
+    def _float_bytes(self, unit: Unit) -> int:
+        """Size of the unit's outputs and, as far as it is known, of what these are made of."""
+        calls = {(unit.name, call) for call in range(unit.calls)}.union(*(need or () for need in unit.needs))
+        return sum(shapes[call][0].numel() * shapes[call][1].itemsize for shapes in self._shapes for call in calls)
+
+    def _replay(self, targets: list[Unit], stream: str) -> dict[str, list[list[CallInputs]]]:
+        """Runs every batch up to the last of some units; returns the inputs of their calls, batch by batch."""
+        found = {unit.name: [[] for _ in range(unit.calls)] for unit in targets}
+        needed, now = self._needed(targets), _Pass(0, 0)
 
         def before(unit: Unit) -> Callable:
             def hook(module, args, kwargs):
-                call = counts[unit.name]
+                call = now.counts[unit.name]
                 self.state.set_unit(unit.name, unit.layers, call, unit.calls)
-                if unit is target:
-                    calls[call].append(self._keep_inputs(args, kwargs))
+                if unit.name in found:
+                    found[unit.name][call].append(self._keep_inputs(args, kwargs))
             return hook
 
         def instead(unit: Unit, forward: Callable) -> Callable:
             def run(*args, **kwargs):
-                call = counts[unit.name]
-                counts[unit.name] += 1
-                if unit is target:
-                    output = self._target_output(unit, call, index, stream, lambda: forward(*args, **kwargs))
-                    if call == unit.calls - 1:
+                call = now.counts[unit.name]
+                now.counts[unit.name] += 1
+                if unit.name in found:
+                    output = self._target_output(unit, call, now.index, stream, lambda: forward(*args, **kwargs))
+                    now.left -= 1
+                    if not now.left:
                         raise _Reached
                     return output
                 if needed is not None and (unit.name, call) not in needed:
-                    shape, dtype = self._shapes[index][unit.name, call]
+                    shape, dtype = self._shapes[now.index][unit.name, call]
                     return torch.zeros(shape, dtype=dtype, device=self.device)
                 if unit.name in self.finished:
-                    number = self._outputs[stream, unit.name, call][index]
+                    number = self._outputs[stream, unit.name, call][now.index]
                     return self.store.get(number).to(self.device, copy=True)
                 return forward(*args, **kwargs)
             return run
 
-        with self._around_units(before, instead):
-            try:
-                predict_aligned(self.detector, self.store.get(batch.inputs).to(self.device, copy=True), batch.samples,
-                                reference=batch.reference)
-            except _Reached:
-                self.state.reset()
-                return
-        raise PTQError(f'the unit {target.name} ran less often than in the first pass; name other modules in '
-                       '`ptq.reconstruct.units`.')
+        with torch.no_grad(), quantization_mode(self.detector, stream), self._around_units(before, instead):
+            for index, batch in enumerate(self.batches):
+                now.index, now.left, now.counts = index, sum(unit.calls for unit in targets), Counter()
+                self._run_batch(batch)
+                if now.left:
+                    short = next(unit.name for unit in targets if now.counts[unit.name] < unit.calls)
+                    raise PTQError(f'the unit {short} ran less often than in the first pass; name other modules in '
+                                   '`ptq.reconstruct.units`.')
+        return found
+
+    def _run_batch(self, batch: Batch) -> None:
+        try:
+            predict_aligned(self.detector, self.store.get(batch.inputs).to(self.device, copy=True), batch.samples,
+                            reference=batch.reference)
+        except _Reached:
+            self.state.reset()
 
     def _target_output(self, unit: Unit, call: int, index: int, stream: str, compute: Callable[[], Tensor]) -> Tensor:
         kept = self._outputs.setdefault((FLOAT, unit.name, call), [])
@@ -240,9 +284,9 @@ class Streams:
         return CallInputs([self.store.put(leaf) if i in tensors else leaf for i, leaf in enumerate(leaves)], spec,
                           tensors)
 
-    def _needed(self, target: Unit) -> set[tuple[str, int]] | None:
-        """Unit calls whose true outputs the target's inputs are made of; None if that is not known."""
-        needed, todo = set(), list(target.needs)
+    def _needed(self, targets: list[Unit]) -> set[tuple[str, int]] | None:
+        """Unit calls whose true outputs the targets' inputs are made of; None if that is not known."""
+        needed, todo = set(), [need for target in targets for need in target.needs]
         while todo:
             needs = todo.pop()
             if needs is None:
