@@ -3,8 +3,8 @@
 python benchmarks/ablation.py CONFIG [CONFIG ...] --bits w4a8 w4a4 --out docs/results/ablation.csv
 
 The baselines run 20,000 iterations a unit as published; --iters makes them affordable, --steps does so for the global
-loss, and the recipe's name tells both. A second run with the same --work-dir takes over what is finished; recipes that differ in the global loss alone share
-the stages before it.
+loss, and the recipe's name tells both. A second run with the same --work-dir takes over what is finished; recipes that
+differ in the global loss alone share the stages before it.
 """
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--bits', nargs='+', default=['w8a8', 'w4a8', 'w4a4'], help='presets')
     parser.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument('--iters', type=int, default=20000, help='iterations per unit of the published methods')
-    parser.add_argument('--steps', type=int, help='iterations of the global loss, instead of the preset\'s')
+    parser.add_argument('--steps', type=int, help='iterations of the global loss, if not those of the preset')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the images and of the training')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'ablation')
