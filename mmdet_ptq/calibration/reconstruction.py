@@ -21,7 +21,7 @@ from .activation_store import ActivationStore
 from .streams import FLOAT, QUANTIZED, Streams
 from .unit_data import UnitData
 from .unit_training import UnitResult, UnitTrainer
-from .units import Unit, find_units
+from .units import Passage, Unit, find_passages, find_units
 
 
 @RECONSTRUCTIONS.register_module()
@@ -63,8 +63,8 @@ class BlockReconstruction:
 
     def _run(self, detector, batches, num_images, folder, seed, resume, store) -> list[dict]:
         data = [detector.data_preprocessor(batch, False) for batch in batches]
-        units = self._units(detector, data[0])
-        streams = Streams(detector, units, store)
+        units, passages = self._units(detector, data[0])
+        streams = Streams(detector, units, store, passages)
         two_stage = is_two_stage(detector)
         while data:
             streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
@@ -92,14 +92,18 @@ class BlockReconstruction:
             self._log(index, len(units), result, done)
         return results
 
-    def _units(self, detector: nn.Module, data: dict) -> list[Unit]:
+    def _units(self, detector: nn.Module, data: dict) -> tuple[list[Unit], list[Passage]]:
         images = data['inputs'][:1].clone().requires_grad_()
+
+        def run() -> None:
+            predict_aligned(detector, images, data['data_samples'][:1])
+
         with quantization_mode(detector, FLOAT):
-            units = find_units(detector, lambda: predict_aligned(detector, images, data['data_samples'][:1]),
-                               self.cfg.granularity, self.cfg.units)
+            units = find_units(detector, run, self.cfg.granularity, self.cfg.units)
+            passages = find_passages(detector, run, units)
         if not units:
             raise PTQError('`ptq.reconstruct` finds no quantized layer in the detector; remove the key.')
-        return units
+        return units, passages
 
     def _split(self, streams: Streams, num_images: int) -> tuple[list[tuple], list[tuple]]:
         samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]

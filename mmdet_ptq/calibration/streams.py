@@ -1,13 +1,13 @@
 """What reaches each unit: calibration batches on their way through the float and the quantized detector, unit by unit.
 
 The detector's own forward is run again for every unit, but finished units return what they returned before and
-units that do not matter return zeros, so that each unit computes once. The float stream, which no calibration changes,
+units and other modules that do not matter return zeros, so that each unit computes once. The float stream, which no calibration changes,
 is run for several units at a time. No code of the user is traced or rewritten.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from ..wrapping import quantization_mode
 from ..wrapping.inputs import STATE
 from .activation_store import ActivationStore
 from .fisher import FisherWeight, fisher_weights
-from .units import Unit
+from .units import Passage, Unit
 
 FLOAT, QUANTIZED = 'float', 'quantize'
 
@@ -42,7 +42,7 @@ class _Pass:
     Attributes:
         index: The batch.
         left: Calls of these units that are still to come.
-        counts: Calls so far, by unit.
+        counts: Calls so far, by module.
     """
 
     index: int
@@ -90,13 +90,16 @@ class Streams:
         detector: The quantized detector.
         units: Its units, in the order in which they run.
         store: Where activations are kept.
+        passages: Other modules that need not run where their output does not matter. Defaults to none.
     """
 
-    def __init__(self, detector: nn.Module, units: list[Unit], store: ActivationStore) -> None:
+    def __init__(self, detector: nn.Module, units: list[Unit], store: ActivationStore,
+                 passages: Iterable[Passage] = ()) -> None:
         self.detector = detector
         self.state = getattr(detector, STATE)
         self.store = store
         self.units = {unit.name: unit for unit in units}
+        self.passages = {passage.name: passage for passage in passages}
         self.device = next(detector.parameters()).device
         self.batches: list[Batch] = []
         self.finished: set[str] = set()
@@ -108,7 +111,7 @@ class Streams:
 
     @torch.no_grad()
     def add(self, data: dict, two_stage: bool, fisher: bool = False) -> None:
-        """Adds a batch and learns the shape of every unit's output from one float pass.
+        """Adds a batch and learns the shape of the units' and passages' outputs from one float pass.
 
         Args:
             data: A preprocessed batch: ``inputs`` and ``data_samples``.
@@ -124,7 +127,8 @@ class Streams:
                 counts[name] += 1
             return hook
 
-        handles = [self.detector.get_submodule(name).register_forward_hook(note(name)) for name in self.units]
+        handles = [self.detector.get_submodule(name).register_forward_hook(note(name))
+                   for name in (*self.units, *self.passages)]
         try:
             with quantization_mode(self.detector, FLOAT):
                 reference = predict_aligned(self.detector, data['inputs'], data['data_samples'])
@@ -244,15 +248,27 @@ class Streams:
                         raise _Reached
                     return output
                 if needed is not None and (unit.name, call) not in needed:
-                    shape, dtype = self._shapes[now.index][unit.name, call]
-                    return torch.zeros(shape, dtype=dtype, device=self.device)
+                    return self._zeros(now.index, unit.name, call)
                 if unit.name in self.finished:
                     number = self._outputs[stream, unit.name, call][now.index]
                     return self.store.get(number).to(self.device, copy=True)
                 return forward(*args, **kwargs)
             return run
 
-        with torch.no_grad(), quantization_mode(self.detector, stream), self._around_units(before, instead):
+        def around(passage: Passage, forward: Callable) -> Callable:
+            def run(*args, **kwargs):
+                call = now.counts[passage.name]
+                now.counts[passage.name] += 1
+                if call < len(passage.made_of) and not passage.made_of[call] <= needed:
+                    return self._zeros(now.index, passage.name, call)
+                return forward(*args, **kwargs)
+            return run
+
+        forwards = {name: instead(unit, self._forward(name)) for name, unit in self.units.items()}
+        for name, passage in self.passages.items() if needed is not None else ():
+            if not any(target.startswith(f'{name}.') for target in found):
+                forwards[name] = around(passage, self._forward(name))
+        with torch.no_grad(), quantization_mode(self.detector, stream), self._replaced(before, forwards):
             for index, batch in enumerate(self.batches):
                 now.index, now.left, now.counts = index, sum(unit.calls for unit in targets), Counter()
                 self._run_batch(batch)
@@ -261,6 +277,13 @@ class Streams:
                     raise PTQError(f'the unit {short} ran less often than in the first pass; name other modules in '
                                    '`ptq.reconstruct.units`.')
         return found
+
+    def _forward(self, name: str) -> Callable:
+        return self.detector.get_submodule(name).forward
+
+    def _zeros(self, index: int, name: str, call: int) -> Tensor:
+        shape, dtype = self._shapes[index][name, call]
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _run_batch(self, batch: Batch) -> None:
         try:
@@ -298,16 +321,17 @@ class Streams:
         return needed
 
     @contextmanager
-    def _around_units(self, before: Callable, instead: Callable) -> Iterator[None]:
-        modules = {name: self.detector.get_submodule(name) for name in self.units}
+    def _replaced(self, before: Callable, forwards: dict[str, Callable]) -> Iterator[None]:
+        modules = {name: self.detector.get_submodule(name) for name in forwards}
         own = {name: module.__dict__.get('forward') for name, module in modules.items()}
         handles = []
         try:
             for name, module in modules.items():
-                # first of all hooks: inputs are kept before they are quantized
-                handles.append(module.register_forward_pre_hook(before(self.units[name]), prepend=True,
-                                                                with_kwargs=True))
-                module.forward = instead(self.units[name], module.forward)
+                if name in self.units:
+                    # first of all hooks: inputs are kept before they are quantized
+                    handles.append(module.register_forward_pre_hook(before(self.units[name]), prepend=True,
+                                                                    with_kwargs=True))
+                module.forward = forwards[name]
             yield
         finally:
             for handle in handles:

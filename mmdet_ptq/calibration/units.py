@@ -38,10 +38,25 @@ class Unit:
 
 
 @dataclass
+class Passage:
+    """A module between or around units that need not run where its output does not matter.
+
+    Attributes:
+        name: Path in the detector.
+        made_of: For each call, the calls (unit, index) of units whose outputs its own is computed from, with nothing but
+            unweighted operations in between.
+    """
+
+    name: str
+    made_of: list[set[tuple[str, int]]]
+
+
+@dataclass
 class _Call:
     order: int
     nodes: list[Any] | None  # autograd nodes of the inputs; None where an input has no history
     layers: Counter = field(default_factory=Counter)
+    modules: Counter = field(default_factory=Counter)  # what ran inside
     output: Any = None  # autograd node of the single output tensor
 
 
@@ -68,6 +83,8 @@ class _Trace:
             if not tensors:
                 call.output = False
             self.calls.setdefault(name, []).append(call)
+            for outer in self.stack:
+                outer.modules[name] += 1
             self.stack.append(call)
             if name in self.layers:
                 for outer in self.stack:
@@ -80,6 +97,23 @@ class _Trace:
             if call.output is None:
                 call.output = output.grad_fn if isinstance(output, Tensor) and output.grad_fn is not None else False
         return hook
+
+
+def _trace(detector: nn.Module, run: Callable[[], Any]) -> _Trace:
+    """Records one run whose parameters and images require gradients, so that the graph tells what is made of what."""
+    trace = _Trace(detector)
+    frozen = [p for p in detector.parameters() if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad():
+            run()
+    finally:
+        for handle in trace.handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return trace
 
 
 def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = 'block',
@@ -103,18 +137,7 @@ def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = '
     Raises:
         PTQError: A pattern names no module that could be a unit.
     """
-    trace = _Trace(detector)
-    frozen = [p for p in detector.parameters() if not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad():
-            run()
-    finally:
-        for handle in trace.handles:
-            handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    trace = _trace(detector, run)
     totals = Counter()
     for name in trace.layers:
         totals[name] = len(trace.calls.get(name, ()))
@@ -129,6 +152,34 @@ def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = '
     units = sorted(chosen.values(), key=lambda unit: trace.calls[unit.name][0].order)
     _find_needs(units, trace)
     return units
+
+
+def find_passages(detector: nn.Module, run: Callable[[], Any], units: list[Unit]) -> list[Passage]:
+    """Finds the modules that may be left out, besides the units, where nobody asks for what they return.
+
+    Such a module returns one tensor, lies in no unit, and what is in it runs nowhere else.
+
+    Args:
+        detector: As for :func:`find_units`.
+        run: As for :func:`find_units`.
+        units: What that returned.
+    """
+    trace, names = _trace(detector, run), {unit.name for unit in units}
+    outputs = _outputs(units, trace)
+    return [Passage(name, [_reached([call.output], outputs) for call in calls]) for name, calls in trace.calls.items()
+            if not _inside(name, names) and _is_passage(calls, trace)]
+
+
+def _inside(name: str, units: set[str]) -> bool:
+    parts = name.split('.')
+    return any('.'.join(parts[:count]) in units for count in range(1, len(parts) + 1))
+
+
+def _is_passage(calls: list[_Call], trace: _Trace) -> bool:
+    if any(call.output is False or call.output is None for call in calls):
+        return False
+    return all(len(calls) == 1 and len(trace.calls[name]) == count
+               for call in calls for name, count in call.modules.items())
 
 
 def _as_unit(name: str, calls: list[_Call], totals: Counter) -> Unit | None:
@@ -159,10 +210,14 @@ def _choose(module: nn.Module, name: str, able: dict[str, Unit | None], granular
 
 
 def _find_needs(units: list[Unit], trace: _Trace) -> None:
-    outputs = {call.output: (unit.name, i) for unit in units for i, call in enumerate(trace.calls[unit.name])}
+    outputs = _outputs(units, trace)
     for unit in units:
         unit.needs = [None if call.nodes is None else _reached(call.nodes, outputs)
                       for call in trace.calls[unit.name]]
+
+
+def _outputs(units: list[Unit], trace: _Trace) -> dict[Any, tuple[str, int]]:
+    return {call.output: (unit.name, i) for unit in units for i, call in enumerate(trace.calls[unit.name])}
 
 
 def _reached(nodes: list[Any], outputs: dict[Any, tuple[str, int]]) -> set[tuple[str, int]]:

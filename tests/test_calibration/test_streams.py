@@ -5,7 +5,7 @@ import torch
 
 from mmdet_ptq.calibration.activation_store import ActivationStore
 from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
-from mmdet_ptq.calibration.units import find_units
+from mmdet_ptq.calibration.units import find_passages, find_units
 from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.predictions.two_stage import is_two_stage
 from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
@@ -18,8 +18,11 @@ def make(kind, tmp_path):
     data = [detector.data_preprocessor(tiny_batch(2, seed=i), False) for i in range(2)]
     images = data[0]['inputs'][:1].clone().requires_grad_()
     with quantization_mode(detector, 'float'):
-        units = find_units(detector, lambda: predict_aligned(detector, images, data[0]['data_samples'][:1]))
-    streams = Streams(detector, units, ActivationStore(2**30, tmp_path))
+        def run():
+            predict_aligned(detector, images, data[0]['data_samples'][:1])
+        units = find_units(detector, run)
+        passages = find_passages(detector, run, units)
+    streams = Streams(detector, units, ActivationStore(2**30, tmp_path), passages)
     for batch in data:
         streams.add(batch, is_two_stage(detector))
     return detector, units, streams, data
@@ -80,3 +83,37 @@ def test_each_unit_computes_once(tmp_path):
     inside = [n for n in layers if layers[n] != n]  # hooks of a unit that is a layer itself fire for zeros, too
     # once in the float and once in the quantized stream, for each of two batches
     assert {counts[name] for name in inside} == {4}
+
+
+def test_what_does_not_matter_is_left_out(tmp_path):
+    detector, units, streams, _ = make('yolox', tmp_path)
+    pools, called = [m for m in detector.modules() if isinstance(m, torch.nn.MaxPool2d)], []
+    for pool in pools:
+        pool.register_forward_pre_hook(lambda m, args: called.append(m))
+    counts = {}
+    for unit in units:
+        float_inputs = streams.collect(unit, FLOAT)
+        called.clear()
+        inputs = streams.collect(unit, QUANTIZED)
+        counts[unit.name] = len(called)
+        streams.forget(float_inputs)
+        streams.finish(unit, inputs)
+    # two batches; whoever follows the block with the pools in it has no use for them
+    assert {name for name, count in counts.items() if count} <= {'backbone.stage4.1'}
+    assert len(pools) == 3 and not any(count for name, count in counts.items() if name.startswith('bbox_head'))
+
+
+def test_float_inputs_of_as_many_units_as_fit_come_from_one_pass(tmp_path, monkeypatch):
+    detector, units, streams, data = make('ssd', tmp_path)
+    passes = []
+    monkeypatch.setattr('mmdet_ptq.calibration.streams.predict_aligned',
+                        lambda *args, **kwargs: (passes.append(1), predict_aligned(*args, **kwargs))[1])
+    streams.collect(units[0], FLOAT)
+    assert len(passes) == len(data) and not streams.collect(units[1], FLOAT) == []
+    assert len(passes) == len(data)
+    _, units, streams, _ = make('ssd', tmp_path)
+    streams.store.limit_bytes = 1
+    passes.clear()
+    for unit in units[:2]:
+        streams.collect(unit, FLOAT)
+    assert len(passes) == 2 * len(data)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.calibration.units import find_units
+from mmdet_ptq.calibration.units import find_passages, find_units
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import predict_aligned
+from mmdet_ptq.quantizers import AffineQuantizer
 from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import quantization_mode
-from mmdet_ptq.wrapping.weights import quantized_weights
+from mmdet_ptq.wrapping.weights import attach_weight, quantized_weights
 
 
 def units_of(detector, **kwargs):
@@ -84,11 +85,41 @@ class _Pair(nn.Module):
 
 @pytest.fixture
 def quantized_pair():
-    from mmdet_ptq.quantizers import AffineQuantizer
-    from mmdet_ptq.wrapping.weights import attach_weight
     net = _Pair().eval()
     for layer in (net.block.a, net.block.b):
         quantizer = AffineQuantizer(8, True, 3, 0)
         quantizer.fit_weight(layer.weight.detach().flatten(1))
         attach_weight(layer, quantizer)
     return net, lambda: net(torch.randn(1, 3, 4, 4, requires_grad=True))
+
+
+class _Between(nn.Module):
+    """Two branches and modules around their layers; one of these modules runs twice, one returns two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+        self.left = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+        self.right, self.pool, self.split = nn.Conv2d(3, 3, 1), nn.MaxPool2d(1), _Split()
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        left, right = self.left(x), self.act(self.right(x))
+        return self.split(self.pool(left + right))
+
+
+class _Split(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_what_lies_between_units_and_what_it_is_made_of():
+    detector = _Between()
+    for layer in (detector.stem, detector.left[0], detector.left[2], detector.right):
+        attach_weight(layer, AffineQuantizer(8, True, 3, 0))
+    images = torch.rand(1, 3, 4, 4, requires_grad=True)
+    units = find_units(detector, lambda: detector(images), 'layer')
+    passages = {p.name: p.made_of for p in find_passages(detector, lambda: detector(images), units)}
+    left = {('left.2', 0)}
+    assert passages == {'act': [{('stem', 0)}, {('right', 0)}], 'left': [left], 'left.1': [{('left.0', 0)}],
+                        'pool': [left | {('right', 0)}]}

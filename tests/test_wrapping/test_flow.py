@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmdet_ptq.calibration.activation_store import ActivationStore
 from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
-from mmdet_ptq.calibration.units import find_units
+from mmdet_ptq.calibration.units import find_passages, find_units
 from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.engine.optim import train_only_quantization
 from mmdet_ptq.predictions import predict_aligned
@@ -169,8 +169,11 @@ def test_units_that_run_by_themselves_do_what_they_do_in_the_whole(flowing, kind
     data = detector.data_preprocessor(tiny_batch(2), False)
     images = data['inputs'][:1].clone().requires_grad_()
     with quantization_mode(detector, 'float'):
-        units = find_units(detector, lambda: predict_aligned(detector, images, data['data_samples'][:1]))
-    streams = Streams(detector, units, ActivationStore(2**30, tmp_path))
+        def run():
+            predict_aligned(detector, images, data['data_samples'][:1])
+        units = find_units(detector, run)
+        passages = find_passages(detector, run, units)
+    streams = Streams(detector, units, ActivationStore(2**30, tmp_path), passages)
     streams.add(data, is_two_stage(detector))
     seen = {}
     handles = [detector.get_submodule(unit.name).register_forward_hook(
