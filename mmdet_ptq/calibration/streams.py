@@ -1,8 +1,8 @@
 """What reaches each unit: calibration batches on their way through the float and the quantized detector, unit by unit.
 
-The detector's own forward is run again for every unit, but finished units return what they returned before and
-units and other modules that do not matter return zeros, so that each unit computes once. The float stream, which no calibration changes,
-is run for several units at a time. No code of the user is traced or rewritten.
+The detector's own forward is run again for every unit, but finished units return what they returned before, and units
+and other modules that do not matter return zeros, so that each unit computes once. The float stream, which no
+calibration changes, is run for several units at a time. No code of the user is traced or rewritten.
 """
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ class Passage:
 
     Attributes:
         name: Path in the detector.
-        made_of: For each call, the calls (unit, index) of units whose outputs its own is computed from, with nothing but
-            unweighted operations in between.
+        made_of: For each call, the calls (unit, index) of units whose outputs its own output is computed from, with
+            nothing but unweighted operations in between.
     """
 
     name: str
