@@ -432,6 +432,9 @@ def test_shortened_recipes_say_so():
     assert ablation.shortened(ablation.RECIPES['ours'], 300, 100) == (['ptq.global_loss.iters=100'], ' (100 steps)')
     options, told = ablation.shortened(ablation.RECIPES['qdrop'], 300, 100)
     assert 'ptq.reconstruct.iters=300' in options and told == ' (300 iterations)'
+    # as published, and raised where the rounding could not move otherwise
+    assert [ablation.rounding_rate(iters) for iters in (20000, 10000, 300)] == [1e-3, 2e-3, 1e-2]
+    assert 'ptq.reconstruct.rounding_lr=0.01' in options
     for name in ('rounding', 'ours, uniform, local'):
         assert ablation.shortened(ablation.RECIPES[name], 300, 100) == (list(ablation.RECIPES[name]), '')
 
