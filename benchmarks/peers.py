@@ -50,7 +50,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
 
 RUNTIMES = ('onnxruntime', 'openvino')
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python')
+VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 FIELDS = ('detector', 'peer', 'runtime', 'AP', 'drop_points', 'calibration_seconds', 'file_bytes', 'float_file_bytes',
           'integer_convolutions', 'convolutions', 'latency_ratio', 'note', 'calibration_images', 'seed', 'date',
           *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')

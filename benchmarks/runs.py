@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METRIC = 'coco/bbox_mAP'
 FIELDS = ('detector', 'recipe', 'float_AP', 'quantized_AP', 'difference_points', 'integer_mac_share',
           'float_bytes', 'quantized_bytes', 'calibration_images', 'calibration_seconds', 'seed', 'date',
-          'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'command')
+          'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor', 'command')
 CALIBRATION = ('prepare', 'observe', 'protect', 'bias_correction', 'reconstruct', 'global')
 
 

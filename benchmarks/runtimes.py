@@ -15,7 +15,7 @@ from mmdet_ptq.deploy import get_runtime, model_bytes, runtime_names
 from mmdet_ptq.deploy.weight_bytes import weight_bytes
 
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
-            'python')
+            'python', 'processor')
 FIELDS = ('detector', 'preset', 'model', 'AP', 'difference_points', 'bytes', 'float_bytes', 'bytes_ratio',
           'weights_ratio', 'integer_convolutions', 'convolutions', 'latency_ratio', 'dataflow', 'calibration_images',
           'seed', 'date', *VERSIONS, 'command')

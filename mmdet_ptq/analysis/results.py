@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import PTQError
@@ -25,14 +26,29 @@ KEYS = ('schema', 'config', 'recipe', 'seed', 'versions', 'date', 'calibration',
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that a run's figures depend on; ``'missing'`` for what is not installed."""
+    """Versions of everything that a run's figures depend on, the processor among them.
+
+    Returns:
+        ``'missing'`` for what is not installed.
+    """
     found = {'mmdet_ptq': __version__, 'python': platform.python_version()}
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn'):
         try:
             found[name] = str(import_module(name).__version__)
         except ImportError:
             found[name] = 'missing'
+    found['processor'] = _processor()
     return found
+
+
+def _processor() -> str:
+    """The processor and the vector instructions that torch uses: sums come out differently with others."""
+    name, listing = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
+    if listing.is_file():
+        models = [line.partition(':')[2].strip() for line in listing.read_text().splitlines()
+                  if line.startswith('model name')]
+        name = models[0] if models else name
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def new_results(
