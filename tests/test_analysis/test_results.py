@@ -108,5 +108,7 @@ def test_other_schema_is_refused(tmp_path, results):
 
 def test_versions():
     assert set(versions()) == {
-        'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino', 'ncnn'}
+        'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
+        'processor'}
     assert versions()['torch'] == torch.__version__
+    assert versions()['processor'].endswith(f', {torch.backends.cpu.get_cpu_capability()}')

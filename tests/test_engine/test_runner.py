@@ -29,7 +29,6 @@ def test_results_json_has_every_key_of_the_schema(finished, config_file):
     assert results['recipe']['global_loss']['iters'] == 4
     assert results['seed'] == 0
     assert {'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet'} <= set(results['versions'])
-    assert results['versions']['processor'].endswith(f', {torch.backends.cpu.get_cpu_capability()}')
     assert results['calibration']['num_images'] == len(set(results['calibration']['image_ids'])) == 6
     assert results['coverage']['integer_mac_share'] == 1.0
     assert {layer['name'] for layer in results['coverage']['layers']} >= {'backbone.conv1', 'bbox_head.retina_cls'}
