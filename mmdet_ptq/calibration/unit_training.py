@@ -71,6 +71,9 @@ class UnitTrainer:
                 if error < best_error:
                     best, best_error = self.snapshot(), error
         self.restore(best)
+        if best_error < before and self.cfg.rounding == 'latent':
+            for name, weight in self.data.weights.items():
+                weight.settle(float_weight(self.data.layers[name]))
         outcome = 'trained' if best_error < before else 'restored'
         return UnitResult(self.data.unit.name, before, best_error, outcome)
 

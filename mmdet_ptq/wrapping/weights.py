@@ -73,6 +73,17 @@ class QuantizedWeight(nn.Module):
             settled = torch.where(self.quantizer.encode(nearer) == codes, nearer, settled)
         weight.copy_(self.layout.from_rows(settled, weight.shape))
 
+    @torch.no_grad()
+    def settle(self, weight: Tensor) -> None:
+        """Moves a weight, in place, onto the values it is rounded to: later training starts far from every boundary.
+
+        Where the grid rounds such a value to another one the weight stays.
+        """
+        rows = self.layout.to_rows(weight)
+        rounded = self.quantizer(rows)
+        kept = self.quantizer(rounded) == rounded
+        weight.copy_(self.layout.from_rows(torch.where(kept, rounded, rows), weight.shape))
+
     def set_caching(self, caching: bool) -> None:
         """Starts or ends a forward pass of the whole detector."""
         self.caching = caching

@@ -59,6 +59,28 @@ def test_learned_rounding_moves_no_weight_by_more_than_one_code(tmp_path, head):
     assert changed > 0
 
 
+@pytest.mark.parametrize('head', ['affine', 'log_affine'])
+def test_trained_weights_end_on_values_of_their_grid(tmp_path, head):
+    detector, _ = tiny_quantized('retinanet', {**LOW_BIT, 'head': head})
+    units = reconstruct(detector, tmp_path, rounding='latent', compensate=True, iters=8)
+    trained = [unit['name'] for unit in units if unit['outcome'] == 'trained']
+    assert len(trained) > len(units) // 2
+    for name, weight in quantized_weights(detector).items():
+        if any(name == unit or name.startswith(f'{unit}.') for unit in trained):
+            original = float_weight(detector.get_submodule(name))
+            assert torch.equal(weight(original), original), name
+
+
+def test_settling_changes_no_quantized_weight():
+    detector, _ = tiny_quantized('retinanet', {**LOW_BIT, 'head': 'log_affine'})
+    for name, weight in quantized_weights(detector).items():
+        original = float_weight(detector.get_submodule(name))
+        before, quantized = original.clone(), weight(original).detach().clone()
+        weight.settle(original)
+        assert torch.equal(weight(original), quantized)
+        assert not torch.equal(original, before)
+
+
 def test_an_interrupted_reconstruction_ends_in_the_same_state(low_bit, tmp_path, monkeypatch):
     whole = copy.deepcopy(low_bit)
     reconstruct(whole, tmp_path / 'whole', iters=2, drop=0.5, compensate=True)
