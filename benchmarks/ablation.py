@@ -23,8 +23,6 @@ LOG = (*UNIFORM, 'ptq.head.weights.quantizer.type=mmdet_ptq.LogAffineQuantizer')
 UNFILTERED = ('ptq.global_loss.score_thr=0.0', 'ptq.global_loss.iou_thr=0.0', 'ptq.global_loss.max_boxes=None')
 # what low-bit presets add to the inputs of layers
 UNMOVED = ('ptq.activations.scale_migration=0.0',)
-# low-bit presets train blocks of 4-bit activations after the closed form
-UNTRAINED = ('ptq.reconstruct.iters=0', 'ptq.reconstruct.granularity=layer')
 PUBLISHED_ITERS = 20000
 ROUNDED = ('ptq.reconstruct=None', LOCAL, *UNIFORM)
 
@@ -55,7 +53,6 @@ RECIPES = {
     'brecq': published('brecq'),
     'qdrop': published('qdrop'),
     'ours, uniform, local, scales not migrated': (LOCAL, *UNIFORM, *UNMOVED),
-    'ours, best format a layer, closed form': (LOCAL, *UNTRAINED),
     'ours, uniform, local': (LOCAL, *UNIFORM),
     'ours, log-affine head, local': (LOCAL, *LOG),
     'ours, best format a layer, local': (LOCAL,),

@@ -26,23 +26,19 @@ RECONSTRUCTION_METHODS = {
     'qdrop': dict(_PLAIN, granularity='block', drop=0.5, input_drop=0.5),
 }
 
-# after the closed form: weights and scales of a block together, activations dropped as QDrop does
-_TRAINED_BLOCKS = dict(granularity='block', iters=300, drop=0.5, input_drop=0.5)
-
 _EIGHT_BIT_ENDS = dict(
     first=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)),
     last=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)))
 
 
 def _low_bit(weights: int, activations: int) -> dict:
-    # what few levels of activations cost, longer and faster training brings back, of blocks and of the whole; with 8
-    # bits the loss is small from the start
-    migration, blocks, training = ({}, {}, dict(iters=200, lr=1e-4, weight_lr=1e-3)) if activations >= 8 else (
-        dict(scale_migration=1.0), _TRAINED_BLOCKS,
-        dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3))
+    # what few levels of activations cost, longer and faster training brings back; with 8 bits the loss is small from
+    # the start
+    migration, training = ({}, dict(iters=200, lr=1e-4, weight_lr=1e-3)) if activations >= 8 else (
+        dict(scale_migration=1.0), dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3))
     return dict(
         weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations, **migration),
-        reconstruct=dict(**blocks), global_loss=dict(**training, grid_lr=0), **_EIGHT_BIT_ENDS)
+        reconstruct=dict(), global_loss=dict(**training, grid_lr=0), **_EIGHT_BIT_ENDS)
 
 
 def _paper(weights: int, activations: int) -> dict:
