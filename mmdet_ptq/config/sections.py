@@ -154,7 +154,7 @@ class GlobalLossConfig:
         checkpoint_interval: Iterations between two checkpoints (what a killed run loses at most).
             Defaults to 50.
         log_interval: Iterations between two log lines. Defaults to 10.
-        optim_wrapper: mmengine optimizer wrapper; its learning rate is set by ``lr``.
+        optim_wrapper: mmengine optimizer wrapper, Adam by default; its learning rate is set by ``lr``.
         param_scheduler: mmengine schedulers; by default a cosine from ``lr`` to 0.
         hooks: Further mmengine hooks for this stage.
     """
@@ -202,6 +202,9 @@ class GlobalLossConfig:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
         if not 0 <= self.holdout < 1:
             raise PTQError(f'`{key}.holdout` must lie in [0, 1), got {self.holdout!r}.')
+        for name in ('bias_lr', 'grid_lr', 'weight_lr'):
+            if (getattr(self, name) or 0) < 0:
+                raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}; 0 leaves them.')
 
     def rates(self) -> dict[str, float]:
         """Kind of parameter to learning rate."""

@@ -19,6 +19,7 @@ from ..config import GlobalLossConfig
 from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
 from .optim import train_only_quantization
+from .rehearsal import num_held_out
 from .stages import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -30,16 +31,11 @@ def train_global(runner: PTQRunner) -> None:
 
     Args:
         runner: Its ``ptq`` block has a ``global_loss``, its detector is calibrated.
-
-    Raises:
-        PTQError: No image is left to train on.
     """
     cfg, calibration = runner.ptq.global_loss, runner.calibration
-    held_out = round(len(calibration) * cfg.holdout)
+    held_out = num_held_out(cfg, len(calibration))
     # the draw is random already: its last images are as good as any
     train = calibration.part(range(len(calibration) - held_out))
-    if len(train) == 0:
-        raise PTQError('`ptq.global_loss.holdout` leaves no calibration image to train on; lower it.')
     train_only_quantization(runner.detector, cfg.rates())
     model = GlobalLossModel(runner.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
     runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)

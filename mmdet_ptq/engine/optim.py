@@ -76,6 +76,16 @@ class QuantizationParamsConstructor:
                 continue
             scale = size if kind in RELATIVE_KINDS else 1.0
             groups.append(dict(params=[parameter], lr=self.rates[kind] * scale, name=name))
-        cfg = dict(self.cfg)
-        optimizer = OPTIMIZERS.build({**cfg.pop('optimizer'), 'params': groups})
-        return OPTIM_WRAPPERS.build({'type': 'OptimWrapper', **cfg, 'optimizer': optimizer})
+        return build_wrapper(self.cfg, groups)
+
+
+def build_wrapper(cfg: dict, groups: list[dict]) -> OptimWrapper:
+    """Builds an optimizer and its wrapper.
+
+    Args:
+        cfg: mmengine's optimizer wrapper config; Adam in ``OptimWrapper`` where it does not say.
+        groups: Parameter groups.
+    """
+    cfg = {'type': 'OptimWrapper', 'optimizer': {}, **cfg}
+    optimizer = OPTIMIZERS.build({'type': 'Adam', **cfg.pop('optimizer'), 'params': groups})
+    return OPTIM_WRAPPERS.build({**cfg, 'optimizer': optimizer})

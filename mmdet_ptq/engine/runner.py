@@ -56,6 +56,7 @@ from .evaluation import evaluation_files
 from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
+from .rehearsal import rehearse_global
 from .stages import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
 
 RESULTS = 'results.json'
@@ -148,6 +149,8 @@ class PTQRunner(Runner):
             get_runtime(name).check()
             get_runtime(name).check_export()
         self.load()
+        if self.ptq.global_loss is not None:
+            rehearse_global(self.ptq.global_loss, len(self.calibration))
         self.export_float()
         self.prepare()
         for name in self.ptq.export:

@@ -1,0 +1,81 @@
+"""What mmengine builds for the global stage, built once before any long work: a wrong name costs seconds, not hours."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
+from torch import nn
+
+from ..calibration import FilteredGlobalLoss
+from ..config import GlobalLossConfig
+from ..errors import PTQError, did_you_mean
+from .optim import build_wrapper
+
+KEY = 'ptq.global_loss'
+
+
+def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
+    """Builds loss, optimizer, schedulers and hooks of the global stage, and throws them away.
+
+    Args:
+        cfg: The ``global_loss`` section.
+        images: Number of calibration images.
+
+    Raises:
+        PTQError: One of them cannot be built, or no image is left to train on.
+    """
+    if num_held_out(cfg, images) == images:
+        raise PTQError(f'`{KEY}.holdout` leaves none of the {images} calibration images to train on; lower it.')
+    FilteredGlobalLoss(**cfg.loss_kwargs())
+    wrapper = copy.deepcopy(cfg.optim_wrapper)
+    for name in ('constructor', 'paramwise_cfg'):
+        if name in wrapper:
+            raise PTQError(f'`{KEY}.optim_wrapper.{name}` must be left out: the rates of the parameters are '
+                           f'`{KEY}.lr`, `bias_lr`, `weight_lr` and `grid_lr`.')
+    _known(f'{KEY}.optim_wrapper', OPTIM_WRAPPERS, wrapper)
+    if not isinstance(wrapper.get('optimizer', {}), dict):
+        raise PTQError(f"`{KEY}.optim_wrapper.optimizer` must be a dict, as dict(type='Adam'), got "
+                       f"{wrapper['optimizer']!r}.")
+    _known(f'{KEY}.optim_wrapper.optimizer', OPTIMIZERS, wrapper.get('optimizer', {}))
+    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr=cfg.lr)]
+    optimizer = _built(f'{KEY}.optim_wrapper', lambda: build_wrapper(wrapper, groups))
+    for index, scheduler in enumerate(cfg.param_scheduler or ()):
+        key = f'{KEY}.param_scheduler[{index}]'
+        scheduler = _type(key, PARAM_SCHEDULERS, scheduler, ('convert_to_iter_based',))
+        _built(key, lambda s=scheduler: PARAM_SCHEDULERS.build(s, default_args=dict(optimizer=optimizer)))
+    for index, hook in enumerate(cfg.hooks):
+        key = f'{KEY}.hooks[{index}]'
+        hook = _type(key, HOOKS, hook, ('priority',))
+        _built(key, lambda h=hook: HOOKS.build(h))
+
+
+def num_held_out(cfg: GlobalLossConfig, images: int) -> int:
+    """How many of the calibration images are not trained on."""
+    return round(images * cfg.holdout)
+
+
+def _type(key: str, registry: Registry, cfg: dict, leave: tuple[str, ...]) -> dict:
+    """A copy without what mmengine's runner takes out of it before it builds."""
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise PTQError(f'`{key}` must be a dict with a `type`, got {cfg!r}.')
+    _known(key, registry, cfg)
+    return {name: copy.deepcopy(value) for name, value in cfg.items() if name not in leave}
+
+
+def _known(key: str, registry: Registry, cfg: dict) -> None:
+    name = cfg.get('type')
+    # as mmengine builds: in the scope of the config first
+    with registry.switch_scope_and_registry(None) as scoped:
+        if isinstance(name, str) and scoped.get(name) is None:
+            raise PTQError(f'`{key}.type` is {name!r}, which is not in the registry.'
+                           f'{did_you_mean(name, {**registry.module_dict, **scoped.module_dict})}')
+
+
+def _built(key: str, build: Callable):
+    try:
+        return build()
+    except Exception as error:  # whatever a class of the user's raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PTQError(f'`{key}` cannot be built: {reason[0]}') from error
