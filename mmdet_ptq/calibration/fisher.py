@@ -1,8 +1,9 @@
 """Which outputs of a unit matter to the detector: the diagonal Fisher information of its global loss.
 
 The global loss has no gradient at the float detector itself, which is its own target. The Fisher information does: it
-is the expected squared gradient of the log-likelihood over labels drawn from the detector's own predictions. One such
-draw a batch gives the weights of every unit at once, where BRECQ and Reg-PTQ run the whole detector for each unit.
+is the expected squared gradient of the log-likelihood over labels drawn from the detector's own predictions. One
+backward pass a batch gives the weights of every unit at once, where BRECQ and Reg-PTQ run the whole detector for each
+unit.
 """
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..predictions import AlignedPredictions, predict_aligned
@@ -63,7 +63,7 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
         with torch.enable_grad():
             images = data['inputs'].detach().clone().requires_grad_()
             predictions = predict_aligned(detector, images, data['data_samples'], reference=reference)
-            loss = sampled_loss(predictions)
+            loss = noisy_loss(predictions)
             keys = list(outputs)
             grads = torch.autograd.grad(loss, [outputs[key] for key in keys], allow_unused=True)
     finally:
@@ -79,11 +79,13 @@ def _factors(squares: Tensor, unused: bool) -> FisherWeight:
     return FisherWeight(squares.mean(1, keepdim=True), squares.mean(axes))
 
 
-def sampled_loss(predictions: AlignedPredictions) -> Tensor:
-    """Negative log-likelihood of labels drawn from the predictions themselves, summed over images.
+def noisy_loss(predictions: AlignedPredictions) -> Tensor:
+    """A sum whose squared gradient is, on average, the diagonal Fisher information of the predictions.
 
-    Classes and quality are drawn from their probabilities; boxes follow a Laplace distribution around the predicted
-    one (the L1 term divided by the box's size), whose gradient is a random sign.
+    Each output is multiplied by noise with the covariance that the gradient of the log-likelihood has over labels drawn
+    from the predictions: p (1 - p) for sigmoid scores and the quality, diag(p) - p p^T for softmax scores. Its size is
+    fixed and its sign random: of labels themselves, one of probability 0.001 would be drawn once in a thousand times.
+    Boxes follow a Laplace distribution around the predicted one (the L1 term divided by the box's size).
 
     Args:
         predictions: Of the float detector, with gradients.
@@ -96,23 +98,25 @@ def sampled_loss(predictions: AlignedPredictions) -> Tensor:
     kept = predictions.take(best)
     mask = kept.confidence().detach() >= SCORE_THR
     logits = kept.cls_logits[mask]
-    if kept.activation == 'softmax':
-        labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0] if len(logits) else logits.new_zeros(0).long()
-        loss = F.cross_entropy(logits, labels, reduction='sum')
-    else:
-        labels = torch.bernoulli(logits.detach().sigmoid())
-        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction='sum')
+    loss = (logits * _score_noise(logits.detach(), kept.activation)).sum()
     if kept.quality_logits is not None:
         quality = kept.quality_logits[mask]
-        loss = loss + F.binary_cross_entropy_with_logits(quality, torch.bernoulli(quality.detach().sigmoid()),
-                                                         reduction='sum')
+        loss = loss + (quality * _score_noise(quality.detach(), 'sigmoid')).sum()
     if kept.boxes is not None:
         boxes = kept.boxes[mask]
         size = (boxes.detach()[:, 2:] - boxes.detach()[:, :2]).clamp(min=1).repeat(1, 2)
         loss = loss + (boxes / size * _signs(boxes)).sum() / 4
     if predictions.proposal_stage is not None:
-        loss = loss + sampled_loss(predictions.proposal_stage)
+        loss = loss + noisy_loss(predictions.proposal_stage)
     return loss
+
+
+def _score_noise(logits: Tensor, activation: str) -> Tensor:
+    if activation == 'sigmoid':
+        return (logits.sigmoid() * (-logits).sigmoid()).sqrt() * _signs(logits)
+    probabilities = logits.softmax(-1)
+    noise = probabilities.sqrt() * _signs(logits)
+    return noise - probabilities * noise.sum(-1, keepdim=True)
 
 
 def _signs(like: Tensor) -> Tensor:

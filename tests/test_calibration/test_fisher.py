@@ -1,0 +1,56 @@
+"""The Fisher weights of reconstruction: expected squared gradients of the detector's own log-likelihood."""
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mmdet_ptq.calibration import fisher
+from mmdet_ptq.calibration.fisher import noisy_loss
+from mmdet_ptq.predictions import AlignedPredictions
+
+
+def mean_outer_product(predictions: AlignedPredictions, inputs: torch.Tensor, monkeypatch) -> torch.Tensor:
+    """Mean of gradient times gradient over every pattern of signs."""
+    total, patterns = 0, list(itertools.product((-1.0, 1.0), repeat=inputs.numel()))
+    for pattern in patterns:
+        monkeypatch.setattr(fisher, '_signs', lambda like, pattern=pattern: torch.tensor(pattern).view(like.shape))
+        gradient, = torch.autograd.grad(noisy_loss(predictions), inputs, retain_graph=True)
+        total = total + torch.outer(gradient.flatten(), gradient.flatten())
+    return total / len(patterns)
+
+
+def test_scores_of_sigmoid_heads_have_the_covariance_of_labels_drawn_from_them(monkeypatch):
+    logits = torch.tensor([[[-3.0, 0.5, 2.0], [0.0, -1.0, -6.0]]], requires_grad=True)
+    found = mean_outer_product(AlignedPredictions(logits), logits, monkeypatch)
+    p = logits.detach().sigmoid().flatten()
+    torch.testing.assert_close(found, torch.diag(p * (1 - p)))
+
+
+def test_scores_of_softmax_heads_have_the_covariance_of_labels_drawn_from_them(monkeypatch):
+    logits = torch.tensor([[[-1.0, 0.5, 2.0, 0.1]]], requires_grad=True)
+    found = mean_outer_product(AlignedPredictions(logits, activation='softmax'), logits, monkeypatch)
+    p = logits.detach().softmax(-1).flatten()
+    torch.testing.assert_close(found, torch.diag(p) - torch.outer(p, p))
+
+
+def test_boxes_count_in_units_of_their_size():
+    boxes = torch.tensor([[[0.0, 0.0, 10.0, 40.0]]], requires_grad=True)
+    loss = noisy_loss(AlignedPredictions(torch.zeros(1, 1, 2), boxes))
+    gradient, = torch.autograd.grad(loss, boxes)
+    torch.testing.assert_close(gradient.abs(), torch.tensor([[[0.025, 0.00625, 0.025, 0.00625]]]))
+
+
+@pytest.mark.parametrize('quality', [None, torch.full((1, 2), 9.0)])
+def test_boxes_that_the_filter_drops_count_nothing(quality):
+    logits = torch.tensor([[[-12.0, -13.0], [1.0, -2.0]]], requires_grad=True)
+    gradient, = torch.autograd.grad(noisy_loss(AlignedPredictions(logits, quality_logits=quality)), logits)
+    assert (gradient[0, 0] == 0).all()
+    assert (gradient[0, 1] != 0).all()
+
+
+def test_raw_outputs_count_alike_in_units_of_their_spread():
+    raw = torch.randn(2, 5, requires_grad=True)
+    gradient, = torch.autograd.grad(noisy_loss(AlignedPredictions(None, raw=[raw])), raw)
+    torch.testing.assert_close(gradient.abs(), (1 / raw.detach().std()).expand(2, 5))
