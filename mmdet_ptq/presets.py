@@ -14,7 +14,8 @@ HEAD_POLICIES = {
     'log_affine': dict(weights=dict(quantizer=_LOG_AFFINE)),
 }
 
-_PLAIN = dict(compensate=False, iters=20000, rounding='adaround', skip_below=0, rounding_lr=1e-3)
+_PLAIN = dict(
+    search_scales=False, compensate=False, fisher=0, iters=20000, rounding='adaround', skip_below=0, rounding_lr=1e-3)
 
 # Published ways to reconstruct, by name: ptq = dict(reconstruct='qdrop'). The settings are those of the public codes.
 RECONSTRUCTION_METHODS = {

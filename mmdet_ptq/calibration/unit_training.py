@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..wrapping.weights import float_weight
 from .closed_form import solve_unit
+from .scale_search import search_scales
 from .unit_data import UnitData
 
 LOOKS = 4  # how often a unit's held-out error is looked at while it is trained
@@ -60,8 +61,11 @@ class UnitTrainer:
         best, best_error = self.snapshot(), before
         with torch.random.fork_rng(devices=_devices(self.data.streams.device)):
             torch.manual_seed(seed)
+            if self.cfg.search_scales:
+                search_scales(self.data, self.activations.values())
             if self.cfg.compensate:
                 solve_unit(self.data)
+            if self.cfg.search_scales or self.cfg.compensate:
                 error = self.data.held_out_error()
                 if error < best_error:
                     best, best_error = self.snapshot(), error

@@ -235,7 +235,9 @@ class ReconstructConfig:
         granularity: ``'block'``, ``'layer'`` or ``'paper'`` (blocks in the backbone, layers elsewhere).
             Defaults to ``'layer'``.
         units: Names (patterns) of modules that are units whatever the granularity says.
-        compensate: First solve each layer's weights in closed form: least squares against the float outputs, each
+        search_scales: First give each activation the multiple of its scale that leaves the unit's output the least
+            error. Defaults to True.
+        compensate: Then solve each layer's weights in closed form: least squares against the float outputs, each
             rounding error compensated by the weights that follow (GPTQ). Defaults to True.
         damping: Pull of the least squares towards the float weights, as a share of the inputs' mean square. Defaults
             to 1e-3.
@@ -254,7 +256,7 @@ class ReconstructConfig:
         drop: QDrop: probability that an activation inside a unit stays float. Defaults to 0.
         input_drop: QDrop: probability that an input of a unit is the float detector's. Defaults to 0.
         fisher: Share, 0 to 1, of the Fisher weights of the global loss in the squared errors (1: as BRECQ does); 0
-            counts all outputs alike. Defaults to 0.
+            counts all outputs alike. Defaults to 0.7.
         holdout: Share of the calibration images that judges whether a unit got better. Defaults to 0.125.
         cache_gib: Activations kept in memory, in GiB; more goes to the work directory. Defaults to 4.
     """
@@ -267,6 +269,7 @@ class ReconstructConfig:
     skip_below: float = 5e-4
     granularity: str = 'layer'
     units: list = field(default_factory=list)
+    search_scales: bool = True
     compensate: bool = True
     damping: float = 1e-3
     rounding: str = 'latent'
@@ -281,7 +284,7 @@ class ReconstructConfig:
     bias_lr: float = 0
     drop: float = 0
     input_drop: float = 0
-    fisher: float = 0
+    fisher: float = 0.7
     holdout: float = 0.125
     cache_gib: float = 4
 

@@ -20,8 +20,8 @@ def batches(count=3):
 
 
 def reconstruct(detector, folder, resume=False, **kwargs):
-    cfg = ReconstructConfig(**{'iters': 6, 'rounding': 'adaround', 'rounding_lr': 0.05, 'compensate': False,
-                               'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, **kwargs})
+    cfg = ReconstructConfig(**{'iters': 6, 'rounding': 'adaround', 'rounding_lr': 0.05, 'compensate': False, 'search_scales': False,
+                               'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, 'fisher': 0, **kwargs})
     return BlockReconstruction(cfg).run(detector, batches(), 12, folder, 0, resume)
 
 
@@ -32,7 +32,8 @@ def low_bit():
 
 @pytest.mark.parametrize('options', [
     dict(granularity='block', drop=0.5, input_drop=0.5, fisher=1), dict(rounding='latent', bias_lr=1e-3),
-    dict(compensate=True, iters=0), dict(compensate=True, iters=0, fisher=0.5)], ids=str)
+    dict(compensate=True, iters=0), dict(compensate=True, iters=0, fisher=0.5), dict(search_scales=True, iters=0),
+    dict(search_scales=True, compensate=True, iters=0, fisher=0.7)], ids=str)
 def test_no_unit_gets_worse_and_some_get_better(low_bit, tmp_path, options):
     detector = copy.deepcopy(low_bit)
     units = reconstruct(detector, tmp_path, **options)
