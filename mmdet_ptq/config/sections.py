@@ -256,7 +256,7 @@ class ReconstructConfig:
         drop: QDrop: probability that an activation inside a unit stays float. Defaults to 0.
         input_drop: QDrop: probability that an input of a unit is the float detector's. Defaults to 0.
         fisher: Share, 0 to 1, of the Fisher weights of the global loss in the squared errors (1: as BRECQ does); 0
-            counts all outputs alike. Defaults to 0.7.
+            counts all outputs alike. Defaults to 0.5.
         holdout: Share of the calibration images that judges whether a unit got better. Defaults to 0.125.
         cache_gib: Activations kept in memory, in GiB; more goes to the work directory. Defaults to 4.
     """
@@ -284,7 +284,7 @@ class ReconstructConfig:
     bias_lr: float = 0
     drop: float = 0
     input_drop: float = 0
-    fisher: float = 0.7
+    fisher: float = 0.5
     holdout: float = 0.125
     cache_gib: float = 4
 

@@ -20,8 +20,9 @@ def batches(count=3):
 
 
 def reconstruct(detector, folder, resume=False, **kwargs):
-    cfg = ReconstructConfig(**{'iters': 6, 'rounding': 'adaround', 'rounding_lr': 0.05, 'compensate': False, 'search_scales': False,
-                               'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, 'fisher': 0, **kwargs})
+    cfg = ReconstructConfig(**{'iters': 6, 'rounding': 'adaround', 'rounding_lr': 0.05, 'compensate': False,
+                               'search_scales': False, 'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, 'fisher': 0,
+                               **kwargs})
     return BlockReconstruction(cfg).run(detector, batches(), 12, folder, 0, resume)
 
 
