@@ -55,6 +55,8 @@ RECIPES = {
     'ours, uniform, local, scales not migrated': (LOCAL, *UNIFORM, *UNMOVED),
     'ours, uniform, local': (LOCAL, *UNIFORM),
     'ours, log-affine head, local': (LOCAL, *LOG),
+    'ours, best format a layer, local, outputs alike': (LOCAL, 'ptq.reconstruct.fisher=0'),
+    'ours, best format a layer, local, scales as observed': (LOCAL, 'ptq.reconstruct.search_scales=False'),
     'ours, best format a layer, local': (LOCAL,),
     'ours, uniform, + global': (*UNFILTERED, *UNIFORM),
     'ours, uniform, + filter': UNIFORM,

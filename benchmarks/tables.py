@@ -21,6 +21,8 @@ LABELS = {
     'ours, log-affine head, + global': 'ours, log-affine head, + global loss, unfiltered',
     'ours, log-affine head, + filter': 'ours, log-affine head, + global loss, filtered',
     'ours, best format a layer, local': 'ours, in each layer the grid of less error, local',
+    'ours, best format a layer, local, outputs alike': 'that, without Fisher weights',
+    'ours, best format a layer, local, scales as observed': 'that, activation scales as observed',
     'ours, best format a layer, + global': 'ours, in each layer the grid of less error, + global loss, unfiltered',
     'ours': '**ours**, the preset: the same, filtered',
 }
