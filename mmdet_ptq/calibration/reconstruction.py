@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from mmengine.logging import print_log
 from torch import nn
 
@@ -20,7 +21,7 @@ from ..wrapping import quantization_mode
 from .activation_store import ActivationStore
 from .streams import FLOAT, QUANTIZED, Streams
 from .unit_data import UnitData
-from .unit_training import UnitResult, UnitTrainer
+from .unit_training import UnitResult, UnitTrainer, devices_of
 from .units import Passage, Unit, find_passages, find_units
 
 
@@ -66,8 +67,11 @@ class BlockReconstruction:
         units, passages = self._units(detector, data[0])
         streams = Streams(detector, units, store, passages)
         two_stage = is_two_stage(detector)
-        while data:
-            streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
+        # the Fisher weights are drawn: a run that is resumed here draws the same
+        with torch.random.fork_rng(devices=devices_of(streams.device)):
+            torch.manual_seed(seed)
+            while data:
+                streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
         train, held_out = self._split(streams, num_images)
         results, taken, done = [], set(), 0.0
         print_log(f'reconstructing {len(units)} units, {sum(len(u.layers) for u in units)} layers', 'current')

@@ -59,7 +59,7 @@ class UnitTrainer:
         if before < self.cfg.skip_below:
             return UnitResult(self.data.unit.name, before, before, outcome='good enough')
         best, best_error = self.snapshot(), before
-        with torch.random.fork_rng(devices=_devices(self.data.streams.device)):
+        with torch.random.fork_rng(devices=devices_of(self.data.streams.device)):
             torch.manual_seed(seed)
             if self.cfg.search_scales:
                 search_scales(self.data, self.activations.values())
@@ -170,5 +170,6 @@ def _size(parameter: Tensor) -> float:
     return float(parameter.detach().abs().mean())
 
 
-def _devices(device: torch.device) -> list[torch.device]:
+def devices_of(device: torch.device) -> list[torch.device]:
+    """The devices other than the CPU whose random state ``torch.random.fork_rng`` has to keep."""
     return [] if device.type == 'cpu' else [device]

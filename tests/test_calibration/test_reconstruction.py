@@ -146,3 +146,13 @@ def test_too_few_images_are_named_with_the_number_needed(tmp_path, monkeypatch):
 def test_bad_settings(change, told):
     with pytest.raises(PTQError, match=told):
         ReconstructConfig(**change).check('key')
+
+
+def test_fisher_weights_are_the_same_in_a_run_that_is_resumed(low_bit, tmp_path):
+    first, second = copy.deepcopy(low_bit), copy.deepcopy(low_bit)
+    torch.manual_seed(1)
+    reconstruct(first, tmp_path / 'first', iters=0, compensate=True, fisher=1)
+    torch.manual_seed(2)
+    reconstruct(second, tmp_path / 'second', iters=0, compensate=True, fisher=1)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
