@@ -56,10 +56,11 @@ def _equations(data: UnitData, name: str) -> tuple[LayerEquations | None, str]:
         for call, batch in itertools.product(range(data.unit.calls), batches):
             seen = _seen_by(data, name, call, data.float_inputs[call][batch])
             for index, (x, y) in enumerate(seen):
-                reads, y = patches(layer, x), by_group(layer, y)
-                if reads is None:
-                    return None, f'a {type(layer).__name__} of this kind is not covered'
+                y = by_group(layer, y)
                 if equations is None:
+                    reads = patches(layer, x)
+                    if reads is None:
+                        return None, f'a {type(layer).__name__} of this kind is not covered'
                     rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
                     again = rows @ reads
                     if layer.bias is not None:
@@ -72,7 +73,7 @@ def _equations(data: UnitData, name: str) -> tuple[LayerEquations | None, str]:
     for call, batch in itertools.product(range(data.unit.calls), batches):
         for index, (x, _) in enumerate(_seen_by(data, name, call, data.inputs[call][batch])):
             picked, y, counts = targets[call, batch, index]
-            equations.add(patches(layer, x)[..., picked], y, counts)
+            equations.add(patches(layer, x, picked), y, counts)
     return equations, ''
 
 

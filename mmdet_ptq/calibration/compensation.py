@@ -7,6 +7,7 @@ rounded, takes what is left of the mean.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,24 +22,37 @@ from ..wrapping.layers import is_transposed
 BLOCK, SWEEPS = 128, 2
 
 
-def patches(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What each output position reads.
+def patches(layer: nn.Module, x: Tensor, picked: Tensor | None = None) -> Tensor | None:
+    """What output positions read.
 
     Args:
         layer: A linear layer or a 2d convolution.
         x: Its input.
+        picked: Which positions, (P,), counted image by image and row by row. Defaults to None, all of them.
 
     Returns:
         (G, K, P): groups, weights per output channel, positions; None for layers this does not cover.
     """
     if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows if picked is None else rows[picked]).T[None]
     if not isinstance(layer, nn.Conv2d) or is_transposed(layer) or layer.padding_mode != 'zeros' \
             or isinstance(layer.padding, str):
         return None
-    columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    n, _, positions = columns.shape
-    return columns.view(n, layer.groups, -1, positions).permute(1, 2, 0, 3).reshape(layer.groups, -1, n * positions)
+    (pad_y, pad_x), (dilation_y, dilation_x), (stride_y, stride_x) = layer.padding, layer.dilation, layer.stride
+    x = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
+    images, channels, height, width = x.shape
+    rows, columns = ((size - dilation * (kernel - 1) - 1) // stride + 1 for size, dilation, kernel, stride in zip(
+        (height, width), layer.dilation, layer.kernel_size, layer.stride, strict=True))
+    if picked is None:
+        picked = torch.arange(images * rows * columns, device=x.device)
+    image, place = picked // (rows * columns), picked % (rows * columns)
+    corner = (image * height + place // columns * stride_y) * width + place % columns * stride_x
+    # unfold would copy every position of large maps, of which few are picked
+    inside = [y * dilation_y * width + x * dilation_x for y, x in itertools.product(*map(range, layer.kernel_size))]
+    index = corner + corner.new_tensor(inside)[:, None]
+    read = x.transpose(0, 1).reshape(channels, -1).index_select(1, index.flatten())
+    return read.view(layer.groups, -1, len(picked))
 
 
 def by_group(layer: nn.Module, y: Tensor) -> Tensor:

@@ -26,6 +26,15 @@ def test_rows_times_patches_is_the_layer(make):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize('make', LAYERS)
+def test_picked_positions_are_those_of_the_whole(make):
+    layer = make()
+    x = torch.randn(2, 9, 5) if isinstance(layer, nn.Linear) else torch.randn(2, layer.in_channels, 9, 8)
+    whole = patches(layer, x)
+    picked = torch.randperm(whole.shape[2])[:7]
+    assert torch.equal(patches(layer, x, picked), whole[..., picked])
+
+
 @pytest.mark.parametrize('layer', [nn.ConvTranspose2d(3, 3, 2), nn.Conv1d(3, 3, 1),
                                    nn.Conv2d(3, 3, 3, padding=1, padding_mode='reflect'),
                                    nn.Conv2d(3, 3, 3, padding='same')])
