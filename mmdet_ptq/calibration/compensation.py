@@ -46,8 +46,9 @@ def patches(layer: nn.Module, x: Tensor, picked: Tensor | None = None) -> Tensor
         (height, width), layer.dilation, layer.kernel_size, layer.stride, strict=True))
     if picked is None:
         picked = torch.arange(images * rows * columns, device=x.device)
-    image, place = picked // (rows * columns), picked % (rows * columns)
-    corner = (image * height + place // columns * stride_y) * width + place % columns * stride_x
+    line, image = picked // columns, picked // (rows * columns)
+    column, row = picked - line * columns, line - image * rows
+    corner = (image * height + row * stride_y) * width + column * stride_x
     # unfold would copy every position of large maps, of which few are picked
     inside = [y * dilation_y * width + x * dilation_x for y, x in itertools.product(*map(range, layer.kernel_size))]
     index = corner + corner.new_tensor(inside)[:, None]
