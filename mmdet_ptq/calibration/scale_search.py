@@ -18,7 +18,7 @@ from .unit_data import UnitData
 
 # multiples of the observed scale; each quantizer's own limit, all that its observer saw, bounds them
 FACTORS = (0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5)
-# more samples than this change the choice little
+# bounds the time: the unit runs on them once for every multiple
 SAMPLES = 32
 
 
