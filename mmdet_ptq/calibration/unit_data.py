@@ -41,6 +41,7 @@ class UnitData:
         self.batch_size = max(1, min(cfg.batch_size, fitting, len(train)))
         self.importance = [self._importance(call) for call in range(unit.calls)] if cfg.fisher else None
         self.variances = [self._variance(call) for call in range(unit.calls)]
+        self.energy = self._energy()
 
     def positions(self) -> int:
         """Positions of one image's outputs, over all calls."""
@@ -126,6 +127,12 @@ class UnitData:
             total += float((target - target.mean(axes, keepdim=True)).square().sum())
             count += target.numel()
         return max(total / max(count, 1), 1e-12)
+
+    def _energy(self) -> float:
+        """Variance of the float outputs summed over their channels, mean over the calls."""
+        channels = [t.shape[1] if t.ndim > 1 else 1
+                    for t in (self.streams.target(self.unit, call, 0) for call in range(self.unit.calls))]
+        return sum(c * v for c, v in zip(channels, self.variances, strict=True)) / self.unit.calls
 
     def _importance(self, call: int) -> tuple[list[Tensor], Tensor]:
         """Fisher weights of a call's outputs: positions by batch and channels, each with mean 1."""

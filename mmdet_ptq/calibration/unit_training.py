@@ -160,9 +160,9 @@ class UnitTrainer:
         if cfg.rounding == 'adaround' and progress >= cfg.warmup:
             done = (progress - cfg.warmup) / (1 - cfg.warmup)
             beta = cfg.beta_end + (cfg.beta_start - cfg.beta_end) * (1 - done)
-            numel = sum(weight.rounding.v.numel() for weight in self.data.weights.values())
-            loss = loss + cfg.rounding_weight * sum(
-                weight.rounding.regularizer(beta) for weight in self.data.weights.values()) / numel
+            # the published weight is one against squared errors summed over the channels
+            loss = loss + cfg.rounding_weight / self.data.energy * sum(
+                weight.rounding.regularizer(beta) for weight in self.data.weights.values())
         return loss
 
 

@@ -244,7 +244,8 @@ class ReconstructConfig:
         rounding: ``'adaround'`` (every weight goes to the code above or below, by a relaxed choice), ``'latent'``
             (weights are trained with straight-through gradients) or ``'nearest'``. Defaults to ``'latent'``.
         rounding_lr: Learning rate of the relaxed choice. Defaults to 1e-2.
-        rounding_weight: Weight of AdaRound's regularizer, a mean over the unit's weights. Defaults to 0.01.
+        rounding_weight: Weight of AdaRound's regularizer, a sum over the unit's weights, against squared errors summed
+            over the output channels. Defaults to 0.01.
         warmup: Share of the iterations without the regularizer. Defaults to 0.2.
         beta_start: Exponent of the regularizer after the warm-up. Defaults to 20.
         beta_end: Exponent at the end. Defaults to 2.

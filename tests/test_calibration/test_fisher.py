@@ -8,6 +8,7 @@ import torch
 
 from mmdet_ptq.calibration import fisher
 from mmdet_ptq.calibration.fisher import noisy_loss
+from mmdet_ptq.calibration.units import Unit
 from mmdet_ptq.predictions import AlignedPredictions
 
 
@@ -35,11 +36,37 @@ def test_scores_of_softmax_heads_have_the_covariance_of_labels_drawn_from_them(m
     torch.testing.assert_close(found, torch.diag(p) - torch.outer(p, p))
 
 
-def test_boxes_count_in_units_of_their_size():
+def test_boxes_have_the_slope_of_their_own_term_at_the_deviation_of_reference():
     boxes = torch.tensor([[[0.0, 0.0, 10.0, 40.0]]], requires_grad=True)
-    loss = noisy_loss(AlignedPredictions(torch.zeros(1, 1, 2), boxes))
-    gradient, = torch.autograd.grad(loss, boxes)
-    torch.testing.assert_close(gradient.abs(), torch.tensor([[[0.025, 0.00625, 0.025, 0.00625]]]))
+    gradient, = torch.autograd.grad(noisy_loss(AlignedPredictions(torch.zeros(1, 1, 2), boxes)), boxes)
+    size = torch.tensor([[[10.0, 40.0, 10.0, 40.0]]])
+    slope_of_square = gradient.square() * fisher.BOX_DEVIATION * size
+    away = (boxes.detach() + fisher.BOX_DEVIATION * size).requires_grad_()
+    term = ((away - boxes.detach()) / size).abs().mean()
+    torch.testing.assert_close(slope_of_square, torch.autograd.grad(term, away)[0])
+
+
+class OneUnit(torch.nn.Module):
+    """A detector of one unit, its outputs its class scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = torch.nn.Identity()
+
+
+def test_weights_are_the_mean_over_draws(monkeypatch):
+    detector, sizes = OneUnit(), itertools.count(1)
+    monkeypatch.setattr(fisher, 'predict_aligned', lambda detector, images, samples, reference: AlignedPredictions(
+        detector.unit(images).square().flatten(2).transpose(1, 2).contiguous()))
+    monkeypatch.setattr(fisher, '_signs', lambda like: torch.full_like(like, next(sizes)))
+    images = torch.rand(2, 3, 4, 5) + 0.5
+    weights = fisher.fisher_weights(detector, [Unit('unit', {}, 1)], dict(inputs=images, data_samples=[]), None)
+    draws = next(sizes) - 1
+    assert draws == fisher.DRAWS > 1
+    p = images.square().sigmoid()
+    expected = sum(size**2 for size in range(1, draws + 1)) / draws * (2 * images).square() * p * (1 - p)
+    torch.testing.assert_close(weights['unit', 0].positions, expected.mean(1, keepdim=True))
+    torch.testing.assert_close(weights['unit', 0].channels, expected.mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize('quality', [None, torch.full((1, 2), 9.0)])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmdet_ptq.calibration import BlockReconstruction
+from mmdet_ptq.calibration.unit_training import UnitResult, UnitTrainer
 from mmdet_ptq.config import ReconstructConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
@@ -156,3 +157,34 @@ def test_fisher_weights_are_the_same_in_a_run_that_is_resumed(low_bit, tmp_path)
     reconstruct(second, tmp_path / 'second', iters=0, compensate=True, fisher=1)
     for key, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[key], value), key
+
+
+def test_published_rounding_loss(low_bit, tmp_path, monkeypatch):
+    """Squared errors summed over channels, their mean over positions, plus 0.01 times the sum of 1 - |2 h - 1|^beta."""
+    compared = []
+
+    def check(self, seed):
+        data = self.data
+        for name, weight in data.weights.items():
+            weight.learn_rounding(float_weight(data.layers[name]))
+        torch.manual_seed(0)
+        total = self._loss(1.0)
+        torch.manual_seed(0)
+        samples = [data.train_samples[i] for i in torch.randint(len(data.train_samples), (data.batch_size,)).tolist()]
+        published = torch.zeros(())
+        if data.unit.calls == 1:
+            (group,) = data._groups(0, samples)
+            tensors, target = data._gather(0, group, False)
+            output = data.streams.run(data.unit, 0, data.inputs[0][0], tensors)
+            published = (output - target).square().sum(1).mean() + 0.01 * sum(
+                (1 - (2 * w.rounding() - 1).abs().pow(2)).sum() for w in data.weights.values())
+            compared.append((total * data.energy, published))
+        for name, weight in data.weights.items():
+            weight.settle_rounding(float_weight(data.layers[name]))
+        return UnitResult(data.unit.name, 1.0, 1.0)
+
+    monkeypatch.setattr(UnitTrainer, 'run', check)
+    reconstruct(copy.deepcopy(low_bit), tmp_path, granularity='block', beta_end=2)
+    assert len(compared) > 3
+    for total, published in compared:
+        torch.testing.assert_close(total, published)
