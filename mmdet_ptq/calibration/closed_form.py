@@ -19,6 +19,8 @@ from .unit_data import UnitData
 
 # grids tried around the scale of least error without compensation
 SCALE_FACTORS = (1.0, 0.7, 0.8, 0.9, 1.1)
+# damping of the rounding, as a share of that of the least squares: rounding errors are known, not estimated
+ROUNDING_SHARE = 0.01
 
 
 @torch.no_grad()
@@ -36,7 +38,7 @@ def solve_unit(data: UnitData) -> None:
         solved, _ = equations.solve(start, bias, data.cfg.damping)
         importance = equations.importance()[:, None].expand_as(solved).reshape(rows.shape)
         quantizer.fit_weight(solved.reshape(rows.shape), importance=importance / importance.mean())
-        rounded = _round_at_best_scale(equations, solved, data.cfg.damping, quantizer)
+        rounded = _round_at_best_scale(equations, solved, ROUNDING_SHARE * data.cfg.damping, quantizer)
         if not torch.isfinite(rounded).all():
             raise PTQError(f'the least squares of layer {name} have no finite solution; raise '
                            '`ptq.reconstruct.damping`.')

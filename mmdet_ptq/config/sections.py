@@ -240,7 +240,7 @@ class ReconstructConfig:
         compensate: Then solve each layer's weights in closed form: least squares against the float outputs, each
             rounding error compensated by the weights that follow (GPTQ). Defaults to True.
         damping: Pull of the least squares towards the float weights, as a share of the inputs' mean square. Defaults
-            to 1e-3.
+            to 0.1.
         rounding: ``'adaround'`` (every weight goes to the code above or below, by a relaxed choice), ``'latent'``
             (weights are trained with straight-through gradients) or ``'nearest'``. Defaults to ``'latent'``.
         rounding_lr: Learning rate of the relaxed choice. Defaults to 1e-2.
@@ -257,7 +257,7 @@ class ReconstructConfig:
         drop: QDrop: probability that an activation inside a unit stays float. Defaults to 0.
         input_drop: QDrop: probability that an input of a unit is the float detector's. Defaults to 0.
         fisher: Share, 0 to 1, of the Fisher weights of the global loss in the squared errors (1: as BRECQ does); 0
-            counts all outputs alike. Defaults to 0.5.
+            counts all outputs alike. Defaults to 0.9.
         holdout: Share of the calibration images that judges whether a unit got better. Defaults to 0.125.
         cache_gib: Activations kept in memory, in GiB; more goes to the work directory. Defaults to 4.
     """
@@ -272,7 +272,7 @@ class ReconstructConfig:
     units: list = field(default_factory=list)
     search_scales: bool = True
     compensate: bool = True
-    damping: float = 1e-3
+    damping: float = 0.1
     rounding: str = 'latent'
     rounding_lr: float = 1e-2
     rounding_weight: float = 0.01
@@ -285,7 +285,7 @@ class ReconstructConfig:
     bias_lr: float = 0
     drop: float = 0
     input_drop: float = 0
-    fisher: float = 0.5
+    fisher: float = 0.9
     holdout: float = 0.125
     cache_gib: float = 4
 
