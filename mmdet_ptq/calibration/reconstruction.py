@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from mmengine.logging import print_log
+from rich.progress import track
 from torch import nn
 
 from ..config import ReconstructConfig
@@ -70,7 +71,7 @@ class BlockReconstruction:
         # the Fisher weights are drawn: a run that is resumed here draws the same
         with torch.random.fork_rng(devices=devices_of(streams.device)):
             torch.manual_seed(seed)
-            while data:
+            for _ in track(range(len(data)), description='weighing outputs' if self.cfg.fisher else 'float outputs'):
                 streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
         train, held_out = self._split(streams, num_images)
         results, taken, done = [], set(), 0.0
