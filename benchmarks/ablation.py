@@ -44,6 +44,10 @@ def rounding_rate(iters: int) -> float:
     return min(1e-3 * PUBLISHED_ITERS / iters, 1e-2)
 
 
+# QDrop's blocks in place of the closed form, with the preset's grids, migrated scales and Fisher weights
+LEARNED = ('ptq.reconstruct.method=qdrop', 'ptq.reconstruct.iters={iters}', 'ptq.reconstruct.rounding_lr={rounding_lr}',
+           'ptq.reconstruct.fisher=0.9')
+
 RECIPES = {
     'rounding': (*ROUNDED, *UNMOVED),
     'rounding, equalized': (*ROUNDED, *UNMOVED, 'ptq.equalize=weights'),
@@ -64,6 +68,8 @@ RECIPES = {
     'ours, log-affine head, + filter': LOG,
     'ours, best format a layer, + global': UNFILTERED,
     'ours': (),
+    'ours, rounding learned, local': (LOCAL, *LEARNED),
+    'ours, rounding learned': LEARNED,
 }
 
 BEFORE_GLOBAL = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction')

@@ -25,6 +25,8 @@ LABELS = {
     'ours, best format a layer, local, scales as observed': 'that, activation scales as observed',
     'ours, best format a layer, + global': 'ours, in each layer the grid of less error, + global loss, unfiltered',
     'ours': '**ours**, the preset: the same, filtered',
+    'ours, rounding learned, local': 'ours, blocks trained as in QDrop, {} iterations',
+    'ours, rounding learned': 'ours, that, + global loss, filtered',
 }
 
 
