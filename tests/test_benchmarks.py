@@ -372,26 +372,6 @@ def test_finished_lines_are_json(config, tmp_path, monkeypatch):
     assert kept['lines'][0]['AP'] == 0.5 and set(kept['lines'][0]) <= set(peers.FIELDS)
 
 
-# ------------------------------------------------------------------ sizes.py
-
-def test_a_run_without_an_exported_model_is_refused(tmp_path):
-    (tmp_path / 'quantized.pth').touch()
-    with pytest.raises(PTQError, match=r'lacks onnxruntime/model.onnx; run tools/ptq.py'):
-        module('sizes').line_of(tmp_path)
-
-
-def test_a_model_that_answers_differently_is_refused(float_onnx, tmp_path):
-    sizes = module('sizes')
-    sizes.check_same(Path(float_onnx), Path(float_onnx))
-    import onnx
-    other = onnx.load(float_onnx)
-    entry = max(other.graph.initializer, key=lambda e: len(e.raw_data))
-    entry.raw_data = bytes(len(entry.raw_data))
-    onnx.save(other, tmp_path / 'other.onnx')
-    with pytest.raises(PTQError, match='answers differently'):
-        sizes.check_same(Path(float_onnx), tmp_path / 'other.onnx')
-
-
 # ------------------------------------------------------------------ reevaluate.py
 
 def test_finished_runs_are_evaluated_on_other_images(tmp_path):

@@ -187,6 +187,7 @@ class CalibrationDataset(Dataset):
     Attributes:
         ids: Image ids, in the order of the draw.
         skipped: Paths of images that could not be read.
+        sizes: (height, width) as the pipeline gives them, to the position of the first image that has it.
 
     Raises:
         PTQError: There is no image, all are unreadable, or one is an evaluation image.
@@ -211,6 +212,7 @@ class CalibrationDataset(Dataset):
 
     def _read(self, chosen: list[tuple[int, int]], infos: list[dict]) -> None:
         self.index, self.ids, self.skipped, self._samples, size = [], [], [], [], 0
+        self.sizes: dict[tuple[int, int], int] = {}
         print_log(f'reading {len(chosen)} calibration images', 'current')
         bar = ProgressBar(len(chosen))
         for (d, i), info in zip(chosen, infos, strict=True):
@@ -224,6 +226,7 @@ class CalibrationDataset(Dataset):
                 print_log(f'calibration image {image_path(info)} cannot be read and is skipped: '
                           f'{type(error).__name__}: {error}', 'current', level=30)
                 continue
+            self.sizes.setdefault(tuple(sample['inputs'].shape[-2:]), len(self.index))
             self.index.append((d, i))
             self.ids.append(info.get('img_id', image_path(info)))
             size += sample['inputs'].numel() * sample['inputs'].element_size()
@@ -271,9 +274,10 @@ class LoadedSamples(CalibrationDataset):
     """
 
     def __init__(self, batches: Any) -> None:
-        self.datasets, self.skipped, self._samples = [], [], []
+        self.datasets, self.skipped, self._samples, self.sizes = [], [], [], {}
         for batch in batches:
             for inputs, sample in zip(batch['inputs'], batch['data_samples'], strict=True):
+                self.sizes.setdefault(tuple(inputs.shape[-2:]), len(self._samples))
                 self._samples.append(dict(inputs=inputs, data_samples=sample))
         if not self._samples:
             raise PTQError('the calibration loader is empty; give one that yields mmdet batches.')

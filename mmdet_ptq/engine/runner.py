@@ -48,6 +48,7 @@ from ..deploy import (
     settle_biases,
     stored_bytes,
 )
+from ..errors import PTQError
 from ..files import check_space, load_tensors
 from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
@@ -149,6 +150,8 @@ class PTQRunner(Runner):
             get_runtime(name).check()
             get_runtime(name).check_export()
         self.load()
+        if self.ptq.export:
+            self._check_one_size()
         if self.ptq.global_loss is not None:
             rehearse_global(self.ptq.global_loss, len(self.calibration))
         self.export_float()
@@ -320,9 +323,22 @@ class PTQRunner(Runner):
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
         """Shape of the tensor that exported models take: one image as the test pipeline gives it."""
-        batch = next(iter(self.first_images(1)))
-        image = self.detector.data_preprocessor(batch, False)['inputs'][:1]
-        return tuple(image.shape)
+        return self._tensor_shape(0)
+
+    def _tensor_shape(self, position: int) -> tuple[int, int, int, int]:
+        batch = pseudo_collate([self.calibration[position]])
+        return tuple(self.detector.data_preprocessor(batch, False)['inputs'].shape)
+
+    def _check_one_size(self) -> None:
+        """Refuses images of several sizes before anything that takes long: exported models take one."""
+        sizes = sorted({self._tensor_shape(first)[2:] for first in self.calibration.sizes.values()})
+        if len(sizes) > 1:
+            side = max(map(max, sizes))
+            raise PTQError(
+                f'exported models (`ptq.export`) take images of one size, the calibration images have {len(sizes)}: '
+                f'{", ".join(f"{h}x{w}" for h, w in sizes[:3])}{", ..." * (len(sizes) > 3)} (height x width); pad '
+                f"them: put dict(type='Pad', size=({side}, {side})) after Resize in "
+                '`test_dataloader.dataset.pipeline`.')
 
     def report(self) -> None:
         """Writes ``results.json`` and the page, prints the table."""
