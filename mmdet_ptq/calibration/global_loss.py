@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,15 @@ class FilteredGlobalLoss(nn.Module):
         self.distribution_weight = distribution_weight
         self.target = target
         self.max_boxes = max_boxes
+
+    def unfiltered(self) -> FilteredGlobalLoss:
+        """The same loss without the IoU filter, to compare states of one detector by.
+
+        The filter looks at the quantized detector's boxes: a state that ruins a box would be rid of its loss.
+        """
+        loss = copy.copy(self)
+        loss.iou_thr, loss.combine = 0.0, 'and'
+        return loss
 
     def forward(
         self, student: AlignedPredictions, teacher: AlignedPredictions, batch_gt: list | None = None

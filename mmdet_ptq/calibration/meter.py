@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from .global_loss import FilteredGlobalLoss, box_iou
 
 # a prior this confident may be reported as a detection
 SCORE_THR = 0.05
-# corners in pixels are cut here: an exponential in the decoding of a broken box overflows
-FARTHEST = 1e5
 # stands for a loss that is not finite, so that it can be compared and written
 WORST = 1e9
 
@@ -116,8 +114,8 @@ class DamageMeter:
         with torch.no_grad(), quantization_mode(detector, 'float'):
             for batch in batches:
                 data = detector.data_preprocessor(copy.deepcopy(batch), False)
-                reference = _cut(predict_aligned(detector, data['inputs'], data['data_samples']).detach())
-                self.images.append((data, reference))
+                reference = predict_aligned(detector, data['inputs'], data['data_samples']).detach()
+                self.images.append((data, reference.with_finite_boxes()))
         if not self.images:
             raise PTQError('sensitivity needs at least one calibration image; check `ptq.calibration`.')
         self.store = None if resume_file is None else DamageStore(resume_file, self.fingerprint())
@@ -156,8 +154,8 @@ class DamageMeter:
         parts, errors = [], _OutputError(self.detector, layers, weights)
         with torch.no_grad(), errors.listening(), quantize_only(self.detector, activations, weights):
             for data, reference in self.images:
-                student = _cut(predict_aligned(self.detector, data['inputs'], data['data_samples'], reference))
-                parts.append((len(data['data_samples']), *self._compare(student, reference)))
+                student = predict_aligned(self.detector, data['inputs'], data['data_samples'], reference)
+                parts.append((len(data['data_samples']), *self._compare(student.with_finite_boxes(), reference)))
         damage = _joined(parts, errors.ratio if layers else None)
         if self.store is not None and key is not None:
             self.store.put(key, damage)
@@ -182,16 +180,6 @@ class DamageMeter:
                 overlap = box_iou(reference.boxes[keep], student.boxes[keep])
                 sums[2:] = torch.stack([(before[keep] * (1 - overlap)).sum(), before[keep].sum()])
         return loss, sums
-
-
-def _cut(predictions: AlignedPredictions) -> AlignedPredictions:
-    """Makes boxes finite."""
-    changes = {}
-    if predictions.boxes is not None:
-        changes['boxes'] = predictions.boxes.nan_to_num(0).clamp(-FARTHEST, FARTHEST)
-    if predictions.proposal_stage is not None:
-        changes['proposal_stage'] = _cut(predictions.proposal_stage)
-    return replace(predictions, **changes)
 
 
 def _joined(parts: list[tuple[int, float, Tensor]], output_error: float | None) -> Damage:

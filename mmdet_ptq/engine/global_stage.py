@@ -132,6 +132,7 @@ class GlobalLossModel(BaseModel):
         super().__init__(data_preprocessor=_TestPreprocessor(detector.data_preprocessor))
         self.detector = detector
         self.loss = loss
+        self.held_out = loss.unfiltered()
         self.target: AlignedPredictions | None = None
 
     def train(self, mode: bool = True) -> GlobalLossModel:
@@ -154,17 +155,21 @@ class GlobalLossModel(BaseModel):
         if mode != 'loss':
             raise ValueError(f"GlobalLossModel only has mode 'loss', got {mode!r}")
         student = predict_aligned(self.detector, inputs, data_samples, reference=self.target)
-        gt = None
-        if self.loss.target == 'ground_truth':
-            if not all('gt_instances' in sample and 'bboxes' in sample.gt_instances for sample in data_samples):
-                raise PTQError("`ptq.global_loss.target='ground_truth'` needs annotated calibration images; use "
-                               "target='float' for images without annotations.")
-            gt = [sample.gt_instances for sample in data_samples]
-        return self.loss(student, self.target, gt)
+        return self.loss(student, self.target, self._annotations(data_samples))
+
+    def _annotations(self, data_samples: list) -> list | None:
+        if self.loss.target != 'ground_truth':
+            return None
+        if not all('gt_instances' in sample and 'bboxes' in sample.gt_instances for sample in data_samples):
+            raise PTQError("`ptq.global_loss.target='ground_truth'` needs annotated calibration images; use "
+                           "target='float' for images without annotations.")
+        return [sample.gt_instances for sample in data_samples]
 
     @torch.no_grad()
     def held_out_loss(self, data: dict) -> dict[str, float]:
-        """The loss terms of one batch, and their sum as ``loss``."""
+        """The loss terms of one batch, and their sum as ``loss``, over the same boxes in every state."""
         data = self.data_preprocessor(data, False)
-        _, terms = self.parse_losses(self(**data, mode='loss'))
+        student = predict_aligned(self.detector, data['inputs'], data['data_samples'], reference=self.target)
+        _, terms = self.parse_losses(self.held_out(
+            student.with_finite_boxes(), self.target, self._annotations(data['data_samples'])))
         return {key: float(value) for key, value in terms.items()}

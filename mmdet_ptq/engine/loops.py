@@ -1,9 +1,11 @@
 """Loops of the global stage."""
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 from mmengine.dist import all_reduce_params, get_world_size
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import tensor
@@ -29,8 +31,9 @@ class GlobalCalibrationLoop(IterBasedTrainLoop):
 
 @LOOPS.register_module()
 class HeldOutLossLoop(BaseLoop):
-    """Mean filtered global loss on calibration images that are not trained on.
+    """Mean global loss on calibration images that are not trained on, over the same boxes in every state.
 
+    Without the IoU filter, which a state could pass by ruining boxes; a loss that is not finite counts as infinite.
     Its ``global_loss`` is what ``CheckpointHook(save_best='global_loss')`` chooses the final state by; evaluation
     images are never looked at.
 
@@ -60,6 +63,10 @@ class HeldOutLossLoop(BaseLoop):
         if get_world_size() > 1:
             all_reduce_params(means.values(), op='mean')
         metrics = {('global_loss' if key == 'loss' else key): float(value) for key, value in means.items()}
+        if not math.isfinite(metrics['global_loss']):
+            metrics['global_loss'] = math.inf
+            print_log(f'the held-out loss after {self.runner.iter} iterations is not finite; that state is not kept, '
+                      'and lower rates in `ptq.global_loss` may help', 'current', level=30)
         for key in metrics:
             # mmengine's log shows losses as a mean over its last entries; these are of this state alone
             self.runner.message_hub.log_scalars.pop(f'val/{key}', None)

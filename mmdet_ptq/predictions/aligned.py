@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mmdet_ptq.errors import PTQError
 
+# corners in pixels are cut here: an exponential in the decoding of a broken box overflows
+FARTHEST = 1e5
+
 
 @dataclass
 class AlignedPredictions:
@@ -64,6 +67,15 @@ class AlignedPredictions:
             changes['raw'] = [value.detach() for value in self.raw]
         if self.proposal_stage is not None:
             changes['proposal_stage'] = self.proposal_stage.detach()
+        return replace(self, **changes)
+
+    def with_finite_boxes(self) -> AlignedPredictions:
+        """Returns the same predictions, boxes that are not finite or far outside cut to what can be compared."""
+        changes = {}
+        if self.boxes is not None:
+            changes['boxes'] = self.boxes.nan_to_num(0).clamp(-FARTHEST, FARTHEST)
+        if self.proposal_stage is not None:
+            changes['proposal_stage'] = self.proposal_stage.with_finite_boxes()
         return replace(self, **changes)
 
     def take(self, index: Tensor) -> AlignedPredictions:

@@ -146,6 +146,20 @@ def test_each_filter_drops_what_it_should():
     assert kept == {'and': 1, 'or': 3}
 
 
+def test_states_are_compared_on_the_same_boxes():
+    teacher = predictions(0)
+    moved = replace(teacher, boxes=teacher.boxes + 3)
+    ruined = replace(teacher, boxes=teacher.boxes + 1e4)
+    lost = replace(teacher, boxes=torch.full_like(teacher.boxes, math.nan))
+    for combine in ('and', 'or'):
+        loss = FilteredGlobalLoss(score_thr=0.0, combine=combine)
+        kept, near, far, gone = (
+            loss.unfiltered()(x.with_finite_boxes(), teacher)['loss_box'] for x in (teacher, moved, ruined, lost))
+        assert kept == 0 < near < far < 1e6 and 0 < gone < 1e6
+        assert (loss.iou_thr, loss.combine) == (0.1, combine)
+    assert loss(ruined, teacher)['kept'] == 12 and FilteredGlobalLoss()(ruined, teacher)['loss_box'] == 0
+
+
 @pytest.mark.parametrize('activation', ['sigmoid', 'softmax'])
 @pytest.mark.parametrize('box_loss', ['l1', 'giou', 'deltas'])
 def test_the_loss_is_zero_when_nothing_is_quantized(activation, box_loss):

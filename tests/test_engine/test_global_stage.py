@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS
 
 from mmdet_ptq import PTQError
 from mmdet_ptq.config import CalibrationConfig, GlobalLossConfig
+from mmdet_ptq.engine.global_stage import GlobalLossModel
 from mmdet_ptq.engine.hooks import FilteredGlobalLossHook
 from mmdet_ptq.engine.optim import learnable_parameters, train_only_quantization
 from mmdet_ptq.testing import tiny_quantized
@@ -107,6 +108,43 @@ def test_a_run_that_only_gets_worse_ends_where_it_began(make_runner, tmp_path):
     runner.calibrate()
     observed, state = (stage_state(tmp_path / 'work_dir', name) for name in ('observe', 'global'))
     assert all(torch.equal(value, observed[key]) for key, value in state.items())
+
+
+@HOOKS.register_module()
+class DivergenceHook(Hook):
+    """Does to the biases of the box branch what a rate that is too high does."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        runner.model.detector.bbox_head.retina_reg.bias.data.fill_(self.value)
+
+
+@pytest.mark.parametrize('value', [50.0, float('nan')])
+def test_a_state_that_ruins_the_boxes_is_not_kept(make_runner, tmp_path, value):
+    # no box passes the IoU filter any more, so the loss that is trained is zero
+    make_runner({'ptq.global_loss.hooks': [dict(type='DivergenceHook', value=value)],
+                 'ptq.global_loss.iters': 2}).calibrate()
+    observed, state = (stage_state(tmp_path / 'work_dir', name) for name in ('observe', 'global'))
+    assert all(torch.equal(value, observed[key]) for key, value in state.items())
+
+
+def test_a_state_whose_scores_are_no_numbers_is_not_kept(make_runner, tmp_path):
+    runner = make_runner({'ptq.global_loss.iters': 2})
+    model_loss = GlobalLossModel.held_out_loss
+
+    def diverged(model, data):
+        terms = model_loss(model, data)
+        return terms if runner.iter == 0 else {key: float('nan') for key in terms}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GlobalLossModel, 'held_out_loss', diverged)
+        runner.calibrate()
+    observed, state = (stage_state(tmp_path / 'work_dir', name) for name in ('observe', 'global'))
+    assert all(torch.equal(value, observed[key]) for key, value in state.items())
+    log = ''.join(file.read_text() for file in (tmp_path / 'work_dir').glob('*/*.log'))
+    assert 'the held-out loss after 2 iterations is not finite; that state is not kept' in log
 
 
 def test_without_held_out_images_the_last_state_is_the_result(make_runner, tmp_path):
