@@ -91,7 +91,7 @@ def layer_errors(
         reference = predict(float_detector, batch, 'float')
     with _recorded(detector, {name: name for name in layers}, axes) as after:
         predict(detector, batch, 'quantize', reference)
-    unpaired = reference.raw is not None or reference.proposals is None
+    unpaired = reference.regions is None
     errors = []
     for name, outputs in after.items():
         part = name.split('.')[0]

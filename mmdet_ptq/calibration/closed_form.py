@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +28,11 @@ ROUNDING_SHARE = 0.01
 @torch.no_grad()
 def solve_unit(data: UnitData) -> None:
     """Solves and rounds one layer after another, each with the layers before it already quantized."""
+    float_values = [(value, value.detach().clone()) for layer in data.layers.values()
+                    for value in (float_weight(layer), layer.bias) if value is not None]
     for name, layer in data.layers.items():
         quantizer, weight = data.weights[name].quantizer, float_weight(layer)
-        equations, reason = _equations(data, name)
+        equations, reason = _equations(data, name, float_values)
         if equations is None:
             print_log(f'{name}: {reason}, so its weights are not compensated', 'current', level=30)
             continue
@@ -47,13 +51,14 @@ def solve_unit(data: UnitData) -> None:
             layer.bias.copy_(equations.best_bias(rounded).reshape(-1))
 
 
-def _equations(data: UnitData, name: str) -> tuple[LayerEquations | None, str]:
+def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tensor]]
+               ) -> tuple[LayerEquations | None, str]:
     """The normal equations of a layer from the training samples, or why there are none."""
     layer, weight = data.layers[name], data.weights[name]
     if getattr(weight.quantizer, 'mode', '') == 'shift':
         return None, "values of the published grid are not rounded to themselves (mode 'shift')"
     equations, batches = None, sorted({batch for batch, _ in data.train_samples})
-    with quantization_mode(data.streams.detector, FLOAT):
+    with quantization_mode(data.streams.detector, FLOAT), _with_values(float_values):
         targets = {}
         for call, batch in itertools.product(range(data.unit.calls), batches):
             seen = _seen_by(data, name, call, data.float_inputs[call][batch])
@@ -77,6 +82,19 @@ def _equations(data: UnitData, name: str) -> tuple[LayerEquations | None, str]:
             picked, y, counts = targets[call, batch, index]
             equations.add(patches(layer, x, picked), y, counts)
     return equations, ''
+
+
+@contextmanager
+def _with_values(values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Puts the float values of a unit's layers back for a while: some of them are solved already."""
+    now = [parameter.detach().clone() for parameter, _ in values]
+    for parameter, value in values:
+        parameter.copy_(value)
+    try:
+        yield
+    finally:
+        for (parameter, _), value in zip(values, now, strict=True):
+            parameter.copy_(value)
 
 
 def _counts(data: UnitData, layer: nn.Module, call: int, batch: int, picked: Tensor) -> Tensor | None:

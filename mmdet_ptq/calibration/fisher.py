@@ -31,7 +31,7 @@ class FisherWeight:
     """Squared gradients at one call's output, as an outer product: positions of each image times channels.
 
     Attributes:
-        positions: Mean over channels, (N, 1, ...).
+        positions: Mean over channels, (N, 1, ...), or (N, ..., 1) where channels come last.
         channels: Mean over everything else, (C,).
     """
 
@@ -68,28 +68,29 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
             return output.clone()
         return hook
 
-    handles = [detector.get_submodule(unit.name).register_forward_hook(keep(unit.name)) for unit in units]
+    axes = {unit.name: unit.axis for unit in units}
+    handles = [detector.get_submodule(name).register_forward_hook(keep(name)) for name in axes]
     try:
         with torch.enable_grad():
             images = data['inputs'].detach().clone().requires_grad_()
             predictions = predict_aligned(detector, images, data['data_samples'], reference=reference)
             keys = list(outputs)
-            weights = {key: _factors(torch.zeros_like(outputs[key])) for key in keys}
+            weights = {key: _factors(torch.zeros_like(outputs[key]), axes[key[0]]) for key in keys}
             for draw in range(DRAWS):
                 grads = torch.autograd.grad(noisy_loss(predictions), [outputs[key] for key in keys], allow_unused=True,
                                             retain_graph=draw < DRAWS - 1)
                 for key, grad in zip(keys, grads, strict=True):
                     if grad is not None:
-                        weights[key].add(_factors(grad.square()))
+                        weights[key].add(_factors(grad.square(), axes[key[0]]))
     finally:
         for handle in handles:
             handle.remove()
     return weights
 
 
-def _factors(squares: Tensor) -> FisherWeight:
-    axes = [axis for axis in range(squares.ndim) if axis != 1]
-    return FisherWeight(squares.mean(1, keepdim=True) / DRAWS, squares.mean(axes) / DRAWS)
+def _factors(squares: Tensor, axis: int) -> FisherWeight:
+    others = [other for other in range(squares.ndim) if other != axis % squares.ndim]
+    return FisherWeight(squares.mean(axis, keepdim=True) / DRAWS, squares.mean(others) / DRAWS)
 
 
 def noisy_loss(predictions: AlignedPredictions) -> Tensor:

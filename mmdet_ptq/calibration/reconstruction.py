@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from rich.progress import track
 from torch import nn
@@ -40,14 +41,14 @@ class BlockReconstruction:
     def __init__(self, cfg: ReconstructConfig) -> None:
         self.cfg = cfg
 
-    def run(self, detector: nn.Module, batches: Iterable[dict], num_images: int, folder: Path, seed: int,
+    def run(self, detector: nn.Module, batches: Iterable[dict], held_out: Iterable[dict], folder: Path, seed: int,
             resume: bool) -> list[dict]:
         """Reconstructs a quantized detector whose activation ranges are set, in place.
 
         Args:
             detector: The quantized detector, in eval mode.
-            batches: Calibration batches as a dataloader yields them; the last images are held out.
-            num_images: How many images they hold.
+            batches: Calibration batches as a dataloader yields them.
+            held_out: Others, which units are judged by; without any, units are judged by ``batches``.
             folder: Where finished units (to go on from) and activations that do not fit in memory are kept.
             seed: Seed of the sampling.
             resume: Whether units that an earlier run has finished are taken over.
@@ -57,14 +58,16 @@ class BlockReconstruction:
         """
         store = ActivationStore(int(self.cfg.cache_gib * 2**30), folder)
         try:
-            return self._run(detector, batches, num_images, folder, seed, resume, store)
+            return self._run(detector, batches, held_out, folder, seed, resume, store)
         finally:
             store.close()
             for parameter in detector.parameters():
                 parameter.grad = None
 
-    def _run(self, detector, batches, num_images, folder, seed, resume, store) -> list[dict]:
+    def _run(self, detector, batches, held_out, folder, seed, resume, store) -> list[dict]:
         data = [detector.data_preprocessor(batch, False) for batch in batches]
+        trained = len(data)
+        data += [detector.data_preprocessor(batch, False) for batch in held_out]
         units, passages = self._units(detector, data[0])
         streams = Streams(detector, units, store, passages)
         two_stage = is_two_stage(detector)
@@ -73,7 +76,8 @@ class BlockReconstruction:
             torch.manual_seed(seed)
             for _ in track(range(len(data)), description='weighing outputs' if self.cfg.fisher else 'float outputs'):
                 streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
-        train, held_out = self._split(streams, num_images)
+        samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]
+        train = [(b, i) for b, i in samples if b < trained]
         results, taken, done = [], set(), 0.0
         print_log(f'reconstructing {len(units)} units, {sum(len(u.layers) for u in units)} layers', 'current')
         for index, unit in enumerate(units):
@@ -82,13 +86,15 @@ class BlockReconstruction:
             float_inputs = streams.collect(unit, FLOAT)
             inputs = streams.collect(unit, QUANTIZED)
             with quantization_mode(detector, QUANTIZED):
-                trainer = UnitTrainer(UnitData(streams, unit, inputs, float_inputs, self.cfg, train, held_out), taken)
+                trainer = UnitTrainer(UnitData(
+                    streams, unit, inputs, float_inputs, self.cfg, train, samples[len(train):]), taken)
                 result = self._taken_over(trainer, path) if resume else None
                 if result is None:
                     self._check_images(trainer.data, len(train))
                     result = trainer.run(seed + index)
                     result.seconds = round(time.perf_counter() - start, 2)
-                    save_tensors(path, dict(result=asdict(result), state=trainer.snapshot()))
+                    if is_main_process():
+                        save_tensors(path, dict(result=asdict(result), state=trainer.snapshot()))
             streams.forget(float_inputs)
             streams.finish(unit, inputs)
             taken |= set(trainer.activations)
@@ -109,11 +115,6 @@ class BlockReconstruction:
         if not units:
             raise PTQError('`ptq.reconstruct` finds no quantized layer in the detector; remove the key.')
         return units, passages
-
-    def _split(self, streams: Streams, num_images: int) -> tuple[list[tuple], list[tuple]]:
-        samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]
-        held_out = round(num_images * self.cfg.holdout)
-        return samples[:len(samples) - held_out], samples[len(samples) - held_out:]
 
     def _taken_over(self, trainer: UnitTrainer, path: Path) -> UnitResult | None:
         if not path.is_file():
@@ -139,7 +140,8 @@ class BlockReconstruction:
     def _log(self, index: int, count: int, result: UnitResult, seconds: float) -> None:
         left = seconds / (index + 1) * (count - index - 1)
         end = {'restored': '; training did not help, the state before is restored',
+               'diverged': '; training diverged, the best state before is kept',
                'good enough': '; good enough as it is'}.get(result.outcome, '')
         print_log(f'reconstruct [{index + 1}/{count}] {result.name}: held-out error {result.before:.4g} -> '
                   f'{result.after:.4g}, {result.seconds:.1f} s, eta {int(left) // 60} min {int(left) % 60:02d} s{end}',
-                  'current', level=30 if result.outcome == 'restored' else 20)
+                  'current', level=30 if result.outcome in ('restored', 'diverged') else 20)

@@ -46,8 +46,7 @@ class UnitData:
     def positions(self) -> int:
         """Positions of one image's outputs, over all calls."""
         targets = [self.streams.target(self.unit, call, 0) for call in range(self.unit.calls)]
-        return sum(t.numel() // (t.shape[1] if t.ndim > 1 else 1) // len(self.streams.batches[0].samples)
-                   for t in targets)
+        return sum(t.numel() // t.shape[self.unit.axis] // len(self.streams.batches[0].samples) for t in targets)
 
     @torch.no_grad()
     def held_out_error(self) -> float:
@@ -83,13 +82,18 @@ class UnitData:
             if not self._by_image(call, batch):
                 groups.setdefault(('whole', batch), [(batch, None)])
                 continue
-            shapes = tuple(self.streams.store.get(inputs.leaves[i]).shape[1:] for i in inputs.tensors)
-            groups.setdefault(shapes, []).append((batch, image))
+            # sizes may stand beside the tensors: windows are cut by them
+            key = tuple(tuple(self.streams.store.get(leaf).shape[1:]) if i in inputs.tensors else leaf
+                        for i, leaf in enumerate(inputs.leaves))
+            groups.setdefault(key, []).append((batch, image))
         return list(groups.values())
 
     def _by_image(self, call: int, batch: int) -> bool:
-        """Whether every tensor of the call has one row per image."""
+        """Whether every tensor of the call has one row per image, and nothing else but sizes and switches matters."""
         inputs, images = self.inputs[call][batch], len(self.streams.batches[batch].samples)
+        others = [leaf for i, leaf in enumerate(inputs.leaves) if i not in inputs.tensors]
+        if not all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in others):
+            return False
         tensors = [self.streams.store.get(inputs.leaves[i]) for i in inputs.tensors]
         return all(t.ndim and len(t) == images for t in [*tensors, self.streams.target(self.unit, call, batch)])
 
@@ -123,15 +127,14 @@ class UnitData:
         total = count = 0.0
         for batch in range(len(self.inputs[call])):
             target = self.streams.target(self.unit, call, batch)
-            axes = (0, *range(2, target.ndim)) if target.ndim > 2 else (0,)
+            axes = [axis for axis in range(target.ndim) if axis != self.unit.axis % target.ndim]
             total += float((target - target.mean(axes, keepdim=True)).square().sum())
             count += target.numel()
         return max(total / max(count, 1), 1e-12)
 
     def _energy(self) -> float:
         """Variance of the float outputs summed over their channels, mean over the calls."""
-        channels = [t.shape[1] if t.ndim > 1 else 1
-                    for t in (self.streams.target(self.unit, call, 0) for call in range(self.unit.calls))]
+        channels = [self.streams.target(self.unit, call, 0).shape[self.unit.axis] for call in range(self.unit.calls)]
         return sum(c * v for c, v in zip(channels, self.variances, strict=True)) / self.unit.calls
 
     def _importance(self, call: int) -> tuple[list[Tensor], Tensor]:
@@ -139,7 +142,8 @@ class UnitData:
         weights = [batch.fisher[self.unit.name, call] for batch in self.streams.batches]
         channels = torch.stack([w.channels for w in weights]).mean(0)
         mean = torch.cat([w.positions.flatten() for w in weights]).mean().clamp_min(1e-30)
-        shape = (-1, *[1] * (weights[0].positions.ndim - 2))
+        shape = [1] * weights[0].positions.ndim
+        shape[self.unit.axis] = -1
         return [w.positions / mean for w in weights], (channels / channels.mean().clamp_min(1e-30)).view(shape)
 
     def _weighted(self, squares: Tensor, call: int, group: list[tuple]) -> Tensor:

@@ -24,8 +24,9 @@ class UnitResult:
         name: The unit.
         before: Held-out error before, as a share of the output's variance.
         after: The same after.
-        outcome: ``'trained'``; ``'restored'`` where training did not help and the state before came back; or
-            ``'good enough'`` where nothing was trained.
+        outcome: ``'trained'``; ``'restored'`` where training did not help and the state before came back;
+            ``'diverged'`` where it came to no finite loss and the best state before that is kept; or ``'good enough'``
+            where nothing was trained.
         seconds: Time it took.
     """
 
@@ -46,6 +47,7 @@ class UnitTrainer:
 
     def __init__(self, data: UnitData, taken: set[str]) -> None:
         self.data, self.cfg, self.state = data, data.cfg, data.state
+        self.diverged = False
         names = {name for hook in self.state.hooks if hook.layer in data.unit.layers for name in hook.names if name}
         self.activations = {name: self.state.activations[name] for name in sorted(names - taken)}
 
@@ -78,7 +80,7 @@ class UnitTrainer:
         if best_error < before and self.cfg.rounding == 'latent':
             for name, weight in self.data.weights.items():
                 weight.settle(float_weight(self.data.layers[name]))
-        outcome = 'trained' if best_error < before else 'restored'
+        outcome = 'restored' if best_error >= before else 'diverged' if self.diverged else 'trained'
         return UnitResult(self.data.unit.name, before, best_error, outcome)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
@@ -110,6 +112,7 @@ class UnitTrainer:
                 optimizer.zero_grad(set_to_none=True)
                 loss = self._loss(progress)
                 if not torch.isfinite(loss):
+                    self.diverged = True
                     break
                 loss.backward()
                 optimizer.step()

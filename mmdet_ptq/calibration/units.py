@@ -27,6 +27,7 @@ class Unit:
         name: Path in the detector.
         layers: Its quantized layers, in the order in which they run, and how often each runs in one call of the unit.
         calls: Calls in one forward pass (a head shared by levels has one per level).
+        axis: Where the channels of its output are: -1 for linear layers and sequences of tokens, 1 for maps.
         needs: For each call, the calls (unit, index) of other units whose outputs it is computed from, with nothing
             but unweighted operations in between; None where the graph does not tell.
     """
@@ -34,6 +35,7 @@ class Unit:
     name: str
     layers: dict[str, int]
     calls: int
+    axis: int = 1
     needs: list[set[tuple[str, int]] | None] = field(default_factory=list)
 
 
@@ -58,6 +60,7 @@ class _Call:
     layers: Counter = field(default_factory=Counter)
     modules: Counter = field(default_factory=Counter)  # what ran inside
     output: Any = None  # autograd node of the single output tensor
+    ndim: int = 0  # of that tensor
 
 
 class _Trace:
@@ -94,8 +97,12 @@ class _Trace:
     def leave(self, name: str) -> Callable:
         def hook(module, args, output):
             call = self.stack.pop()
+            known = isinstance(output, Tensor) and output.grad_fn is not None
             if call.output is None:
-                call.output = output.grad_fn if isinstance(output, Tensor) and output.grad_fn is not None else False
+                call.output = output.grad_fn if known else False
+                call.ndim = output.ndim if known else 0
+            # a copy goes on: writing to a view would take its node out of the graph
+            return output.clone() if known else None
         return hook
 
 
@@ -150,6 +157,8 @@ def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = '
     chosen: dict[str, Unit] = {}
     _choose(detector, '', able, granularity, patterns, chosen, set())
     units = sorted(chosen.values(), key=lambda unit: trace.calls[unit.name][0].order)
+    for unit in units:
+        unit.axis = _channel_axis(detector, unit, trace.calls[unit.name][0].ndim)
     _find_needs(units, trace)
     return units
 
@@ -207,6 +216,12 @@ def _choose(module: nn.Module, name: str, able: dict[str, Unit | None], granular
             return
     for child_name, child in module.named_children():
         _choose(child, f'{name}.{child_name}' if name else child_name, able, granularity, patterns, chosen, seen)
+
+
+def _channel_axis(detector: nn.Module, unit: Unit, ndim: int) -> int:
+    last = detector.get_submodule(list(unit.layers)[-1])
+    tokens = ndim == 3 and unit.name not in unit.layers  # what a transformer's block returns, whatever ran last in it
+    return -1 if tokens or isinstance(last, nn.Linear) else 1
 
 
 def _find_needs(units: list[Unit], trace: _Trace) -> None:

@@ -19,7 +19,6 @@ from ..config import GlobalLossConfig
 from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
 from .optim import train_only_quantization
-from .rehearsal import num_held_out
 from .stages import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -32,10 +31,8 @@ def train_global(runner: PTQRunner) -> None:
     Args:
         runner: Its ``ptq`` block has a ``global_loss``, its detector is calibrated.
     """
-    cfg, calibration = runner.ptq.global_loss, runner.calibration
-    held_out = num_held_out(cfg, len(calibration))
-    # the draw is random already: its last images are as good as any
-    train = calibration.part(range(len(calibration) - held_out))
+    cfg = runner.ptq.global_loss
+    train, held_out = runner.split(cfg.holdout)
     train_only_quantization(runner.detector, cfg.rates())
     model = GlobalLossModel(runner.detector, FilteredGlobalLoss(**cfg.loss_kwargs()))
     runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
@@ -43,13 +40,12 @@ def train_global(runner: PTQRunner) -> None:
     runner._train_dataloader = runner.images_loader(images, min(cfg.batch_size, len(images)), infinite=True)
     runner._train_loop = dict(
         type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval)
-    if held_out:
-        runner._val_dataloader = runner.images_loader(
-            calibration.part(range(len(train), len(calibration))), cfg.batch_size)
+    if len(held_out):
+        runner._val_dataloader = runner.images_loader(held_out, cfg.batch_size)
         runner._val_loop = dict(type='mmdet_ptq.HeldOutLossLoop')
     runner.optim_wrapper, runner.param_schedulers = _optimizer(cfg)
     folder = Path(runner.work_dir) / 'global' / runner.inputs['global']
-    with _hooks(runner, held_out > 0), _inside(runner, folder):
+    with _hooks(runner, len(held_out) > 0), _inside(runner, folder):
         if not runner.stages.resume and is_main_process():
             for stale in folder.glob('*.pth'):
                 stale.unlink()

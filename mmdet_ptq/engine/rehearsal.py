@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
 from torch import nn
 
@@ -26,8 +28,7 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
     Raises:
         PTQError: One of them cannot be built, or no image is left to train on.
     """
-    if num_held_out(cfg, images) == images:
-        raise PTQError(f'`{KEY}.holdout` leaves none of the {images} calibration images to train on; lower it.')
+    check_holdout(KEY, cfg.holdout, images)
     FilteredGlobalLoss(**cfg.loss_kwargs())
     wrapper = copy.deepcopy(cfg.optim_wrapper)
     for name in ('constructor', 'paramwise_cfg'):
@@ -51,9 +52,26 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
         _built(key, lambda h=hook: HOOKS.build(h))
 
 
-def num_held_out(cfg: GlobalLossConfig, images: int) -> int:
+def check_holdout(key: str, share: float, images: int) -> None:
+    """Refuses a share that leaves no image to train on; warns of one that holds none out.
+
+    Args:
+        key: The section of the ``ptq`` block, for the message.
+        share: Its ``holdout``.
+        images: Number of calibration images.
+    """
+    held_out = num_held_out(share, images)
+    if held_out == images:
+        raise PTQError(f'`{key}.holdout` leaves none of the {images} calibration images to train on; lower it.')
+    if share and not held_out:
+        print_log(f'`{key}.holdout` holds out none of {images} calibration images, so nothing tells whether training '
+                  f'helps other images; {math.floor(0.5 / share) + 1} are needed (`ptq.calibration.num_images`)',
+                  'current', level=30)
+
+
+def num_held_out(share: float, images: int) -> int:
     """How many of the calibration images are not trained on."""
-    return round(images * cfg.holdout)
+    return round(images * share)
 
 
 def _type(key: str, registry: Registry, cfg: dict, leave: tuple[str, ...]) -> dict:

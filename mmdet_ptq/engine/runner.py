@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -57,7 +57,7 @@ from .evaluation import evaluation_files
 from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
-from .rehearsal import rehearse_global
+from .rehearsal import check_holdout, num_held_out, rehearse_global
 from .stages import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
 
 RESULTS = 'results.json'
@@ -152,6 +152,8 @@ class PTQRunner(Runner):
         self.load()
         if self.ptq.export:
             self._check_one_size()
+        if self.ptq.reconstruct is not None:
+            check_holdout('ptq.reconstruct', self.ptq.reconstruct.holdout, len(self.calibration))
         if self.ptq.global_loss is not None:
             rehearse_global(self.ptq.global_loss, len(self.calibration))
         self.export_float()
@@ -230,14 +232,19 @@ class PTQRunner(Runner):
         self.protection = Protection.from_dict(state['protection'])
 
     def reconstruct(self) -> None:
-        """Brings unit after unit back to what it returned in the float detector."""
+        """Brings unit after unit back to what it returned in the float detector.
+
+        Every rank does the same with all images: units are solved one after another, each from the ones before.
+        """
 
         def work() -> dict:
             cfg = self.ptq.reconstruct
             method = RECONSTRUCTIONS.get(cfg.type)(cfg)
             units = method.run(
-                self.detector, self.calibration_loader(), len(self.calibration),
+                self.detector, *(self._same_loader(part) for part in self.split(cfg.holdout)),
                 Path(self.work_dir) / 'reconstruct' / self.inputs['reconstruct'], self.seed, self.stages.resume)
+            for value in self.detector.state_dict().values():
+                broadcast(value)
             return dict(units=units, model=self.detector.state_dict())
 
         state, taken_over = self.stages.run('reconstruct', self.inputs['reconstruct'], work)
@@ -374,8 +381,16 @@ class PTQRunner(Runner):
 
     def first_images(self, count: int) -> DataLoader:
         """Batches of the first calibration images, the same ones on every rank."""
-        few = self.calibration.part(range(min(count, len(self.calibration))))
-        return DataLoader(few, self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
+        return self._same_loader(self.calibration.part(range(min(count, len(self.calibration)))))
+
+    def _same_loader(self, dataset: Dataset) -> DataLoader:
+        return DataLoader(dataset, self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
+
+    def split(self, holdout: float) -> tuple[Dataset, Dataset]:
+        """The calibration images that are trained on and those that are held out, which may be none."""
+        # the draw is random already: its last images are as good as any
+        train = len(self.calibration) - num_held_out(holdout, len(self.calibration))
+        return self.calibration.part(range(train)), self.calibration.part(range(train, len(self.calibration)))
 
     def calibration_loader(self) -> DataLoader:
         """Batches of all calibration images, each rank its share."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from torch import Tensor
 
@@ -144,7 +145,9 @@ class StageStore:
             return record.state, True
         with self.timed(name):
             state = work()
-        save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[name], state=state))
+        if is_main_process():
+            save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[name], state=state))
+        barrier()
         return state, False
 
     @contextmanager

@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet_ptq.errors import PTQError
 
 # corners in pixels are cut here: an exponential in the decoding of a broken box overflows
 FARTHEST = 1e5
+
+
+@dataclass
+class Regions:
+    """Where the stages behind the region proposal network looked.
+
+    Args:
+        proposals (list[InstanceData] | None): What the network proposed for each of the N images; None where they
+            come from elsewhere.
+        rois (list[Tensor]): (M, 5) RoIs (image index, then the box), one tensor for each time that RoIs were read
+            out of the features: stage after stage of a cascade, then masks.
+    """
+
+    proposals: list[InstanceData] | None
+    rois: list[Tensor]
 
 
 @dataclass
@@ -32,8 +48,7 @@ class AlignedPredictions:
             to None.
         level_sizes (tuple[int, ...]): Priors per level; sums to P. Defaults to ``()``.
         raw (list[Tensor] | None): The flat raw outputs of a head that no adapter knows. Defaults to None.
-        proposals (Tensor | None): (M, 5) RoIs (image index, then the box) that a two-stage detector's second
-            stage was evaluated on. Defaults to None.
+        regions (Regions | None): What a two-stage detector's second stage was evaluated on. Defaults to None.
         proposal_stage (AlignedPredictions | None): The region proposal network's own predictions. Defaults to
             None.
     """
@@ -45,7 +60,7 @@ class AlignedPredictions:
     distributions: Tensor | None = None
     level_sizes: tuple[int, ...] = ()
     raw: list[Tensor] | None = None
-    proposals: Tensor | None = None
+    regions: Regions | None = None
     proposal_stage: AlignedPredictions | None = None
 
     def confidence(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,10 +10,11 @@ import torch
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
-from .aligned import AlignedPredictions
+from .aligned import AlignedPredictions, Regions
 from .dispatch import align_head, align_raw, announce, own_decoding
 
 # the background logit of padding rows: their confidence is zero, so no filter lets them pass
@@ -34,24 +36,26 @@ def predict_two_stage(
     """Runs the whole detector once and aligns both stages; see :func:`predict_aligned`.
 
     The region proposal network's predictions are the result's ``proposal_stage``. A RoI head without an
-    adapter (cascades, for instance) leaves only those, and the log says so.
+    adapter (cascades, for instance) leaves only those, and the log says so. In any case all its stages answer
+    for the reference's proposals and RoIs, so that their layers compute the same boxes in both detectors.
     """
     metas = [sample.metainfo for sample in batch_data_samples]
     problem = _roi_problem(model.roi_head)
-    rois = None if reference is None else reference.proposals
-    with _captured(model, rois, second_stage=problem is None) as seen:
+    given = None if reference is None else reference.regions
+    with _captured(model, given, second_stage=problem is None) as seen:
         outputs = detector(batch_inputs, batch_data_samples, mode='tensor')
+    regions = Regions(seen.get('proposals'), seen['rois'])
     first = align_head(model.rpn_head, seen['rpn'], metas) if model.with_rpn else None
     if problem is not None and first is None:
-        return align_raw(model.roi_head, outputs, problem)
+        return replace(align_raw(model.roi_head, outputs, problem), regions=regions)
     if problem is not None:
         announce(
             f'{type(model.roi_head).__name__}: {problem}, so only the boxes of the region proposal network '
             'enter the global loss.'
         )
-        return first
-    second = _align_rois(model.roi_head.bbox_head, *seen['box_head'], seen['rois'], len(metas), reference)
-    return replace(second, proposal_stage=first)
+        return replace(first, regions=regions)
+    second = _align_rois(model.roi_head.bbox_head, *seen['box_head'], regions.rois[0], len(metas), reference)
+    return replace(second, regions=regions, proposal_stage=first)
 
 
 def _roi_problem(roi_head: nn.Module) -> str | None:
@@ -68,27 +72,38 @@ def _roi_problem(roi_head: nn.Module) -> str | None:
 
 
 @contextmanager
-def _captured(model: nn.Module, rois: Tensor | None, second_stage: bool):
-    """Collects both stages' raw outputs in one forward pass; feeds ``rois``, if any, to the second stage."""
-    seen: dict = {}
+def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
+    """Collects both stages' raw outputs and regions in one forward pass; feeds the given regions, if any."""
+    seen: dict = {'rois': []}
 
-    def swap_rois(_, args):
-        if 'rois' not in seen:  # a mask branch may use the same extractor later
-            seen['rois'] = args[1] if rois is None else rois
-            return args[0], seen['rois']
-        return None
+    def read(_, args, kwargs):
+        own = args[1] if len(args) > 1 else kwargs.pop('rois')
+        seen['rois'].append(own.detach() if given is None else given.rois[len(seen['rois'])])
+        return (args[0], seen['rois'][-1], *args[2:]), kwargs
 
     handles = []
     if model.with_rpn:
+        propose = model.rpn_head.predict
+
+        def predict(*args, **kwargs):
+            own = propose(*args, **kwargs)
+            seen['proposals'] = own if given is None else given.proposals
+            return copy.copy(seen['proposals'])
+
+        # called as a method, which no hook sees
+        model.rpn_head.predict = predict
         handles.append(model.rpn_head.register_forward_hook(lambda _, args, out: seen.update(rpn=out)))
+    for module in model.roi_head.modules():
+        if isinstance(module, BaseRoIExtractor):
+            handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
     if second_stage:
-        handles.append(model.roi_head.bbox_roi_extractor.register_forward_pre_hook(swap_rois))
         handles.append(
             model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out))
         )
     try:
         yield seen
     finally:
+        vars(model.rpn_head if model.with_rpn else model).pop('predict', None)
         for handle in handles:
             handle.remove()
 
@@ -113,7 +128,6 @@ def _align_rois(
         cls_logits=fill.index_put((image, position), cls_score),
         activation='softmax',
         level_sizes=(size,),
-        proposals=rois,
     )
     if bbox_pred is None:
         return aligned

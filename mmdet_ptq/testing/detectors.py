@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from mmdet.models.detectors import SingleStageDetector
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -40,6 +41,8 @@ def _randomise_weights(detector: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 module.bias.normal_(0, 0.1)
+    if hasattr(detector, 'level_embed'):
+        detector.level_embed.normal_()  # transformers allocate it without values
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def _randomise_norms(detector: nn.Module) -> None:
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_(0, 0.3)
     features = detector.extract_feat(detector.data_preprocessor(tiny_batch(16), False)['inputs'])
-    if hasattr(detector, 'bbox_head'):
+    if isinstance(detector, SingleStageDetector):
         detector.bbox_head(features)
     for norm in norms:
         norm.momentum = 0.1

@@ -16,15 +16,15 @@ LOW_BIT = dict(preset='w8a8_observe', weights=dict(bits=3),
                activations=dict(bits=4, observer=dict(type='mmdet_ptq.MinMaxObserver')))
 
 
-def batches(count=3):
+def batches(count=2):
     return [tiny_batch(4, seed=i) for i in range(2, 2 + count)]
 
 
 def reconstruct(detector, folder, resume=False, **kwargs):
     cfg = ReconstructConfig(**{'iters': 6, 'rounding': 'adaround', 'rounding_lr': 0.05, 'compensate': False,
-                               'search_scales': False, 'batch_size': 4, 'skip_below': 0, 'holdout': 0.34, 'fisher': 0,
+                               'search_scales': False, 'batch_size': 4, 'skip_below': 0, 'fisher': 0,
                                **kwargs})
-    return BlockReconstruction(cfg).run(detector, batches(), 12, folder, 0, resume)
+    return BlockReconstruction(cfg).run(detector, batches(), [tiny_batch(4, seed=5)], folder, 0, resume)
 
 
 @pytest.fixture(scope='module')
@@ -115,6 +115,16 @@ def test_a_unit_that_diverges_gets_its_state_back_and_is_named(low_bit, tmp_path
     assert all(unit['outcome'] == 'restored' and math.isfinite(unit['after']) for unit in units)
 
 
+def test_training_that_diverges_after_the_closed_form_helped_is_named(low_bit, tmp_path):
+    detector = copy.deepcopy(low_bit)
+    units = reconstruct(detector, tmp_path, compensate=True, rounding='latent', bias_lr=1e30, activation_lr=0, iters=4)
+    with_bias = [u for u in units if getattr(detector.get_submodule(u['name']), 'bias', None) is not None]
+    outcomes = [unit['outcome'] for unit in with_bias]
+    assert set(outcomes) <= {'diverged', 'restored'} and outcomes.count('diverged') > 5
+    assert all(math.isfinite(unit['after']) for unit in units)
+    assert all(torch.isfinite(parameter).all() for parameter in detector.parameters())
+
+
 def test_units_that_are_good_enough_are_left_alone(low_bit, tmp_path):
     detector = copy.deepcopy(low_bit)
     units = reconstruct(detector, tmp_path, skip_below=1e9)
@@ -136,7 +146,7 @@ def test_too_few_images_are_named_with_the_number_needed(tmp_path, monkeypatch):
                         lambda text, *args, **kwargs: told.append(text))
     detector, _ = tiny_quantized('faster_rcnn', LOW_BIT)
     cfg = ReconstructConfig(iters=1, batch_size=1, holdout=0)
-    BlockReconstruction(cfg).run(detector, [tiny_batch(1)], 1, tmp_path, 0, False)
+    BlockReconstruction(cfg).run(detector, [tiny_batch(1)], [], tmp_path, 0, False)
     assert any('are needed (`ptq.calibration.num_images`)' in text for text in told)
 
 

@@ -2,6 +2,8 @@ import copy
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, register
+from torch.utils._pytree import tree_leaves
 
 from mmdet_ptq.calibration.activation_store import ActivationStore
 from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
@@ -28,11 +30,16 @@ def make(kind, tmp_path):
     return detector, units, streams, data
 
 
+def first(args, kwargs):
+    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+
+
 def whole_pass(detector, data, streams, unit, mode):
     """Inputs and outputs of every call of the unit in an ordinary forward pass."""
     seen = []
     module = detector.get_submodule(unit.name)
-    handles = [module.register_forward_pre_hook(lambda m, args: seen.append([args[0].clone()]), prepend=True),
+    handles = [module.register_forward_pre_hook(lambda m, args, kwargs: seen.append([first(args, kwargs).clone()]),
+                                                prepend=True, with_kwargs=True),
                module.register_forward_hook(lambda m, args, out: seen[-1].append(out.clone()))]
     with torch.no_grad(), quantization_mode(detector, mode):
         for batch, kept in zip(data, streams.batches, strict=True):
@@ -42,8 +49,9 @@ def whole_pass(detector, data, streams, unit, mode):
     return seen
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_units_get_what_an_ordinary_pass_gives_them(kind, tmp_path):
+@pytest.mark.parametrize('kind', [*KINDS, *ARCHITECTURES])
+def test_units_get_what_an_ordinary_pass_gives_them(kind, tmp_path, monkeypatch):
+    register(monkeypatch)
     detector, units, streams, data = make(kind, tmp_path)
     for unit in units:
         float_inputs = streams.collect(unit, FLOAT)

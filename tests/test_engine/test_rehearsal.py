@@ -6,7 +6,7 @@ from mmengine.registry import DefaultScope
 
 from mmdet_ptq import PTQError
 from mmdet_ptq.config import GlobalLossConfig
-from mmdet_ptq.engine.rehearsal import rehearse_global
+from mmdet_ptq.engine.rehearsal import check_holdout, rehearse_global
 
 BAD = [
     (dict(optim_wrapper=dict(optimizer=dict(type='Adm'))), ['optim_wrapper.optimizer.type` is ', "'Adam'"]),
@@ -41,6 +41,22 @@ def test_what_can_be_built_passes_and_stays_as_it_is(section):
     with DefaultScope.overwrite_default_scope('mmdet'):
         rehearse_global(cfg, images=8)
     assert cfg == GlobalLossConfig(**section)
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused_by_the_reconstruction_too(make_runner, tmp_path):
+    runner = make_runner({'ptq.reconstruct': dict(iters=0, holdout=0.95), 'ptq.calibration.num_images': 3})
+    with pytest.raises(PTQError, match='`ptq.reconstruct.holdout` leaves none of the 3 calibration images'):
+        runner.calibrate()
+    assert not list((tmp_path / 'work_dir').glob('stages/*'))
+
+
+def test_a_share_that_holds_nothing_out_is_told_with_the_images_needed(monkeypatch):
+    told = []
+    monkeypatch.setattr('mmdet_ptq.engine.rehearsal.print_log', lambda text, *args, **kwargs: told.append(text))
+    for images in (4, 5):
+        check_holdout('ptq.reconstruct', 0.125, images)
+    check_holdout('ptq.reconstruct', 0.0, 4)
+    assert len(told) == 1 and 'holds out none of 4' in told[0] and '; 5 are needed' in told[0]
 
 
 def test_the_run_says_so_before_any_stage(make_runner, tmp_path):

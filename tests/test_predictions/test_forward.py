@@ -142,9 +142,9 @@ def test_two_stage_boxes_and_scores_are_those_of_mmdet(batch):
         counts = [len(p) for p in proposals]
         assert counts[0] != counts[1], 'the test should see padding'
         results = detector.roi_head.bbox_head.predict_by_feat(
-            *two_stage_outputs(detector, feats, aligned.proposals, counts), [s.metainfo for s in batch[1]]
+            *two_stage_outputs(detector, feats, aligned.regions.rois[0], counts), [s.metainfo for s in batch[1]]
         )
-    assert torch.equal(aligned.proposals[:, 1:], torch.cat(proposals))
+    assert torch.equal(aligned.regions.rois[0][:, 1:], torch.cat(proposals))
     for i, result in enumerate(results):
         label = result.scores[:, :-1].argmax(1)
         expected = result.bboxes.reshape(counts[i], 3, 4)[torch.arange(counts[i]), label]
@@ -172,9 +172,9 @@ def test_the_student_answers_for_the_teachers_proposals_and_classes(batch):
         # the student's own proposals and best classes become others
         student.rpn_head.rpn_reg.bias.add_(0.5)
         student.rpn_head.rpn_cls.weight.neg_()
-        assert not torch.equal(predict_aligned(student, *batch).proposals, reference.proposals)
+        assert not torch.equal(predict_aligned(student, *batch).regions.rois[0], reference.regions.rois[0])
     answer = predict_aligned(student, *batch, reference=reference)
-    assert torch.equal(answer.proposals, reference.proposals)
+    assert torch.equal(answer.regions.rois[0], reference.regions.rois[0])
     assert torch.equal(answer.cls_logits, reference.cls_logits)
     assert torch.equal(answer.boxes, reference.boxes)
     assert not torch.equal(answer.proposal_stage.boxes, reference.proposal_stage.boxes)
