@@ -17,8 +17,8 @@ HEAD_POLICIES = {
 _PLAIN = dict(
     search_scales=False, compensate=False, fisher=0, iters=20000, rounding='adaround', skip_below=0, rounding_lr=1e-3)
 
-# Published ways to reconstruct, by name: ptq = dict(reconstruct='qdrop'). The settings are those of the public codes,
-# but for batches of 8 images, not 32, and rates of activation scales relative to their size.
+# Published ways to reconstruct, by name: ptq = dict(reconstruct='qdrop'). The settings are those of the public codes;
+# docs/method.md lists what differs.
 RECONSTRUCTION_METHODS = {
     # Nagel et al., ICML 2020: layer by layer, scales fixed.
     'adaround': dict(_PLAIN, granularity='layer', activation_lr=0),

@@ -81,10 +81,6 @@ def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Struc
     for batch in track(batches, description='correcting biases'):
         empty = False
         predictions, means = _float_means(float_detector, layers, batch)
-        if predictions is not None and predictions.regions is None:
-            for name in [name for name in meters if name.startswith('roi_head.')]:
-                skipped[name] = 'its boxes are not the same in both detectors'
-                del meters[name]
         with _corrected(layers, meters, means), _in_mode(detector, 'quantize'):
             _forward(detector, batch, predictions)
     if empty:

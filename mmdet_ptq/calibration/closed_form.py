@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import PTQError
 from ..quantizers import Quantizer
 from ..wrapping import quantization_mode
-from ..wrapping.weights import float_weight
+from ..wrapping.weights import QuantizedWeight, float_weight
 from .compensation import LayerEquations, NearestLevel, by_group, patches
 from .streams import FLOAT, CallInputs
 from .unit_data import UnitData
@@ -58,30 +58,33 @@ def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tenso
     if getattr(weight.quantizer, 'mode', '') == 'shift':
         return None, "values of the published grid are not rounded to themselves (mode 'shift')"
     equations, batches = None, sorted({batch for batch, _ in data.train_samples})
-    with quantization_mode(data.streams.detector, FLOAT), _with_values(float_values):
-        targets = {}
-        for call, batch in itertools.product(range(data.unit.calls), batches):
-            seen = _seen_by(data, name, call, data.float_inputs[call][batch])
-            for index, (x, y) in enumerate(seen):
-                y = by_group(layer, y)
-                if equations is None:
-                    reads = patches(layer, x)
-                    if reads is None:
-                        return None, f'a {type(layer).__name__} of this kind is not covered'
-                    rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
-                    again = rows @ reads
-                    if layer.bias is not None:
-                        again += layer.bias.view(len(reads), -1, 1)
-                    if again.shape != y.shape or (again - y).abs().max() > 1e-3 * y.abs().max():
-                        return None, 'its forward does more than its weight tells'
-                    equations = LayerEquations(*rows.shape, layer.bias is not None, y.device)
-                picked = torch.randperm(y.shape[2], device=y.device)[:data.cfg.max_positions]
-                targets[call, batch, index] = picked, y[..., picked], _counts(data, layer, call, batch, picked)
     for call, batch in itertools.product(range(data.unit.calls), batches):
-        for index, (x, _) in enumerate(_seen_by(data, name, call, data.inputs[call][batch])):
-            picked, y, counts = targets[call, batch, index]
-            equations.add(patches(layer, x, picked), y, counts)
+        with quantization_mode(data.streams.detector, FLOAT), _with_values(float_values):
+            targets = _seen_by(data, name, call, data.float_inputs[call][batch])
+            if equations is None:
+                rows, reason = _rows_that_explain(layer, weight, *targets[0])
+                if rows is None:
+                    return None, reason
+                equations = LayerEquations(*rows.shape, layer.bias is not None, rows.device)
+        for (_, y), (x, _) in zip(targets, _seen_by(data, name, call, data.inputs[call][batch]), strict=True):
+            y = by_group(layer, y)
+            picked = torch.randperm(y.shape[2], device=y.device)[:data.cfg.max_positions]
+            equations.add(patches(layer, x, picked), y[..., picked], _counts(data, layer, call, batch, picked))
     return equations, ''
+
+
+def _rows_that_explain(layer: nn.Module, weight: QuantizedWeight, x: Tensor, y: Tensor) -> tuple[Tensor | None, str]:
+    """The weight as (G, R, K), if the layer's output is that times its patches; else why not."""
+    reads, y = patches(layer, x), by_group(layer, y)
+    if reads is None:
+        return None, f'a {type(layer).__name__} of this kind is not covered'
+    rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
+    again = rows @ reads
+    if layer.bias is not None:
+        again += layer.bias.view(len(reads), -1, 1)
+    if again.shape != y.shape or (again - y).abs().max() > 1e-3 * y.abs().max():
+        return None, 'its forward does more than its weight tells'
+    return rows, ''
 
 
 @contextmanager

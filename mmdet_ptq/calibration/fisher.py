@@ -49,13 +49,14 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
     """Measures one batch.
 
     Args:
-        detector: The quantized detector in float mode, its parameters without gradients.
+        detector: The quantized detector in float mode. Where its parameters require gradients, outputs that do not
+            depend on the image (of a transformer's queries) are reached, too.
         units: Its reconstruction units.
         data: A preprocessed batch: ``inputs`` and ``data_samples``.
         reference: The float predictions of a two-stage detector on the batch, else None.
 
     Returns:
-        (unit, call) to its weight.
+        (unit, call) to its weight, in main memory.
     """
     outputs: dict[tuple[str, int], Tensor] = {}
     counts = Counter()
@@ -90,7 +91,7 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
 
 def _factors(squares: Tensor, axis: int) -> FisherWeight:
     others = [other for other in range(squares.ndim) if other != axis % squares.ndim]
-    return FisherWeight(squares.mean(axis, keepdim=True) / DRAWS, squares.mean(others) / DRAWS)
+    return FisherWeight((squares.mean(axis, keepdim=True) / DRAWS).cpu(), (squares.mean(others) / DRAWS).cpu())
 
 
 def noisy_loss(predictions: AlignedPredictions) -> Tensor:

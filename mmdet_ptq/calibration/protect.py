@@ -60,7 +60,8 @@ class Protection:
     """What protection did.
 
     Attributes:
-        overrides: Exact layer names to policies: as ``ptq.overrides`` they give the same detector again.
+        overrides: Exact layer names to policies: as ``ptq.overrides`` they give the same formats again. With a
+            dataflow, the tensors between the layers are then planned around them.
         choices: One entry per changed tensor set, in the order in which they were chosen.
         before: The whole quantized detector before.
         after: The same afterwards.
@@ -107,8 +108,8 @@ def protect_detector(detector: nn.Module, structure: Structure, cfg: PTQConfig, 
     4 bits where that costs the least loss per saved cost. Then the most sensitive tensors are found by group testing
     (whole groups are quantized, and only the worst are split further), other formats are measured on them, and the
     change with the largest gain for its price is made until nothing is to be gained or the budget is used up. Formats
-    in floating point are considered last. The result is the one that preparing and observing the detector anew gives
-    with :attr:`Protection.overrides` added to ``ptq.overrides``.
+    in floating point are considered last. Without a dataflow, the result is the one that preparing and observing the
+    detector anew gives with :attr:`Protection.overrides` added to ``ptq.overrides``.
 
     Args:
         detector: The prepared and observed detector, in eval mode; gets the chosen quantizers.

@@ -1,9 +1,10 @@
 """Local reconstruction: the quantized detector is brought back to the float one unit by unit."""
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class BlockReconstruction:
     def __init__(self, cfg: ReconstructConfig) -> None:
         self.cfg = cfg
 
-    def run(self, detector: nn.Module, batches: Iterable[dict], held_out: Iterable[dict], folder: Path, seed: int,
+    def run(self, detector: nn.Module, batches: Collection[dict], held_out: Collection[dict], folder: Path, seed: int,
             resume: bool) -> list[dict]:
         """Reconstructs a quantized detector whose activation ranges are set, in place.
 
@@ -65,17 +66,18 @@ class BlockReconstruction:
                 parameter.grad = None
 
     def _run(self, detector, batches, held_out, folder, seed, resume, store) -> list[dict]:
-        data = [detector.data_preprocessor(batch, False) for batch in batches]
-        trained = len(data)
-        data += [detector.data_preprocessor(batch, False) for batch in held_out]
-        units, passages = self._units(detector, data[0])
+        trained, count = len(batches), len(batches) + len(held_out)
+        data = (detector.data_preprocessor(batch, False) for batch in itertools.chain(batches, held_out))
+        first = next(data)
+        units, passages = self._units(detector, first)
         streams = Streams(detector, units, store, passages)
         two_stage = is_two_stage(detector)
         # the Fisher weights are drawn: a run that is resumed here draws the same
         with torch.random.fork_rng(devices=devices_of(streams.device)):
             torch.manual_seed(seed)
-            for _ in track(range(len(data)), description='weighing outputs' if self.cfg.fisher else 'float outputs'):
-                streams.add(data.pop(0), two_stage, self.cfg.fisher > 0)
+            for batch in track(itertools.chain([first], data), total=count,
+                               description='weighing outputs' if self.cfg.fisher else 'float outputs'):
+                streams.add(batch, two_stage, self.cfg.fisher > 0)
         samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]
         train = [(b, i) for b, i in samples if b < trained]
         results, taken, done = [], set(), 0.0

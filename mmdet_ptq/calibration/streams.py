@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -136,7 +136,9 @@ class Streams:
             for handle in handles:
                 handle.remove()
         self._shapes.append(shapes)
-        batch = Batch(self.store.put(data['inputs']), data['data_samples'], reference.detach() if two_stage else None)
+        # the proposal network's own predictions are not looked at again
+        reference = replace(reference.detach(), proposal_stage=None) if two_stage else None
+        batch = Batch(self.store.put(data['inputs']), data['data_samples'], reference)
         if fisher:
             with quantization_mode(self.detector, FLOAT):
                 batch.fisher = fisher_weights(self.detector, self.units.values(), data, batch.reference)

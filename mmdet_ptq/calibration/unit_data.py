@@ -139,12 +139,13 @@ class UnitData:
 
     def _importance(self, call: int) -> tuple[list[Tensor], Tensor]:
         """Fisher weights of a call's outputs: positions by batch and channels, each with mean 1."""
-        weights = [batch.fisher[self.unit.name, call] for batch in self.streams.batches]
+        weights, device = [batch.fisher[self.unit.name, call] for batch in self.streams.batches], self.streams.device
         channels = torch.stack([w.channels for w in weights]).mean(0)
         mean = torch.cat([w.positions.flatten() for w in weights]).mean().clamp_min(1e-30)
         shape = [1] * weights[0].positions.ndim
         shape[self.unit.axis] = -1
-        return [w.positions / mean for w in weights], (channels / channels.mean().clamp_min(1e-30)).view(shape)
+        channels = (channels / channels.mean().clamp_min(1e-30)).view(shape)
+        return [(w.positions / mean).to(device) for w in weights], channels.to(device)
 
     def _weighted(self, squares: Tensor, call: int, group: list[tuple]) -> Tensor:
         """Squared errors, each times how much it matters."""

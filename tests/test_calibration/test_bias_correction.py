@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from architectures import register
 from torch import nn
 
 from mmdet_ptq.analysis import layer_errors
@@ -159,10 +160,10 @@ def test_detectors(kind):
         assert not torch.equal(raw_outputs(original, batch)[0], raw_outputs(detector, batch)[0])
 
 
-def test_a_second_stage_without_common_boxes_is_left_alone(monkeypatch):
-    detector, structure = tiny_quantized('faster_rcnn', W4)
-    monkeypatch.setattr('mmdet_ptq.predictions.two_stage._roi_problem', lambda roi_head: 'it is a cascade')
+@pytest.mark.parametrize('kind', ['cascade_rcnn', 'mask_rcnn'])
+def test_every_stage_sees_the_same_boxes_in_both_detectors(kind, monkeypatch):
+    register(monkeypatch)
+    detector, structure = tiny_quantized(kind, W4)
     done = correct_biases(detector, [tiny_batch(2)], structure)
-    assert done.skipped and all(name.startswith('roi_head.') for name in done.skipped)
-    assert set(done.skipped.values()) == {'its boxes are not the same in both detectors'}
-    assert 'rpn_head.rpn_cls' in done.shifts
+    assert not done.skipped and {'rpn_head.rpn_cls'} < set(done.shifts)
+    assert sum(name.startswith('roi_head.') and bool(shift.any()) for name, shift in done.shifts.items()) >= 6
