@@ -5,14 +5,16 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from torch import nn
 
 from ..calibration import LoadedSamples
 from ..config import PTQConfig
-from ..deploy import build_detector, load_quantized_state, read_quantized
+from ..deploy import build_detector, get_runtime, load_quantized_state, read_quantized
 from ..errors import PTQError
 from .runner import PTQRunner
 
@@ -25,16 +27,20 @@ def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 
         model: The float detector, e.g. from ``mmdet.apis.init_detector``; it is not changed.
         calibration_loader: Yields mmdet batches ``dict(inputs=[...], data_samples=[...])``.
         preset: Name of a preset. Defaults to ``'w8a8'``.
-        ptq: Further keys of the ``ptq`` block. Defaults to None.
-        work_dir: Keeps the integer checkpoint ``quantized.pth`` and the logs. Defaults to None, which keeps nothing.
+        ptq: Further keys of the ``ptq`` block. With ``export``, models for these runtimes are written, too, unevaluated.
+            Defaults to None.
+        work_dir: Keeps the integer checkpoint ``quantized.pth``, exported models and the logs. Defaults to None, which
+            keeps nothing.
 
     Returns:
         The quantized detector, rebuilt from its integer codes.
 
     Raises:
-        PTQError: The preset or block is wrong, or the loader yields nothing.
+        PTQError: The preset or block is wrong, the loader yields nothing, or models are to be exported nowhere.
     """
     block = PTQConfig.from_dict(ptq or {}, preset=preset)
+    if block.export and work_dir is None:
+        raise PTQError('`ptq.export` writes models into `work_dir`; give `quantize` one.')
     samples = LoadedSamples(calibration_loader)
     with tempfile.TemporaryDirectory() as temporary:
         runner = PTQRunner(
@@ -42,6 +48,10 @@ def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 
             default_scope='mmdet', randomness=dict(seed=block.calibration.seed), cfg=getattr(model, 'cfg', None),
             log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False))
         detector = runner.calibrate()
+        for name in block.export:
+            path = get_runtime(name).export(
+                copy.deepcopy(detector).cpu(), Path(runner.work_dir) / name, runner.input_shape)
+            print_log(f'{name}: {path}', 'current')
     for name in ('cfg', 'dataset_meta'):
         if hasattr(model, name):
             setattr(detector, name, getattr(model, name))

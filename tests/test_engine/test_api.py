@@ -43,6 +43,25 @@ def test_quantize_keeps_its_files_only_when_asked(quantized):
     assert (quantized[2] / 'quantized.pth').is_file()
 
 
+def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    from mmdet_ptq.deploy import open_model
+    detector = quantize(model, [tiny_batch(2, 0)], preset='w8a8_observe', ptq=dict(export=['onnxruntime']),
+                        work_dir=str(tmp_path))
+    runtime = open_model(tmp_path / 'onnxruntime' / 'model.onnx')
+    image = model.data_preprocessor(tiny_batch(1, 3), False)['inputs']
+    with torch.no_grad():
+        simulated = detector(image, mode='tensor')[0][0]
+    answer = torch.from_numpy(runtime(image.numpy())[0])
+    assert answer.shape == simulated.shape and (answer - simulated).norm() < 0.05 * simulated.norm()
+    assert not runtime.coverage().float
+
+
+def test_models_without_a_place_are_refused(model):
+    with pytest.raises(PTQError, match='give `quantize` one'):
+        quantize(model, [tiny_batch()], ptq=dict(export=['onnxruntime']))
+
+
 def test_an_empty_loader_is_refused(model):
     with pytest.raises(PTQError, match='empty'):
         quantize(model, [])
