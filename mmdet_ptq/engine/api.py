@@ -27,8 +27,8 @@ def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 
         model: The float detector, e.g. from ``mmdet.apis.init_detector``; it is not changed.
         calibration_loader: Yields mmdet batches ``dict(inputs=[...], data_samples=[...])``.
         preset: Name of a preset. Defaults to ``'w8a8'``.
-        ptq: Further keys of the ``ptq`` block. With ``export``, models for these runtimes are written, too, unevaluated.
-            Defaults to None.
+        ptq: Further keys of the ``ptq`` block. With ``export``, models for these runtimes are written, too, but not
+            evaluated. Defaults to None.
         work_dir: Keeps the integer checkpoint ``quantized.pth``, exported models and the logs. Defaults to None, which
             keeps nothing.
 
