@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PTQError, did_you_mean
+from ..wrapping.layers import channel_axis
 from ..wrapping.policy import matches
 from ..wrapping.weights import quantized_weights
 
@@ -221,7 +222,7 @@ def _choose(module: nn.Module, name: str, able: dict[str, Unit | None], granular
 def _channel_axis(detector: nn.Module, unit: Unit, ndim: int) -> int:
     last = detector.get_submodule(list(unit.layers)[-1])
     tokens = ndim == 3 and unit.name not in unit.layers  # what a transformer's block returns, whatever ran last in it
-    return -1 if tokens or isinstance(last, nn.Linear) else 1
+    return -1 if tokens else channel_axis(last)
 
 
 def _find_needs(units: list[Unit], trace: _Trace) -> None:

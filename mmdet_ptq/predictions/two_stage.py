@@ -103,7 +103,8 @@ def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
     try:
         yield seen
     finally:
-        vars(model.rpn_head if model.with_rpn else model).pop('predict', None)
+        if model.with_rpn:
+            del model.rpn_head.predict
         for handle in handles:
             handle.remove()
 
