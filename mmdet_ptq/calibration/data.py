@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from mmengine.utils import ProgressBar
@@ -175,6 +177,19 @@ def check_no_overlap(chosen: Sequence[dict], evaluation: Dataset) -> None:
             'calibrate on the training set: set `ptq.calibration.dataset` or `train_dataloader` to other images.')
 
 
+def content_hash(digest: Any, sample: dict) -> None:
+    """Adds to a hash what calibration reads of a sample: its image, and its boxes where it has any.
+
+    Args:
+        digest: A hash of :mod:`hashlib`.
+        sample: What a test pipeline returns.
+    """
+    annotations = getattr(sample['data_samples'], 'gt_instances', {}).values()
+    for value in (sample['inputs'], *(getattr(value, 'tensor', value) for value in annotations)):
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().numpy())
+
+
 class CalibrationDataset(Dataset):
     """A fixed, seeded draw of readable images.
 
@@ -188,6 +203,7 @@ class CalibrationDataset(Dataset):
         ids: Image ids, in the order of the draw.
         skipped: Paths of images that could not be read.
         sizes: (height, width) as the pipeline gives them, to the position of the first image that has it.
+        content: SHA-256 of the images as the pipeline gives them, and of their boxes.
 
     Raises:
         PTQError: There is no image, all are unreadable, or one is an evaluation image.
@@ -213,6 +229,7 @@ class CalibrationDataset(Dataset):
     def _read(self, chosen: list[tuple[int, int]], infos: list[dict]) -> None:
         self.index, self.ids, self.skipped, self._samples, size = [], [], [], [], 0
         self.sizes: dict[tuple[int, int], int] = {}
+        digest = hashlib.sha256()
         print_log(f'reading {len(chosen)} calibration images', 'current')
         bar = ProgressBar(len(chosen))
         for (d, i), info in zip(chosen, infos, strict=True):
@@ -226,6 +243,7 @@ class CalibrationDataset(Dataset):
                 print_log(f'calibration image {image_path(info)} cannot be read and is skipped: '
                           f'{type(error).__name__}: {error}', 'current', level=30)
                 continue
+            content_hash(digest, sample)
             self.sizes.setdefault(tuple(sample['inputs'].shape[-2:]), len(self.index))
             self.index.append((d, i))
             self.ids.append(info.get('img_id', image_path(info)))
@@ -235,6 +253,7 @@ class CalibrationDataset(Dataset):
                 if size > MEMORY_LIMIT:
                     self._samples = None
         bar.file.write('\n')
+        self.content = digest.hexdigest()
         if not self.index:
             raise PTQError(f'none of the {len(chosen)} calibration images can be read (first: {self.skipped[0]}).')
         if self.skipped:
@@ -275,10 +294,13 @@ class LoadedSamples(CalibrationDataset):
 
     def __init__(self, batches: Any) -> None:
         self.datasets, self.skipped, self._samples, self.sizes = [], [], [], {}
+        digest = hashlib.sha256()
         for batch in batches:
             for inputs, sample in zip(batch['inputs'], batch['data_samples'], strict=True):
                 self.sizes.setdefault(tuple(inputs.shape[-2:]), len(self._samples))
                 self._samples.append(dict(inputs=inputs, data_samples=sample))
+                content_hash(digest, self._samples[-1])
+        self.content = digest.hexdigest()
         if not self._samples:
             raise PTQError('the calibration loader is empty; give one that yields mmdet batches.')
         self.index = list(range(len(self._samples)))

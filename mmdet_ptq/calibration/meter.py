@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import PTQError
 from ..files import write_json
 from ..predictions import AlignedPredictions, predict_aligned
+from ..version import __version__
 from ..wrapping import Structure, quantization_mode
 from ..wrapping.inputs import STATE, quantize_only, with_input
 from .global_loss import FilteredGlobalLoss, box_iou
@@ -131,8 +132,9 @@ class DamageMeter:
         self.detector(data['inputs'][:1], copy.deepcopy(data['data_samples'][:1]), mode='predict')
 
     def fingerprint(self) -> str:
-        """Hash of the detector's numbers, its structure and the images."""
-        digest = hashlib.sha256(json.dumps(self.structure.to_dict(), sort_keys=True, default=str).encode())
+        """Hash of the detector's numbers, its structure, the images and the version that measures."""
+        told = json.dumps([__version__, self.structure.to_dict()], sort_keys=True, default=str)
+        digest = hashlib.sha256(told.encode())
         tensors = [*self.detector.state_dict().values(), *(data['inputs'] for data, _ in self.images)]
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

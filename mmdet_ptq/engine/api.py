@@ -45,7 +45,7 @@ def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 
     with tempfile.TemporaryDirectory() as temporary:
         runner = PTQRunner(
             model=copy.deepcopy(model), work_dir=work_dir or temporary, ptq=block, calibration=samples,
-            default_scope='mmdet', randomness=dict(seed=block.calibration.seed), cfg=getattr(model, 'cfg', None),
+            default_scope='mmdet', cfg=getattr(model, 'cfg', None),
             log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False))
         detector = runner.calibrate()
         for name in block.export:

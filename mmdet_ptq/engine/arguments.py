@@ -44,5 +44,5 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
         log_level=cfg.get('log_level', 'INFO'), visualizer=cfg.get('visualizer'),
         default_scope=cfg.get('default_scope', 'mmdet'),
-        randomness=cfg.get('randomness') or dict(seed=ptq.calibration.seed),
+        randomness=cfg.get('randomness'),
         experiment_name=cfg.get('experiment_name'), cfg=cfg)

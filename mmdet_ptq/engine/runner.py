@@ -96,10 +96,14 @@ class PTQRunner(Runner):
         self.ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
         self._calibration = calibration
         resume, load_from = kwargs.pop('resume', False), kwargs.pop('load_from', None)
+        randomness = dict(kwargs.pop('randomness', None) or {})
+        if randomness.get('seed') is None:
+            # mmengine would draw another seed in every run, and nothing could be resumed
+            randomness['seed'] = self.ptq.calibration.seed
         for name in self.ptq.export:
             get_runtime(name)
         check_space(work_dir, 0)
-        super().__init__(model=model, work_dir=work_dir, **kwargs)
+        super().__init__(model=model, work_dir=work_dir, randomness=randomness, **kwargs)
         # checkpoints are loaded here, with checks, not by mmengine's lenient loader
         self._has_loaded = True
         self.checkpoint = load_from
@@ -191,7 +195,7 @@ class PTQRunner(Runner):
         self.float_detector = copy.deepcopy(self.detector)
         self.inputs = stage_inputs(
             self.ptq.to_dict(), str(self.cfg.get('model')), str(self.cfg.get('test_dataloader')),
-            self._checkpoint_hash(), [str(i) for i in self.calibration.ids])
+            self._checkpoint_hash(), [str(i) for i in self.calibration.ids], self.calibration.content, self.seed)
 
     def prepare(self) -> None:
         """Folds, equalizes, wraps, fits weights."""

@@ -2,6 +2,7 @@ import copy
 import json
 from pathlib import Path
 
+import mmcv
 import pytest
 import torch
 from mmdet.registry import DATASETS
@@ -204,6 +205,27 @@ def test_part(cfg):
     part = drawn.part([2, 3])
     assert [part[i]['data_samples'].img_id for i in range(2)] == drawn.ids[2:]
     assert part.metainfo['classes'] == ('red', 'green', 'blue')
+
+
+def test_content_knows_other_images_and_boxes_of_the_same_ids(cfg, own):
+    again, first = _draw(copy.deepcopy(cfg), 4), _draw(cfg, 4)
+    assert first.content == again.content
+    annotations = _root(own) / own.train_dataloader.dataset.ann_file
+    moved = json.loads(annotations.read_text())
+    for annotation in moved['annotations']:
+        annotation['bbox'][2] += 1
+    annotations.write_text(json.dumps(moved))
+    boxes = _draw(own, 4)
+    path = boxes.datasets[0].get_data_info(int(boxes.ids[0]) - 1)['img_path']
+    mmcv.imwrite(mmcv.imread(path) // 2, path)
+    image = _draw(own, 4)
+    assert boxes.ids == image.ids == first.ids
+    assert len({first.content, boxes.content, image.content}) == 3
+
+
+def test_content_of_the_users_own_batches():
+    contents = [LoadedSamples([tiny_batch(2, seed)]).content for seed in (0, 0, 1)]
+    assert contents[0] == contents[1] != contents[2]
 
 
 def test_batches_of_the_users_own_loader():

@@ -64,7 +64,7 @@ def test_every_tensor_and_part_is_ranked_and_twice_the_same(retinanet):
     json.dumps(first.to_dict(), allow_nan=False)
 
 
-def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path):
+def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path, monkeypatch):
     detector, structure = retinanet
     calls, counted = forwards
     expected = measure_sensitivity(detector, structure, images())
@@ -80,6 +80,10 @@ def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path):
     assert len(calls) < whole - 20
     calls.clear()
     measure_sensitivity(detector, structure, images(seed=6), path)  # other images: nothing is taken over
+    assert len(calls) == whole
+    monkeypatch.setattr('mmdet_ptq.calibration.meter.__version__', 'another')
+    calls.clear()
+    measure_sensitivity(detector, structure, images(seed=6), path)
     assert len(calls) == whole
 
 

@@ -14,6 +14,7 @@ from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.loops import GlobalCalibrationLoop, HeldOutLossLoop
 from mmdet_ptq.engine.runner import observe_activations
 from mmdet_ptq.engine.stages import StageStore
+from mmdet_ptq.testing import tiny_coco
 
 RUNNER = 'mmdet_ptq.engine.runner'
 
@@ -68,6 +69,25 @@ def test_a_changed_format_runs_again_from_prepare(finished_copy, make_runner, st
 def test_a_changed_loss_runs_the_global_stage_alone(finished_copy, make_runner, stages):
     make_runner({'ptq.global_loss.iters': 1}, work_dir=finished_copy, resume=True).calibrate()
     assert stages == dict(prepare=True, observe=True) | {'global': False}
+
+
+def test_another_seed_runs_again_from_prepare(finished_copy, make_runner, stages):
+    make_runner({'randomness.seed': 1, 'ptq.global_loss.iters': 1}, work_dir=finished_copy, resume=True).calibrate()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
+
+
+def test_other_images_of_the_same_ids_run_again(finished_copy, make_runner, stages, tmp_path):
+    tiny_coco(tmp_path / 'other', seed=1)
+    changes = {'train_dataloader.dataset.data_root': str(tmp_path / 'other'), 'ptq.global_loss.iters': 1}
+    runner = make_runner(changes, work_dir=finished_copy, resume=True)
+    runner.calibrate()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
+
+
+@pytest.mark.parametrize('randomness', [None, dict(seed=None)])
+def test_a_seed_of_none_is_the_seed_of_the_draw(make_runner, randomness):
+    runner = make_runner({'randomness': randomness, 'ptq.calibration.seed': 3})
+    assert runner.seed == 3
 
 
 def test_a_damaged_stage_file_is_named_and_the_stage_runs_again(finished, finished_copy, make_runner, stages):
