@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -266,6 +268,45 @@ def complete(subject: Subject, peer: str, line: dict) -> dict:
         **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')}, command=' '.join(command))
 
 
+def wanted(args: argparse.Namespace) -> list[str]:
+    """The peers in the order they run; every line is compared with float, so float comes first."""
+    return [peer for peer in PEERS if peer in ('float', *args.peers)]
+
+
+def lines_of(config: Path, args: argparse.Namespace) -> list[dict]:
+    """All lines of a detector, written peer by peer."""
+    lines, subject = [], Subject(config, args)
+    for peer in wanted(args):
+        found = peer_lines(subject, peer)
+        if peer == 'float':
+            subject.float_ap = found[0].get('AP')
+        lines += found
+        write_csv(args.out, lines, FIELDS)
+    return lines
+
+
+def lines_of_process(config: Path, args: argparse.Namespace) -> list[dict]:
+    """All lines of a detector, from a process of its own: torch's layers may not come behind NNCF's of the one before.
+
+    A peer that ends the process leaves a line that says so.
+    """
+    part = args.work_dir.resolve() / config.stem / 'lines.csv'
+    part.unlink(missing_ok=True)
+    command = [sys.executable, __file__, str(config), '--out', str(part), '--peers', *args.peers]
+    for option in ('images', 'seed', 'preset', 'pairs', 'work_dir'):
+        command += [f'--{option.replace("_", "-")}', str(getattr(args, option))]
+    if args.cfg_options:
+        command += ['--cfg-options', *args.cfg_options]
+    code = subprocess.run(command).returncode
+    lines = []
+    if part.is_file():
+        with part.open(encoding='utf-8', newline='') as file:
+            lines = list(csv.DictReader(file))
+    missing = [peer for peer in wanted(args) if peer not in {line['peer'] for line in lines}]
+    return lines + [dict(detector=config.stem, peer=peer, note=f'failed: its process ended with {code}')
+                    for peer in missing]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', type=Path)
@@ -280,15 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     lines: list[dict] = []
     for config in args.configs:
-        subject = Subject(config, args)
-        # every line is compared with float, so float comes first
-        for peer in [peer for peer in PEERS if peer in ('float', *args.peers)]:
-            found = peer_lines(subject, peer)
-            if peer == 'float':
-                subject.float_ap = found[0].get('AP')
-            lines += found
-            write_csv(args.out, lines, FIELDS)
-    troubles = [line for line in lines if line.get('note', '').startswith(('skipped', 'failed'))]
+        lines += lines_of(config, args) if len(args.configs) == 1 else lines_of_process(config, args)
+        write_csv(args.out, lines, FIELDS)
+    troubles = [line for line in lines if (line.get('note') or '').startswith(('skipped', 'failed'))]
     for line in troubles:
         print(f'{line["detector"]}, {line["peer"]}: {line["note"]}')
     if any(line['note'].startswith('failed') for line in troubles):
