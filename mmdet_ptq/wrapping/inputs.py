@@ -11,7 +11,7 @@ from ..errors import PTQError
 from ..quantizers import Observer, Quantizer
 from .flow import Dataflow, QuantizedOutput, carried
 from .migration import ChannelDivision
-from .weights import quantized_weights
+from .weights import QuantizedWeight, quantized_weights
 
 STATE = 'ptq'  # attribute of the detector that holds its quantization state
 MODES = ('float', 'observe', 'quantize')
@@ -52,6 +52,8 @@ class QuantizationState(nn.Module):
         self.drop = 0.0  # QDrop: share of the values that stay float
         self.observers: dict[str, Observer] = {}
         self.hooks: list[QuantizedInput | QuantizedOutput] = []
+        # in a tuple, which registers nothing; to walk the detector for them takes longer than a small layer
+        self.weights: tuple[QuantizedWeight, ...] = ()
         # activation -> (tensor, version, quantized tensor, readers left); the reason for one quantizer per tensor
         # is also that its work is done once
         self._shared: dict[str, tuple[Tensor, int, Tensor, int]] = {}
@@ -166,14 +168,13 @@ def with_input(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]) ->
 class _ForwardScope:
     """Hooks of the detector itself: a forward pass begins and ends."""
 
-    def __init__(self, detector: nn.Module, state: QuantizationState, begins: bool) -> None:
-        self.weights = tuple(quantized_weights(detector).values())
+    def __init__(self, state: QuantizationState, begins: bool) -> None:
         self.state = state
         self.begins = begins
 
     def __call__(self, *_) -> None:
         self.state.reset()
-        for weight in self.weights:
+        for weight in self.state.weights:
             weight.set_caching(self.begins)
 
 
@@ -189,9 +190,10 @@ def attach_inputs(detector: nn.Module, state: QuantizationState, inputs: dict[st
         hook = QuantizedInput(state, name, names)
         state.hooks.append(hook)
         detector.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    state.weights = tuple(quantized_weights(detector).values())
     setattr(detector, STATE, state)
-    detector.register_forward_pre_hook(_ForwardScope(detector, state, begins=True))
-    detector.register_forward_hook(_ForwardScope(detector, state, begins=False), always_call=True)
+    detector.register_forward_pre_hook(_ForwardScope(state, begins=True))
+    detector.register_forward_hook(_ForwardScope(state, begins=False), always_call=True)
 
 
 def is_quantized(detector: nn.Module) -> bool:
@@ -208,7 +210,7 @@ def set_mode(detector: nn.Module, mode: str) -> None:
         raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
     state = getattr(detector, STATE)
     state.mode = mode
-    for weight in quantized_weights(detector).values():
+    for weight in state.weights:
         weight.enabled = mode == 'quantize'
 
 
