@@ -138,7 +138,7 @@ def quantize_torch(detector: nn.Module, images: Sequence[np.ndarray]) -> tuple[n
     detector = copy.deepcopy(detector)
     example = torch.from_numpy(images[0])
     probe = probe_detector(detector, lambda: detector(example, None, mode='tensor'))
-    fold_norms(detector, find_folds(detector, probe.norms)[0])
+    fold_norms(detector, find_folds(detector, probe)[0])
     layers = [module for module in detector.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
     known = [module for module in layers if type(module) in (nn.Conv2d, nn.Linear)]
     if not known:

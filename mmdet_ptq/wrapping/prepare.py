@@ -49,7 +49,7 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
     probe = probe_detector(detector, run)
     if not probe.calls:
         raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
-    folds, kept = find_folds(detector, probe.norms)
+    folds, kept = find_folds(detector, probe)
     fold_norms(detector, folds)
     if cfg.equalize is not None:
         junctions, skipped = find_junctions(detector, run)

@@ -60,7 +60,9 @@ class Probe:
         calls: Every call of a quantizable layer, in order.
         direct: Names of layers whose own weight tensor reached an operation unchanged.
         outputs: Names of the layers that write the heads' outputs (no other layer comes after them).
-        norms: (convolution, normalisation) name pairs, one per normalisation call fed by a convolution alone.
+        norms: (layer, normalisation) name pairs, one per call, of normalisations that only ever normalise the output
+            channels of a layer that nothing else reads.
+        borrowed: Ids of parameters that an operation outside their own layer took as its weight.
         uncovered: Weighted operations outside quantizable layers.
         image_macs: Multiply-accumulates of the whole pass.
     """
@@ -69,6 +71,7 @@ class Probe:
     direct: set[str] = field(default_factory=set)
     outputs: set[str] = field(default_factory=set)
     norms: list[tuple[str, str]] = field(default_factory=list)
+    borrowed: set[int] = field(default_factory=set)
     uncovered: list[Uncovered] = field(default_factory=list)
 
     @property
@@ -129,6 +132,7 @@ class _Prober:
         self.open: list[LayerCall] = []
         self.nodes: dict[Any, str] = {}  # autograd node of a layer's output -> layer
         self.produced: dict[tuple[int, int], tuple[str, Any]] = {}
+        self.norm_calls: Counter[str] = Counter()
         self.head_outputs: list[Tensor] = []
         self.module_outputs: list[Tensor] = []
         self.norm_inputs: list[tuple[str, str, Any]] = []
@@ -152,6 +156,7 @@ class _Prober:
                 self.probe.calls.append(call)
                 self.open.append(call)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                self.norm_calls[name] += 1
                 producer = self.produced.get(_key(source))
                 if producer is not None:
                     self.norm_inputs.append((producer[0], name, producer[1]))
@@ -169,7 +174,9 @@ class _Prober:
                 call.output_key = _key(output)
                 if output.grad_fn is not None:
                     self.nodes[output.grad_fn] = name
-                self.produced[_key(output)] = (name, output.grad_fn)
+                # tokens have their channels last, an image without its batch axis has them first
+                if output.ndim == (2 if isinstance(module, nn.Linear) else module.weight.ndim):
+                    self.produced[_key(output)] = (name, output.grad_fn)
             elif type(module).__name__ in _CUSTOM_WEIGHTED and isinstance(output, Tensor):
                 self.probe.uncovered.append(Uncovered(
                     name, type(module).__name__, 'samples its input off the grid',
@@ -180,10 +187,12 @@ class _Prober:
 
     def weighted(self, operation: str, weight: Tensor, macs: int) -> None:
         name, module = self.stack[-1] if self.stack else ('', None)
+        if isinstance(module, QUANTIZABLE) and weight is module.weight:
+            self.probe.direct.add(name)
+        else:
+            self.probe.borrowed.add(id(weight))
         if isinstance(module, QUANTIZABLE):
             self.open[-1].macs += macs
-            if weight is module.weight:
-                self.probe.direct.add(name)
         else:
             reason = ('a parameter of a module that is no layer' if isinstance(weight, nn.Parameter)
                       else 'its weight is computed in the forward pass')
@@ -207,8 +216,10 @@ class _Prober:
         readers = _reader_counts(self.module_outputs)
         alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers[node] == 1]
         normalised = Counter(conv for conv, _ in alone)
-        # a convolution that also runs without its normalisation keeps it
-        self.probe.norms = [pair for pair in alone if normalised[pair[0]] == self.counts[pair[0]] + 1]
+        normalising = Counter(norm for _, norm in alone)
+        # a convolution that also runs without its normalisation keeps it, and so does one whose normalisation does more
+        self.probe.norms = [(conv, norm) for conv, norm in alone if normalised[conv] == self.counts[conv] + 1
+                            and normalising[norm] == self.norm_calls[norm]]
         return self.probe
 
 

@@ -15,7 +15,7 @@ from mmdet_ptq.wrapping.probe import probe_detector
 
 
 def _fold(detector, run):
-    folds, _ = find_folds(detector, probe_detector(detector, run).norms)
+    folds, _ = find_folds(detector, probe_detector(detector, run))
     fold_norms(detector, folds)
 
 

@@ -2,8 +2,10 @@ import copy
 
 import pytest
 import torch
+from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmdet.apis import init_detector
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.errors import PTQError
@@ -41,7 +43,7 @@ def test_folding_is_exact(kind):
     """In float64: untrained detectors magnify float32 rounding a hundredfold, folded or not."""
     detector = tiny_detector(kind)
     probe = probe_detector(detector, lambda: predict(detector, tiny_batch(1)))
-    folds, kept = find_folds(detector, probe.norms)
+    folds, kept = find_folds(detector, probe)
     norms = _norm_names(detector)
     assert {norm for _, norm in folds} | set(kept) == norms
     assert len(folds) > len(norms) // 2
@@ -67,7 +69,7 @@ def _trained(config):
     x = detector.data_preprocessor(sample, False)['inputs']
     with torch.no_grad():
         probe = probe_detector(detector, lambda: _dense_outputs(detector, x))
-    folds, kept = find_folds(detector, probe.norms)
+    folds, kept = find_folds(detector, probe)
     assert folds and not kept
     return detector, folds, x
 
@@ -135,22 +137,88 @@ class _Net(nn.Module):
 def test_what_may_not_be_folded(wiring):
     net = _Net(wiring).eval()
     probe = probe_detector(net, lambda: net(torch.randn(1, 3, 8, 8)))
-    folds, kept = find_folds(net, probe.norms)
+    folds, kept = find_folds(net, probe)
     assert folds == []
     assert 'no single convolution feeds it' in kept['bn']
+
+
+def _norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    for value in (norm.running_mean, norm.weight, norm.bias):
+        nn.init.normal_(value)
+    nn.init.uniform_(norm.running_var, 0.2, 4)
+    return norm
+
+
+class _Tied(nn.Sequential):
+    """Two convolutions with one weight, each with a normalisation of its own."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 3, 1), _norm(3), nn.Conv2d(3, 3, 1), _norm(3))
+        self[2].weight = self[0].weight
+
+
+class _Borrowed(nn.Sequential):
+    """A weight that the parent reads, too."""
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.conv2d(x, self[0].weight)
+
+
+class _NormTwice(nn.Sequential):
+    """A normalisation that also runs where no convolution is."""
+
+    def forward(self, x):
+        return self[1](super().forward(x).relu())
+
+
+class _OtherSkips(nn.Sequential):
+    """A normalisation of two convolutions; something else reads the second one's output."""
+
+    def forward(self, x):
+        y = self[2](x)
+        return self[1](self[0](x)) + self[1](y) + y
+
+
+class _Tokens(nn.Sequential):
+    """A normalisation over tokens, not over the layer's output channels."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2))
+
+
+@pytest.mark.parametrize(('net', 'reason'), [
+    (nn.Sequential(ConvAWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
+    (nn.Sequential(ConvWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
+    (nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
+    (_Tied(), 'something else reads the weight'),
+    (_Borrowed(nn.Conv2d(3, 3, 1), _norm(3)), 'something else reads the weight'),
+    (_NormTwice(nn.Conv2d(3, 3, 1), _norm(3)), 'no single convolution'),
+    (_OtherSkips(nn.Conv2d(3, 3, 1), _norm(3), nn.Conv2d(3, 3, 1)), 'no single convolution'),
+    (_Tokens(nn.Linear(64, 64), nn.BatchNorm1d(3)), 'no single convolution'),
+], ids=['standardised', 'standardised, too', 'spectral', 'tied', 'borrowed', 'norm twice', 'other skips', 'tokens'])
+def test_what_folding_would_change_stays(net, reason):
+    net.eval()
+    x = torch.randn(1, 3, 8, 8)
+    before = net(x)
+    folds, kept = find_folds(net, probe_detector(net, lambda: net(x)))
+    assert folds == []
+    assert kept and all(reason in told for told in kept.values())
+    fold_norms(net, folds)
+    torch.testing.assert_close(net(x), before)
 
 
 def test_a_pair_called_twice_is_folded():
     net = _Net(lambda m, x: m.bn(m.conv(m.bn(m.conv(x))))).eval()
     probe = probe_detector(net, lambda: net(torch.randn(1, 3, 8, 8)))
-    assert find_folds(net, probe.norms) == ([('conv', 'bn')], {})
+    assert find_folds(net, probe) == ([('conv', 'bn')], {})
 
 
 def test_a_norm_without_statistics_stays():
     net = _Net(lambda m, x: m.bn(m.conv(x)))
     net.bn = nn.BatchNorm2d(3, track_running_stats=False)
     probe = probe_detector(net.eval(), lambda: net(torch.randn(1, 3, 8, 8)))
-    assert find_folds(net, probe.norms) == ([], {'bn': 'it has no running statistics'})
+    assert find_folds(net, probe) == ([], {'bn': 'it has no running statistics'})
 
 
 def test_a_pair_the_detector_lacks_is_refused():
