@@ -96,7 +96,6 @@ class _Recorder:
     layers: dict[str, nn.Module]
     operations: list[_Operation] = field(default_factory=list)
     alive: list[Tensor] = field(default_factory=list)  # so that an id is never used twice
-    channels: dict[tuple[int, int], int] = field(default_factory=dict)
     makers: dict[Any, list] = field(default_factory=lambda: defaultdict(list))  # autograd node -> tensors
     written: set[tuple[int, int]] = field(default_factory=set)
     touched: dict[str, str] = field(default_factory=dict)  # layer -> who else reads its weight
@@ -125,7 +124,6 @@ class _Recorder:
     def keep(self, tensor: Tensor) -> tuple[int, int]:
         self.alive.append(tensor)
         key = _key(tensor)
-        self.channels[key] = tensor.shape[1] if tensor.ndim > 2 else 1
         if tensor.grad_fn is not None:
             self.makers[tensor.grad_fn].append(key)
         return key
@@ -178,9 +176,11 @@ def _classify(recorder: _Recorder, func: Callable, name: str, args: tuple, kwarg
         lo, hi = _clip_bounds(name, args, kwargs)
         return _Operation('clip', name, inputs, [], (lo, hi)) if lo in (0, -inf) and hi > 0 else other
     if name in _SUMS and same_shape:
-        constants = [a for a in args if isinstance(a, int | float)]
+        # a number that is added, or a factor of one of the terms
+        constants = [a for a in (*args, *kwargs.values()) if isinstance(a, int | float)]
         return _Operation('sum', name, inputs, []) if not any(constants) else other
-    if name in _POINTWISE and same_shape and inputs and not (name.startswith('dropout') and _drops(args, kwargs)):
+    if name in _POINTWISE and same_shape and out.is_floating_point() and not (
+            name.startswith('dropout') and _drops(args, kwargs)):
         return _Operation('pass', name, inputs[:1], [], nonnegative=name.startswith('relu'))
     if name in _SPATIAL and out.ndim == read[0].ndim >= 3 and out.shape[:2] == read[0].shape[:2]:
         if name != 'pad' or _pads_with_zero(args, kwargs):
@@ -219,7 +219,7 @@ def find_junctions(detector: nn.Module, run: Callable[[], Any]) -> tuple[list[Ju
     """
     layers = {name: module for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)}
     recorder = _Recorder(layers)
-    frozen = [p for p in detector.parameters() if not p.requires_grad]
+    frozen = [p for p in detector.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -352,17 +352,20 @@ def _custom_functions(recorder: _Recorder) -> list[Any]:
 
 @torch.no_grad()
 def _output_bounds(recorder: _Recorder) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-    """Least and greatest value per channel, by interval arithmetic, of every tensor for which they are finite."""
+    """Least and greatest value, by interval arithmetic, of every tensor for which they are finite.
+
+    Per channel on axis 1, or one for all.
+    """
     known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for op in recorder.operations:
         if op.kind == 'other' or len(op.outputs) != 1:
             continue
         given = [known.get(key) for key in op.inputs]
         bounds = None
-        if op.kind == 'clip' and min(map(abs, op.bounds)) < inf:
-            ones = torch.ones(recorder.channels[op.outputs[0]], dtype=torch.float64)
-            low, high = given[0] or (ones * op.bounds[0], ones * op.bounds[1])
-            bounds = low.clamp(*op.bounds), high.clamp(*op.bounds)
+        if op.kind == 'clip' and given[0] is not None:
+            bounds = tuple(bound.clamp(*op.bounds) for bound in given[0])
+        elif op.kind == 'clip' and max(map(abs, op.bounds)) < inf:
+            bounds = tuple(torch.tensor([bound], dtype=torch.float64) for bound in op.bounds)
         elif None in given:
             continue
         elif op.kind == 'layer':
@@ -382,7 +385,7 @@ def _layer_bounds(layer: nn.Module, low: Tensor, high: Tensor) -> tuple[Tensor, 
     if is_transposed(layer) or isinstance(layer, nn.Linear):
         return None
     # zero padding belongs to the input
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = (bound.expand(in_channels(layer)) for bound in (low.clamp(max=0), high.clamp(min=0)))
     weight = layer.weight.detach().double().cpu().flatten(2)
     weight = weight.reshape(layer.groups, -1, *weight.shape[1:])
     gain, loss = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)

@@ -268,7 +268,7 @@ def probe_detector(detector: nn.Module, run: Callable[[], Any]) -> Probe:
     Returns:
         What the pass showed.
     """
-    frozen = [p for p in detector.parameters() if not p.requires_grad]
+    frozen = [p for p in detector.parameters() if not p.requires_grad and p.is_floating_point()]
     prober = _Prober(detector)
     try:
         for parameter in frozen:

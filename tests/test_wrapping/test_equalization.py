@@ -212,10 +212,14 @@ class _Tied(_Net):
     (_Net(lambda m, x: m.b(F.relu6(m.a(x)))), 'its upper clip may act in every channel'),
     (_Net(lambda m, x: m.b(F.dropout(m.a(x), training=True))), '`dropout` stands between'),
     (_Tied(), 'its weight is that of'),
+    (_Net(lambda m, x: m.b(torch.add(m.a(x), other=1.0))), '`add` stands between'),
+    (_Net(lambda m, x: m.b(m.a(x).to(torch.int64).to(x.dtype))), '`to` stands between'),
+    (_Net(lambda m, x: m.b(F.relu6(m.same(torch.add(F.relu6(m.other(x)), F.relu6(m.a(x)), alpha=-3.0))))),
+     '`add` stands between'),
 ], ids=['silu', 'swish', 'part', 'constant', 'new tensor', 'buffer', 'broadcast', 'reader of something else',
         'read aside', 'written into', 'custom function', 'custom function aside', 'functional',
         'reader weight read', 'producer weight read', 'axis', 'lower clip', 'padding', 'relu6 of the image',
-        'dropout', 'tied weights'])
+        'dropout', 'tied weights', 'constant by keyword', 'rounded to integers', 'factor of a sum'])
 def test_what_may_not_be_equalized(net, reason):
     found, skipped = _junctions(net)
     assert found == []
@@ -249,6 +253,33 @@ def test_relu6_only_where_the_clip_provably_never_acts():
     # one step below its floor the clip acts: the bound is not merely cautious
     rescale(net, junction, torch.tensor([5.5 / 6 / done.factors[0].item() * 0.9, 1, 1, 1]).double())
     assert max((net(IMAGE * s) - b).abs().max().item() for s, b in zip((1, 1e3, -1e3), before, strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize('clip', [dict(min=0), dict(max=1)], ids=['from below', 'from above'])
+def test_a_clip_on_one_side_bounds_nothing(clip):
+    net = _Net(lambda m, x: m.b(F.relu6(m.same(m.a(x).clamp(**clip)))))
+    with torch.no_grad():
+        net.same.weight[:, 0] = 0  # infinity times this would be no number
+    found, skipped = find_junctions(net, lambda: net(IMAGE))
+    assert {s.producer: s.reason for s in skipped}['same'] == 'its upper clip may act in every channel'
+    before = net(IMAGE)
+    equalize(net, found)
+    torch.testing.assert_close(net(IMAGE), before, rtol=1e-10, atol=1e-10)
+
+
+def test_clips_of_tokens_have_one_bound_for_all_channels():
+    net = _Net(lambda m, x: m.narrow(F.relu6(F.relu6(m.width(x)))))
+    net.narrow = nn.Linear(4, 2).double()
+    found, skipped = find_junctions(net, lambda: net(IMAGE))
+    assert found == [] and skipped[0].producer == 'width'
+
+
+def test_a_frozen_parameter_of_integers_stays_one():
+    net = _Net(lambda m, x: m.b(m.a(x).relu()))
+    net.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    for watch in (find_junctions, probe_detector):
+        watch(net, lambda: net(IMAGE))
+        assert not net.table.requires_grad
 
 
 def test_a_depthwise_chain_reaches_the_three_layer_solution():
