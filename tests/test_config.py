@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,25 @@ PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob(
     (dict(export=['onnxruntime', 'onnxruntime']), ['`ptq.export`', 'different runtime names']),
     (dict(export=[3]), ['`ptq.export`', 'runtime names', '[3]']),
     (dict(export=3), ['`ptq.export`', 'list']),
+    (dict(weights=dict(quantizer=dict(bits=4))), ['`ptq.weights.quantizer.bits`', '`ptq.weights.bits`']),
+    (dict(activations=dict(observer=dict(bits=4))), ['`ptq.activations.observer.bits`']),
+    (dict(head=dict(activations=dict(quantizer=dict(num_channels=3)))),
+     ['`ptq.head.activations.quantizer.num_channels`', 'remove it']),
+    (dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantiser'))),
+     ['`ptq.weights.quantizer`', "Did you mean 'AffineQuantizer'"]),
+    (dict(head=dict(weights=dict(quantizer=dict(simetric=True)))), ['`ptq.head.weights.quantizer`', "'symmetric'"]),
+    (dict(preset='w4a8', last=dict(weights=dict(bits=16, quantizer=dict(type='mmdet_ptq.LogAffineQuantizer')))),
+     ['`ptq.last.weights.quantizer`', '2..8']),
+    (dict(activations=dict(observer=dict(type='mmdet_ptq.PercentileObserver', percentile='99'))),
+     ['`ptq.activations.observer`', 'above 50', "'99'"]),
+    (dict(activations=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer'))),
+     ['`ptq.activations.quantizer`', 'a format of weights']),
+    (dict(last='float_outputs'), ['`ptq.last`', 'float_outputs', 'log_affine']),
+    (dict(first='float_outputs'), ['`ptq.first`']),
+    (dict(head=dict(last=dict(last='float'))), ['`ptq.head.last`', "no key 'last'"]),
+    (dict(global_loss=dict(lr=math.nan)), ['`ptq.global_loss.lr`', 'finite']),
+    (dict(protect=dict(bops_ratio=math.inf)), ['`ptq.protect.bops_ratio`', 'finite']),
+    (dict(protect=dict(size_ratio=2)), ['`ptq.protect.size_ratio`', 'at most 1']),
     (['w8a8'], ['`ptq` must be a dict']),
     (None, ['no `ptq` block', "preset='w8a8'"]),
 ])
@@ -129,6 +149,18 @@ def test_named_head_policies(policy, head, last):
     cfg = PTQConfig.from_dict(dict(preset='w8a8', head=policy))
     assert head is None or cfg.head == head
     assert cfg.last == last
+
+
+def test_the_outputs_of_a_head_may_have_a_named_policy():
+    cfg = PTQConfig.from_dict(dict(preset='w4a4', head=dict(last='float')))
+    assert cfg.last['weights']['float'] and cfg.last['activations']['float']
+
+
+def test_the_scope_of_a_type_is_no_other_type():
+    base = dict(type='mmdet_ptq.AffineQuantizer', symmetric=True)
+    changed = apply_policy(TensorConfig(quantizer=base), dict(
+        quantizer=dict(type='AffineQuantizer', learn_scale=False)), 'ptq.overrides')
+    assert changed.quantizer == dict(type='AffineQuantizer', symmetric=True, learn_scale=False)
 
 
 def test_mmengine_dicts_and_classes_are_accepted():

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import PTQError
 from ..presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from .checks import build, check_type, choice, known_keys, merge, plain
+from .formats import check_format
 from .sections import CalibrationConfig, GlobalLossConfig, ProtectConfig, ReconstructConfig, TensorConfig
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
@@ -120,7 +121,18 @@ class PTQConfig:
             raise PTQError(f'`ptq.export` must be a list of different runtime names, got {cfg.export!r}.')
         if 'last' in cfg.head:
             cfg.last = merge(cfg.last, cfg.head['last'])
+        cfg._check_formats()
         return cfg
+
+    def _check_formats(self) -> None:
+        """Of the general formats and of what differs by role; overrides are checked where their layers are known."""
+        for part in POLICY_KEYS:
+            general = getattr(self, part)
+            check_format(general, part, f'ptq.{part}')
+            in_head = apply_policy(general, self.head.get(part, {}), f'ptq.head.{part}')
+            check_format(in_head, part, f'ptq.head.{part}')
+            for key, base, change in (('first', general, self.first), ('last', in_head, self.last)):
+                check_format(apply_policy(base, change.get(part, {}), f'ptq.{key}.{part}'), part, f'ptq.{key}.{part}')
 
     def to_dict(self) -> dict:
         """Plain dict, as it is written to ``results.json``."""
@@ -172,7 +184,8 @@ def _policy(key: str, value: Any) -> dict:
     if isinstance(value, str):
         if key.startswith('ptq.overrides') and value != 'float':
             raise PTQError(f"`{key}` must be 'float' or a dict, got {value!r}.")
-        choice(key, value, tuple(HEAD_POLICIES))
+        # a policy that says what differs in the output layers says nothing about a layer itself
+        choice(key, value, tuple(n for n, policy in HEAD_POLICIES.items() if key == 'ptq.head' or 'last' not in policy))
         return copy.deepcopy(HEAD_POLICIES[value])
     if not isinstance(value, dict):
         raise PTQError(f'`{key}` must be a dict or a policy name, got {value!r}.')
@@ -181,6 +194,4 @@ def _policy(key: str, value: Any) -> dict:
     for part in POLICY_KEYS:
         if part in value:
             apply_policy(TensorConfig(), value[part], f'{key}.{part}')
-    if 'last' in value:
-        _policy(f'{key}.last', value['last'])
-    return value
+    return {**value, 'last': _policy(f'{key}.last', value['last'])} if 'last' in value else value

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -30,6 +31,8 @@ def check_type(key: str, value: Any, annotation: str) -> None:
     allowed = tuple(t for n in names for t in (_TYPES[n] if isinstance(_TYPES[n], tuple) else (_TYPES[n],)))
     if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
         raise PTQError(f'`{key}` must be {annotation}, got {value!r}.')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PTQError(f'`{key}` must be a finite number, got {value!r}.')
 
 
 def known_keys(key: str, values: Mapping, known) -> None:
@@ -55,12 +58,17 @@ def merge(base: dict, change: Mapping) -> dict:
     out = dict(base)
     for key, value in change.items():
         old = out.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and key != 'overrides' \
-                and value.get('type', old.get('type')) == old.get('type'):
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and key != 'overrides' and _same_type(value, old):
             out[key] = merge(dict(old), value)
         else:
             out[key] = copy.deepcopy(value)
     return out
+
+
+def _same_type(value: Mapping, old: Mapping) -> bool:
+    """Whether a dict names the type of the old one, with or without its scope, or none."""
+    first, second = (str(kind).rpartition('.')[2] for kind in (value.get('type', old.get('type')), old.get('type')))
+    return first == second
 
 
 def plain(value: Any) -> Any:

@@ -66,8 +66,14 @@ class TensorConfig:
         if not 0 <= self.scale_migration <= 1:
             raise PTQError(f'`{key}.scale_migration` must lie between 0 and 1, got {self.scale_migration!r}.')
         for part in ('quantizer', 'observer'):
-            if not isinstance(getattr(self, part).get('type'), str):
-                raise PTQError(f'`{key}.{part}` must be a dict with a `type`, got {getattr(self, part)!r}.')
+            given = getattr(self, part)
+            if not isinstance(given.get('type'), str):
+                raise PTQError(f'`{key}.{part}` must be a dict with a `type`, got {given!r}.')
+            if 'bits' in given:
+                raise PTQError(f'`{key}.{part}.bits` would be ignored; set `{key}.bits`.')
+            for name in ('num_channels', 'channel_axis'):
+                if name in given:
+                    raise PTQError(f'`{key}.{part}.{name}` would be ignored, it follows from the tensor; remove it.')
 
 
 # What `protect.candidates` may name, from the cheapest to the last resort.
@@ -88,7 +94,7 @@ class ProtectConfig:
             stays in integers.
         size_bytes: Largest integer checkpoint, in bytes.
         size_ratio: The same as a share of the float detector's float32 size, 0 to 1.
-        bops_ratio: Most bit operations, as a share of the float detector's (multiply-accumulates x 32 x 32).
+        bops_ratio: Most bit operations, as a share of the float detector's (multiply-accumulates x 32 x 32), 0 to 1.
         max_loss: Largest filtered global loss of the whole quantized detector on these images; protection stops
             when it is reached.
         candidates: What may be tried on a tensor: ``'per_channel'`` (a scale per channel on depthwise inputs),
@@ -113,6 +119,10 @@ class ProtectConfig:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
         positive(key, self, *(n for n in ('size_bytes', 'size_ratio', 'bops_ratio', 'max_loss')
                               if getattr(self, n) is not None))
+        for name in ('size_ratio', 'bops_ratio'):
+            if (getattr(self, name) or 0) > 1:
+                raise PTQError(f'`{key}.{name}` is a share of the float detector, at most 1, got '
+                               f'{getattr(self, name)!r}.')
         if self.size_bytes is not None and self.size_ratio is not None:
             raise PTQError(f'`{key}` names both `size_bytes` and `size_ratio`; keep one of them.')
         for name in self.candidates:

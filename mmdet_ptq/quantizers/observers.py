@@ -204,8 +204,8 @@ class PercentileObserver(HistogramObserver):
 
     def __init__(self, percentile: float = 99.99, num_channels: int | None = None, channel_axis: int = 1) -> None:
         super().__init__(num_channels, channel_axis)
-        if not 50 < percentile <= 100:
-            raise PTQError(f'`percentile` must be above 50 and at most 100, got {percentile!r}.')
+        if not isinstance(percentile, int | float) or not 50 < percentile <= 100:
+            raise PTQError(f'`percentile` must be a number above 50 and at most 100, got {percentile!r}.')
         self.percentile = percentile
 
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -3,18 +3,30 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from ..config import PTQConfig, TensorConfig, apply_policy
+from ..config import POLICY_KEYS, PTQConfig, TensorConfig, apply_policy, check_format
 from ..errors import PTQError, did_you_mean
 
 
 @dataclass
 class LayerPolicy:
-    """How one layer's weight and inputs are quantized."""
+    """How one layer's weight and inputs are quantized.
+
+    Attributes:
+        weights: The weight's format.
+        activations: The inputs' format.
+        changed_by: ``'weights'`` / ``'activations'`` to the key of the config that changed them last, if any did.
+    """
 
     weights: TensorConfig
     activations: TensorConfig
+    changed_by: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def overridden(self) -> bool:
+        """Whether an override names the inputs' format, not only the layer's place in the detector."""
+        return self.changed_by.get('activations', '').startswith('ptq.overrides')
 
 
 @dataclass
@@ -45,7 +57,7 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
         Layer name to policy.
 
     Raises:
-        PTQError: An override pattern matches no layer.
+        PTQError: An override pattern matches no layer, or its format does not exist or take its options.
     """
     roles = list(roles)
     names = [role.name for role in roles]
@@ -62,15 +74,16 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
                 *((f'ptq.overrides[{p!r}]', c, matches(p, role.name)) for p, c in cfg.overrides.items())):
             if applies:
                 policy = _change(policy, change, key)
+        for part, key in policy.changed_by.items():
+            check_format(getattr(policy, part), part, f'{key}.{part}')
         policies[role.name] = policy
     return policies
 
 
 def _change(policy: LayerPolicy, change: dict, key: str) -> LayerPolicy:
-    parts = {
-        part: apply_policy(getattr(policy, part), change[part], f'{key}.{part}')
-        if part in change else getattr(policy, part) for part in ('weights', 'activations')}
-    return LayerPolicy(**parts)
+    parts = {part: apply_policy(getattr(policy, part), change[part], f'{key}.{part}')
+             for part in POLICY_KEYS if part in change}
+    return replace(policy, **parts, changed_by={**policy.changed_by, **dict.fromkeys(parts, key)})
 
 
 def _prefixes(names: list[str]) -> list[str]:

@@ -154,6 +154,16 @@ def _fit(name: str, module: nn.Module, policy: TensorConfig, factor: Tensor | No
         raise PTQError(f'weight of layer {name}: {error}') from error
 
 
+def _policy_of_readers(readers: list[tuple[str, LayerPolicy]]) -> TensorConfig:
+    """The format of a tensor: the widest that a reader asks for, among these one that an override names."""
+    winner, policy = max(readers, key=lambda reader: (reader[1].activations.bits, reader[1].overridden))
+    others = [name for name, other in readers if other.overridden and other.activations != policy.activations]
+    if others:
+        print_log(f'the input of {winner} has the format that holds there; {", ".join(dict.fromkeys(others))} would '
+                  'have it otherwise, but one tensor has one quantizer', 'current', level=30)
+    return policy.activations
+
+
 def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: dict[str, LayerPolicy],
                   calls: list[LayerCall]) -> dict[str, Migration]:
     """Gives every tensor that quantized layers read one quantizer.
@@ -170,8 +180,7 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         if layer.inputs and not policies[call.layer].activations.float:
             groups[call.input_key].append(call)
     for readers in groups.values():
-        # the widest format any reader asks for: one tensor, one quantizer
-        policy = max((policies[c.layer].activations for c in readers), key=lambda p: p.bits)
+        policy = _policy_of_readers([(c.layer, policies[c.layer]) for c in readers])
         first = readers[0]
         name = first.layer.replace('.', '/') + (f'#{first.index}' if len(by_name[first.layer].inputs) > 1 else '')
         per_channel = policy.depthwise_per_channel and all(is_depthwise(layers[c.layer]) for c in readers)

@@ -41,6 +41,16 @@ def test_overrides_change_only_what_they_name():
     assert stem.activations.observer['type'] == 'mmdet_ptq.MSEObserver'
 
 
+def test_an_override_may_say_half_of_a_format():
+    cfg = PTQConfig.from_dict(dict(preset='w4a8', overrides={
+        'bbox_head.cls_convs': dict(weights=dict(quantizer=dict(mode='exact')))}))
+    assert resolve_policies(cfg, ROLES)['bbox_head.cls_convs.0.conv'].weights.quantizer['mode'] == 'exact'
+    with pytest.raises(PTQError, match=r"`ptq.overrides\['backbone.stem'\].weights.quantizer`.*no option 'mode'"):
+        # 8 bits, uniform, by the preset
+        resolve_policies(PTQConfig.from_dict(dict(preset='w4a8', overrides={
+            'backbone.stem': dict(weights=dict(quantizer=dict(mode='exact')))})), ROLES)
+
+
 def test_float_override():
     policies = resolve_policies(PTQConfig.from_dict(dict(overrides={'bbox_head.retina_*': 'float'})), ROLES)
     assert [policies[r.name].weights.float for r in ROLES] == [False, False, False, True]

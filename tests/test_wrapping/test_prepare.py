@@ -7,7 +7,7 @@ from torch import nn
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import KINDS, raw_outputs, tiny_batch, tiny_detector
+from mmdet_ptq.testing import KINDS, predict, raw_outputs, tiny_batch, tiny_detector
 from mmdet_ptq.wrapping import (
     Structure,
     apply_structure,
@@ -36,6 +36,27 @@ def test_everything_is_in_integers(quantized, kind):
     names = {n for n, m in detector.named_modules() if isinstance(m, QUANTIZABLE)}
     assert {layer.name for layer in structure.layers} == names == set(quantized_weights(detector))
     assert all(row.integer and not row.reason for row in coverage_rows(structure))
+
+
+READERS = ['bbox_head.cls_convs.0.conv', 'bbox_head.reg_convs.0.conv']
+MIN_MAX, PERCENTILE = 'mmdet_ptq.MinMaxObserver', 'mmdet_ptq.PercentileObserver'
+
+
+@pytest.mark.parametrize(('first', 'second', 'observer', 'told'), [
+    (MIN_MAX, None, MIN_MAX, False), (None, MIN_MAX, MIN_MAX, False), (MIN_MAX, MIN_MAX, MIN_MAX, False),
+    (MIN_MAX, PERCENTILE, MIN_MAX, True)])
+def test_an_override_of_any_reader_of_a_tensor_holds(monkeypatch, first, second, observer, told):
+    lines = []
+    monkeypatch.setattr('mmdet_ptq.wrapping.prepare.print_log', lambda text, *_, **__: lines.append(text))
+    overrides = {name: dict(activations=dict(observer=dict(type=kind)))
+                 for name, kind in zip(READERS, (first, second), strict=True) if kind}
+    detector = tiny_detector('retinanet')
+    structure = prepare_detector(detector, PTQConfig.from_dict(dict(preset='w8a8_observe', overrides=overrides)),
+                                 lambda: predict(detector, tiny_batch(1)))
+    names = {layer.name: layer.inputs for layer in structure.layers}
+    assert names[READERS[0]] == names[READERS[1]]
+    assert {structure.activations[name]['observer']['type'] for name in names[READERS[0]]} == {observer}
+    assert any(READERS[1] in line and 'one tensor has one quantizer' in line for line in lines) == told
 
 
 def test_shares_of_the_coverage_table_add_up(toy, image):
