@@ -37,20 +37,48 @@ def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray | 
 
     Returns:
         One entry per call of a layer, in the order of the network, named like the layer; ``#k`` marks further calls.
+        Layers that feed no output have none: runtimes leave them out.
 
     Raises:
         PTQError: The model is not of this detector.
     """
     agreements: list[TensorAgreement] = []
-    with torch.no_grad(), within(detector), _compared(detector, inputs, follow, agreements):
+    missing: set[str] = set()
+    with torch.no_grad(), within(detector), _compared(detector, inputs, follow, agreements, missing):
         RawOutputs(detector)(image)
+    wanted = missing & _feeding(detector, image) if missing else missing
+    if wanted:
+        raise PTQError(f'the exported model has no layer {min(wanted)}; export it again.')
     return agreements
+
+
+def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
+    """The calls of layers that an output of the detector depends on."""
+    calls, nodes = Counter(), {}
+
+    def note(layer: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            nodes[output.grad_fn] = f'{layer}#{calls[layer]}' if calls[layer] else layer
+            calls[layer] += 1
+        return hook
+
+    with ExitStack() as stack, torch.enable_grad():
+        for layer in {hook.layer for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)}:
+            stack.callback(detector.get_submodule(layer).register_forward_hook(note(layer)).remove)
+        outputs = RawOutputs(detector)(image.detach().clone().requires_grad_())
+    seen, todo = set(), [output.grad_fn for output in outputs]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return {label for node, label in nodes.items() if node in seen}
 
 
 @contextmanager
 def _compared(detector: nn.Module, found: Mapping[str, np.ndarray | None], follow: bool,
-              agreements: list[TensorAgreement]) -> Iterator[None]:
-    """Every layer notes, in one forward pass, how far it reads what the runtime's layer read."""
+              agreements: list[TensorAgreement], missing: set[str]) -> Iterator[None]:
+    """Every layer notes, in one forward pass, how far it reads what the runtime's layer read, or that it has none."""
     state, calls = getattr(detector, STATE), Counter()
 
     def hook(layer: str, names: list[str | None]):
@@ -61,8 +89,8 @@ def _compared(detector: nn.Module, found: Mapping[str, np.ndarray | None], follo
             if name is None:
                 return args, kwargs
             if label not in found:
-                raise PTQError(f'the exported model has no layer {label}; export it again.')
-            if found[label] is None:
+                missing.add(label)
+            if found.get(label) is None:
                 return args, kwargs
 
             def compared(simulated: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,12 +104,17 @@ def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall],
 
 def _check_layers(layers: list[NcnnLayer], calls: dict[str, LayerCall]) -> None:
     import ncnn
-    opaque = [layer.name for layer in layers if layer.name in calls]
-    expected = [name for name, call in calls.items() if call.integer or call.activation is not None]
-    if sorted(opaque) != sorted(expected):
-        lost = sorted(set(expected) ^ set(opaque))
-        raise PTQError(f'pnnx lost or doubled {len(lost)} quantized layer calls, first {lost[0]} '
-                       f'({calls[lost[0]].layer if lost[0] in calls else "unknown"}).')
+    opaque = Counter(layer.name for layer in layers if layer.name in calls)
+    doubled = [name for name, count in opaque.items() if count > 1]
+    if doubled:
+        raise PTQError(f'pnnx doubled {len(doubled)} quantized layer calls, first {doubled[0]} '
+                       f'({calls[doubled[0]].layer}).')
+    dead = [call.layer for name, call in calls.items()
+            if (call.integer or call.activation is not None) and name not in opaque]
+    if dead:
+        # had they fed an output, the comparison with the simulation would show it
+        print_log(f'{len(dead)} layers run without feeding an output and are not in the model: {", ".join(dead)}',
+                  'current')
     producers = {blob: layer for layer in layers for blob in layer.tops}
     for layer in layers:
         if layer.name not in calls and ncnn.create_layer(layer.type) is None:

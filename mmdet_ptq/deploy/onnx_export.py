@@ -68,7 +68,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     meta['layers'] = name_layers(graph)
     if is_quantized(detector):
         own = runtime == 'onnxruntime'
-        expand_quantizers(graph, detector, clip_codes=own, unsigned=own)
+        expand_quantizers(graph, detector, clip_codes=own, unsigned=own, rounds_wide=runtime != 'openvino')
         # a float detector stays what PyTorch exports
         folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
         meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
@@ -81,6 +81,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         passes.drop_redundant_clips(graph)
     if runtime == 'onnxruntime':
         passes.clip_codes(graph)
+        passes.keep_float(graph)
     if runtime == 'openvino':
         fold_divisions(graph)
     if runtime == 'tensorrt':

@@ -81,7 +81,8 @@ class _Node:
                          shape=x.shape, version=1)
 
 
-def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool, unsigned: bool) -> None:
+def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool, unsigned: bool, rounds_wide: bool
+                      ) -> None:
     """Replaces every quantizer's node by QuantizeLinear and DequantizeLinear, in place.
 
     Weights become integer values and DequantizeLinear; those that no int8 holds stay float.
@@ -93,10 +94,12 @@ def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool, un
             otherwise values before it. The first is what ONNX Runtime fuses, the second what OpenVINO does.
         unsigned: Whether symmetric activations of 8 bits and fewer are written as bytes without sign, with the zero
             point :data:`mmdet_ptq.deploy.integer_results.SIGNED_ZERO`: ONNX Runtime's kernels for x86 take no others.
+        rounds_wide: Whether activations of 16 bits are rounded; otherwise they are only clipped to their range.
+            OpenVINO computes them in float and returns wrong values where they are quantized.
     """
     activations, weights = getattr(detector, STATE).activations, quantized_weights(detector)
     calls: Counter[tuple[str, str]] = Counter()
-    writer = _Writer(graph, clip_codes, unsigned)
+    writer = _Writer(graph, clip_codes, unsigned, rounds_wide)
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
@@ -115,10 +118,11 @@ def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool, un
 class _Writer:
     """Writes the nodes of quantizers into a graph, constants once per quantizer."""
 
-    def __init__(self, graph: ir.Graph, clip_codes: bool, unsigned: bool) -> None:
+    def __init__(self, graph: ir.Graph, clip_codes: bool, unsigned: bool, rounds_wide: bool) -> None:
         self.graph = graph
         self.clip_codes = clip_codes
         self.unsigned = unsigned
+        self.rounds_wide = rounds_wide
         self.constants: dict[str, ir.Value] = {}
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -147,15 +151,20 @@ class _Writer:
         if self.unsigned and dtype is np.int8:
             dtype, low, high, zero = np.uint8, low + SIGNED_ZERO, high + SIGNED_ZERO, zero + SIGNED_ZERO
         pair = [self.constant(f'{name}:scale', scale), self.constant(f'{name}:zero_point', zero.astype(dtype))]
+        wide = quantizer.bits > 8
         narrow = (low, high) != (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        if narrow and not self.clip_codes:
+        # runtimes clip no codes of 16 bits
+        clip_codes = self.clip_codes and not wide
+        if (narrow or (wide and not self.rounds_wide)) and not clip_codes:
             shape = [-1 if place == axis else 1 for place in range(len(x.shape))] if axis is not None else ()
             for op_type, code in (('Max', low), ('Min', high)):
                 bound = ((code - zero) * scale).astype(np.float32).reshape(shape)
                 x = self.insert(node, op_type, [x, self.constant(f'{name}:{op_type.lower()}_value', bound)],
                                 f'{label}:{op_type.lower()}')
+        if wide and not self.rounds_wide:
+            return x
         codes = self.insert(node, 'QuantizeLinear', [x, *pair], f'{label}{CODES}', axis)
-        if narrow and self.clip_codes:
+        if narrow and clip_codes:
             ends = [self.constant(f'{name}:{end}', np.array(code, dtype)) for end, code in (('lowest', low),
                                                                                             ('highest', high))]
             codes = self.insert(node, 'Clip', [codes, *ends], f'{label}:clipped')

@@ -83,9 +83,11 @@ def clip_codes(graph: ir.Graph) -> int:
 
 
 def _codes_of(quantize: ir.Node, bounds: tuple[float, float]) -> np.ndarray | None:
-    """What a quantizer makes of two values; None where channels do not agree."""
+    """What a quantizer makes of two values; None where channels do not agree, or where no kernel clips its codes."""
     scale, zero = (constant(value) for value in quantize.inputs[1:3])
     info = np.iinfo(zero.dtype)
+    if info.bits > 8:
+        return None
     with np.errstate(over='ignore'):
         steps = [np.rint(np.float32(bound) / scale) + zero.astype(np.float32) for bound in bounds]
     codes = [np.unique(np.clip(step, info.min, info.max)) for step in steps]
@@ -105,6 +107,33 @@ def _clip_behind(graph: ir.Graph, quantize: ir.Node, ends: np.ndarray) -> None:
         ends = np.clip(ends, *(constant(value) for value in clip.inputs[1:3]))
     for place, code in enumerate(ends, 1):
         clip.replace_input_with(place, add_constant(graph, f'{clip.name}_{place}', np.array(code)))
+
+
+def keep_float(graph: ir.Graph) -> int:
+    """Separates layers whose weight is float from the quantizers around them: ONNX Runtime would quantize the weight.
+
+    Its optimizer rounds float weights between a DequantizeLinear and a QuantizeLinear to 8 bits, whatever they were
+    left float for. A maximum with the least float changes nothing and stops it.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many layers were separated.
+    """
+    separated = 0
+    for layer in layers(graph):
+        out = layer.node.outputs[0]
+        if layer.source is None or constant(layer.node.inputs[1]) is None or out.is_graph_output():
+            continue
+        least = add_constant(graph, f'{layer.node.name}.least', np.array(np.finfo(np.float32).min))
+        kept = ir.node('Max', [out, least], name=f'{layer.node.name}.kept')
+        kept.outputs[0].name, kept.outputs[0].shape, kept.outputs[0].type = kept.name, out.shape, out.type
+        out.replace_all_uses_with(kept.outputs[0])
+        kept.replace_input_with(0, out)
+        graph.insert_after(layer.node, kept)
+        separated += 1
+    return separated
 
 
 def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:

@@ -13,6 +13,9 @@ from ..errors import PTQError
 from ..files import check_space
 from ..wrapping import is_quantized
 
+# settings of a dataloader that change no image
+LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
+
 
 def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
     """Runs mmdet's test loop; a quantized detector computes as integer kernels do.
@@ -44,6 +47,12 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
     with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
         return {key: float(value) for key, value in runner.test().items()}
+
+
+def evaluation_inputs(cfg: Config) -> str:
+    """What an evaluation's figures depend on: the test dataloader, however its images are loaded, and the evaluator."""
+    loader = {key: value for key, value in (cfg.get('test_dataloader') or {}).items() if key not in LOADING}
+    return f'{loader} {cfg.get("test_evaluator")}'
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def export_runtime(runner: PTQRunner, name: str) -> dict:
     """
     runtime, folder = get_runtime(name), Path(runner.work_dir) / name
     shape = runner.input_shape
-    path = runtime.export(runner.detector.cpu(), folder, shape)
+    # a copy: the report compares the detector with the float one where both are
+    path = runtime.export(copy.deepcopy(runner.detector).cpu(), folder, shape)
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
     coverage = model.coverage()

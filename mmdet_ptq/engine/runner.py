@@ -53,7 +53,7 @@ from ..files import check_space, load_tensors
 from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .arguments import runner_arguments
-from .evaluation import evaluation_files
+from .evaluation import evaluation_files, evaluation_inputs
 from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
@@ -194,8 +194,8 @@ class PTQRunner(Runner):
             self._check_evaluation()
         self.float_detector = copy.deepcopy(self.detector)
         self.inputs = stage_inputs(
-            self.ptq.to_dict(), str(self.cfg.get('model')), str(self.cfg.get('test_dataloader')),
-            self._checkpoint_hash(), [str(i) for i in self.calibration.ids], self.calibration.content, self.seed)
+            self.ptq.to_dict(), self._model_inputs(), [str(i) for i in self.calibration.ids], self.calibration.content,
+            self.seed)
 
     def prepare(self) -> None:
         """Folds, equalizes, wraps, fits weights."""
@@ -282,7 +282,6 @@ class PTQRunner(Runner):
 
     def evaluate(self) -> None:
         """Evaluates the float detector, and the one rebuilt from the integer checkpoint as integer kernels compute."""
-        test = str(self.cfg.get('test_dataloader')) + str(self.cfg.get('test_evaluator'))
         self.results = new_results(
             str(self.cfg.filename or ''), self.ptq.to_dict(), self.seed, self.structure, self.calibration.ids,
             self.calibration.skipped)
@@ -291,7 +290,7 @@ class PTQRunner(Runner):
         if self.units:
             self.results['reconstruction'] = self.units
         float_row, _ = self.stages.run(
-            'evaluate_float', fingerprint(self._checkpoint_hash(), str(self.cfg.get('model')), test),
+            'evaluate_float', fingerprint(self._model_inputs(), evaluation_inputs(self.cfg)),
             lambda: self.evaluate_detector(self.float_detector))
         self._row('float', float_row, float_size_bytes(self.float_detector), float_bops(self.structure))
         quantized = Path(self.work_dir) / QUANTIZED
@@ -301,17 +300,14 @@ class PTQRunner(Runner):
                 return self.evaluate_detector(self.detector)
 
         row, _ = self.stages.run(
-            'evaluate_simulated', fingerprint(self.inputs['global'], test, tensor_hash(self.detector.state_dict())),
-            simulated)
+            'evaluate_simulated', self._quantized_inputs(), simulated)
         self._row('simulated', row, quantized.stat().st_size, bops(self.structure))
 
     def export(self) -> None:
         """Exports to every runtime of ``ptq.export``, evaluates the models there and times them."""
-        test = str(self.cfg.get('test_dataloader')) + str(self.cfg.get('test_evaluator'))
-        inputs = fingerprint(self.inputs['global'], test, tensor_hash(self.detector.state_dict()))
         for name in self.ptq.export:
-            row = self._exported(f'export_{name}', fingerprint(inputs, name, self.input_shape), Path(name),
-                                 lambda name=name: export_runtime(self, name))
+            inputs = fingerprint(self._quantized_inputs(), name, self.input_shape)
+            row = self._exported(f'export_{name}', inputs, Path(name), lambda name=name: export_runtime(self, name))
             self.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
             self._row(name, row['metrics'], row['size_bytes'], bops(self.structure), row['latency_ratio'])
 
@@ -453,10 +449,15 @@ class PTQRunner(Runner):
         self._check_evaluation()
         return self._test_dataloader.dataset
 
-    def _checkpoint_hash(self) -> str:
-        if self.checkpoint is None or not Path(self.checkpoint).is_file():
-            return str(self.checkpoint)
-        return file_hash(self.checkpoint)
+    def _model_inputs(self) -> list[str]:
+        """What the float detector depends on."""
+        known = self.checkpoint is not None and Path(self.checkpoint).is_file()
+        return [str(self.cfg.get('model')), str(self.cfg.get('data_preprocessor')),
+                file_hash(self.checkpoint) if known else str(self.checkpoint)]
+
+    def _quantized_inputs(self) -> str:
+        """Hash of the quantized detector and of what it is evaluated on."""
+        return fingerprint(self.inputs['global'], evaluation_inputs(self.cfg), tensor_hash(self.detector.state_dict()))
 
     def _state(self) -> dict:
         return dict(structure=self.structure.to_dict(), model=self.detector.state_dict())

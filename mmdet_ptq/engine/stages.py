@@ -37,13 +37,15 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
 
     Args:
         recipe: The whole ``ptq`` block.
-        *others: What every stage depends on besides: model, checkpoint, images.
+        *others: What every stage depends on besides: model, checkpoint, images, seed.
     """
-    # the preset is only a name: what it stands for is in the other keys
-    first = {key: value for key, value in recipe.items() if key not in ('preset', *_OWN_KEYS.values())}
+    # what the preset and the runtimes stand for is in the other keys
+    first = {key: value for key, value in recipe.items() if key not in ('preset', 'export', *_OWN_KEYS.values())}
     inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))
     for stage, key in _OWN_KEYS.items():
-        inputs[stage] = fingerprint(list(inputs.values())[-1], recipe[key])
+        # protection alone asks for the runtimes: they compute 16 bits in float
+        own = [recipe[key], recipe['export']] if key == 'protect' and recipe[key] is not None else [recipe[key]]
+        inputs[stage] = fingerprint(list(inputs.values())[-1], *own)
     return inputs
 
 
@@ -123,7 +125,7 @@ class StageStore:
             print_log(f'stage {name}: its file cannot be used ({error}); it runs again', 'current', level=30)
             return None
         if record.inputs != inputs:
-            print_log(f'stage {name}: the config, checkpoint, images or code changed; it runs again', 'current')
+            print_log(f'stage {name}: config, checkpoint, images, seed or version changed; it runs again', 'current')
             return None
         self.seconds[name] = record.seconds
         print_log(f'stage {name}: taken over from the earlier run', 'current')

@@ -9,7 +9,7 @@ from mmdet_ptq.deploy import get_runtime
 from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
 from mmdet_ptq.engine import export as command
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import SIZE, tiny_quantized
+from mmdet_ptq.testing import SIZE, models, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping.inputs import without_dataflow
 
 pytest.importorskip('ncnn', reason="needs ncnn: pip install 'mmdet-ptq[ncnn]'")
@@ -65,6 +65,17 @@ def test_quantizers_between_the_layers_are_left_out(tmp_path, kind):
     assert min(entry.identical for entry in found) > 0.999
     # the simulation has them
     assert min(entry.identical for entry in compare(detector, path, follow=True)) < 0.999
+
+
+def test_layers_that_feed_no_output_are_left_out(tmp_path, monkeypatch):
+    model = tiny_model_cfg('retinanet')
+    fourth = dict(num_stages=4, strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1))
+    monkeypatch.setitem(models.MODELS, 'deep', lambda: {**model, 'backbone': {**model['backbone'], **fourth}})
+    detector, structure, path = exported(tmp_path, 'deep')
+    dead = sum(len(layer.inputs) for layer in structure.layers if layer.name.startswith('backbone.layer4'))
+    found = compare(detector, path, follow=True)
+    assert dead and len(found) == sum(len(layer.inputs) for layer in structure.layers) - dead
+    assert min(entry.identical for entry in found) > 0.999
 
 
 def test_the_comparison_is_told(retinanet):

@@ -10,7 +10,7 @@ from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
 from mmdet_ptq.deploy.compare_openvino import openvino_inputs
 from mmdet_ptq.engine import export as command
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_batch, tiny_quantized
+from mmdet_ptq.testing import models, tiny_batch, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights
 from mmdet_ptq.wrapping.inputs import only_read_tensors
 
@@ -51,6 +51,19 @@ def test_every_layer_reads_what_the_model_was_given(exported):
     found = compare(detector, path, follow=True, within=only_read_tensors)
     assert {entry.name for entry in found} == calls(structure) and len(found) == len(calls(structure))
     assert min(entry.identical for entry in found) > 0.999 and max(entry.largest for entry in found) <= 1
+
+
+def test_layers_that_feed_no_output_are_not_missed(tmp_path, monkeypatch):
+    """YOLOv3 on MobileNetV2 runs a layer behind the last feature map that it reads."""
+    model = tiny_model_cfg('retinanet')
+    fourth = dict(num_stages=4, strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1))
+    monkeypatch.setitem(models.MODELS, 'deep', lambda: {**model, 'backbone': {**model['backbone'], **fourth}})
+    detector, structure = tiny_quantized('deep', CASES['retinanet'])
+    dead = {call for call in calls(structure) if call.startswith('backbone.layer4')}
+    settle_biases(detector, structure)
+    path = get_runtime('openvino').export(detector, tmp_path, (1, 3, 64, 64))
+    found = {entry.name for entry in compare(detector, path)}
+    assert dead and found == calls(structure) - dead
 
 
 def test_quantizers_that_openvino_leaves_out_are_seen(exported):

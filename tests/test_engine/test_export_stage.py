@@ -11,8 +11,9 @@ from mmdet.apis import inference_detector
 from mmengine.config import Config
 
 from mmdet_ptq import cli
-from mmdet_ptq.deploy import model_bytes, open_model, runtime_detector
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, runtime_detector
 from mmdet_ptq.engine import PTQRunner
+from mmdet_ptq.engine.export_stage import export_runtime
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_model_cfg
 
@@ -49,6 +50,20 @@ def test_every_runtime_has_a_row_of_the_evaluator(exported):
     for name in NAMES:
         coverage = results['runtimes'][name]
         assert coverage['float'] == [] and {call.split('#')[0] for call in coverage['integer']} == layers
+
+
+def test_the_detector_stays_where_it_is(exported, monkeypatch):
+    """On a GPU the report compares it with the float detector there."""
+    given = []
+
+    def export(detector, *args):
+        given.append(detector)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(get_runtime('onnxruntime'), 'export', export)
+    with pytest.raises(KeyboardInterrupt):
+        export_runtime(exported, 'onnxruntime')
+    assert given[0] is not exported.detector
 
 
 def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from mmdet_ptq import cli
 from mmdet_ptq.deploy import read_quantized
@@ -13,7 +14,7 @@ from mmdet_ptq.deploy.packing import unflatten_tensors
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.loops import GlobalCalibrationLoop, HeldOutLossLoop
 from mmdet_ptq.engine.runner import observe_activations
-from mmdet_ptq.engine.stages import StageStore
+from mmdet_ptq.engine.stages import StageStore, stage_inputs
 from mmdet_ptq.testing import tiny_coco
 
 RUNNER = 'mmdet_ptq.engine.runner'
@@ -82,6 +83,42 @@ def test_other_images_of_the_same_ids_run_again(finished_copy, make_runner, stag
     runner = make_runner(changes, work_dir=finished_copy, resume=True)
     runner.calibrate()
     assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
+
+
+def test_how_images_are_loaded_and_where_models_go_changes_no_calibration(finished_copy, make_runner, stages):
+    finished = make_runner(work_dir=finished_copy)
+    # with its effect on the formats written out
+    changes = {'test_dataloader.num_workers': 1, 'test_dataloader.persistent_workers': True,
+               'ptq.export': ['onnxruntime'], 'ptq.dataflow': finished.ptq.dataflow}
+    runner = make_runner(changes, work_dir=finished_copy, resume=True)
+    runner.load()
+    for stage in (runner.prepare, runner.observe, runner.minimise_global_loss, runner._save_quantized, runner.evaluate):
+        stage()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'global', 'evaluate_float', 'evaluate_simulated'), True)
+
+
+def test_another_preprocessor_runs_again(config_file, tmp_path, stages):
+    """mmengine takes it from the top level of the config, too."""
+    def cfg(mean: float, resume: bool) -> Config:
+        cfg = Config.fromfile(config_file)
+        cfg.data_preprocessor = {**cfg.model.pop('data_preprocessor'), 'mean': [mean] * 3}
+        cfg.ptq.global_loss, cfg.work_dir, cfg.resume = None, str(tmp_path / 'work_dir'), resume
+        return cfg
+
+    PTQRunner.from_cfg(cfg(0.0, resume=False)).run()
+    again = PTQRunner.from_cfg(cfg(50.0, resume=True))
+    again.calibrate()
+    again.evaluate()
+    assert stages == dict.fromkeys(('prepare', 'observe', 'evaluate_float', 'evaluate_simulated'), False)
+
+
+def test_protection_asks_for_the_runtimes():
+    recipe = dict(preset='w8a8', weights=1, export=[], protect=None, reconstruct=None, bias_correction=False,
+                  global_loss=None)
+    same, other = stage_inputs(recipe), stage_inputs({**recipe, 'export': ['openvino']})
+    assert same == other
+    protected = [stage_inputs({**recipe, 'protect': {}, 'export': export}) for export in ([], ['openvino'])]
+    assert protected[0]['observe'] == protected[1]['observe'] and protected[0]['protect'] != protected[1]['protect']
 
 
 @pytest.mark.parametrize('randomness', [None, dict(seed=None)])
