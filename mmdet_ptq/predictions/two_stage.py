@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -45,7 +44,10 @@ def predict_two_stage(
     with _captured(model, given, second_stage=problem is None) as seen:
         outputs = detector(batch_inputs, batch_data_samples, mode='tensor')
     regions = Regions(seen.get('proposals'), seen['rois'])
-    first = align_head(model.rpn_head, seen['rpn'], metas) if model.with_rpn else None
+    first = align_head(model.rpn_head, seen['rpn'], metas) if 'rpn' in seen else None
+    if model.with_rpn and first is None:
+        announce(f'{type(model.rpn_head).__name__} proposes without calling its own forward, so only the second stage '
+                 'enters the global loss.')
     if problem is not None and first is None:
         return replace(align_raw(model.roi_head, outputs, problem), regions=regions)
     if problem is not None:
@@ -88,7 +90,8 @@ def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
         def predict(*args, **kwargs):
             own = propose(*args, **kwargs)
             seen['proposals'] = own if given is None else given.proposals
-            return copy.copy(seen['proposals'])
+            # RoI heads take fields out of them
+            return [proposals.new() for proposals in seen['proposals']]
 
         # called as a method, which no hook sees
         model.rpn_head.predict = predict

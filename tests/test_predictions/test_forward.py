@@ -159,6 +159,39 @@ def test_two_stage_boxes_and_scores_are_those_of_mmdet(batch):
     assert torch.equal(aligned.proposal_stage.boxes, first.boxes)
 
 
+@pytest.mark.parametrize('taking', [False, True], ids=['cascade rpn', 'sparse r-cnn'])
+def test_proposals_that_no_forward_makes(batch, monkeypatch, taking):
+    messages = []
+    monkeypatch.setattr(dispatch, 'print_log', lambda text, **kwargs: messages.append(text))
+    dispatch.announce.cache_clear()
+    detector = faster_rcnn()
+
+    class OwnRPN(type(detector.rpn_head)):
+        def predict(self, x, batch_data_samples, rescale=False):
+            outs = type(self).forward(self, x)  # not called as a module
+            found = self.predict_by_feat(*outs, batch_img_metas=[s.metainfo for s in batch_data_samples])
+            for proposals in found:
+                proposals.features = proposals.bboxes.clone()
+            return found
+
+    class TakingHead(type(detector.roi_head)):
+        def forward(self, x, rpn_results_list, batch_data_samples=None):
+            for proposals in rpn_results_list:
+                proposals.pop('features')
+            return super().forward(x, rpn_results_list, batch_data_samples)
+
+    detector.rpn_head.__class__ = OwnRPN
+    if taking:
+        detector.roi_head.__class__ = TakingHead
+    teacher = predict_aligned(detector, *batch)
+    student = predict_aligned(detector, *batch, teacher)
+    assert teacher.proposal_stage is None
+    assert any('OwnRPN proposes without calling its own forward' in text for text in messages)
+    pairs = zip(teacher.raw, student.raw, strict=True) if taking else [(teacher.cls_logits, student.cls_logits)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all('features' in proposals for proposals in teacher.regions.proposals)
+
+
 def two_stage_outputs(detector, feats, rois, counts):
     out = detector.roi_head._bbox_forward(feats, rois)
     return rois.split(counts), out['cls_score'].split(counts), out['bbox_pred'].split(counts)
