@@ -127,11 +127,11 @@ def _seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[t
     """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
     seen, convolved = [], _Convolved()
 
-    def see(module: nn.Module, args: tuple, output: Tensor) -> None:
-        x = convolved.read if isinstance(module, nn.Conv2d) else args[0]
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        x = convolved.read if isinstance(module, nn.Conv2d) else args[0] if args else kwargs['input']
         seen.append((x.clone(), output.clone()))
 
-    handle = data.layers[name].register_forward_hook(see)
+    handle = data.layers[name].register_forward_hook(see, with_kwargs=True)
     try:
         with convolved:
             data.streams.run(data.unit, call, inputs, data.streams.tensors(inputs))

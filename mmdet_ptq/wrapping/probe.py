@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .layers import QUANTIZABLE
@@ -133,15 +134,29 @@ class _Prober:
         self.nodes: dict[Any, str] = {}  # autograd node of a layer's output -> layer
         self.produced: dict[tuple[int, int], tuple[str, Any]] = {}
         self.norm_calls: Counter[str] = Counter()
+        self.images: set[Any] = set()  # autograd nodes of what the detector was given
+        self.from_images: list[LayerCall] = []
         self.head_outputs: list[Tensor] = []
         self.module_outputs: list[Tensor] = []
         self.norm_inputs: list[tuple[str, str, Any]] = []
         self.heads = set(head_names(detector))
         self.handles = []
+        self.handles.append(detector.register_forward_pre_hook(self.mark_image, with_kwargs=True))
         for name, module in detector.named_modules():
             self.handles += [
                 module.register_forward_pre_hook(self.enter(name), with_kwargs=True),
                 module.register_forward_hook(self.leave(name), always_call=True)]
+
+    def mark_image(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Lets the autograd graph tell what is computed from the image and what from learned queries and positions."""
+        image = next(_tensors([args, kwargs]), None)
+        if image is None or not image.is_floating_point():
+            return None
+        # not a leaf: the detector may write to it
+        marked = image.detach().requires_grad_().clone()
+        self.alive.append(marked)
+        self.images.add(marked.grad_fn)
+        return tree_map(lambda leaf: marked if leaf is image else leaf, (args, kwargs))
 
     def enter(self, name: str) -> Callable:
         def hook(module, args, kwargs):
@@ -153,6 +168,8 @@ class _Prober:
                 self.alive.append(source)
                 index = self.counts[name] = self.counts.get(name, -1) + 1
                 call = LayerCall(name, index, _key(source), source.ndim, reads_image=not _has_layer(source, self))
+                if call.reads_image and any(node in self.images for node, _ in _walk_back([source], stop=())):
+                    self.from_images.append(call)
                 self.probe.calls.append(call)
                 self.open.append(call)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -213,6 +230,9 @@ class _Prober:
         for handle in self.handles:
             handle.remove()
         self.probe.outputs = _last_layers(self.head_outputs, self.nodes)
+        if self.from_images:  # none where only a part of the detector ran
+            for call in self.probe.calls:
+                call.reads_image = any(call is other for other in self.from_images)
         readers = _reader_counts(self.module_outputs)
         alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers[node] == 1]
         normalised = Counter(conv for conv, _ in alone)

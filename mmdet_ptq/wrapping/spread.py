@@ -76,13 +76,13 @@ def channel_ranges(detector: nn.Module, layers: Iterable[str], run: Callable[[],
     outputs: dict[str, ChannelRanges] = {}
 
     def hook(name: str) -> Callable:
-        def measure(module: nn.Module, args: tuple, output: Tensor) -> None:
-            for found, x in ((inputs, args[0]), (outputs, output)):
+        def measure(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            for found, x in ((inputs, args[0] if args else kwargs['input']), (outputs, output)):
                 ranges = ChannelRanges.of(x, axis(module))
                 found[name] = found[name].join(ranges) if name in found else ranges
         return measure
 
-    handles = [detector.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    handles = [detector.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in layers]
     try:
         run()
     finally:

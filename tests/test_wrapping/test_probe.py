@@ -64,6 +64,28 @@ def test_hooks_go_when_the_forward_fails(toy):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.modules())
 
 
+def test_what_reads_learned_queries_reads_no_image():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.project = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+            self.queries = nn.Parameter(torch.randn(5, 4))
+            self.bbox_head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x.mul_(2)  # detectors may write to the image
+            tokens = self.stem(x).flatten(2).transpose(1, 2)
+            return self.bbox_head(self.project(input=self.queries) @ tokens.transpose(1, 2) @ tokens)
+
+    net, image = Net().eval(), torch.ones(1, 3, 4, 4)
+    probe = probe_detector(net, lambda: net(image))
+    assert {call.layer for call in probe.calls if call.reads_image} == {'stem'}
+    assert image.requires_grad is False
+    # a part of a detector has no image
+    probe = probe_detector(net, lambda: net.bbox_head(net.project(net.queries)))
+    assert {call.layer for call in probe.calls if call.reads_image} == {'project'}
+
+
 @pytest.mark.parametrize('kind, first, last', [
     ('ssd', {'backbone.conv1.conv'}, {f'bbox_head.{b}_convs.{i}.1' for b in ('cls', 'reg') for i in range(4)}),
     ('retinanet', {'backbone.conv1'}, {'bbox_head.retina_cls', 'bbox_head.retina_reg'}),

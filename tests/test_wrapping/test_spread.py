@@ -58,6 +58,15 @@ def test_all_calls_of_a_layer_are_measured():
     assert not layer._forward_hooks
 
 
+def test_a_layer_may_be_called_by_keyword():
+    layer = nn.Conv2d(2, 3, 1)
+    net = nn.ModuleDict(dict(layer=layer))
+    by_place, by_name = (channel_ranges(net, ['layer'], run, lambda module: 1) for run in (
+        lambda: layer(torch.ones(1, 2, 4, 4)), lambda: layer(input=torch.ones(1, 2, 4, 4))))
+    for found, expected in zip(by_name, by_place, strict=True):
+        assert torch.equal(found['layer'].high, expected['layer'].high)
+
+
 class Scaled(nn.Module):
     """Channels of very different ranges."""
 
