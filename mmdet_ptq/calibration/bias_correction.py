@@ -15,8 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..errors import PTQError
-from ..predictions import AlignedPredictions, predict_aligned
-from ..predictions.two_stage import is_two_stage
+from ..predictions import AlignedPredictions, needs_reference, predict_aligned
 from ..wrapping import Structure, is_quantized, quantization_mode
 from ..wrapping.layers import add_bias, channel_axis, out_channels
 
@@ -141,7 +140,7 @@ class _Meter:
 
 def _float_means(detector: nn.Module, layers: Iterable[str], batch: Any
                  ) -> tuple[AlignedPredictions | None, dict[str, list[tuple[Tensor, int]]]]:
-    """A two-stage detector's float predictions, and layer to (mean per channel, positions) of every call."""
+    """A two-stage detector's float predictions (or None), and layer to (mean per channel, positions) of every call."""
     means = defaultdict(list)
 
     def listen(name: str, axis: int) -> Callable:
@@ -183,9 +182,9 @@ def _mean(output: Tensor, axis: int) -> tuple[Tensor, int]:
 
 
 def _forward(detector: nn.Module, batch: Any, reference: AlignedPredictions | None) -> AlignedPredictions | None:
-    """Runs a batch; a two-stage detector's predictions come back, and those of the float one set its boxes."""
+    """Runs a batch; a two-stage detector's predictions come back, and those of the float one set its regions."""
     data = detector.data_preprocessor(copy.deepcopy(batch), False)
-    if is_two_stage(detector):
+    if needs_reference(detector):
         return predict_aligned(detector, data['inputs'], data['data_samples'], reference).detach()
     detector(**data, mode='predict')
     return None

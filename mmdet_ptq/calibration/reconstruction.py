@@ -17,8 +17,7 @@ from torch import nn
 from ..config import ReconstructConfig
 from ..errors import PTQError
 from ..files import load_tensors, save_tensors
-from ..predictions import predict_aligned
-from ..predictions.two_stage import is_two_stage
+from ..predictions import needs_reference, predict_aligned
 from ..registry import RECONSTRUCTIONS
 from ..wrapping import quantization_mode
 from .activation_store import ActivationStore
@@ -71,13 +70,12 @@ class BlockReconstruction:
         first = next(data)
         units, passages = self._units(detector, first)
         streams = Streams(detector, units, store, passages)
-        two_stage = is_two_stage(detector)
         # the Fisher weights are drawn: a run that is resumed here draws the same
         with torch.random.fork_rng(devices=devices_of(streams.device)):
             torch.manual_seed(seed)
             for batch in track(itertools.chain([first], data), total=count,
                                description='weighing outputs' if self.cfg.fisher else 'float outputs'):
-                streams.add(batch, two_stage, self.cfg.fisher > 0)
+                streams.add(batch, needs_reference(detector), self.cfg.fisher > 0)
         samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]
         train = [(b, i) for b, i in samples if b < trained]
         results, taken, done = [], set(), 0.0

@@ -110,12 +110,12 @@ class Streams:
         self._ahead: dict[str, list[list[CallInputs]]] = {}
 
     @torch.no_grad()
-    def add(self, data: dict, two_stage: bool, fisher: bool = False) -> None:
+    def add(self, data: dict, keep_reference: bool, fisher: bool = False) -> None:
         """Adds a batch and learns the shape of the units' and passages' outputs from one float pass.
 
         Args:
             data: A preprocessed batch: ``inputs`` and ``data_samples``.
-            two_stage: Keep the float predictions as reference of later passes.
+            keep_reference: Keep the float predictions as reference of later passes.
             fisher: Measure how much each output matters to the global loss. Defaults to False.
         """
         shapes: dict[tuple[str, int], tuple[torch.Size, torch.dtype]] = {}
@@ -137,7 +137,7 @@ class Streams:
                 handle.remove()
         self._shapes.append(shapes)
         # the proposal network's own predictions are not looked at again
-        reference = replace(reference.detach(), proposal_stage=None) if two_stage else None
+        reference = replace(reference.detach(), proposal_stage=None) if keep_reference else None
         batch = Batch(self.store.put(data['inputs']), data['data_samples'], reference)
         if fisher:
             with quantization_mode(self.detector, FLOAT):

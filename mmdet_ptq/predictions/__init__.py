@@ -3,6 +3,7 @@
 from . import heads  # noqa: F401  registers mmdet's heads
 from .aligned import AlignedPredictions
 from .dispatch import adapter, align_head, align_raw
-from .forward import predict_aligned, raw_predictions
+from .forward import needs_reference, predict_aligned, raw_predictions
 
-__all__ = ['AlignedPredictions', 'adapter', 'align_head', 'align_raw', 'predict_aligned', 'raw_predictions']
+__all__ = ['AlignedPredictions', 'adapter', 'align_head', 'align_raw', 'needs_reference', 'predict_aligned',
+           'raw_predictions']

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from mmengine.structures import InstanceData
@@ -16,17 +16,19 @@ FARTHEST = 1e5
 
 @dataclass
 class Regions:
-    """Where the stages behind the region proposal network looked.
+    """Where the stages behind the region proposal network looked, or a decoder whose queries are chosen.
 
     Args:
         proposals (list[InstanceData] | None): What the network proposed for each of the N images; None where they
             come from elsewhere.
         rois (list[Tensor]): (M, 5) RoIs (image index, then the box), one tensor for each time that RoIs were read
             out of the features: stage after stage of a cascade, then masks.
+        queries (list[Tensor]): Positions that became queries, (N, Q), choice after choice.
     """
 
-    proposals: list[InstanceData] | None
-    rois: list[Tensor]
+    proposals: list[InstanceData] | None = None
+    rois: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
 
 
 @dataclass

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from .aligned import AlignedPredictions
+from .aligned import AlignedPredictions, Regions
 from .dispatch import align_head
+from .queries import chooses_queries, chosen_queries
 from .two_stage import is_two_stage, predict_two_stage
 
 
@@ -26,6 +28,11 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
     return detector(batch_inputs, batch_data_samples, mode='tensor')
 
 
+def needs_reference(detector: nn.Module) -> bool:
+    """Returns whether a quantized detector pairs with the float one only where it is told what that looked at."""
+    return is_two_stage(detector) or chooses_queries(detector)
+
+
 def predict_aligned(
     detector: nn.Module,
     batch_inputs: Tensor,
@@ -40,7 +47,7 @@ def predict_aligned(
         batch_data_samples (list[DetDataSample]): Meta information of the N images.
         reference (AlignedPredictions | None): The float detector's predictions on the same images. Two-stage
             detectors need them: the quantized second stage is evaluated on the float detector's proposals and
-            classes. Ignored by all others. Defaults to None.
+            classes, the decoder of a two-stage DETR on its queries. Ignored by all others. Defaults to None.
 
     Raises:
         PTQError: If the detector is in training mode.
@@ -48,8 +55,13 @@ def predict_aligned(
     model = detector.module if is_model_wrapper(detector) else detector
     if is_two_stage(model):
         return predict_two_stage(detector, model, batch_inputs, batch_data_samples, reference)
-    outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
     metas = [sample.metainfo for sample in batch_data_samples]
+    if chooses_queries(model):
+        given = None if reference is None else reference.regions.queries
+        with chosen_queries(model, given) as queries:
+            outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
+        return replace(align_head(model, outputs, metas), regions=Regions(queries=queries))
+    outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
     # a detector with a forward of its own may be taught as a whole: align_head.register(MyDetector)
     plain = isinstance(model, SingleStageDetector) and type(model)._forward is SingleStageDetector._forward
     return align_head(model.bbox_head if plain else model, outputs, metas)

@@ -77,8 +77,21 @@ def deformable_detr() -> dict:
         test_cfg=dict(max_per_img=20))
 
 
+def two_stage_detr() -> dict:
+    """The encoder chooses the decoder's queries by their scores."""
+    model = deformable_detr()
+    # twice the width of a position's encoding, which mmdet fixes at 128 numbers a coordinate
+    model.update(as_two_stage=True, with_box_refine=True, positional_encoding=dict(num_feats=128, normalize=True))
+    model['neck']['out_channels'] = model['bbox_head']['embed_dims'] = 256
+    for part in ('encoder', 'decoder'):
+        for cfg in model[part]['layer_cfg'].values():
+            cfg['embed_dims'] = 256
+    return model
+
+
 ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
-    swin=swin, pvt=pvt, mask_rcnn=mask_rcnn, cascade_rcnn=cascade_rcnn, deformable_detr=deformable_detr)
+    swin=swin, pvt=pvt, mask_rcnn=mask_rcnn, cascade_rcnn=cascade_rcnn, deformable_detr=deformable_detr,
+    two_stage_detr=two_stage_detr)
 
 
 def register(monkeypatch) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from architectures import register, sized_batch
 
-from mmdet_ptq.calibration import BlockReconstruction, closed_form
+from mmdet_ptq.calibration import BlockReconstruction, FilteredGlobalLoss, closed_form
 from mmdet_ptq.calibration.unit_training import UnitResult, UnitTrainer
 from mmdet_ptq.config import ReconstructConfig
+from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import quantization_mode
 
@@ -40,6 +41,19 @@ def test_the_presets_reconstruction_helps_every_kind(kind, tmp_path):
     units = run(detector, batches[:2], batches[2:], tmp_path)
     assert all(unit['after'] <= unit['before'] for unit in units)
     assert sum(unit['after'] < 0.95 * unit['before'] for unit in units) > len(units) / 3
+
+
+def test_queries_of_a_two_stage_detr_are_those_of_the_float_detector():
+    detector, _ = tiny_quantized('two_stage_detr', LOW_BIT)
+    data = detector.data_preprocessor(tiny_batch(2), False)
+    with quantization_mode(detector, 'float'):
+        teacher = predict_aligned(detector, data['inputs'], data['data_samples'])
+    own = predict_aligned(detector, data['inputs'], data['data_samples'])
+    paired = predict_aligned(detector, data['inputs'], data['data_samples'], teacher)
+    assert not torch.equal(own.regions.queries[0], teacher.regions.queries[0])
+    assert torch.equal(paired.regions.queries[0], teacher.regions.queries[0])
+    loss = FilteredGlobalLoss()
+    assert loss(paired, teacher)['loss_raw'] < 0.9 * loss(own, teacher)['loss_raw']
 
 
 def test_channels_are_where_the_layer_has_them(tmp_path, monkeypatch):

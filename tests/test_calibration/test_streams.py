@@ -8,8 +8,7 @@ from torch.utils._pytree import tree_leaves
 from mmdet_ptq.calibration.activation_store import ActivationStore
 from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
 from mmdet_ptq.calibration.units import find_passages, find_units
-from mmdet_ptq.predictions import predict_aligned
-from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.predictions import needs_reference, predict_aligned
 from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import quantization_mode
 
@@ -26,7 +25,7 @@ def make(kind, tmp_path):
         passages = find_passages(detector, run, units)
     streams = Streams(detector, units, ActivationStore(2**30, tmp_path), passages)
     for batch in data:
-        streams.add(batch, is_two_stage(detector))
+        streams.add(batch, needs_reference(detector))
     return detector, units, streams, data
 
 

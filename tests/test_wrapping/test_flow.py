@@ -16,8 +16,7 @@ from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
 from mmdet_ptq.calibration.units import find_passages, find_units
 from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.engine.optim import train_only_quantization
-from mmdet_ptq.predictions import predict_aligned
-from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.predictions import needs_reference, predict_aligned
 from mmdet_ptq.testing import KINDS, raw_outputs, tiny_batch, tiny_detector, tiny_model_cfg
 from mmdet_ptq.testing.calibrated import predict
 from mmdet_ptq.wrapping import (
@@ -174,7 +173,7 @@ def test_units_that_run_by_themselves_do_what_they_do_in_the_whole(flowing, kind
         units = find_units(detector, run)
         passages = find_passages(detector, run, units)
     streams = Streams(detector, units, ActivationStore(2**30, tmp_path), passages)
-    streams.add(data, is_two_stage(detector))
+    streams.add(data, needs_reference(detector))
     seen = {}
     handles = [detector.get_submodule(unit.name).register_forward_hook(
         lambda m, args, out, name=unit.name: seen.setdefault(name, []).append(out.clone())) for unit in units]
