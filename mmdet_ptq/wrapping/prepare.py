@@ -49,6 +49,8 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
     probe = probe_detector(detector, run)
     if not probe.calls:
         raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
+    # before anything is changed: an override may be refused
+    policies = resolve_policies(cfg, _roles(detector, probe))
     folds, kept = find_folds(detector, probe)
     fold_norms(detector, folds)
     if cfg.equalize is not None:
@@ -56,7 +58,7 @@ def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]
         by_weights = cfg.equalize == 'weights'
         magnitudes = None if by_weights else channel_magnitudes(detector, junctions, run_many or run)
         log_equalization(equalize(detector, junctions, magnitudes), skipped)
-    plan = _plan(detector, cfg, probe, run_many or run)
+    plan = _plan(detector, cfg, probe, policies, run_many or run)
     structure = plan.structure
     structure.norms = kept
     if cfg.dataflow is not None:
@@ -96,17 +98,18 @@ class _Plan:
     migrations: dict[str, Migration]
 
 
-def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, run_many: Callable[[], Any]) -> _Plan:
-    heads = head_names(detector)
+def _roles(detector: nn.Module, probe: Probe) -> list[LayerRole]:
+    heads, first = head_names(detector), {call.layer for call in probe.calls if call.reads_image}
+    return [LayerRole(name, in_head=name.split('.')[0] in heads, first=name in first, last=name in probe.outputs)
+            for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)]
+
+
+def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str, LayerPolicy],
+          run_many: Callable[[], Any]) -> _Plan:
     calls = defaultdict(list)
     for call in probe.calls:
         calls[call.layer].append(call)
     layers = {n: m for n, m in detector.named_modules() if isinstance(m, QUANTIZABLE)}
-    roles = [
-        LayerRole(name, in_head=name.split('.')[0] in heads, first=any(c.reads_image for c in calls[name]),
-                  last=name in probe.outputs)
-        for name in layers]
-    policies = resolve_policies(cfg, roles)
     structure = Structure(uncovered=[vars(u) for u in probe.uncovered])
     for name, module in layers.items():
         layer = LayerStructure(

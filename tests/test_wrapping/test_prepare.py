@@ -38,6 +38,16 @@ def test_everything_is_in_integers(quantized, kind):
     assert all(row.integer and not row.reason for row in coverage_rows(structure))
 
 
+def test_a_refused_override_changes_nothing():
+    detector = tiny_detector('retinanet')
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    with pytest.raises(PTQError, match='matches no layer'):
+        prepare_detector(detector, PTQConfig.from_dict(dict(overrides={'nothing': 'float'})),
+                         lambda: predict(detector, tiny_batch(1)))
+    after = detector.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 READERS = ['bbox_head.cls_convs.0.conv', 'bbox_head.reg_convs.0.conv']
 MIN_MAX, PERCENTILE = 'mmdet_ptq.MinMaxObserver', 'mmdet_ptq.PercentileObserver'
 
