@@ -1,6 +1,7 @@
 """Runs of a tiny detector: one whole run for all, and a quick way to more."""
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from mmengine.config import Config
 
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.testing import tiny_config
+
+RUNS = itertools.count()
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -48,6 +51,8 @@ def make_runner(config_file, tmp_path, monkeypatch) -> Callable[..., PTQRunner]:
         cfg = Config.fromfile(config_file)
         cfg.merge_from_dict(changes or {})
         cfg.work_dir, cfg.resume = str(work_dir or tmp_path / 'work_dir'), resume
+        # mmengine tells loggers apart by the second in which they were made
+        cfg.experiment_name = f'run_{next(RUNS)}'
         return PTQRunner.from_cfg(cfg)
 
     return make

@@ -220,7 +220,8 @@ def test_results_and_the_page_tell_it(finished):
 
 
 def test_a_stage_depends_on_its_own_key_and_on_those_before():
-    recipe = dict(preset='a', weights={}, protect=None, reconstruct=None, bias_correction=False, global_loss=None)
+    recipe = dict(preset='a', weights={}, export=[], protect=None, reconstruct=None, bias_correction=False,
+                  global_loss=None)
     before = stage_inputs(recipe, 'model')
     order = ['prepare', 'protect', 'reconstruct', 'bias_correction', 'global']
     keys = ['weights', 'protect', 'reconstruct', 'bias_correction', 'global_loss']
