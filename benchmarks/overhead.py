@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 import time
 
 import torch
@@ -59,13 +59,19 @@ def forward_ratio(detector: nn.Module, reference: nn.Module, batch: tuple, pairs
     return dict(ratio=round(statistics.median(ratios), 3), least=round(min(ratios), 3), most=round(max(ratios), 3))
 
 
+def peak_memory() -> int:
+    """Largest resident set so far, in bytes; what getrusage tells begins with that of the process that started this."""
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith('VmHWM')))
+
+
 def step_memory(path: str, mode: str, count: int, size: tuple[int, int]) -> int:
     """Growth of the resident set over one training step, in bytes; run in a fresh process."""
     detector = load_quantized(path)
     batch = make_batch(count, size)
     if mode == 'train':
         model = float_detector(detector).train()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         losses = model.loss(*batch)
     else:
         set_mode(detector, 'float')
@@ -76,11 +82,11 @@ def step_memory(path: str, mode: str, count: int, size: tuple[int, int]) -> int:
         model = GlobalLossModel(detector, FilteredGlobalLoss(max_boxes=1000))
         model.eval()
         model.target = target
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         losses = model(*batch)
     terms = [v if isinstance(v, Tensor) else sum(v) for k, v in losses.items() if 'loss' in k]
     sum(terms).sum().backward()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_memory() - before
 
 
 @torch.no_grad()
