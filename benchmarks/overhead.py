@@ -12,8 +12,8 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 import time
+from pathlib import Path
 
 import torch
 from mmdet.registry import MODELS
