@@ -40,7 +40,7 @@ def check_ncnn(structure: Structure) -> None:
 
 
 def check_activation(name: str, spec: dict) -> None:
-    """Refuses one activation's number format, see :func:`check_ncnn`; 16 bits are left to float arithmetic."""
+    """Refuses one activation's number format, see :func:`check_ncnn`; 16 bits are clipped, and computed in float."""
     where = f'the activation {name} is'
     if spec['type'].rpartition('.')[2] != 'AffineQuantizer':
         raise PTQError(f"{where} of type {spec['type']}, and ncnn knows uniform activations only; set "

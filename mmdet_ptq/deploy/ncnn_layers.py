@@ -70,8 +70,16 @@ def _as_rows(main: NcnnLayer, shape: tuple[int, ...]) -> list[NcnnLayer]:
 
 
 def rounded_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
-    """The layers that round a float layer's input to its codes."""
+    """The layers that round a float layer's input to its codes; codes of 16 bits are clipped only, ncnn has no such."""
     before, bottom_scale, channel_scale = _input_layers(call.activation, place)
+    if call.activation.bits > 8:
+        if channel_scale is not None:
+            before.append(NcnnLayer('Scale', place.name, before[-1].tops, [], {0: str(channel_scale.size), 1: '0'},
+                                    floats(channel_scale)))
+        before[-1].tops = place.tops
+        for layer in before:
+            layer.name = f'clips_{layer.name}'  # of another name than what reads codes
+        return before
     if not before or before[-1].type != 'Quantize':
         blobs = before[-1].tops if before else place.bottoms
         before += [_quantize(place.name, blobs, np.array([bottom_scale]))]
@@ -113,7 +121,7 @@ def _input_layers(quantizer: Quantizer, place: NcnnLayer) -> tuple[list[NcnnLaye
     scale = quantizer.positive_scale().detach().double().numpy()
     zero = quantizer.zero_point.double().numpy()
     first, last = quantizer.code_range
-    clipped = bool((first - zero > -INT8_MAX).any() or (last - zero < INT8_MAX).any())
+    clipped = bool((first - zero != -INT8_MAX).any() or (last - zero != INT8_MAX).any())
     layers: list[NcnnLayer] = []
 
     def add(kind: str, params: dict[int, str], weights: bytes = b'') -> None:

@@ -196,8 +196,6 @@ def traceable(detector: nn.Module) -> tuple[nn.Module, dict[str, LayerCall]]:
         for index, name in enumerate(inputs.get(layer, ())):
             activation = state.activations[name] if name is not None else None
             reason = obstacle(module, activation, integers)
-            if activation is not None and activation.bits > 8:
-                activation = None  # 16 bits are as good as float
             label = f'{layer}#{index}' if len(inputs[layer]) > 1 else layer
             group[f'{PREFIX}{len(calls) + index}'] = LayerCall(label, module, activation, integers, scale, reason)
         calls.update(group)
