@@ -39,16 +39,33 @@ def solve_unit(data: UnitData) -> None:
         groups, rows = getattr(layer, 'groups', 1), data.weights[name].layout.to_rows(weight)
         start = rows.view(groups, -1, rows.shape[1])
         bias = layer.bias.view(groups, -1) if layer.bias is not None else start.new_zeros(start.shape[:2])
-        solved, _ = equations.solve(start, bias, data.cfg.damping)
-        importance = equations.importance()[:, None].expand_as(solved).reshape(rows.shape)
-        quantizer.fit_weight(solved.reshape(rows.shape), importance=importance / importance.mean())
-        rounded = _round_at_best_scale(equations, solved, ROUNDING_SHARE * data.cfg.damping, quantizer)
-        if not torch.isfinite(rounded).all():
-            raise PTQError(f'the least squares of layer {name} have no finite solution; raise '
-                           '`ptq.reconstruct.damping`.')
+        try:
+            solved, _ = equations.solve(start, bias, data.cfg.damping)
+            _check_solution(solved, name)
+            quantizer.fit_weight(solved.reshape(rows.shape), importance=_importance(equations, solved, rows.shape))
+            rounded = _round_at_best_scale(equations, solved, ROUNDING_SHARE * data.cfg.damping, quantizer)
+        except torch.linalg.LinAlgError as error:
+            raise _no_solution(name) from error
+        _check_solution(rounded, name)
         weight.copy_(data.weights[name].layout.from_rows(rounded.reshape(rows.shape), weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(equations.best_bias(rounded).reshape(-1))
+
+
+def _no_solution(name: str) -> PTQError:
+    return PTQError(f'the least squares of layer {name} have no finite solution; raise `ptq.reconstruct.damping`.')
+
+
+def _check_solution(weight: Tensor, name: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise _no_solution(name)
+
+
+def _importance(equations: LayerEquations, weight: Tensor, shape: torch.Size) -> Tensor | None:
+    """What an error of each weight costs, with mean 1; None where all inputs were zero and none costs anything."""
+    importance = equations.importance()[:, None].expand_as(weight).reshape(shape)
+    mean = importance.mean()
+    return importance / mean if mean > 0 else None
 
 
 def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tensor]]
@@ -66,10 +83,13 @@ def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tenso
                 if rows is None:
                     return None, reason
                 equations = LayerEquations(*rows.shape, layer.bias is not None, rows.device)
-        for (_, y), (x, _) in zip(targets, _seen_by(data, name, call, data.inputs[call][batch]), strict=True):
-            y = by_group(layer, y)
+        for (_, output), (x, _) in zip(targets, _seen_by(data, name, call, data.inputs[call][batch]), strict=True):
+            y = by_group(layer, output)
             picked = torch.randperm(y.shape[2], device=y.device)[:data.cfg.max_positions]
-            equations.add(patches(layer, x, picked), y[..., picked], _counts(data, layer, call, batch, picked))
+            counts = _counts(data, call, batch, picked, len(output), y.shape[2])
+            equations.add(patches(layer, x, picked), y[..., picked], counts)
+    if not (torch.isfinite(equations.inputs).all() and torch.isfinite(equations.targets).all()):
+        return None, 'what it reads or returns holds NaN or infinity'
     return equations, ''
 
 
@@ -100,14 +120,24 @@ def _with_values(values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
             parameter.copy_(value)
 
 
-def _counts(data: UnitData, layer: nn.Module, call: int, batch: int, picked: Tensor) -> Tensor | None:
-    """How much each picked position counts, (P,); None where all count alike."""
+def _counts(data: UnitData, call: int, batch: int, picked: Tensor, rows: int, count: int) -> Tensor | None:
+    """How much each picked position counts, (P,); None where all count alike.
+
+    Args:
+        data: The unit.
+        call: Its call.
+        batch: The batch.
+        picked: Positions of the layer's output, counted image by image.
+        rows: First dimension of the layer's output.
+        count: All its positions.
+    """
     if data.importance is None or len(data.layers) > 1:
         # positions of a layer inside a block are not those of the block's output
         return None
     positions = data.importance[call][0][batch]
-    flat = positions.transpose(0, 1).flatten() if isinstance(layer, nn.Conv2d) else positions.flatten()
-    return (1 - data.cfg.fisher) + data.cfg.fisher * flat[picked]
+    if len(positions) != rows or positions.numel() != count:
+        return None
+    return (1 - data.cfg.fisher) + data.cfg.fisher * positions.flatten()[picked]
 
 
 class _Convolved(TorchFunctionMode):

@@ -104,10 +104,15 @@ class BlockReconstruction:
         return results
 
     def _units(self, detector: nn.Module, data: dict) -> tuple[list[Unit], list[Passage]]:
-        images = data['inputs'][:1].clone().requires_grad_()
+        images, samples, reference = data['inputs'][:1].clone(), data['data_samples'][:1], None
+        if needs_reference(detector):
+            # as in every later pass, whose second stage depends on no proposals of its own
+            with torch.no_grad(), quantization_mode(detector, FLOAT):
+                reference = predict_aligned(detector, images, samples).detach()
+        images.requires_grad_()
 
         def run() -> None:
-            predict_aligned(detector, images, data['data_samples'][:1])
+            predict_aligned(detector, images, samples, reference=reference)
 
         with quantization_mode(detector, FLOAT):
             units = find_units(detector, run, self.cfg.granularity, self.cfg.units)

@@ -6,6 +6,7 @@ their weighted output error, too.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -48,7 +49,9 @@ def search_scales(data: UnitData, activations: Iterable[Quantizer]) -> None:
 
 def _error(data: UnitData, samples: list[tuple]) -> Tensor:
     batches = (samples[start:start + data.batch_size] for start in range(0, len(samples), data.batch_size))
-    return torch.stack([error for batch in batches for error, _ in data.errors(batch, mix=False)]).sum()
+    total = torch.stack([error for batch in batches for error, _ in data.errors(batch, mix=False)]).sum()
+    # no scale would be better than one that gives NaN
+    return total.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..predictions import AlignedPredictions, predict_aligned
 from ..wrapping import quantization_mode
 from ..wrapping.inputs import STATE
 from .activation_store import ActivationStore
-from .fisher import FisherWeight, fisher_weights
+from .fisher import fisher_weights
 from .units import Passage, Unit
 
 FLOAT, QUANTIZED = 'float', 'quantize'
@@ -51,6 +51,19 @@ class _Pass:
 
 
 @dataclass
+class KeptWeight:
+    """A :class:`~.fisher.FisherWeight` whose positions are in the store.
+
+    Attributes:
+        positions: Their number.
+        channels: Mean over everything else, (C,).
+    """
+
+    positions: int
+    channels: Tensor
+
+
+@dataclass
 class Batch:
     """A preprocessed calibration batch.
 
@@ -58,13 +71,13 @@ class Batch:
         inputs: Number of the (N, 3, H, W) images in the store.
         samples: Meta information of the N images.
         reference: The float detector's predictions, for detectors whose second stage needs them.
-        fisher: (unit, call) to how much its outputs matter; empty where all count alike.
+        fisher: (unit, call) to how much its outputs matter, for units to come; empty where all count alike.
     """
 
     inputs: int
     samples: list
     reference: AlignedPredictions | None = None
-    fisher: dict[tuple[str, int], FisherWeight] = field(default_factory=dict)
+    fisher: dict[tuple[str, int], KeptWeight] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,7 +154,8 @@ class Streams:
         batch = Batch(self.store.put(data['inputs']), data['data_samples'], reference)
         if fisher:
             with quantization_mode(self.detector, FLOAT):
-                batch.fisher = fisher_weights(self.detector, self.units.values(), data, batch.reference)
+                weights = fisher_weights(self.detector, self.units.values(), data, batch.reference)
+            batch.fisher = {key: KeptWeight(self.store.put(w.positions), w.channels) for key, w in weights.items()}
         self.batches.append(batch)
 
     def collect(self, unit: Unit, stream: str) -> list[list[CallInputs]]:
@@ -176,6 +190,9 @@ class Streams:
                     kept.append(self.store.put(self.run(unit, call, batch, self.tensors(batch))))
         self.finished.add(unit.name)
         self.forget(inputs)
+        for batch in self.batches:
+            for key in [key for key in batch.fisher if key[0] == unit.name]:
+                self.store.drop(batch.fisher.pop(key).positions)
         waiting = [u for u in self.units.values() if u.name not in self.finished]
         needs = [need for u in waiting for need in u.needs]
         if None in needs:

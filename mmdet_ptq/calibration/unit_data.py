@@ -1,16 +1,20 @@
 """One reconstruction unit, its cached inputs and targets, and its error against the float unit."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..config import ReconstructConfig
+from ..errors import PTQError
 from ..wrapping.inputs import STATE, mixed
 from ..wrapping.weights import quantized_weights
 from .streams import CallInputs, Streams
 from .units import Unit
+
+TABLE_TYPES = (torch.int64, torch.int32, torch.int16)
 
 
 class UnitData:
@@ -50,14 +54,18 @@ class UnitData:
 
     @torch.no_grad()
     def held_out_error(self) -> float:
-        """Mean squared error of the quantized unit on held-out samples, as a share of the output's variance."""
+        """Mean squared error of the quantized unit on held-out samples, as a share of the output's variance.
+
+        It is infinite where it is no finite number: whatever is finite is better.
+        """
         size = self.batch_size
         total = count = 0.0
         for start in range(0, len(self.held_out), size):
             for error, numel in self.errors(self.held_out[start:start + size], mix=False):
                 total += float(error)
                 count += numel
-        return total / max(count, 1)
+        error = total / max(count, 1)
+        return error if math.isfinite(error) else math.inf
 
     def errors(self, samples: list[tuple], mix: bool) -> Iterator[tuple[Tensor, int]]:
         """Squared errors in units of the variance, and how many values they are of, group by group."""
@@ -89,12 +97,20 @@ class UnitData:
         return list(groups.values())
 
     def _by_image(self, call: int, batch: int) -> bool:
-        """Whether every tensor of the call has one row per image, and nothing else but sizes and switches matters."""
+        """Whether every tensor of the call has one row per image, and nothing else but sizes and switches matters.
+
+        The unit's rows with one image tell: tables (of a transformer's map sizes) may have as many as a batch images.
+        """
         inputs, images = self.inputs[call][batch], len(self.streams.batches[batch].samples)
+        if set(self.unit.rows[call]) != {1}:
+            return False
         others = [leaf for i, leaf in enumerate(inputs.leaves) if i not in inputs.tensors]
         if not all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in others):
             return False
         tensors = [self.streams.store.get(inputs.leaves[i]) for i in inputs.tensors]
+        if images == 1 and any(t.dtype in TABLE_TYPES for t in tensors):
+            # may be a table with one row; alone, the image is right in any case
+            return False
         return all(t.ndim and len(t) == images for t in [*tensors, self.streams.target(self.unit, call, batch)])
 
     def _gather(self, call: int, group: list[tuple], mix: bool) -> tuple[list[Tensor], Tensor]:
@@ -130,6 +146,9 @@ class UnitData:
             axes = [axis for axis in range(target.ndim) if axis != self.unit.axis % target.ndim]
             total += float((target - target.mean(axes, keepdim=True)).square().sum())
             count += target.numel()
+        if not math.isfinite(total):
+            raise PTQError(f'the unit {self.unit.name} returns NaN, infinity or too large values in the float '
+                           'detector; leave its layers in float.')
         return max(total / max(count, 1), 1e-12)
 
     def _energy(self) -> float:
@@ -138,14 +157,21 @@ class UnitData:
         return sum(c * v for c, v in zip(channels, self.variances, strict=True)) / self.unit.calls
 
     def _importance(self, call: int) -> tuple[list[Tensor], Tensor]:
-        """Fisher weights of a call's outputs: positions by batch and channels, each with mean 1."""
-        weights, device = [batch.fisher[self.unit.name, call] for batch in self.streams.batches], self.streams.device
-        channels = torch.stack([w.channels for w in weights]).mean(0)
-        mean = torch.cat([w.positions.flatten() for w in weights]).mean().clamp_min(1e-30)
-        shape = [1] * weights[0].positions.ndim
+        """Fisher weights of a call's outputs: positions by batch and channels, each with mean 1.
+
+        All are 1 where no gradient of the global loss arrives: the heads of later stages, branches behind a detach.
+        """
+        streams, key = self.streams, (self.unit.name, call)
+        positions = [streams.store.get(batch.fisher[key].positions) for batch in streams.batches]
+        channels = torch.stack([batch.fisher[key].channels for batch in streams.batches]).mean(0)
+        mean, channel_mean = torch.cat([p.flatten() for p in positions]).mean(), channels.mean()
+        if 0 < mean < math.inf and 0 < channel_mean < math.inf:
+            positions, channels = [p / mean for p in positions], channels / channel_mean
+        else:
+            positions, channels = [torch.ones_like(p) for p in positions], torch.ones_like(channels)
+        shape = [1] * positions[0].ndim
         shape[self.unit.axis] = -1
-        channels = (channels / channels.mean().clamp_min(1e-30)).view(shape)
-        return [(w.positions / mean).to(device) for w in weights], channels.to(device)
+        return [p.to(streams.device) for p in positions], channels.view(shape).to(streams.device)
 
     def _weighted(self, squares: Tensor, call: int, group: list[tuple]) -> Tensor:
         """Squared errors, each times how much it matters."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import PTQError
 from ..wrapping.weights import float_weight
 from .closed_form import solve_unit
 from .scale_search import search_scales
@@ -56,6 +57,9 @@ class UnitTrainer:
 
         Args:
             seed: Seed of the order of the samples and of the dropped quantization.
+
+        Raises:
+            PTQError: The unit has no finite error, neither before nor after.
         """
         before = self.data.held_out_error()
         if before < self.cfg.skip_below:
@@ -77,6 +81,10 @@ class UnitTrainer:
                 if error < best_error:
                     best, best_error = self.snapshot(), error
         self.restore(best)
+        if math.isinf(best_error):
+            raise PTQError(f'the quantized unit {self.data.unit.name} has no finite error: NaN or infinity is among '
+                           'its inputs or outputs, and its reconstruction does not mend that; give its layers, or '
+                           'those before it, more bits, or leave them in float.')
         if best_error < before and self.cfg.rounding == 'latent':
             for name, weight in self.data.weights.items():
                 weight.settle(float_weight(self.data.layers[name]))

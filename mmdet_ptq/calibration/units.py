@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PTQError, did_you_mean
@@ -18,6 +19,9 @@ from ..wrapping.weights import quantized_weights
 GRANULARITIES = ('block', 'layer', 'paper')
 # a larger module is no block but a stage: its own children are looked at
 MAX_LAYERS = 16
+# how values leave tensors for Python, where nothing tells what they are used for
+TO_PYTHON = {'item', 'tolist', 'numpy', '__array__', '__bool__', '__int__', '__float__', '__index__', '__complex__',
+             '__contains__', 'equal', 'allclose', 'is_nonzero'}
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Unit:
         axis: Where the channels of its output are: -1 for linear layers and sequences of tokens, 1 for maps.
         needs: For each call, the calls (unit, index) of other units whose outputs it is computed from, with nothing
             but unweighted operations in between; None where the graph does not tell.
+        rows: For each call, the first dimension of its input tensors and of its output with one image.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Unit:
     calls: int
     axis: int = 1
     needs: list[set[tuple[str, int]] | None] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -62,12 +68,73 @@ class _Call:
     modules: Counter = field(default_factory=Counter)  # what ran inside
     output: Any = None  # autograd node of the single output tensor
     ndim: int = 0  # of that tensor
+    rows: list[int] = field(default_factory=list)  # of the tensors it takes and returns
+
+
+class _History(TorchFunctionMode):
+    """What tensors are made of where autograd does not tell: behind ``detach``, as indices, masks or Python numbers.
+
+    Attributes:
+        beside: Autograd node to nodes that its tensor is made of, too.
+        escaped: Nodes of what Python has read: all that follows may depend on it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside: dict[Any, set] = {}
+        self.escaped: set = set()
+        # storage to a tensor that keeps it alive, and the nodes; views share it
+        self._hidden: dict[int, tuple[Tensor, set]] = {}
+
+    def hidden(self, tensors: Iterable[Tensor]) -> set:
+        """Nodes that the tensors are made of besides those that autograd knows."""
+        return set().union(*(self._hidden[_storage(t)][1] for t in tensors if _storage(t) in self._hidden))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [t._version for t in given]
+        name = getattr(func, '__name__', '')
+        # of the first tensor such functions take nothing but its size and type
+        sizes = name.endswith('_like') or name.startswith('new_') or name == '_shape_as_tensor'
+        read = given[1:] if sizes else given
+        hidden = self.hidden(read)
+        nodes = hidden.union(t.grad_fn for t in read if t.grad_fn is not None)
+        result = func(*args, **kwargs)
+        if nodes:
+            if name in TO_PYTHON:
+                self.escaped |= nodes
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._add(tensor, hidden, nodes)
+            for tensor, version in zip(given, versions, strict=True):
+                if tensor._version != version:
+                    self._add(tensor, hidden if torch.is_grad_enabled() else nodes, nodes)
+                    if tensor._base is not None:
+                        self._add(tensor._base, hidden, nodes)
+        return result
+
+    def _add(self, tensor: Tensor, hidden: set, nodes: set) -> None:
+        if tensor.grad_fn is None:
+            _, known = self._hidden.setdefault(_storage(tensor), (tensor, set()))
+            known |= nodes
+        elif hidden:
+            self.beside.setdefault(tensor.grad_fn, set()).update(hidden)
+
+
+def _rows(tensor: Tensor) -> int:
+    return len(tensor) if tensor.ndim else 0
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class _Trace:
     """Records every module call of one forward pass."""
 
     def __init__(self, detector: nn.Module) -> None:
+        self.history = _History()
         self.calls: dict[str, list[_Call]] = {}
         self.stack: list[_Call] = []
         self.count = 0
@@ -80,9 +147,12 @@ class _Trace:
 
     def enter(self, name: str) -> Callable:
         def hook(module, args, kwargs):
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            every = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            tensors = [t for t in every if t.is_floating_point()]
             known = all(t.requires_grad for t in tensors)
-            call = _Call(self.count, [t.grad_fn for t in tensors if t.grad_fn is not None] if known else None)
+            nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
+            call = _Call(self.count, [*nodes, *self.history.hidden(every), *self.history.escaped] if known else None)
+            call.rows = [_rows(t) for t in every]
             self.count += 1
             if not tensors:
                 call.output = False
@@ -102,6 +172,7 @@ class _Trace:
             if call.output is None:
                 call.output = output.grad_fn if known else False
                 call.ndim = output.ndim if known else 0
+                call.rows += [_rows(output)] if known else []
             # a copy goes on: writing to a view would take its node out of the graph
             return output.clone() if known else None
         return hook
@@ -114,7 +185,7 @@ def _trace(detector: nn.Module, run: Callable[[], Any]) -> _Trace:
     try:
         for parameter in frozen:
             parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad():
+        with torch.enable_grad(), trace.history:
             run()
     finally:
         for handle in trace.handles:
@@ -160,6 +231,7 @@ def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = '
     units = sorted(chosen.values(), key=lambda unit: trace.calls[unit.name][0].order)
     for unit in units:
         unit.axis = _channel_axis(detector, unit, trace.calls[unit.name][0].ndim)
+        unit.rows = [call.rows for call in trace.calls[unit.name]]
     _find_needs(units, trace)
     return units
 
@@ -176,8 +248,8 @@ def find_passages(detector: nn.Module, run: Callable[[], Any], units: list[Unit]
     """
     trace, names = _trace(detector, run), {unit.name for unit in units}
     outputs = _outputs(units, trace)
-    return [Passage(name, [_reached([call.output], outputs) for call in calls]) for name, calls in trace.calls.items()
-            if not _inside(name, names) and _is_passage(calls, trace)]
+    return [Passage(name, [_reached([call.output], outputs, trace) for call in calls])
+            for name, calls in trace.calls.items() if not _inside(name, names) and _is_passage(calls, trace)]
 
 
 def _inside(name: str, units: set[str]) -> bool:
@@ -228,7 +300,7 @@ def _channel_axis(detector: nn.Module, unit: Unit, ndim: int) -> int:
 def _find_needs(units: list[Unit], trace: _Trace) -> None:
     outputs = _outputs(units, trace)
     for unit in units:
-        unit.needs = [None if call.nodes is None else _reached(call.nodes, outputs)
+        unit.needs = [None if call.nodes is None else _reached(call.nodes, outputs, trace)
                       for call in trace.calls[unit.name]]
 
 
@@ -236,8 +308,8 @@ def _outputs(units: list[Unit], trace: _Trace) -> dict[Any, tuple[str, int]]:
     return {call.output: (unit.name, i) for unit in units for i, call in enumerate(trace.calls[unit.name])}
 
 
-def _reached(nodes: list[Any], outputs: dict[Any, tuple[str, int]]) -> set[tuple[str, int]]:
-    """The unit calls met first when walking the autograd graph back."""
+def _reached(nodes: list[Any], outputs: dict[Any, tuple[str, int]], trace: _Trace) -> set[tuple[str, int]]:
+    """The unit calls met first when walking the graph back."""
     found, seen, todo = set(), set(), list(nodes)
     while todo:
         node = todo.pop()
@@ -248,4 +320,5 @@ def _reached(nodes: list[Any], outputs: dict[Any, tuple[str, int]]) -> set[tuple
             found.add(outputs[node])
         else:
             todo += [parent for parent, _ in node.next_functions]
+            todo += trace.history.beside.get(node, ())
     return found

@@ -1,14 +1,23 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from architectures import register
+from torch import nn
 
-from mmdet_ptq.calibration import BlockReconstruction
+from mmdet_ptq.calibration import BlockReconstruction, observe_activations
+from mmdet_ptq.calibration.streams import CallInputs
+from mmdet_ptq.calibration.unit_data import UnitData
 from mmdet_ptq.calibration.unit_training import UnitResult, UnitTrainer
-from mmdet_ptq.config import ReconstructConfig
+from mmdet_ptq.calibration.units import Unit, find_units
+from mmdet_ptq.config import PTQConfig, ReconstructConfig
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_batch, tiny_quantized
+from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
+from mmdet_ptq.testing.calibrated import predict
+from mmdet_ptq.wrapping import prepare_detector
 from mmdet_ptq.wrapping.inputs import STATE
 from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
 
@@ -198,3 +207,133 @@ def test_published_rounding_loss(low_bit, tmp_path, monkeypatch):
     assert len(compared) > 3
     for total, published in compared:
         torch.testing.assert_close(total, published)
+
+
+def only(monkeypatch, *names):
+    """Units whose names start with others are left out: most of a detector is not what a test is about."""
+    def chosen(*args):
+        units = [unit for unit in find_units(*args) if unit.name.startswith(names)]
+        for unit in units:
+            unit.needs = [None] * unit.calls
+        return units
+
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.find_units', chosen)
+
+
+class Around(nn.Module):
+    """A layer with operations before and after it."""
+
+    def __init__(self, layer, before, after):
+        super().__init__()
+        self.layer, self.before, self.after = layer, before, after
+
+    def forward(self, x):
+        return self.after(self.layer(self.before(x)))
+
+
+def changed_retinanet(change, bits=4):
+    detector = tiny_detector('retinanet')
+    change(detector.backbone)
+    cfg = PTQConfig.from_dict({**LOW_BIT, 'activations': {**LOW_BIT['activations'], 'bits': bits}})
+    structure = prepare_detector(detector, cfg, lambda: predict(detector, tiny_batch(1)))
+    observe_activations(detector, [tiny_batch(2, seed=1)], structure)
+    return detector
+
+
+@pytest.mark.parametrize('before,after', [
+    (lambda x: x, lambda y: F.max_pool2d(y, 2)),
+    (lambda x: F.avg_pool2d(x, 2), lambda y: F.interpolate(y, scale_factor=2))], ids=['larger', 'smaller'])
+def test_weights_of_positions_count_only_where_the_layer_has_those_of_its_unit(tmp_path, monkeypatch, before, after):
+    def change(backbone):
+        backbone.conv1 = Around(backbone.conv1, before, after)
+
+    only(monkeypatch, 'backbone.conv1')
+    weights = []
+    for fisher in (0, 0.9):
+        detector = changed_retinanet(change)
+        unit, = reconstruct(detector, tmp_path, compensate=True, iters=0, fisher=fisher)
+        assert unit['name'] == 'backbone.conv1' and unit['outcome'] == 'trained'
+        weights.append(float_weight(detector.backbone.conv1.layer).detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_units_without_fisher_information_are_weighed_alike(tmp_path, monkeypatch):
+    register(monkeypatch)
+    only(monkeypatch, 'roi_head.bbox_head')
+    detector, _ = tiny_quantized('cascade_rcnn', LOW_BIT)
+    alike = reconstruct(copy.deepcopy(detector), tmp_path, iters=0, compensate=True)
+    fisher = reconstruct(copy.deepcopy(detector), tmp_path, iters=0, compensate=True, fisher=1)
+    assert len(alike) > 4 and all(unit['before'] > 0 for unit in alike)
+    for first, second in zip(alike, fisher, strict=True):
+        assert {**first, 'seconds': 0} == {**second, 'seconds': 0}
+
+
+def test_tables_with_as_many_rows_as_a_batch_has_images_are_not_cut(tmp_path, monkeypatch):
+    register(monkeypatch)
+    only(monkeypatch, 'encoder', 'decoder.layers.0')
+    detector, _ = tiny_quantized('deformable_detr', LOW_BIT)
+    cfg = ReconstructConfig(granularity='block', compensate=False, search_scales=False, iters=2, skip_below=0)
+    # two levels, two images
+    units = BlockReconstruction(cfg).run(detector, [tiny_batch(2, seed=i) for i in (2, 3)], [tiny_batch(2, seed=5)],
+                                         tmp_path, 0, False)
+    assert units and all(unit['after'] <= unit['before'] for unit in units)
+
+
+@pytest.mark.parametrize('table, cut', [(torch.ones(1, 2), True), (torch.ones(1, 2, dtype=torch.int64), False)])
+def test_of_one_image_integers_may_be_a_table_with_one_row(table, cut):
+    tensors = [torch.zeros(1, 3), table]
+    streams = SimpleNamespace(batches=[SimpleNamespace(samples=['image'])], target=lambda *args: tensors[0],
+                              store=SimpleNamespace(get=tensors.__getitem__))
+    data = SimpleNamespace(inputs=[[CallInputs([0, 1], None, [0, 1])]], streams=streams,
+                           unit=Unit('unit', {}, 1, rows=[[1, 1, 1]]))
+    assert UnitData._by_image(data, 0, 0) == cut
+
+
+def test_a_unit_that_returns_nan_once_quantized_is_named(tmp_path, monkeypatch):
+    def change(backbone):
+        part = backbone.layer2[0].downsample
+        part[0] = Around(part[0], nn.Identity(), lambda y: y / y.norm(dim=1, keepdim=True))
+
+    only(monkeypatch, 'backbone.layer2.0.downsample')
+    detector = changed_retinanet(change, bits=2)
+    with pytest.raises(PTQError, match='the quantized unit backbone.layer2.0.downsample.0 has no finite error'):
+        reconstruct(detector, tmp_path, compensate=True, search_scales=True, iters=2)
+
+
+def test_a_unit_that_returns_nan_is_mended_where_that_can_be(low_bit, tmp_path, monkeypatch):
+    only(monkeypatch, 'backbone.conv1')
+    detector, errors = copy.deepcopy(low_bit), UnitData.errors
+
+    def nan_at_first(self, samples, mix):
+        nan = bool((float_weight(self.layers['backbone.conv1']) == original).all())
+        return ((error * math.nan if nan else error, count) for error, count in errors(self, samples, mix))
+
+    original = float_weight(detector.backbone.conv1).clone()
+    monkeypatch.setattr(UnitData, 'errors', nan_at_first)
+    unit, = reconstruct(detector, tmp_path, compensate=True, iters=0)
+    assert unit['before'] == math.inf > unit['after'] and unit['outcome'] == 'trained'
+
+
+def test_nan_of_the_float_detector_is_named(low_bit, tmp_path, monkeypatch):
+    only(monkeypatch, 'backbone.layer1.0')
+    detector = copy.deepcopy(low_bit)
+    detector.backbone.layer1[0].conv1.bias.data[0] = math.nan
+    with pytest.raises(PTQError, match='backbone.layer1.0.* returns NaN, infinity .* in the float'):
+        reconstruct(detector, tmp_path, compensate=True)
+
+
+def test_a_layer_that_reads_nothing_but_zeros_is_left_as_it_is(tmp_path, monkeypatch):
+    only(monkeypatch, 'backbone.layer1.0')
+
+    def change(backbone):
+        backbone.layer1[0].bn1.bias.data.fill_(-50)
+
+    detector = changed_retinanet(change)
+    unit, = reconstruct(detector, tmp_path, compensate=True, iters=0, granularity='block')
+    assert math.isfinite(unit['after']) and unit['outcome'] in ('trained', 'restored')
+
+
+def test_equations_without_a_solution_name_the_layer_and_the_key(low_bit, tmp_path, monkeypatch):
+    only(monkeypatch, 'backbone')
+    with pytest.raises(PTQError, match=r'layer backbone\..* no finite solution; raise `ptq.reconstruct.damping`'):
+        reconstruct(copy.deepcopy(low_bit), tmp_path, compensate=True, iters=0, damping=1e-12)

@@ -1,6 +1,7 @@
 """Activation scales are chosen by the error of what the unit returns."""
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,18 @@ def test_the_scale_found_has_the_least_error_of_all_that_are_tried(quantizer):
     best = min((1.0, *FACTORS), key=error)
     search_scales(data, [quantizer])
     assert quantizer.scale == torch.tensor(best)
+
+
+def test_any_scale_is_better_than_one_that_gives_nan(quantizer):
+    x, before = torch.full((4, 5), 12.0), quantizer.scale.clone()
+
+    def errors(samples, mix):
+        error = (quantizer(x) - x).square().sum()
+        yield error * math.nan if quantizer.scale >= before else error, x.numel()
+
+    data = SimpleNamespace(train_samples=[0], batch_size=4, weights={}, errors=errors)
+    search_scales(data, [quantizer])
+    assert quantizer.scale < before
 
 
 def test_weights_are_float_meanwhile_and_few_samples_are_looked_at(quantizer):

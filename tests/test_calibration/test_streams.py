@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, register
+from architectures import ARCHITECTURES, deformable_detr, register
 from torch.utils._pytree import tree_leaves
 
 from mmdet_ptq.calibration.activation_store import ActivationStore
@@ -10,10 +10,11 @@ from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
 from mmdet_ptq.calibration.units import find_passages, find_units
 from mmdet_ptq.predictions import needs_reference, predict_aligned
 from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
+from mmdet_ptq.testing.models import MODELS
 from mmdet_ptq.wrapping import quantization_mode
 
 
-def make(kind, tmp_path):
+def make(kind, tmp_path, granularity='block', fisher=False):
     detector, _ = tiny_quantized(kind)
     detector.requires_grad_(False)
     data = [detector.data_preprocessor(tiny_batch(2, seed=i), False) for i in range(2)]
@@ -21,11 +22,11 @@ def make(kind, tmp_path):
     with quantization_mode(detector, 'float'):
         def run():
             predict_aligned(detector, images, data[0]['data_samples'][:1])
-        units = find_units(detector, run)
+        units = find_units(detector, run, granularity)
         passages = find_passages(detector, run, units)
     streams = Streams(detector, units, ActivationStore(2**30, tmp_path), passages)
     for batch in data:
-        streams.add(batch, needs_reference(detector))
+        streams.add(batch, needs_reference(detector), fisher)
     return detector, units, streams, data
 
 
@@ -124,3 +125,29 @@ def test_float_inputs_of_as_many_units_as_fit_come_from_one_pass(tmp_path, monke
     for unit in units[:2]:
         streams.collect(unit, FLOAT)
     assert len(passes) == 2 * len(data)
+
+
+def test_what_reaches_a_unit_through_a_detach_is_no_zero(tmp_path, monkeypatch):
+    model = deformable_detr()
+    model.update(with_box_refine=True)
+    monkeypatch.setitem(MODELS, 'refined_detr', lambda: model)
+    detector, units, streams, data = make('refined_detr', tmp_path, 'layer')
+    # each unit in a pass of its own
+    streams.store.limit_bytes = 1
+    unit = next(unit for unit in units if unit.name == 'decoder.layers.1.cross_attn.output_proj')
+    assert ('bbox_head.reg_branches.0.4', 0) in unit.needs[0]
+    inputs = streams.collect(unit, FLOAT)
+    for batch, (x, y) in enumerate(whole_pass(detector, data, streams, unit, 'float')):
+        torch.testing.assert_close(streams.tensors(inputs[0][batch])[0], x)
+        torch.testing.assert_close(streams.target(unit, 0, batch), y)
+
+
+def test_fisher_weights_are_in_the_store_until_their_unit_is_finished(tmp_path):
+    _, units, streams, data = make('retinanet', tmp_path, fisher=True)
+    calls = sum(unit.calls for unit in units)
+    assert len(streams.store._tensors) == len(data) * (1 + calls)
+    unit = units[0]
+    streams.forget(streams.collect(unit, FLOAT))
+    streams.finish(unit, streams.collect(unit, QUANTIZED))
+    assert all(len(batch.fisher) == calls - unit.calls for batch in streams.batches)
+    assert not any((unit.name, 0) in batch.fisher for batch in streams.batches)

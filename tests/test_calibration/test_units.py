@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
+from architectures import register
 from torch import nn
 
 from mmdet_ptq.calibration.units import find_passages, find_units
@@ -123,3 +124,56 @@ def test_what_lies_between_units_and_what_it_is_made_of():
     left = {('left.2', 0)}
     assert passages == {'act': [{('stem', 0)}, {('right', 0)}], 'left': [left], 'left.1': [{('left.0', 0)}],
                         'pool': [left | {('right', 0)}]}
+
+
+class _Steered(nn.Module):
+    """A layer whose input another layer changes in a way that autograd does not tell."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.a, self.b, self.last, self.join = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), join
+
+    def forward(self, x):
+        return self.last(self.join(self.a(x), self.b(x)))
+
+
+def _no_grad(a, b):
+    with torch.no_grad():
+        factor = b.sigmoid() * 2
+    return a * factor
+
+
+def _written(a, b):
+    mask = torch.ones(a.shape)
+    mask[0][b[0].detach() > 0] = 0
+    return a * mask
+
+
+def _steered_needs(join):
+    detector = _Steered(join)
+    for layer in (detector.a, detector.b, detector.last):
+        attach_weight(layer, AffineQuantizer(8, True, 3, 0))
+    images = torch.rand(1, 3, 4, 4, requires_grad=True)
+    return {unit.name: unit.needs for unit in find_units(detector, lambda: detector(images))}['last']
+
+
+@pytest.mark.parametrize('join', [
+    lambda a, b: a + b.detach(), lambda a, b: a + b.data, lambda a, b: a * (b > 0), lambda a, b: a * float(b.mean()),
+    lambda a, b: a[:, b.mean((0, 2, 3)).argsort()], lambda a, b: a.clone().masked_fill_(b.detach() > 0, 0), _no_grad,
+    _written], ids=['detach', 'data', 'mask', 'number', 'index', 'in place', 'no_grad', 'written'])
+def test_dependencies_that_autograd_does_not_tell(join):
+    assert _steered_needs(join) == [{('a', 0), ('b', 0)}]
+
+
+@pytest.mark.parametrize('join', [lambda a, b: a + torch.zeros_like(b), lambda a, b: a + b.new_ones(b.shape),
+                                  lambda a, b: a.view_as(b), lambda a, b: a + (b.detach() * 0).shape[1]])
+def test_sizes_are_no_dependencies(join):
+    assert _steered_needs(join) == [{('a', 0)}]
+
+
+def test_rows_of_tensors_with_one_image(monkeypatch):
+    register(monkeypatch)
+    detector, _ = tiny_quantized('deformable_detr')
+    encoder = next(unit for unit in units_of(detector) if unit.name == 'encoder')
+    # the tables of two levels beside queries and positions, and the output
+    assert encoder.rows[0].count(2) >= 2 and encoder.rows[0][0] == encoder.rows[0][-1] == 1
