@@ -1,11 +1,15 @@
 """Sensitivity for people: the ranking as tables, the lines to paste, and ``sensitivity.json``."""
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
+from ..calibration.budget import RUNTIME_BITS
 from ..calibration.meter import Damage
 from ..calibration.protect import Protection
 from ..calibration.sensitivity import Sensitivities
@@ -15,6 +19,7 @@ from .table import ABSENT, format_bytes
 
 SCHEMA = 1
 TOP = 20
+NO_BREAK = '\u00a0'
 JSON, PICTURE = 'sensitivity.json', 'sensitivity.png'
 
 
@@ -43,7 +48,7 @@ def tensors_table(sensitivities: Sensitivities, top: int = TOP) -> Table:
     total = len(sensitivities.tensors)
     table = _table(f'sensitivity of tensors, each quantized alone (the first {min(top, total)} of {total})',
                    ('tensor', 'left'), ('part', 'left'), ('level', 'right'), ('bits', 'right'))
-    table.add_column('output error', justify='right')
+    table.add_column('output\nerror', justify='right', no_wrap=True)
     for tensor in sensitivities.tensors[:top]:
         error = tensor.damage.output_error
         told = ABSENT if error is None else f'{100 * error:.2g} %'
@@ -61,9 +66,9 @@ def protection_table(protection: Protection) -> Table:
     before, after = protection.before.loss, protection.after.loss
     table = Table(title=f'protected tensors: loss of the whole detector {before:.4g} -> {after:.4g}')
     for heading in ('tensor', 'was', 'now'):
-        table.add_column(heading, overflow='fold')
-    for heading in ('loss before', 'loss after', 'size', 'bit operations', 'float MACs'):
-        table.add_column(heading, justify='right')
+        table.add_column(heading, no_wrap=True)
+    for heading in ('loss\nbefore', 'loss\nafter', 'size', 'bit\noperations', 'float\nMACs'):
+        table.add_column(heading, justify='right', no_wrap=True)
     for choice in protection.choices:
         sign = '-' if choice.size_bytes < 0 else '+'
         table.add_row(choice.tensor, choice.was, choice.now, f'{choice.loss_before:.3g}', f'{choice.loss_after:.3g}',
@@ -78,9 +83,12 @@ def config_lines(overrides: dict) -> str:
     Args:
         overrides: From :attr:`mmdet_ptq.calibration.protect.Protection.overrides`.
     """
-    # mmengine merges it into what the base configs say
-    entries = ''.join(f'    {layer!r}: {policy!r},\n' for layer, policy in overrides.items())
-    return f'ptq = dict(overrides={{\n{entries}}})'
+    # no `ptq = dict(...)` around them: that would replace the config's own block, its preset included
+    lines = ['overrides={']
+    for layer, policy in overrides.items():
+        is_float = policy.get('activations', {}).get('bits', 0) > RUNTIME_BITS
+        lines.append(f'    {layer!r}: {policy!r},' + ('  # runtimes compute this layer in float' if is_float else ''))
+    return '\n'.join([*lines, '},'])
 
 
 def print_sensitivity(sensitivities: Sensitivities, protection: Protection, console: Console | None = None) -> None:
@@ -92,8 +100,8 @@ def print_sensitivity(sensitivities: Sensitivities, protection: Protection, cons
         console: Where to. Defaults to the terminal.
     """
     console = console or Console()
-    console.print(groups_table(sensitivities))
-    console.print(tensors_table(sensitivities))
+    _print_table(groups_table(sensitivities), console)
+    _print_table(tensors_table(sensitivities), console)
     print_protection(protection, console)
 
 
@@ -108,8 +116,8 @@ def print_protection(protection: Protection, console: Console | None = None) -> 
     if not protection.overrides:
         console.print('No other format would help noticeably: the config needs no overrides.')
         return
-    console.print(protection_table(protection))
-    console.print('Paste into the config:')
+    _print_table(protection_table(protection), console)
+    console.print('Paste into the `ptq` block of the config (if it has `overrides` already, add the entries to them):')
     # not wrapped and not coloured, so that it can be copied
     console.out(config_lines(protection.overrides), highlight=False)
 
@@ -130,9 +138,29 @@ def write_sensitivity(folder: str | Path, sensitivities: Sensitivities, protecti
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
     table = Table(title=title)
-    for heading, justify in (*columns, ('loss', 'right'), ('1 - IoU', 'right'), ('score change', 'right')):
-        table.add_column(heading, justify=justify, overflow='fold')
+    for heading, justify in (*columns, ('loss', 'right'), ('1 - IoU', 'right'), ('score\nchange', 'right')):
+        table.add_column(heading, justify=justify, no_wrap=True)
     return table
+
+
+def _print_table(table: Table, console: Console) -> None:
+    """Prints a table without breaking a name: row by row in words where a terminal is too narrow for it."""
+    # as wide as it would like to be
+    width = Measurement.get(console, console.options.update(max_width=10**4), table).maximum
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(width, console.width))
+    if width <= console.width:
+        console.print(table)
+        return
+    console.print(Text(table.title, style='table.title'))
+    headings = [' '.join(column.header.split()) for column in table.columns]
+    for name, *figures in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(Text(name), soft_wrap=True)
+        # a figure stays with its name and its unit
+        facts = [f'{heading} {figure}'.replace(' ', NO_BREAK)
+                 for heading, figure in zip(headings[1:], figures, strict=True) if figure != ABSENT]
+        for line in textwrap.wrap(', '.join(facts), console.width - 4):
+            console.print(Text('    ' + line.replace(NO_BREAK, ' ')), soft_wrap=True)
 
 
 def _damage_cells(damage: Damage) -> list[str]:

@@ -51,7 +51,7 @@ def sensitivity_picture(sensitivities: Sensitivities, top: int = 20) -> bytes:
                  or any(group.name == part for group in groups)]
         figure.legend(
             handles=[*(Patch(color=colours[part], label=part) for part in shown),
-                     Patch(facecolor=FAINT, label='layer input'),
+                     Patch(facecolor=FAINT, label='activation'),
                      Patch(facecolor=FAINT, edgecolor='white', hatch=WEIGHT_HATCH, label='weight')],
             loc='outside lower left', ncols=5)
         return _file(figure)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..predictions import AlignedPredictions, predict_aligned
@@ -14,6 +15,7 @@ from ..wrapping import Structure, quantization_mode
 from ..wrapping.probe import head_names
 
 CLASS, BOX, QUALITY, SHARED = 'class branch', 'box branch', 'quality branch', 'shared head layers'
+OTHER = 'other head layers'
 OUTPUTS = 'outputs'
 
 
@@ -23,7 +25,7 @@ class Place:
 
     Attributes:
         part: ``'backbone'``, ``'neck'``, ...; in a head the branch: the class scores depend on it, the boxes, only the
-            quality (objectness, centerness), or several of these.
+            quality (objectness, centerness), several of these, or nothing of the kind.
         level: The one level of priors that depends on the call; None where several do.
         output: Whether no other layer reads what the call computes.
     """
@@ -42,7 +44,7 @@ def find_places(detector: nn.Module, structure: Structure, batch: dict[str, Any]
         batch: One batch as a dataloader yields it; one image is enough.
 
     Returns:
-        (layer, index of the call) to place. Where the head has no adapter its layers are all ``'shared head layers'``.
+        (layer, index of the call) to place. Where the head has no adapter its layers are all ``'other head layers'``.
     """
     layers = [layer for layer in structure.layers if layer.inputs]
     parts = {layer.name: layer.part for layer in layers}
@@ -61,7 +63,7 @@ def find_places(detector: nn.Module, structure: Structure, batch: dict[str, Any]
         if part in heads:
             # a box or class layer that also feeds the quality is still that branch's layer
             branches = [b for b in (CLASS, BOX) if reached[b][i]] or [b for b in (QUALITY,) if reached[b][i]]
-            branch = branches[0] if len(branches) == 1 else SHARED
+            branch = OTHER if not branches else branches[0] if len(branches) == 1 else SHARED
             part = branch if len(heads) == 1 else f'{part} {branch}'
         mine = [level for level, hit in enumerate(levels) if hit[i]]
         places[call] = Place(part, mine[0] if len(mine) == 1 and len(levels) > 1 else None, not feeds[i])
@@ -71,14 +73,25 @@ def find_places(detector: nn.Module, structure: Structure, batch: dict[str, Any]
 def score_layers(detector: nn.Module, structure: Structure, batch: dict[str, Any]) -> list[str]:
     """Layers that write class scores or qualities: a head's last layers but those that write boxes alone.
 
+    A last layer of which the aligned predictions do not tell what it writes may write scores, so it is taken for one
+    that does, and the log names it: that of a head without an adapter, of a cascade's boxes, of masks.
+
     Args:
         detector: The quantized detector; it runs in float mode.
         structure: Its structure.
         batch: One batch as a dataloader yields it; one image is enough.
     """
-    places = find_places(detector, structure, batch)
-    return list(dict.fromkeys(name for (name, _), place in places.items()
-                              if place.output and place.part.endswith((CLASS, QUALITY, SHARED))))
+    parts = defaultdict(list)
+    for (name, _), place in find_places(detector, structure, batch).items():
+        if place.output:
+            parts[name].append(place.part)
+    # the predictions need not depend on every call of a layer
+    unknown = [name for name, calls in parts.items() if all(part.endswith(OTHER) for part in calls)]
+    if unknown:
+        print_log('whether these layers write class scores is not known, so their biases are not corrected: '
+                  + ', '.join(unknown), 'current')
+    return [name for name, calls in parts.items()
+            if name in unknown or any(part.endswith((CLASS, QUALITY, SHARED)) for part in calls)]
 
 
 def _run(detector: nn.Module, layers: list[str], batch: dict[str, Any]

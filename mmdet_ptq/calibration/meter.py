@@ -5,8 +5,9 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..files import write_json
 from ..predictions import AlignedPredictions, predict_aligned
 from ..version import __version__
 from ..wrapping import Structure, quantization_mode
-from ..wrapping.inputs import STATE, quantize_only, with_input
+from ..wrapping.inputs import STATE, QuantizedInput, quantize_only, with_input
 from .global_loss import FilteredGlobalLoss, box_iou
 
 # a prior this confident may be reported as a detection
@@ -41,7 +42,7 @@ class Damage:
         score_change: Sum of the absolute changes of confidence over the sum of the float confidences, over priors that
             either detector gives at least ``SCORE_THR``; None where the head has no scores or no prior passes.
         output_error: Energy of the error over the energy of the signal, at the outputs of the layers that read the
-            tensor, with this tensor alone quantized; None where it was not asked for.
+            tensor, with this tensor alone quantized; None where it was not asked for or no layer reads the tensor.
     """
 
     loss: float
@@ -167,6 +168,34 @@ class DamageMeter:
         """The whole quantized detector."""
         return self.measure(self.structure.activations, [x.name for x in self.structure.layers if x.weight])
 
+    @torch.no_grad()
+    def output_errors(self) -> dict[str, float]:
+        """The output errors of all activations that layers read, each alone and quantized where it is read.
+
+        Layers find an activation that is quantized where it is computed quantized already, so that they know no float
+        value to compare with. In front of an activation that is quantized alone all is float, so one pass serves all.
+        """
+        state, sums = getattr(self.detector, STATE), defaultdict(lambda: [0.0, 0.0])
+
+        def listen(own: QuantizedInput) -> Callable:
+            def hook(module, args, kwargs, output):
+                name = own.names[(own.calls - 1) % len(own.names)]
+                if name is not None:
+                    args, kwargs = with_input(args, kwargs, state.activations[name])
+                    sums[name][0] += float((module.forward(*args, **kwargs).double() - output).square().sum())
+                    sums[name][1] += float(output.double().square().sum())
+            return hook
+
+        with ExitStack() as stack:
+            for own in state.hooks:
+                if isinstance(own, QuantizedInput):
+                    layer = self.detector.get_submodule(own.layer)
+                    stack.callback(layer.register_forward_hook(listen(own), with_kwargs=True).remove)
+            stack.enter_context(quantization_mode(self.detector, 'float'))
+            for data, reference in self.images:
+                predict_aligned(self.detector, data['inputs'], data['data_samples'], reference)
+        return {name: _ratio(error, signal) for name, (error, signal) in sums.items()}
+
     def _compare(self, student: AlignedPredictions, reference: AlignedPredictions) -> tuple[float, Tensor]:
         """Loss, and the sums that the IoU and the score change are ratios of."""
         terms = self.loss(student, reference)
@@ -193,6 +222,10 @@ def _joined(parts: list[tuple[int, float, Tensor]], output_error: float | None) 
         output_error)
 
 
+def _ratio(error: float, signal: float) -> float:
+    return _finite(error / signal) if signal else 0.0
+
+
 def _finite(value: float) -> float:
     return min(value, WORST) if math.isfinite(value) else WORST
 
@@ -209,7 +242,7 @@ class _OutputError:
 
     @property
     def ratio(self) -> float:
-        return _finite(self.error / self.signal) if self.signal else 0.0
+        return _ratio(self.error, self.signal)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

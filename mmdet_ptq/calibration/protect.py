@@ -19,7 +19,7 @@ from .apply import adopt, merge_overrides, overrides_for
 from .budget import Budget, Cost
 from .candidates import Candidate, candidates_for, observe_candidates, present, put_in, weight_policies
 from .meter import Damage, DamageMeter
-from .sensitivity import ACTIVATION, WEIGHT, TensorSet, split_kinds, tensor_sets
+from .sensitivity import ACTIVATION, WEIGHT, TensorSet, split_kinds, tensor_sets, unread
 
 # a change that takes off less than this share of a tensor's loss is not worth a line in the config
 LEAST_GAIN = 0.25
@@ -146,18 +146,20 @@ class _Protector:
         self.meter = DamageMeter(detector, structure, images, resume_file)
         self.policies = weight_policies(detector, structure, cfg, self.meter.run_one)
         self.sets = tensor_sets(structure)
+        self.between = unread(structure)
+        self.compensates = cfg.reconstruct is not None and cfg.reconstruct.compensate
         self.cases: dict[TensorSet, _Case] = {}
         self.rest = 0.0  # loss that the tensors which are not among the worst leave
 
     def run(self) -> Protection:
-        before = self.damage(self.sets)
+        before = self.whole()
         print_log(f'filtered global loss of the quantized detector on {self.meter.num_images} images: '
                   f'{before.loss:.4g}', 'current')
         try:
             if self.budget.exceeded(self.cost()):
                 self.shrink()
             self.protect()
-            after = self.damage(self.sets)
+            after = self.whole()
             if self.cfg.max_loss is not None and after.loss > self.cfg.max_loss:
                 raise PTQError(
                     f'the budget `ptq.protect.max_loss` = {self.cfg.max_loss:g} cannot be kept: the least that was '
@@ -192,7 +194,7 @@ class _Protector:
 
     def protect(self) -> None:
         """Better formats for the worst tensors, as long as they help the whole detector."""
-        start = self.damage(self.sets).loss
+        start = self.whole().loss
         shrunk = {case.tensors: case.now for case in self.cases.values()}
         worst = self.find_worst()
         self.offer(worst, self.cfg.candidates)
@@ -202,10 +204,10 @@ class _Protector:
                                if self.budget.allows_float(self.cost({case.tensors: c}))]
         self.measure_offers(cases, 'measuring other formats')
         for stage in _STAGES:
-            target = self.cfg.min_share * self.damage(self.sets).loss
+            target = self.cfg.min_share * self.whole().loss
             while not self.is_good_enough() and (move := self.best_move(cases, stage, target)):
                 self.take(*move)
-        if self.damage(self.sets).loss > start:
+        if self.whole().loss > start:
             print_log('the formats chosen for protection do not help together, so none of them is taken', 'current',
                       level=30)
             for case in cases:
@@ -299,10 +301,15 @@ class _Protector:
             specs.update(candidate.specs(tensors))
         return self.budget.cost(self.structure, specs)
 
-    def damage(self, sets: Sequence[TensorSet], key: str | None = None) -> Damage:
-        """What quantizing these tensor sets does, each in its present format."""
+    def damage(self, sets: Sequence[TensorSet], key: str | None = None, between: Sequence[str] = ()) -> Damage:
+        """What quantizing these tensor sets does, each in its present format, with others between the layers."""
         kept = [s for s in sets if s not in self.cases or not self.cases[s].now.is_float]
-        return self.meter.measure(*split_kinds(kept), key=key)
+        activations, weights = split_kinds(kept)
+        return self.meter.measure([*activations, *between], weights, key=key)
+
+    def whole(self) -> Damage:
+        """What the whole quantized detector loses, each tensor in its present format."""
+        return self.damage(self.sets, between=self.between)
 
     def case(self, tensors: TensorSet) -> _Case:
         if tensors not in self.cases:
@@ -316,8 +323,10 @@ class _Protector:
 
     def offer(self, sets: Sequence[TensorSet], kinds: Sequence[str]) -> None:
         for tensors in sets:
+            # reconstruction in closed form ranges the weights that it solves by their squared error
+            undone = ('range',) if tensors.kind == WEIGHT and self.compensates else ()
             self.case(tensors).candidates = candidates_for(
-                self.detector, self.structure, tensors, kinds, self.policies)
+                self.detector, self.structure, tensors, [kind for kind in kinds if kind not in undone], self.policies)
 
     def measure_offers(self, cases: Sequence[_Case], told: str) -> None:
         """Observes the candidates and measures each by itself."""
@@ -341,7 +350,7 @@ class _Protector:
             put_in(self.detector, case.tensors, case.now)
 
     def is_good_enough(self) -> bool:
-        return self.cfg.max_loss is not None and self.damage(self.sets).loss <= self.cfg.max_loss
+        return self.cfg.max_loss is not None and self.whole().loss <= self.cfg.max_loss
 
 
 def _key(sets: Sequence[TensorSet]) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .branches import OUTPUTS, Place, find_places
 from .meter import Damage, DamageMeter
 
 ACTIVATION, WEIGHT = 'activation', 'weight'
+BETWEEN = 'between the layers'
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class TensorSensitivity:
     Attributes:
         kind: ``'activation'`` or ``'weight'``.
         name: Activation name, or the layer whose weight it is.
-        layers: Layers that read it, in the order of the structure.
-        part: ``'backbone'``, ``'neck'``, ``'class branch'``, ...
+        layers: Layers that read it, in the order of the structure; empty where none does.
+        part: ``'backbone'``, ``'neck'``, ``'class branch'``, ...; ``'between the layers'`` where no layer reads it,
+            except for what a head puts out, which belongs to the layer that writes it.
         level: The one level of priors it serves; None where several do.
-        output: Whether its layers write outputs of the head.
+        output: Whether its layers write outputs of the head, or it is one.
         bits: Bits of its codes.
         damage: What quantizing it does to the detections.
     """
@@ -69,6 +71,10 @@ class TensorSensitivity:
     def label(self) -> str:
         """How tables and pictures call it."""
         call = f' (call {self.name.partition("#")[2]})' if '#' in self.name else ''
+        if not self.layers:
+            module, _, operation = self.name.partition(':')
+            return (f'output of {module.replace("/", ".")}{call}' if operation.partition('#')[0] == 'out'
+                    else f'result of {self.name}')
         return f'{"input" if self.kind == ACTIVATION else "weight"} of {self.layers[0]}{call}'
 
 
@@ -127,6 +133,12 @@ def tensor_sets(structure: Structure) -> list[TensorSet]:
     return sets + [TensorSet(WEIGHT, (layer.name,), (layer.name,)) for layer in structure.layers if layer.weight]
 
 
+def unread(structure: Structure) -> list[str]:
+    """The activations that no layer reads: with a dataflow, those between other operations and behind the heads."""
+    read = {name for layer in structure.layers for name in layer.inputs}
+    return [name for name in structure.activations if name not in read]
+
+
 def split_kinds(sets: Sequence[TensorSet]) -> tuple[list[str], list[str]]:
     """Names of the activations and of the weights in some sets."""
     return tuple([t for s in sets if s.kind == kind for t in s.tensors] for kind in (ACTIVATION, WEIGHT))
@@ -136,7 +148,8 @@ def measure_sensitivity(detector: nn.Module, structure: Structure, batches: Sequ
                         resume_file: Path | None = None) -> Sensitivities:
     """Quantizes one tensor, then one part after the other, and measures what it does to the detections.
 
-    Each costs one forward pass of the images; the layer's own output error is measured on the way.
+    Each costs one forward pass of the images; the layer's own output error is measured on the way. The output errors of
+    tensors that are quantized where they are computed take one more pass for all of them together.
 
     Args:
         detector: The observed quantized detector, in eval mode; it is not changed.
@@ -160,9 +173,14 @@ def measure_sensitivity(detector: nn.Module, structure: Structure, batches: Sequ
     for name, members in track(list(groups.items()), description='sensitivity of parts'):
         damage = meter.measure(*_names(members), key=f'group {name}')
         result.groups.append(GroupSensitivity(name, len(members), damage))
+    written = _written(structure)
+    errors = meter.output_errors() if written else {}
     for tensor in track(tensors, description='sensitivity of tensors'):
+        at_source = tensor.kind == ACTIVATION and tensor.name in written
         tensor.damage = meter.measure(
-            *_names([tensor]), key=f'{tensor.kind} {tensor.name}', layers=tensor.layers)
+            *_names([tensor]), key=f'{tensor.kind} {tensor.name}', layers=() if at_source else tensor.layers)
+        if at_source:
+            tensor.damage = replace(tensor.damage, output_error=errors.get(tensor.name))
     # sorting is stable: equal losses stay in the order of the layers
     result.groups.sort(key=lambda group: -group.damage.loss)
     result.tensors.sort(key=lambda tensor: -tensor.damage.loss)
@@ -196,7 +214,23 @@ def _tensors(structure: Structure, places: dict[tuple[str, int], Place]) -> list
             kind, name, tuple(dict.fromkeys(layer.name for layer, _ in calls)), _joint_part(list(parts)),
             levels.pop() if len(levels) == 1 else None, bool(at) and all(p.output for p in at),
             specs[kind, name]['bits'], Damage(0.0)))
+    # what the head puts out belongs where it is written
+    written = {name: places.get((layer.name, call)) for layer in structure.layers
+               for call, name in enumerate(layer.outputs)}
+    for name in unread(structure):
+        place = written.get(name)
+        if place is None or not place.output:
+            place = Place(BETWEEN)
+        found.append(TensorSensitivity(
+            ACTIVATION, name, (), place.part, place.level, place.output, structure.activations[name]['spec']['bits'],
+            Damage(0.0)))
     return found
+
+
+def _written(structure: Structure) -> set[str]:
+    """The activations that are quantized where they are computed."""
+    names = {name for layer in structure.layers for name in layer.outputs}
+    return names.union(*((site['activation'], site['gate']) for site in structure.sites)) - {None}
 
 
 def _joint_part(parts: list[str]) -> str:

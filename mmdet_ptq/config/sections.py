@@ -99,7 +99,8 @@ class ProtectConfig:
             when it is reached.
         candidates: What may be tried on a tensor: ``'per_channel'`` (a scale per channel on depthwise inputs),
             ``'range'`` (another observer), ``'format'`` (log-affine / affine weights), ``'8bit'``, ``'16bit'``
-            (activations) and ``'float'``. Defaults to all of them.
+            (activations) and ``'float'``. Defaults to all of them; ``'range'`` is not tried on weights that
+            ``ptq.reconstruct`` sets anew.
     """
 
     images: int = 8

@@ -97,7 +97,11 @@ class Recorder:
         if works_in_place(name, kwargs) and isinstance(out, Tensor) and changed == [out]:
             # another object for the result: who goes on with the changed argument is told from who takes the result
             out = out.view_as(out)
-        outputs = [self.keep(t) for t in _tensors(out) if t.is_floating_point()]
+        returned = [self.keep(t) for t in _tensors(out) if t.is_floating_point()]
+        # what it hands on as it is, as `contiguous` may, it did not compute: else it would read its own result
+        outputs = [key for key in returned if key not in inputs and key not in self.written]
+        if returned and not outputs and not changed:
+            return out
         in_place = works_in_place(name, kwargs) and bool(changed)
         operation = Operation(kind, name, place, inputs, outputs, clips_at_zero(name, args, kwargs), in_place)
         self.add(operation)

@@ -51,10 +51,31 @@ def test_without_overrides_it_says_so(sensitivities):
     assert 'needs no overrides' in console.file.getvalue() and 'Paste' not in console.file.getvalue()
 
 
-def test_the_lines_to_paste_are_a_config(tmp_path):
+def test_the_lines_to_paste_belong_into_the_block(tmp_path):
     path = tmp_path / 'pasted.py'
-    path.write_text(config_lines(OVERRIDES))
-    assert PTQConfig.from_dict(Config.fromfile(path).ptq).overrides == OVERRIDES
+    overrides = {**OVERRIDES, 'neck.conv': dict(activations=dict(bits=16))}
+    path.write_text(f'ptq = dict(\n    preset="w4a8",\n{config_lines(overrides)}\n)')
+    block = PTQConfig.from_dict(Config.fromfile(path).ptq)
+    assert block.overrides == overrides and block.weights.bits == 4
+    told = [line for line in config_lines(overrides).splitlines() if 'in float' in line]
+    assert len(told) == 1 and 'neck.conv' in told[0] and told[0].endswith('# runtimes compute this layer in float')
+
+
+@pytest.mark.parametrize('terminal, width', [(True, 80), (True, 200), (False, 80)])
+def test_no_name_is_broken(sensitivities, protection, terminal, width):
+    layer = 'backbone.layer2.0.linear_convolution.depthwise_convolution.conv'
+    sensitivities.tensors[0].layers = (layer,)
+    protection.choices[0].tensor = f'input of {layer}'
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    print_sensitivity(sensitivities, protection, console)
+    text = console.file.getvalue()
+    assert text.count(f'input of {layer}') == 2 and text.count('box branch') == 2
+    assert '…' not in text and '25.0 %' in text
+    shown = text.partition('Paste')[0].splitlines()
+    # a terminal that is wide enough shows tables, one that is not no line that it would have to break itself
+    assert max(map(len, shown)) <= width or not terminal
+    assert any('┃ part' in line for line in shown)
+    assert ('score change 50.0 %' in text) == (terminal and width == 80)
 
 
 def test_files_are_written(sensitivities, protection, tmp_path):

@@ -1,6 +1,8 @@
+import architectures
 import pytest
 
-from mmdet_ptq.calibration.branches import BOX, CLASS, QUALITY, SHARED, find_places, score_layers
+from mmdet_ptq.calibration import branches
+from mmdet_ptq.calibration.branches import BOX, CLASS, OTHER, QUALITY, SHARED, Place, find_places, score_layers
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 
 
@@ -33,3 +35,24 @@ def test_places_follow_from_what_depends_on_what(kind, expected, scores):
     assert set(places) == {(layer.name, call) for layer in structure.layers for call in range(len(layer.inputs))}
     assert detector.ptq.mode == 'quantize'
     assert not any(p.grad is not None for p in detector.parameters())
+
+
+def test_last_layers_that_may_write_scores_are_named(monkeypatch):
+    architectures.register(monkeypatch)
+    lines = []
+    monkeypatch.setattr(branches, 'print_log', lambda text, *_: lines.append(text))
+    detector, structure = tiny_quantized('cascade_rcnn')
+    # the RoI head has no adapter, so what its layers write is not told
+    unknown = [f'roi_head.bbox_head.{stage}.fc_{kind}' for stage in range(2) for kind in ('cls', 'reg')]
+    assert score_layers(detector, structure, tiny_batch(1)) == ['rpn_head.rpn_cls', *unknown]
+    assert lines == ['whether these layers write class scores is not known, so their biases are not corrected: '
+                     + ', '.join(unknown)]
+
+
+def test_one_call_that_is_known_tells_what_a_layer_writes(monkeypatch):
+    detector, structure = tiny_quantized('retinanet')
+    places = {('bbox_head.reg', 0): Place(OTHER, None, True), ('bbox_head.reg', 1): Place(BOX, 0, True),
+              ('bbox_head.cls', 0): Place(OTHER, None, True), ('bbox_head.cls', 1): Place(CLASS, 0, True),
+              ('bbox_head.conv', 0): Place(SHARED), ('neck.conv', 0): Place('neck', None, True)}
+    monkeypatch.setattr(branches, 'find_places', lambda *_: places)
+    assert score_layers(detector, structure, tiny_batch(1)) == ['bbox_head.cls']

@@ -58,6 +58,16 @@ def test_output_error_equals_brute_force(retinanet):
         assert error > 0
 
 
+def test_output_errors_of_all_activations_in_one_pass_are_those_of_each_alone(retinanet):
+    detector, structure = retinanet
+    meter = DamageMeter(detector, structure, [tiny_batch(2)])
+    errors = meter.output_errors()
+    assert errors.keys() == structure.activations.keys() and detector.ptq.mode == 'quantize'
+    for layer in (structure.layers[3], structure.layers[-1]):
+        name, readers = layer.inputs[-1], [x.name for x in structure.layers if layer.inputs[-1] in x.inputs]
+        assert errors[name] == pytest.approx(meter.measure([name], [], layers=readers).output_error, rel=1e-3) != 0
+
+
 def test_only_the_named_call_of_a_shared_layer_counts(retinanet):
     detector, structure = retinanet
     layer = next(layer for layer in structure.layers if layer.name == 'bbox_head.retina_cls')

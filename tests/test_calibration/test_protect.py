@@ -6,7 +6,8 @@ import torch
 from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, ranges, with_a_bad_tensor
 
 from mmdet_ptq.analysis import bops, float_bops
-from mmdet_ptq.calibration.protect import protect_detector, with_overrides
+from mmdet_ptq.calibration.meter import DamageMeter
+from mmdet_ptq.calibration.protect import _Protector, protect_detector, with_overrides
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import quantized_state
 from mmdet_ptq.errors import PTQError
@@ -154,6 +155,27 @@ def test_a_loss_that_cannot_be_reached_leaves_the_detector_as_it_was(retinanet):
 def test_a_loss_that_is_kept_already_changes_nothing(retinanet):
     protection, _, _ = protect(*retinanet, {**RETINANET, 'protect': dict(max_tensors=1, max_loss=100.0)})
     assert not protection.choices and protection.before == protection.after
+
+
+@pytest.mark.parametrize('reconstruct, kinds', [
+    (None, {'activation', 'weight'}), (dict(compensate=False), {'activation', 'weight'}), ({}, {'activation'})])
+def test_ranges_of_weights_are_left_to_a_reconstruction_that_sets_them(retinanet, reconstruct, kinds):
+    block = {**RETINANET, 'weights': dict(bits=4), 'reconstruct': reconstruct}
+    protector = _Protector(*retinanet, PTQConfig.from_dict(block), images(), ranges(), None, None)
+    # one set of each kind is enough: fitting takes its time
+    sets = [next(s for s in protector.sets if s.kind == kind) for kind in ('activation', 'weight')]
+    protector.offer(sets, ['range'])
+    assert {tensors.kind for tensors, case in protector.cases.items() if case.candidates} == kinds
+
+
+def test_the_whole_detector_has_what_no_layer_reads():
+    limits = dict(max_tensors=3, candidates=['8bit', '16bit'])
+    block = {**RETINANET, 'dataflow': 'full', 'export': [], 'protect': limits}
+    detector, structure = prepared(tiny_detector('retinanet'), PTQConfig.from_dict(block))
+    protection, changed, structure_changed = protect(detector, structure, block)
+    assert protection.choices
+    assert protection.before == DamageMeter(detector, structure, images()).measure_all()
+    assert protection.after == DamageMeter(changed, structure_changed, images()).measure_all()
 
 
 def test_overrides_win_over_all_patterns():

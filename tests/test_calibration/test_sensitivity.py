@@ -2,7 +2,7 @@ import copy
 import json
 
 import pytest
-from sensitive import BAD, PER_TENSOR, images, prepared, with_a_bad_tensor
+from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, with_a_bad_tensor
 
 from mmdet_ptq.calibration import meter as meter_module
 from mmdet_ptq.calibration.sensitivity import measure_sensitivity, tensor_sets
@@ -62,6 +62,24 @@ def test_every_tensor_and_part_is_ranked_and_twice_the_same(retinanet):
     assert {'backbone', 'neck', 'class branch', 'box branch', 'outputs', 'level 0', 'level 1', 'level 2'} <= {
         group.name for group in first.groups}
     json.dumps(first.to_dict(), allow_nan=False)
+
+
+def test_tensors_that_are_quantized_where_they_are_computed(retinanet):
+    flowing, structure = tiny_quantized('retinanet', {**OBSERVE, 'dataflow': 'full'})
+    plain, found = (measure_sensitivity(*each, images()) for each in (retinanet, (flowing, structure)))
+    tensors = {tensor.name: tensor for tensor in found.tensors if tensor.kind == 'activation'}
+    assert tensors.keys() == structure.activations.keys()
+    # alone, a tensor comes to its readers as if they had quantized it
+    read = {t.name: t.damage.output_error for t in plain.tensors if t.kind == 'activation'}
+    assert {name: tensors[name].damage.output_error for name in read} == pytest.approx(read, rel=1e-3)
+    unread = {name: tensor for name, tensor in tensors.items() if name not in read}
+    assert all(t.damage.loss > 0 and t.damage.output_error is None for t in unread.values())
+    scores, residual = unread['bbox_head/retina_cls:out#1'], unread['backbone/layer2/0/conv2:out']
+    assert (scores.part, scores.level, scores.output) == ('class branch', 1, True)
+    assert scores.label == 'output of bbox_head.retina_cls (call 1)'
+    assert (residual.part, residual.label) == ('between the layers', 'output of backbone.layer2.0.conv2')
+    group = next(group for group in found.groups if group.name == 'between the layers')
+    assert group.tensors == sum(t.part == 'between the layers' for t in unread.values()) > 1
 
 
 def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path, monkeypatch):

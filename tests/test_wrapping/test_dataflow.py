@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from dataflow_toys import OUT, READ, inputs_of, outputs_of, sites_in, toy
 from torch import nn
 
+from mmdet_ptq.testing import tiny_quantized
 from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping import (
     quantization_mode,
@@ -117,6 +118,25 @@ def test_others_do_not_read_the_few_bits_of_a_layer(between, alone):
         # 8 bits first, then its own 4, as it is exported
         pooled = F.max_pool2d(seen[name][1], 3, 1, 1)
         assert any(torch.equal(seen['depthwise'][0], x) for x in (seen[name][1], pooled))
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('same, plain', [
+    (lambda self, a, b: a.contiguous() + b.to(a), lambda self, a, b: a + b),
+    (lambda self, a, b: F.relu(a.contiguous() + b).contiguous(), lambda self, a, b: F.relu(a + b)),
+    (lambda self, a, b: F.dropout(F.silu(a), 0.5, False) + b, lambda self, a, b: F.silu(a) + b),
+])
+def test_what_hands_on_its_input_as_it_is_counts_for_nothing(same, plain, bits):
+    few = dict(activations=OBSERVE['activations'] | dict(bits=bits))
+    (detector, structure, image), (expected, structure_expected, _) = toy(same, few), toy(plain, few)
+    assert structure.to_dict() == structure_expected.to_dict()
+    assert torch.equal(detector(image), expected(image))
+
+
+def test_regions_of_few_bits_have_a_dataflow():
+    few = dict(activations=OBSERVE['activations'] | dict(bits=4))
+    _, structure = tiny_quantized('faster_rcnn', {**OBSERVE, **few, 'dataflow': 'full'})
+    assert structure.sites and {e['spec']['bits'] for e in structure.activations.values()} == {4, 8}
 
 
 @pytest.mark.parametrize('activations, bits, symmetric', [
