@@ -3,12 +3,13 @@
 from .cost import PartSummary, bops, float_bops, float_size_bytes, part_summary
 from .drift import LayerError, ScoreDrift, layer_errors, score_drift
 from .latency import LatencyRatio, latency_ratio
-from .report import ReportInputs, build_report, headlines, write_report
+from .report import REPORT, ReportInputs, build_report, headlines, write_report
 from .results import new_results, read_results, result_row, versions, write_results
 from .sensitivity import print_protection
 from .table import coverage_table, headline_metric, print_results, result_lines, results_table
 
 __all__ = [
+    'REPORT',
     'LatencyRatio',
     'LayerError',
     'PartSummary',

@@ -24,6 +24,7 @@ from .drift import LayerError, layer_errors, score_drift
 from .table import format_bytes, format_count, headline_metric, metric_value, points, result_lines
 from .weight_grids import weight_grids
 
+REPORT = 'report.html'
 NUM_IMAGES = 4
 
 
@@ -126,7 +127,7 @@ def build_report(
         'Weights and their formats': lambda: _weights(detector, structure),
     }
     inputs = ReportInputs(results, structure, [_chapter(title, draw) for title, draw in chapters.items()])
-    path = Path(work_dir) / 'report.html'
+    path = Path(work_dir) / REPORT
     write_report(path, inputs)
     return path
 

@@ -1,11 +1,15 @@
 """Evaluating a detector with the config's own test dataloader and evaluator."""
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.logging import print_log
+from mmengine.runner import Runner, TestLoop
 from torch import nn
 
 from ..deploy import integer_arithmetic
@@ -13,6 +17,9 @@ from ..errors import PTQError
 from ..files import check_space
 from ..wrapping import is_quantized
 
+_CHECK = 'check `test_dataloader.dataset` and `test_evaluator.ann_file`.'
+NOTHING_FOUND = ('the float detector found nothing on the evaluation images, so that there are no figures; check '
+                 '`load_from`, the classes and the test pipeline.')
 # settings of a dataloader that change no image
 LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
 
@@ -44,6 +51,7 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         default_scope=cfg.get('default_scope', 'mmdet'), cfg=cfg)
     with evaluation_files():
         loop = runner.test_loop
+    check_evaluation(loop, detector)
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
     with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
         return {key: float(value) for key, value in runner.test().items()}
@@ -57,16 +65,70 @@ def evaluation_inputs(cfg: Config) -> str:
 
 @contextmanager
 def evaluation_files() -> Iterator[None]:
-    """Turns a missing file of the evaluation's data or metrics into one sentence.
+    """Turns a missing, empty or broken file of the evaluation's data or metrics into one sentence.
 
     Raises:
-        PTQError: The file is missing.
+        PTQError: The file is missing, names no image or is no JSON.
     """
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise PTQError(f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; '
-                       'check `test_dataloader.dataset` and `test_evaluator.ann_file`.') from error
+        raise PTQError(f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; {_CHECK}'
+                       ) from error
+    except json.JSONDecodeError as error:
+        raise PTQError(f'an annotation file of the evaluation is no valid JSON ({error}); {_CHECK}') from error
+    except ValueError as error:
+        if 'need at least one array' not in str(error):  # mmengine joining the records of no image
+            raise
+        raise PTQError(f'the evaluation has no images; {_CHECK}') from error
+
+
+def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
+    """Checks before anything that takes long that images, classes and annotations of an evaluation fit together.
+
+    Args:
+        loop: The built test loop.
+        detector: The detector, for its number of classes.
+
+    Raises:
+        PTQError: There is no image, the first one cannot be read, or the evaluator's annotations lack classes or
+            images of the dataset.
+    """
+    dataset = loop.dataloader.dataset
+    if not len(dataset):
+        raise PTQError(f'the evaluation has no images; {_CHECK}')
+    with evaluation_files():
+        try:
+            dataset[0]
+        except OSError:
+            raise
+        except Exception as error:  # of any step of the pipeline
+            raise PTQError(f'the first evaluation image cannot be read: {type(error).__name__}: {error}; check '
+                           '`test_dataloader.dataset`.') from error
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    known = next((module.num_classes for module in detector.modules() if isinstance(module, BaseDenseHead | BBoxHead)
+                  and hasattr(module, 'num_classes')), None)
+    if classes is not None and known is not None and len(classes) < known:
+        print_log(f'the detector has {known} classes, `test_dataloader.dataset.metainfo.classes` names {len(classes)}; '
+                  'evaluators that look for the others fail.', 'current', level=30)
+    for metric in loop.evaluator.metrics:
+        annotations = getattr(metric, '_coco_api', None)
+        if annotations is None:
+            continue
+        names = [category['name'] for category in annotations.cats.values()]
+        missing = [name for name in classes or () if name not in names]
+        if missing:
+            raise PTQError(f'`test_dataloader.dataset.metainfo.classes` names {", ".join(map(repr, missing[:3]))}'
+                           f'{", ..." * (len(missing) > 3)}, which `test_evaluator.ann_file` does not have; its '
+                           f'categories are {", ".join(names[:10])}{", ..." * (len(names) > 10)}.')
+        if hasattr(dataset, 'get_data_info'):
+            images = set(annotations.getImgIds())
+            strange = [dataset.get_data_info(index).get('img_id') for index in range(len(dataset))]
+            strange = [name for name in strange if name not in images]
+            if strange:
+                raise PTQError(f'{len(strange)} of {len(dataset)} evaluation images, the first with the id '
+                               f'{strange[0]!r}, are not in `test_evaluator.ann_file`; it must be the annotation file '
+                               'of `test_dataloader.dataset`.')
 
 
 def evaluation_hooks(hooks: dict | None) -> dict:

@@ -87,7 +87,12 @@ def export_checkpoint(checkpoint: str | os.PathLike, runtimes: Sequence[str], ou
                               dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
         if path.suffix == runtime.suffix:
-            announce_coverage(runtime.name, open_model(path).coverage(), runtime.evidence)
+            coverage = open_model(path).coverage()
+            announce_coverage(runtime.name, coverage, runtime.evidence)
+            if runtime.name == 'onnxruntime' and coverage.float and not structure.sites:
+                logger.warning(
+                    'the checkpoint was calibrated without `ptq.dataflow`, and ONNX Runtime computes in integers only '
+                    "what is quantized behind a layer, too: run tools/ptq.py with `ptq.export=['onnxruntime']`.")
         paths.append(path)
     if example is not None:
         for runtime, path in zip(chosen, paths, strict=True):

@@ -12,11 +12,12 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
 from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..analysis import (
+    REPORT,
     bops,
     build_report,
     float_bops,
@@ -48,16 +49,15 @@ from ..deploy import (
     settle_biases,
     stored_bytes,
 )
-from ..errors import PTQError
 from ..files import check_space, load_tensors
 from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .arguments import runner_arguments
-from .evaluation import evaluation_files, evaluation_inputs
+from .evaluation import NOTHING_FOUND, check_evaluation, evaluation_files, evaluation_inputs
 from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
-from .rehearsal import check_holdout, num_held_out, rehearse_global
+from .rehearsal import check_holdout, check_one_size, num_held_out, rehearse_global
 from .stages import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
 
 RESULTS = 'results.json'
@@ -115,6 +115,7 @@ class PTQRunner(Runner):
         self.protection: Protection | None = None
         self.units: list[dict] = []
         self.results: dict = {}
+        self._float_figures: dict[str, float] | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> PTQRunner:
@@ -128,26 +129,22 @@ class PTQRunner(Runner):
         """
         return cls(**runner_arguments(cfg))
 
-    # ------------------------------------------------------------------ the run
-
     def run(self) -> dict:
         """Runs every stage.
 
         Returns:
             What ``results.json`` holds.
         """
+        self.begin()
+        self.evaluate_float()
         self.calibrate()
         self.evaluate()
         self.export()
         self.report()
         return self.results
 
-    def calibrate(self) -> nn.Module:
-        """Runs the stages up to the integer checkpoint.
-
-        Returns:
-            The detector rebuilt from the integer checkpoint.
-        """
+    def begin(self) -> None:
+        """Checks all that can be checked before the calibration, and exports the float detector."""
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         for name in self.ptq.export:
             check_exportable(self.detector)
@@ -155,12 +152,21 @@ class PTQRunner(Runner):
             get_runtime(name).check_export()
         self.load()
         if self.ptq.export:
-            self._check_one_size()
+            check_one_size(self._tensor_shape(first)[2:] for first in self.calibration.sizes.values())
         if self.ptq.reconstruct is not None:
             check_holdout('ptq.reconstruct', self.ptq.reconstruct.holdout, len(self.calibration))
         if self.ptq.global_loss is not None:
             rehearse_global(self.ptq.global_loss, len(self.calibration))
         self.export_float()
+
+    def calibrate(self) -> nn.Module:
+        """Runs the stages up to the integer checkpoint.
+
+        Returns:
+            The detector rebuilt from the integer checkpoint.
+        """
+        if self.float_detector is None:
+            self.begin()
         self.prepare()
         for name in self.ptq.export:
             get_runtime(name).check_formats(self.structure)
@@ -280,8 +286,18 @@ class PTQRunner(Runner):
         if taken_over:
             self._load(state)
 
+    def evaluate_float(self) -> None:
+        """Evaluates the float detector; a wrong checkpoint or evaluation shows before the calibration."""
+        self._float_figures, _ = self.stages.run(
+            'evaluate_float', fingerprint(self._model_inputs(), evaluation_inputs(self.cfg)),
+            lambda: self.evaluate_detector(self.float_detector))
+        if not self._float_figures:
+            print_log(NOTHING_FOUND, 'current', level=30)
+
     def evaluate(self) -> None:
-        """Evaluates the float detector, and the one rebuilt from the integer checkpoint as integer kernels compute."""
+        """Evaluates the detector rebuilt from the integer checkpoint, as integer kernels compute."""
+        if self._float_figures is None:
+            self.evaluate_float()
         self.results = new_results(
             str(self.cfg.filename or ''), self.ptq.to_dict(), self.seed, self.structure, self.calibration.ids,
             self.calibration.skipped)
@@ -289,10 +305,7 @@ class PTQRunner(Runner):
             self.results['protection'] = self.protection.to_dict()
         if self.units:
             self.results['reconstruction'] = self.units
-        float_row, _ = self.stages.run(
-            'evaluate_float', fingerprint(self._model_inputs(), evaluation_inputs(self.cfg)),
-            lambda: self.evaluate_detector(self.float_detector))
-        self._row('float', float_row, float_size_bytes(self.float_detector), float_bops(self.structure))
+        self._row('float', self._float_figures, float_size_bytes(self.float_detector), float_bops(self.structure))
         quantized = Path(self.work_dir) / QUANTIZED
 
         def simulated() -> dict:
@@ -336,17 +349,6 @@ class PTQRunner(Runner):
         batch = pseudo_collate([self.calibration[position]])
         return tuple(self.detector.data_preprocessor(batch, False)['inputs'].shape)
 
-    def _check_one_size(self) -> None:
-        """Refuses images of several sizes before anything that takes long: exported models take one."""
-        sizes = sorted({self._tensor_shape(first)[2:] for first in self.calibration.sizes.values()})
-        if len(sizes) > 1:
-            side = max(map(max, sizes))
-            raise PTQError(
-                f'exported models (`ptq.export`) take images of one size, the calibration images have {len(sizes)}: '
-                f'{", ".join(f"{h}x{w}" for h, w in sizes[:3])}{", ..." * (len(sizes) > 3)} (height x width); pad '
-                f"them: put dict(type='Pad', size=({side}, {side})) after Resize in "
-                '`test_dataloader.dataset.pipeline`.')
-
     def report(self) -> None:
         """Writes ``results.json`` and the page, prints the table."""
         with self.stages.timed('report'):
@@ -362,13 +364,13 @@ class PTQRunner(Runner):
             print_results(self.results)
         print_log(f'results, integer checkpoint and report are in {self.work_dir}', 'current')
 
-    # ------------------------------------------------------------------ pieces
-
     def _check_evaluation(self) -> None:
         """Builds the evaluation's data and metrics before anything that takes long."""
-        with evaluation_files():
-            self._test_loop = self.build_test_loop(self._test_loop)
-        self._test_dataloader = self._test_loop.dataloader
+        if not isinstance(self._test_loop, BaseLoop):
+            with evaluation_files():
+                self._test_loop = self.build_test_loop(self._test_loop)
+            check_evaluation(self._test_loop, self.detector)
+            self._test_dataloader = self._test_loop.dataloader
 
     def _one_image(self) -> Callable[[], Any]:
         data = self.detector.data_preprocessor(next(iter(self.first_images(1))), False)
@@ -407,6 +409,8 @@ class PTQRunner(Runner):
         meta = getattr(self._evaluation_dataset(), 'metainfo', None)
         settle_biases(self.detector, self.structure)
         if is_main_process():
+            for stale in (RESULTS, REPORT):  # of the checkpoint that is replaced
+                (path.parent / stale).unlink(missing_ok=True)
             save_quantized(path, self._quantized_state())
         barrier()
         self.detector = copy.deepcopy(self.float_detector)

@@ -1,0 +1,100 @@
+"""Mistakes in the evaluation are told before anything is calibrated."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdet_ptq.engine.evaluation import NOTHING_FOUND
+from mmdet_ptq.errors import PTQError
+
+
+@pytest.fixture
+def annotations(config_file, tmp_path):
+    """Writes the evaluation's annotations anew, changed."""
+    original = json.loads(next((config_file.parent).rglob('*val*.json')).read_text())
+
+    def write(change) -> str:
+        changed = json.loads(json.dumps(original))
+        change(changed)
+        path = tmp_path / 'changed.json'
+        path.write_text(json.dumps(changed))
+        return str(path)
+
+    return write
+
+
+def interrupted(*args) -> None:
+    raise KeyboardInterrupt
+
+
+def refused(make_runner, changes: dict, tmp_path: Path) -> str:
+    with pytest.raises(PTQError) as caught:
+        make_runner(changes).run()
+    assert not list((tmp_path / 'work_dir').glob('stages/*.pth'))  # nothing was done yet
+    return str(caught.value)
+
+
+def test_classes_that_the_annotations_lack_are_named(make_runner, tmp_path):
+    said = refused(make_runner, {'test_dataloader.dataset.metainfo': dict(classes=('red', 'gren', 'blue'))}, tmp_path)
+    assert "names 'gren', which `test_evaluator.ann_file` does not have; its categories are red, green, blue" in said
+
+
+def test_images_that_cannot_be_read_are_named(make_runner, tmp_path):
+    said = refused(make_runner, {'test_dataloader.dataset.data_prefix': dict(img='nowhere/')}, tmp_path)
+    assert 'nowhere/' in said and 'check `test_dataloader.dataset`' in said
+
+
+def test_annotations_of_other_images_are_refused(make_runner, annotations, tmp_path):
+    def renumber(content):
+        for image in content['images']:
+            image['id'] += 1000
+        for box in content['annotations']:
+            box['image_id'] += 1000
+
+    said = refused(make_runner, {'test_evaluator.ann_file': annotations(renumber)}, tmp_path)
+    assert 'are not in `test_evaluator.ann_file`' in said
+
+
+def test_an_evaluation_without_images_is_refused(make_runner, annotations, tmp_path):
+    path = annotations(lambda content: content.update(images=[], annotations=[]))
+    said = refused(make_runner, {'test_dataloader.dataset.ann_file': path}, tmp_path)
+    assert said.startswith('the evaluation has no images; check `test_dataloader.dataset`')
+
+
+def test_broken_annotations_are_refused(make_runner, tmp_path):
+    path = tmp_path / 'broken.json'
+    path.write_text('{"images": [')
+    said = refused(make_runner, {'test_evaluator.ann_file': str(path)}, tmp_path)
+    assert said.startswith('an annotation file of the evaluation is no valid JSON')
+
+
+def test_a_float_detector_that_finds_nothing_is_warned_of_before_the_calibration(make_runner, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdet_ptq.engine.runner.print_log', lambda message, *args, **kwargs: said.append(message))
+    runner = make_runner({'ptq.global_loss': None})
+    monkeypatch.setattr(runner, 'evaluate_detector', lambda detector: {})
+    monkeypatch.setattr(runner, 'prepare', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    assert NOTHING_FOUND in said
+
+
+def test_results_of_the_checkpoint_before_are_taken_away(make_runner, finished_copy, monkeypatch):
+    runner = make_runner(work_dir=finished_copy, resume=True)
+    monkeypatch.setattr(runner, 'evaluate', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    assert (finished_copy / 'quantized.pth').is_file()
+    assert not (finished_copy / 'results.json').exists() and not (finished_copy / 'report.html').exists()
+
+
+def test_fewer_classes_than_the_head_has_are_warned_of(make_runner, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log',
+                        lambda message, *args, **kwargs: said.append(message))
+    runner = make_runner({'test_dataloader.dataset.metainfo': dict(classes=('red', 'green'))})
+    runner.begin()
+    assert said == ['the detector has 3 classes, `test_dataloader.dataset.metainfo.classes` names 2; evaluators that '
+                    'look for the others fail.']
