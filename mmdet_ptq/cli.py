@@ -104,7 +104,7 @@ def _change_block(cfg, args: argparse.Namespace, changes: dict) -> None:
     if args.preset:
         changes['preset'] = args.preset
     if cfg.get('ptq') is None and not args.preset:
-        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
+        raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8_observe')` or pass --preset.")
     cfg.ptq = cfg.get('ptq') or {}
     if not isinstance(cfg.ptq, dict):
         raise PTQError(f'`ptq` must be a dict, got {cfg.ptq!r}.')
@@ -129,7 +129,9 @@ def _ptq(argv: list[str] | None = None) -> None:
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed}
     _change_block(cfg, args, changes)
     if args.fast:
-        images = min(cfg.ptq.calibration.get('num_images', FAST_IMAGES), FAST_IMAGES)
+        images = cfg.ptq.calibration.get('num_images', FAST_IMAGES)
+        # what is no number is refused with the rest of the block
+        images = min(images, FAST_IMAGES) if isinstance(images, int) else images
         cfg.merge_from_dict(dict(ptq=dict(
             calibration=dict(num_images=images), protect=None, reconstruct=None, bias_correction=False,
             global_loss=None)))

@@ -91,6 +91,11 @@ def test_a_wrong_value(refused, option, words):
     assert words in refused('--cfg-options', option)
 
 
+def test_a_wrong_number_of_images_with_fast(refused):
+    said = refused('--fast', '--cfg-options', 'ptq.calibration.num_images=all')
+    assert '`ptq.calibration.num_images` must be' in said
+
+
 def test_an_unknown_preset_on_the_command_line(refused):
     assert "Did you mean 'w4a8'?" in refused('--preset', 'w4a_8')
 
@@ -249,3 +254,14 @@ def test_a_pure_python_config(config_file, tmp_path):
     cli.ptq([str(tmp_path / 'lazy.py'), '--work-dir', str(tmp_path / 'out')])
     detector = load_quantized(tmp_path / 'out' / 'quantized.pth')
     assert len(inference_detector(detector, str(config_file.parent / 'val' / '000000.png')).pred_instances) > 0
+
+
+def test_installed_commands_are_those_of_tools():
+    tomllib = pytest.importorskip('tomllib', reason='Python 3.11 brings it')
+    root = Path(__file__).resolve().parent.parent
+    scripts = tomllib.loads((root / 'pyproject.toml').read_text())['project']['scripts']
+    tools = {path.stem for path in (root / 'tools').glob('*.py') if 'mmdet_ptq.cli import' in path.read_text()}
+    assert {target.partition(':')[2] for target in scripts.values()} == tools
+    for target in scripts.values():
+        module, _, name = target.partition(':')
+        assert module == 'mmdet_ptq.cli' and callable(getattr(cli, name))

@@ -3,6 +3,30 @@ from __future__ import annotations
 
 import json
 
+from torch import nn
+
+
+def input_meta(detector: nn.Module) -> dict:
+    """What a program without mmdet must know to feed a model and to read what it finds.
+
+    Args:
+        detector: The detector, with mmdet's data preprocessor.
+
+    Returns:
+        ``dict(channels, mean, std, pad_value, classes)``: the order of the channels (of images that are read as BGR, as
+        mmcv does), what is subtracted from and divided out of pixels of 0 .. 255, and the names of the labels; what
+        the detector does not tell is left out.
+    """
+    preprocessor = getattr(detector, 'data_preprocessor', None)
+    told = {}
+    if hasattr(preprocessor, '_channel_conversion'):
+        told['channels'] = 'RGB' if preprocessor._channel_conversion else 'BGR'
+        told['pad_value'] = preprocessor.pad_value
+    if getattr(preprocessor, '_enable_normalize', False):
+        told['mean'], told['std'] = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
+    classes = (getattr(detector, 'dataset_meta', None) or {}).get('classes')
+    return {**told, 'classes': list(classes)} if classes else told
+
 
 def write_meta(meta: dict) -> str:
     """The text; each layer is named once, not with each of its calls.

@@ -17,6 +17,7 @@ from ..errors import PTQError
 from ..version import __version__
 from ..wrapping import is_quantized
 from ..wrapping.inputs import STATE
+from .meta import input_meta
 from .ncnn_check import check_activation
 from .ncnn_format import NcnnLayer, parse_param, split_weights, write_network
 from .ncnn_layers import float_layers, fuse_activations, integer_layers, rounded_layers, unrounded_layers
@@ -78,7 +79,7 @@ def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> 
     outputs = first_outputs(detector, tuple(example.shape))
     return dict(format=FORMAT, version=__version__, runtime='ncnn', input_shape=list(example.shape),
                 dynamic_batch=False, outputs=output_layout(outputs), raw_shapes=output_shapes(outputs),
-                layers={name: call.layer for name, call in calls.items()})
+                input=input_meta(detector), layers={name: call.layer for name, call in calls.items()})
 
 
 def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall],

@@ -18,7 +18,7 @@ from ..wrapping.inputs import only_read_tensors
 from .end2end import OUTPUTS, EndToEnd, check_end2end
 from .export_trouble import failing_module
 from .integer_biases import float_shared_biases
-from .meta import read_meta, write_meta
+from .meta import input_meta, read_meta, write_meta
 from .onnx_nodes import OPSET, expand_quantizers, quantizer_nodes
 from .raw_outputs import RawOutputs, check_exportable, first_outputs, output_layout, output_shapes
 from .requirements import require
@@ -117,7 +117,7 @@ def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_bat
                        'the option out: batches are split then.')
     meta = dict(format=FORMAT, version=__version__, runtime=runtime, input_shape=list(input_shape),
                 dynamic_batch=dynamic_batch, outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
-                end2end=end2end, raw_shapes=output_shapes(outputs))
+                end2end=end2end, raw_shapes=output_shapes(outputs), input=input_meta(detector))
     return program.model, meta
 
 
@@ -176,12 +176,13 @@ def model_meta(path: str | os.PathLike) -> dict:
     """What an exported ONNX file says about itself.
 
     Returns:
-        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, layers)``:
-        ``outputs`` is the nesting of the raw outputs, ``raw_shapes`` are theirs for one image of ``input_shape``,
-        ``layers`` names each convolution's layer. A quantized detector's has
-        ``space_to_depth``, too: what :func:`mmdet_ptq.deploy.onnx_space_to_depth.fold_space_to_depth` changed, each
-        activation to the offsets of the slices in the order of the detector's channels; and ``folded`` the same by
-        layer, where its convolution reads the image itself.
+        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, input, layers)``:
+        ``input`` is :func:`mmdet_ptq.deploy.meta.input_meta`, ``outputs`` is the nesting of the raw outputs,
+        ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer. A
+        quantized detector's has ``space_to_depth``, too: what
+        :func:`mmdet_ptq.deploy.onnx_space_to_depth.fold_space_to_depth` changed, each activation to the offsets of the
+        slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads
+        the image itself.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

@@ -24,7 +24,7 @@ def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None
     Args:
         config: The config the model was exported from.
         runtime: The opened model.
-        dataset_meta: Class names and palette, as mmdet keeps them. Defaults to None.
+        dataset_meta: Class names and palette, as mmdet keeps them. Defaults to None: the model's own class names.
 
     Returns:
         A detector on the CPU, in eval mode, for mmdet's test loop and ``mmdet.apis.inference_detector``.
@@ -61,7 +61,7 @@ def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = 
         detector: A detector of one stage.
         runtime: The opened model.
         config: Kept as ``detector.cfg``. Defaults to None.
-        dataset_meta: Class names and palette. Defaults to None.
+        dataset_meta: Class names and palette. Defaults to None: the model's own class names.
     """
     check_exportable(detector)
     device = next(detector.parameters()).device
@@ -75,7 +75,9 @@ def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = 
         detector.bbox_head.predict = _Detections(runtime, device, clips)
     else:
         detector.bbox_head.forward = _RawHead(runtime, device)
-    detector.cfg, detector.dataset_meta = config, dataset_meta or {}
+    classes = runtime.meta.get('input', {}).get('classes')
+    detector.cfg = config
+    detector.dataset_meta = dataset_meta or (dict(classes=tuple(classes)) if classes else {})
     return detector.eval()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import mmcv
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mmdet.apis import inference_detector
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mmdet_ptq import cli
 from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, runtime_detector
@@ -128,12 +130,43 @@ def test_a_runtime_answers_like_a_detector(exported, config_file):
     assert len(found) > 0 and found.bboxes.shape[1] == 4
 
 
+def test_the_documented_program_without_mmdet_finds_what_mmdet_finds(exported, config_file, tmp_path, capsys):
+    cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--end2end', '--out', str(tmp_path)])
+    path, image = tmp_path / 'onnxruntime' / 'model.onnx', sorted((config_file.parent / 'val').glob('*.png'))[0]
+    detector = runtime_detector(exported.cfg, open_model(path))
+    assert detector.dataset_meta == dict(classes=('red', 'green', 'blue'))
+    found = inference_detector(detector, str(image)).pred_instances
+    threshold = float(found.scores[len(found) // 2]) - 1e-6
+    page = (Path(__file__).resolve().parents[2] / 'docs' / 'runtimes.md').read_text()
+    program, = (block for block in re.findall('```python\n(.*?)```', page, re.S) if 'onnxruntime.Inf' in block)
+    for old, new in (("'model.onnx'", repr(str(path))), ("'image.jpg'", repr(str(image))), ('0.3', str(threshold))):
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    capsys.readouterr()
+    exec(compile(program, 'docs/runtimes.md', 'exec'), {})
+    lines = capsys.readouterr().out.splitlines()
+    expected = [(detector.dataset_meta['classes'][label], f'{score:.2f}') for label, score in
+                zip(found.labels, found.scores, strict=True) if score > threshold]
+    assert len(expected) > 1 and [tuple(line.split()[:2]) for line in lines] == expected
+    box = np.array([float(value) for value in lines[0].partition('[')[2].rstrip(']').split()])
+    np.testing.assert_allclose(box, found.bboxes[0], atol=0.51)
+
+
 def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys):
     image = sorted(Path(exported.work_dir).parent.parent.glob('**/val/*.png'))
     arguments = [f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)]
     cli.export(arguments + (['--compare', str(image[0])] if image else []))
     first = (Path(exported.work_dir) / 'onnxruntime' / 'model.onnx').read_bytes()
     assert (tmp_path / 'onnxruntime' / 'model.onnx').read_bytes() == first
+
+
+def test_a_checkpoint_without_what_onnx_runtime_needs_is_warned_of(exported, finished, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(MMLogger.get_instance('mmdet_ptq_export'), 'warning', said.append)
+    cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)])
+    assert said == []
+    cli.export([f'{finished.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)])
+    assert len(said) == 1 and 'the checkpoint was calibrated without `ptq.dataflow`' in said[0]
 
 
 @pytest.mark.parametrize('arguments,told', [
