@@ -16,6 +16,7 @@ from mmdet_ptq.engine.loops import GlobalCalibrationLoop, HeldOutLossLoop
 from mmdet_ptq.engine.runner import observe_activations
 from mmdet_ptq.engine.stages import StageStore, stage_inputs
 from mmdet_ptq.testing import tiny_coco
+from mmdet_ptq.wrapping import is_quantized
 
 RUNNER = 'mmdet_ptq.engine.runner'
 
@@ -187,8 +188,14 @@ def while_a_checkpoint_is_written(patch):
     patch.setattr(PTQRunner, 'save_checkpoint', torn)
 
 
-def in_evaluate(patch):
+def in_float_evaluation(patch):
     patch.setattr(PTQRunner, 'evaluate_detector', stop)
+
+
+def in_evaluate(patch):
+    evaluate_detector = PTQRunner.evaluate_detector
+    patch.setattr(PTQRunner, 'evaluate_detector', lambda self, detector: (
+        stop() if is_quantized(detector) else evaluate_detector(self, detector)))
 
 
 def in_report(patch):
@@ -196,7 +203,7 @@ def in_report(patch):
 
 
 @pytest.mark.parametrize('interrupt', [
-    in_prepare, in_observe, before_the_first_checkpoint, after_a_checkpoint,
+    in_float_evaluation, in_prepare, in_observe, before_the_first_checkpoint, after_a_checkpoint,
     between_a_checkpoint_and_its_held_out_loss, while_a_checkpoint_is_written, in_evaluate, in_report])
 def test_an_interrupted_run_resumes_to_the_same_numbers(
         interrupt, finished, config_file, tmp_path, monkeypatch, stages, capfd):
@@ -212,7 +219,8 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert last.startswith('interrupted;') and '--resume' in last
     stages.clear()
     cli.ptq([*arguments, '--resume'])
-    assert stages['prepare'] is (interrupt is not in_prepare)
-    assert stages['observe'] is (interrupt not in (in_prepare, in_observe))
+    assert stages['evaluate_float'] is (interrupt is not in_float_evaluation)
+    assert stages['prepare'] is (interrupt not in (in_float_evaluation, in_prepare))
+    assert stages['observe'] is (interrupt not in (in_float_evaluation, in_prepare, in_observe))
     assert stages['global'] is late
     assert_same_run(tmp_path, finished)
