@@ -100,7 +100,7 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
     with evaluation_files():
         try:
             dataset[0]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise
         except Exception as error:  # of any step of the pipeline
             raise PTQError(f'the first evaluation image cannot be read: {type(error).__name__}: {error}; check '

@@ -1,10 +1,13 @@
 """Mistakes in the evaluation are told before anything is calibrated."""
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from mmdet_ptq.engine.evaluation import NOTHING_FOUND
 from mmdet_ptq.errors import PTQError
@@ -44,6 +47,17 @@ def test_classes_that_the_annotations_lack_are_named(make_runner, tmp_path):
 def test_images_that_cannot_be_read_are_named(make_runner, tmp_path):
     said = refused(make_runner, {'test_dataloader.dataset.data_prefix': dict(img='nowhere/')}, tmp_path)
     assert 'nowhere/' in said and 'check `test_dataloader.dataset`' in said
+
+
+def test_images_that_no_reader_knows_are_told(make_runner, config_file, tmp_path):
+    shutil.copytree(config_file.parent / 'val', tmp_path / 'val')
+    for image in (tmp_path / 'val').glob('*.png'):
+        image.write_bytes(b'no image')
+    pipeline = copy.deepcopy(Config.fromfile(config_file).test_dataloader.dataset.pipeline)
+    pipeline[0]['imdecode_backend'] = 'pillow'  # its error is an OSError
+    said = refused(make_runner, {'test_dataloader.dataset.data_prefix': dict(img=f'{tmp_path}/val/'),
+                                 'test_dataloader.dataset.pipeline': pipeline}, tmp_path)
+    assert said.startswith('the first evaluation image cannot be read: UnidentifiedImageError')
 
 
 def test_annotations_of_other_images_are_refused(make_runner, annotations, tmp_path):
