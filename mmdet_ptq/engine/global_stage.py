@@ -54,10 +54,14 @@ def train_global(runner: PTQRunner) -> None:
         for key in ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt'):
             runner.message_hub.runtime_info.pop(key, None)
         runner.train()
-        best = runner.message_hub.runtime_info.get('best_ckpt')
+        info = runner.message_hub.runtime_info
+        best = info.get('best_ckpt')
         if best is not None:
             print_log(f'the state with the least held-out loss is kept: {Path(best).stem}', 'current')
-            runner.load_checkpoint(best, strict=True)
+        # the last from its file, too: hooks such as EMAHook put other weights there than they train. They undo that in
+        # a file that training goes on from
+        runner._resume = False
+        runner.load_checkpoint(best or info['last_ckpt'], strict=True)
     runner._has_loaded = True
     runner.detector.eval()
 

@@ -224,3 +224,24 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert stages['observe'] is (interrupt not in (in_float_evaluation, in_prepare, in_observe))
     assert stages['global'] is late
     assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize('holdout', [0.0, 0.25])
+def test_a_running_average_is_the_result_of_a_resumed_run_too(holdout, make_runner, tmp_path, monkeypatch):
+    """mmengine's EMAHook saves the average, and swaps it with what is trained where training goes on from a file."""
+    changes = {'ptq.global_loss.hooks': [dict(type='EMAHook', momentum=0.3)], 'ptq.global_loss.holdout': holdout}
+    states = {}
+    for name in ('once', 'interrupted'):
+        work_dir = tmp_path / name
+        if name == 'interrupted':
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                after_a_checkpoint(patch)
+                make_runner(changes, work_dir).calibrate()
+        make_runner(changes, work_dir, resume=name == 'interrupted').calibrate()
+        states[name] = torch.load(work_dir / 'stages' / 'global.pth', weights_only=True)['state']
+        kept = torch.load(next(work_dir.glob('global/*/best_*' if holdout else 'global/*/iter_4.pth')))
+        average, trained = ({key: kept['state_dict'][f'detector.{key}'] for key in states[name]},
+                            {key: kept['ema_state_dict'][f'module.detector.{key}'] for key in states[name]})
+        assert any(not torch.equal(average[key], trained[key]) for key in average)
+        assert all(torch.equal(value, average[key]) for key, value in states[name].items())
+    assert all(torch.equal(value, states['interrupted'][key]) for key, value in states['once'].items())
