@@ -184,9 +184,12 @@ def content_hash(digest: Any, sample: dict) -> None:
         digest: A hash of :mod:`hashlib`.
         sample: What a test pipeline returns.
     """
-    annotations = getattr(sample['data_samples'], 'gt_instances', {}).values()
-    for value in (sample['inputs'], *(getattr(value, 'tensor', value) for value in annotations)):
+    # mmengine keeps the names of the fields in a set, whose order is another in every process
+    annotations = sorted(getattr(sample['data_samples'], 'gt_instances', {}).items())
+    for name, value in (('inputs', sample['inputs']), *annotations):
+        value = getattr(value, 'tensor', value)
         if isinstance(value, torch.Tensor):
+            digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy())
 
 

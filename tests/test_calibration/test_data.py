@@ -1,6 +1,8 @@
 import copy
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmcv
 import pytest
@@ -10,7 +12,7 @@ from mmengine.registry import init_default_scope
 
 from mmdet_ptq.calibration import CalibrationDataset, LoadedSamples, source_datasets
 from mmdet_ptq.calibration import data as data_module
-from mmdet_ptq.calibration.data import inner_dataset_cfgs, test_pipeline
+from mmdet_ptq.calibration.data import content_hash, inner_dataset_cfgs, test_pipeline
 from mmdet_ptq.config import CalibrationConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_config
@@ -221,6 +223,17 @@ def test_content_knows_other_images_and_boxes_of_the_same_ids(cfg, own):
     image = _draw(own, 4)
     assert boxes.ids == image.ids == first.ids
     assert len({first.content, boxes.content, image.content}) == 3
+
+
+def test_content_does_not_depend_on_the_order_of_the_fields_of_a_sample():
+    """mmengine's order is that of a set of names, another in every process."""
+    fields = dict(labels=torch.tensor([1, 2]), bboxes=torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]))
+    digests = []
+    for instances in (fields, dict(reversed(fields.items())), fields | dict(labels=torch.tensor([2, 1]))):
+        digests.append(hashlib.sha256())
+        content_hash(digests[-1], dict(inputs=torch.ones(3, 2, 2), data_samples=SimpleNamespace(gt_instances=instances)))
+    first, other_order, other_labels = (digest.hexdigest() for digest in digests)
+    assert first == other_order != other_labels
 
 
 def test_content_of_the_users_own_batches():
