@@ -106,7 +106,7 @@ def built_subject(config: Path, size: tuple[int, int] | None, folder: Path, args
         args: The command line.
     """
     cfg = load_config(str(config), args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
     torch.manual_seed(args.seed)
     detector = build_detector(cfg)
     batches = generated_batches(size or pipeline_size(cfg), args.images, args.seed)

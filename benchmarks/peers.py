@@ -71,7 +71,7 @@ class Subject:
         self.folder = args.work_dir.resolve() / self.name
         self.cfg: Config = load_config(str(self.config), args.cfg_options)
         self.cfg.work_dir = str(self.folder / 'evaluation')
-        init_default_scope(self.cfg.get('default_scope', 'mmdet'))
+        init_default_scope(self.cfg.get('default_scope') or 'mmdet')
         block = dict(self.cfg.get('ptq') or {})
         block['calibration'] = {**block.get('calibration', {}), 'num_images': args.images, 'seed': args.seed}
         self.calibration = PTQConfig.from_dict(block, preset=args.preset).calibration
@@ -232,7 +232,8 @@ def peer_lines(subject: Subject, peer: str) -> list[dict]:
     if store.is_file():
         kept = json.loads(store.read_text(encoding='utf-8'))
         if kept['inputs'] == inputs_of(subject, peer):
-            return kept['lines']
+            # float may have failed when they were measured
+            return [{**line, 'drop_points': drop_points(subject, peer, line)} for line in kept['lines']]
     try:
         lines = [complete(subject, peer, line) for line in PEERS[peer](subject)]
     except PTQError as error:
@@ -256,16 +257,21 @@ def inputs_of(subject: Subject, peer: str) -> str:
 def complete(subject: Subject, peer: str, line: dict) -> dict:
     """Adds what every line says."""
     args, known = subject.args, versions()
-    reference = line.get('AP') if peer == 'float' else subject.float_ap
-    drop = None if reference is None or line.get('AP') is None else round(100 * (reference - line['AP']), 1)
     command = ['python', 'benchmarks/peers.py', subject.config.name, '--images', str(args.images), '--seed',
                str(args.seed), '--preset', args.preset, '--peers', peer]
     if args.cfg_options:
         command += ['--cfg-options', *args.cfg_options]
     return dict(
-        detector=subject.name, peer=peer, **line, drop_points=drop, calibration_images=args.images, seed=args.seed,
+        detector=subject.name, peer=peer, **line, drop_points=drop_points(subject, peer, line),
+        calibration_images=args.images, seed=args.seed,
         date=datetime.now(timezone.utc).date().isoformat(), **{name: known[name] for name in VERSIONS},
         **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')}, command=' '.join(command))
+
+
+def drop_points(subject: Subject, peer: str, line: dict) -> float | None:
+    """Points of AP that a line is below float; None where one of the two has none."""
+    reference = line.get('AP') if peer == 'float' else subject.float_ap
+    return None if reference is None or line.get('AP') is None else round(100 * (reference - line['AP']), 1)
 
 
 def wanted(args: argparse.Namespace) -> list[str]:

@@ -85,7 +85,7 @@ def _prepare(args: argparse.Namespace):
         # mmengine takes the GPU wherever it sees one
         os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
     elif args.device and args.device.startswith('cuda:'):
-        os.environ['CUDA_VISIBLE_DEVICES'] = args.device.removeprefix('cuda:')
+        os.environ['CUDA_VISIBLE_DEVICES'] = _visible_gpu(args.device)
     elif args.device not in (None, 'cuda'):
         raise PTQError(f'--device must be cpu, cuda or cuda:N, got {args.device!r}.')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -99,6 +99,17 @@ def _prepare(args: argparse.Namespace):
     return cfg
 
 
+def _visible_gpu(device: str) -> str:
+    """The GPU of ``cuda:N`` among those that ``CUDA_VISIBLE_DEVICES`` leaves."""
+    number = device.removeprefix('cuda:')
+    if not number.isdecimal():
+        raise PTQError(f'--device must be cpu, cuda or cuda:N, got {device!r}.')
+    visible = [name.strip() for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip()]
+    if visible and int(number) >= len(visible):
+        raise PTQError(f'--device {device} asks for more GPUs than CUDA_VISIBLE_DEVICES={",".join(visible)} leaves.')
+    return visible[int(number)] if visible else number
+
+
 def _change_block(cfg, args: argparse.Namespace, changes: dict) -> None:
     """Merges changes, the preset and the checkpoint of the command line into the config."""
     if args.preset:
@@ -108,6 +119,10 @@ def _change_block(cfg, args: argparse.Namespace, changes: dict) -> None:
     cfg.ptq = cfg.get('ptq') or {}
     if not isinstance(cfg.ptq, dict):
         raise PTQError(f'`ptq` must be a dict, got {cfg.ptq!r}.')
+    cfg.ptq.setdefault('calibration', {})
+    if not isinstance(cfg.ptq.calibration, dict):
+        raise PTQError("`ptq.calibration` must be a dict, as dict(images='data/images'), got "
+                       f'{cfg.ptq.calibration!r}.')
     cfg.merge_from_dict(dict(ptq=changes))
     if args.checkpoint:
         cfg.load_from = args.checkpoint
@@ -123,9 +138,9 @@ def _ptq(argv: list[str] | None = None) -> None:
                         help=f'a first look: ranges of at most {FAST_IMAGES} images, nothing is searched or trained')
     args = parser.parse_args(argv)
     cfg = _prepare(args)
-    changes = dict(calibration={})
+    changes = {}
     if args.seed is not None:
-        changes['calibration']['seed'] = args.seed
+        changes['calibration'] = dict(seed=args.seed)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed}
     _change_block(cfg, args, changes)
     if args.fast:

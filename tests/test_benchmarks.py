@@ -26,8 +26,7 @@ class ForeignConv(nn.Conv2d):
     """As mmcv's Conv2dAdaptivePadding is one."""
 
 
-# the benchmarks are no part of the package
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
 
 
 @pytest.fixture(autouse=True)
@@ -196,9 +195,8 @@ def test_a_peer_that_fails_or_is_missing_is_a_line_and_runs_next_time(config, tm
     monkeypatch.setitem(peers.PEERS, 'float', lambda subject: [dict(runtime='torch', AP=0.5)])
     monkeypatch.setitem(peers.PEERS, 'torch_ao', torch_ao)
     arguments = peers_arguments(config, tmp_path, '--peers', 'torch_ao')
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match='^1$'):
         peers.main(arguments)
-    assert stopped.value.code == 1
     assert read(tmp_path / 'out.csv')[1]['note'] == 'failed: ValueError: no such kernel'
     outcome['error'] = PTQError('the package x is not installed; pip install x.')
     peers.main(arguments)  # a peer that is not there is no failure
@@ -206,8 +204,11 @@ def test_a_peer_that_fails_or_is_missing_is_a_line_and_runs_next_time(config, tm
     assert 'tiny, torch_ao: skipped' in capsys.readouterr().out
     outcome['error'] = None
     peers.main(arguments)
-    line = read(tmp_path / 'out.csv')[1]
-    assert (line['AP'], line['drop_points'], line['note']) == ('0.25', '25.0', '')
+    assert [read(tmp_path / 'out.csv')[1][key] for key in ('AP', 'drop_points', 'note')] == ['0.25', '25.0', '']
+    monkeypatch.setitem(peers.PEERS, 'float', lambda subject: [dict(runtime='torch', AP=0.75)])
+    next(tmp_path.rglob('float.json')).unlink()
+    peers.main(arguments)  # what is taken over is compared with the float of now
+    assert read(tmp_path / 'out.csv')[1]['drop_points'] == '50.0'
 
 
 def test_each_of_several_detectors_has_its_own_process(config, tmp_path, monkeypatch):

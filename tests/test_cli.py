@@ -96,6 +96,28 @@ def test_a_wrong_number_of_images_with_fast(refused):
     assert '`ptq.calibration.num_images` must be' in said
 
 
+@pytest.mark.parametrize('arguments', [[], ['--fast', '--seed', '7']])
+def test_a_calibration_that_is_no_section(refused, config_file, tmp_path, arguments):
+    cfg = Config.fromfile(config_file)
+    cfg.ptq.calibration = 'data/images'
+    cfg.dump(tmp_path / 'slip.py')
+    assert '`ptq.calibration` must be a dict, as dict(images=' in refused(*arguments, config=tmp_path / 'slip.py')
+
+
+@pytest.mark.parametrize('visible, device, taken', [
+    ('', 'cuda:1', '1'), ('2,3', 'cuda:1', '3'), ('GPU-a, GPU-b', 'cuda:0', 'GPU-a')])
+def test_a_gpu_is_one_of_those_that_are_visible(refused, monkeypatch, visible, device, taken):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    assert 'torch sees no GPU' in refused('--device', device)
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == taken
+
+
+def test_a_gpu_that_is_not_visible(refused, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,3')
+    assert 'asks for more GPUs than CUDA_VISIBLE_DEVICES=2,3' in refused('--device', 'cuda:2')
+    assert 'must be cpu, cuda or cuda:N' in refused('--device', 'cuda:first')
+
+
 def test_an_unknown_preset_on_the_command_line(refused):
     assert "Did you mean 'w4a8'?" in refused('--preset', 'w4a_8')
 
@@ -250,8 +272,11 @@ def test_a_pure_python_config(config_file, tmp_path):
         'from mmdet_ptq.quantizers import AffineQuantizer\n\n'
         'with read_base():\n    from .base import *\n\n'
         'model.update(dict(type=RetinaNet))\n'
+        # as mmdet's own new-style configs have it
+        'default_scope = None\n'
         'ptq.update(dict(weights=dict(quantizer=dict(type=AffineQuantizer))))\n')
     cli.ptq([str(tmp_path / 'lazy.py'), '--work-dir', str(tmp_path / 'out')])
+    cli.test([str(tmp_path / 'lazy.py'), str(tmp_path / 'out' / 'quantized.pth')])
     detector = load_quantized(tmp_path / 'out' / 'quantized.pth')
     assert len(inference_detector(detector, str(config_file.parent / 'val' / '000000.png')).pred_instances) > 0
 

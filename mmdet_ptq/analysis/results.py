@@ -64,7 +64,7 @@ def new_results(
     Args:
         config: The config's path as the user gave it.
         recipe: The validated ``ptq`` block (:meth:`mmdet_ptq.config.PTQConfig.to_dict`).
-        seed: Seed of the calibration draw.
+        seed: Seed of the run; that of the calibration draw stands in the recipe.
         structure: The structure of the quantized detector.
         image_ids: Ids of the calibration images that were used.
         skipped: Paths of the calibration images that could not be read. Defaults to none.

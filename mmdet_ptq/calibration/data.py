@@ -126,6 +126,7 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
     for source in sources:
         # test mode: nothing is filtered and an unreadable image is not replaced by another in silence
         source = {**copy.deepcopy(dict(source)), 'pipeline': pipeline, 'test_mode': True}
+        source.pop('filter_cfg', None)  # XMLDataset, of VOC and WIDER FACE, refuses one in test mode
         datasets.append(build_dataset(DATASETS, source, key))
     return datasets
 

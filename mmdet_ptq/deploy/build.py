@@ -20,7 +20,7 @@ def build_detector(config: Config) -> nn.Module:
     from mmdet.registry import MODELS
     if config.get('custom_imports'):
         import_modules_from_strings(**config['custom_imports'])
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     model = copy.deepcopy(config['model'])
     replace_sync_bn(model)
     if config.get('data_preprocessor'):

@@ -43,6 +43,6 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
         launcher=cfg.get('launcher', 'none'), env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
         log_level=cfg.get('log_level', 'INFO'), visualizer=cfg.get('visualizer'),
-        default_scope=cfg.get('default_scope', 'mmdet'),
+        default_scope=cfg.get('default_scope') or 'mmdet',
         randomness=cfg.get('randomness'),
         experiment_name=cfg.get('experiment_name'), cfg=cfg)

@@ -4,18 +4,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+from mmdet.evaluation.evaluator import MultiDatasetsEvaluator
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner, TestLoop
+from pycocotools.coco import COCO
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..deploy import integer_arithmetic
 from ..errors import PTQError
 from ..files import check_space
 from ..wrapping import is_quantized
+from .stages import file_hash, fingerprint
 
 _CHECK = 'check `test_dataloader.dataset` and `test_evaluator.ann_file`.'
 NOTHING_FOUND = ('the float detector found nothing on the evaluation images, so that there are no figures; check '
@@ -48,19 +53,45 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
         log_level=cfg.get('log_level', 'INFO'), visualizer=cfg.get('visualizer'),
-        default_scope=cfg.get('default_scope', 'mmdet'), cfg=cfg)
+        default_scope=cfg.get('default_scope') or 'mmdet', cfg=cfg)
     with evaluation_files():
         loop = runner.test_loop
     check_evaluation(loop, detector)
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
     with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
-        return {key: float(value) for key, value in runner.test().items()}
+        return figures(runner.test())
 
 
-def evaluation_inputs(cfg: Config) -> str:
-    """What an evaluation's figures depend on: the test dataloader, however its images are loaded, and the evaluator."""
+def evaluation_inputs(cfg: Config, dataset: Dataset) -> str:
+    """Hash of what an evaluation's figures depend on.
+
+    That is the test dataloader, however its images are loaded, the loop, the evaluator with the content of the files
+    that it names, and the data set's records with size and time of their images.
+
+    Args:
+        cfg: The config.
+        dataset: The data set of its test dataloader.
+    """
     loader = {key: value for key, value in (cfg.get('test_dataloader') or {}).items() if key not in LOADING}
-    return f'{loader} {cfg.get("test_evaluator")}'
+    count = len(dataset) if hasattr(dataset, 'get_data_info') else 0
+    return fingerprint(str(loader), str(cfg.get('test_cfg')), str(cfg.get('test_evaluator')),
+                       [file_hash(path) for path in _named_files(cfg.get('test_evaluator'))],
+                       [_record(dataset.get_data_info(index)) for index in range(count)])
+
+
+def _named_files(value: object) -> list[str]:
+    """The files among a config's values."""
+    if isinstance(value, dict):
+        return [path for item in value.values() for path in _named_files(item)]
+    if isinstance(value, list | tuple):
+        return [path for item in value for path in _named_files(item)]
+    return [value] if isinstance(value, str) and Path(value).is_file() else []
+
+
+def _record(info: dict) -> list[str]:
+    path = Path(str(info.get('img_path')))
+    known = path.stat() if path.is_file() else None
+    return [str(sorted(info.items())), *([] if known is None else [str(known.st_size), str(known.st_mtime_ns)])]
 
 
 @contextmanager
@@ -105,30 +136,56 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
         except Exception as error:  # of any step of the pipeline
             raise PTQError(f'the first evaluation image cannot be read: {type(error).__name__}: {error}; check '
                            '`test_dataloader.dataset`.') from error
-    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    classes = dataset_meta(dataset).get('classes')
     known = next((module.num_classes for module in detector.modules() if isinstance(module, BaseDenseHead | BBoxHead)
                   and hasattr(module, 'num_classes')), None)
     if classes is not None and known is not None and len(classes) < known:
         print_log(f'the detector has {known} classes, `test_dataloader.dataset.metainfo.classes` names {len(classes)}; '
                   'evaluators that look for the others fail.', 'current', level=30)
-    for metric in loop.evaluator.metrics:
+    metrics = loop.evaluator.metrics
+    if metrics and all(getattr(metric, 'format_only', False) for metric in metrics):
+        print_log('`test_evaluator.format_only` writes detections to files and gives no figures.', 'current', level=30)
+    # MultiDatasetsEvaluator gives each metric the images of its own part
+    parts = dataset.datasets if isinstance(loop.evaluator, MultiDatasetsEvaluator) else [dataset] * len(metrics)
+    for metric, part in zip(metrics, parts, strict=False):
         annotations = getattr(metric, '_coco_api', None)
-        if annotations is None:
-            continue
-        names = [category['name'] for category in annotations.cats.values()]
-        missing = [name for name in classes or () if name not in names]
-        if missing:
-            raise PTQError(f'`test_dataloader.dataset.metainfo.classes` names {", ".join(map(repr, missing[:3]))}'
-                           f'{", ..." * (len(missing) > 3)}, which `test_evaluator.ann_file` does not have; its '
-                           f'categories are {", ".join(names[:10])}{", ..." * (len(names) > 10)}.')
-        if hasattr(dataset, 'get_data_info'):
-            images = set(annotations.getImgIds())
-            strange = [dataset.get_data_info(index).get('img_id') for index in range(len(dataset))]
-            strange = [name for name in strange if name not in images]
-            if strange:
-                raise PTQError(f'{len(strange)} of {len(dataset)} evaluation images, the first with the id '
-                               f'{strange[0]!r}, are not in `test_evaluator.ann_file`; it must be the annotation file '
-                               'of `test_dataloader.dataset`.')
+        if annotations is not None:
+            _check_annotations(annotations, part)
+
+
+def _check_annotations(annotations: COCO, dataset: Dataset) -> None:
+    classes = dataset_meta(dataset).get('classes') or ()
+    names = [category['name'] for category in annotations.cats.values()]
+    missing = [name for name in classes if name not in names]
+    if missing:
+        raise PTQError(f'`test_dataloader.dataset.metainfo.classes` names {", ".join(map(repr, missing[:3]))}'
+                       f'{", ..." * (len(missing) > 3)}, which `test_evaluator.ann_file` does not have; its '
+                       f'categories are {", ".join(names[:10])}{", ..." * (len(names) > 10)}.')
+    if hasattr(dataset, 'get_data_info'):
+        images = set(annotations.getImgIds())
+        strange = [dataset.get_data_info(index).get('img_id') for index in range(len(dataset))]
+        strange = [name for name in strange if name not in images]
+        if strange:
+            raise PTQError(f'{len(strange)} of {len(dataset)} evaluation images, the first with the id '
+                           f'{strange[0]!r}, are not in `test_evaluator.ann_file`; it must be the annotation file '
+                           'of `test_dataloader.dataset`.')
+
+
+def dataset_meta(dataset: Dataset | None) -> dict:
+    """What a data set says of its classes; the first part's where the parts of a concatenation differ."""
+    meta = getattr(dataset, 'metainfo', None) or {}
+    return meta[0] if isinstance(meta, list) else meta
+
+
+def figures(metrics: dict) -> dict[str, float]:
+    """What an evaluator returned, as numbers; what is none of them is told and left out."""
+    numbers = {}
+    for key, value in metrics.items():
+        try:
+            numbers[key] = float(value)
+        except (TypeError, ValueError):
+            print_log(f'{key} of the evaluator is no number and is left out: {str(value)[:80]}', 'current', level=30)
+    return numbers
 
 
 def evaluation_hooks(hooks: dict | None) -> dict:

@@ -1,6 +1,7 @@
 """Loading the trained float detector, and refusing what does not belong to it."""
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -31,9 +32,12 @@ def load_float_checkpoint(detector: nn.Module, path: str) -> None:
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise PTQError(f'{path!r} holds no `state_dict`; give a checkpoint written by mmdet.')
-    state = {key.removeprefix('module.'): value for key, value in state.items() if isinstance(value, Tensor)}
-    _check_fit(detector, state, path)
-    detector.load_state_dict(state, strict=False)
+    tensors = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items()
+                          if isinstance(value, Tensor))
+    # tells layers of which version of theirs the tensors are: mmdet's rename those of early ones
+    tensors._metadata = {key.removeprefix('module.'): value for key, value in getattr(state, '_metadata', {}).items()}
+    _check_finite(tensors, path)
+    _load(detector, tensors, path)
     print_log(f'loaded the float detector from {path}', 'current')
 
 
@@ -47,21 +51,38 @@ def _read(path: str) -> object:
                        'and give the local file.') from error
 
 
-def _check_fit(detector: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    own = {k: v for k, v in detector.state_dict().items() if not k.endswith('num_batches_tracked')}
-    missing = [k for k in own if k not in state and not k.startswith('data_preprocessor.')]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    wrong = missing + shapes
-    if wrong:
-        first = wrong[0]
-        what = 'is missing' if first in missing else f'is {tuple(state[first].shape)}, not {tuple(own[first].shape)}'
-        raise PTQError(f'the checkpoint {Path(path).name} does not fit the model: {len(wrong)} of {len(own)} '
-                       f'tensors do not match (first: {first} {what}); give the checkpoint of this config.')
-    extra = [k for k in state if k not in own and not k.endswith('num_batches_tracked')]
-    if extra:
-        print_log(f'{len(extra)} tensors of the checkpoint are not in the model and are ignored (first: {extra[0]})',
-                  'current', level=30)
+def _check_finite(state: dict[str, Tensor], path: str) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PTQError(f'the weight {key} of {Path(path).name} holds NaN or infinity; the checkpoint is '
                            'damaged, train or load it again.')
+
+
+def _load(detector: nn.Module, state: dict[str, Tensor], path: str) -> None:
+    """Loads the tensors; what is missing or left over is known only after layers have renamed those of their past."""
+    own = {key: value for key, value in detector.state_dict().items() if not _is_counter(key)}
+    try:
+        missing, extra = detector.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+        first = shapes[0] if shapes else None
+        told = (f'{first} is {tuple(state[first].shape)}, not {tuple(own[first].shape)}' if shapes
+                else ' '.join(str(error).splitlines()[-1].split()).rstrip('.'))
+        missing = [key for key in own if key not in state and not key.startswith('data_preprocessor.')]
+        raise _misfit(path, len(shapes or (1, )) + len(missing), len(own), told) from error
+    missing = [key for key in missing if not _is_counter(key) and not key.startswith('data_preprocessor.')]
+    if missing:
+        raise _misfit(path, len(missing), len(own), f'{missing[0]} is missing')
+    extra = [key for key in extra if not _is_counter(key)]
+    if extra:
+        print_log(f'{len(extra)} tensors of the checkpoint are not in the model and are ignored (first: {extra[0]})',
+                  'current', level=30)
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith('num_batches_tracked')
+
+
+def _misfit(path: str, wrong: int, count: int, first: str) -> PTQError:
+    return PTQError(f'the checkpoint {Path(path).name} does not fit the model: {wrong} of {count} tensors do not match '
+                    f'(first: {first}); give the checkpoint of this config.')

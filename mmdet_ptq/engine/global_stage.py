@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..calibration.augment import Augmented
 from ..config import GlobalLossConfig
 from ..errors import PTQError
 from ..predictions import AlignedPredictions, predict_aligned
-from .optim import train_only_quantization
+from .optim import by_iterations, train_only_quantization
 from .stages import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def train_global(runner: PTQRunner) -> None:
         for key in ('best_score', 'best_ckpt', 'keep_ckpt_ids', 'last_ckpt'):
             runner.message_hub.runtime_info.pop(key, None)
         runner.train()
+        barrier()  # the main process may still be writing
         info = runner.message_hub.runtime_info
         best = info.get('best_ckpt')
         if best is not None:
@@ -71,9 +72,9 @@ def _optimizer(cfg: GlobalLossConfig) -> tuple[dict, list[dict]]:
     optimizer = dict(
         **copy.deepcopy(cfg.optim_wrapper), constructor='mmdet_ptq.QuantizationParamsConstructor',
         paramwise_cfg=cfg.rates())
-    schedulers = copy.deepcopy(cfg.param_scheduler) or [dict(
-        type='CosineAnnealingLR', by_epoch=False, begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
-    return optimizer, schedulers
+    schedulers = cfg.param_scheduler or [dict(
+        type='CosineAnnealingLR', begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
+    return optimizer, [by_iterations(scheduler) for scheduler in schedulers]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from mmengine.hooks import Hook
@@ -32,6 +33,13 @@ class FilteredGlobalLossHook(Hook):
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector = detector.eval()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Lets files that the checkpoint names be those of this work directory, which may have been moved."""
+        info = checkpoint.get('message_hub', {}).get('runtime_info', {})
+        for key in ('best_ckpt', 'last_ckpt'):
+            if info.get(key):
+                info[key] = str(Path(runner.work_dir) / Path(info[key]).name)
 
     def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop

@@ -1,6 +1,7 @@
 """One learning rate per quantization parameter, relative to its size."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 from mmengine.optim import OptimWrapper
@@ -89,3 +90,12 @@ def build_wrapper(cfg: dict, groups: list[dict]) -> OptimWrapper:
     cfg = {'type': 'OptimWrapper', 'optimizer': {}, **cfg}
     optimizer = OPTIMIZERS.build({'type': 'Adam', **cfg.pop('optimizer'), 'params': groups})
     return OPTIM_WRAPPERS.build({**cfg, 'optimizer': optimizer})
+
+
+def by_iterations(scheduler: dict) -> dict:
+    """A scheduler's config, by iterations where it says nothing.
+
+    mmengine's default, by epochs, would never take a step in a loop over iterations.
+    """
+    default = {} if scheduler.get('convert_to_iter_based') else dict(by_epoch=False)
+    return {**default, **copy.deepcopy(scheduler)}

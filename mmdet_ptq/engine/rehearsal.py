@@ -13,7 +13,7 @@ from torch import nn
 from ..calibration import FilteredGlobalLoss
 from ..config import GlobalLossConfig
 from ..errors import PTQError, did_you_mean
-from .optim import build_wrapper
+from .optim import build_wrapper, by_iterations
 
 KEY = 'ptq.global_loss'
 
@@ -44,7 +44,12 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
     optimizer = _built(f'{KEY}.optim_wrapper', lambda: build_wrapper(wrapper, groups))
     for index, scheduler in enumerate(cfg.param_scheduler or ()):
         key = f'{KEY}.param_scheduler[{index}]'
-        scheduler = _type(key, PARAM_SCHEDULERS, scheduler, ('convert_to_iter_based',))
+        scheduler = _type(key, PARAM_SCHEDULERS, scheduler, ())
+        if scheduler.get('by_epoch') and not scheduler.get('convert_to_iter_based'):
+            raise PTQError(f'`{key}.by_epoch` must be False, or `convert_to_iter_based` True: the global stage counts '
+                           'iterations, not epochs.')
+        scheduler = by_iterations(scheduler)
+        scheduler.pop('convert_to_iter_based', None)
         _built(key, lambda s=scheduler: PARAM_SCHEDULERS.build(s, default_args=dict(optimizer=optimizer)))
     for index, hook in enumerate(cfg.hooks):
         key = f'{KEY}.hooks[{index}]'

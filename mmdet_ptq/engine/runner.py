@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from ..files import check_space, load_tensors
 from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .arguments import runner_arguments
-from .evaluation import NOTHING_FOUND, check_evaluation, evaluation_files, evaluation_inputs
+from .evaluation import NOTHING_FOUND, check_evaluation, dataset_meta, evaluation_files, evaluation_inputs, figures
 from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
@@ -100,6 +101,7 @@ class PTQRunner(Runner):
         if randomness.get('seed') is None:
             # mmengine would draw another seed in every run, and nothing could be resumed
             randomness['seed'] = self.ptq.calibration.seed
+        randomness['diff_rank_seed'] = False  # all ranks calibrate one detector
         for name in self.ptq.export:
             get_runtime(name)
         check_space(work_dir, 0)
@@ -186,10 +188,10 @@ class PTQRunner(Runner):
     def calibration(self) -> CalibrationDataset:
         """The calibration images, read on first use."""
         if self._calibration is None:
-            cfg = self.ptq.calibration
+            cfg, loss = self.ptq.calibration, self.ptq.global_loss
+            annotated = loss is not None and loss.target == 'ground_truth'
             self._calibration = CalibrationDataset(
-                source_datasets(self.cfg, cfg, self._needs_annotations), cfg.num_images, cfg.seed,
-                self._evaluation_dataset())
+                source_datasets(self.cfg, cfg, annotated), cfg.num_images, cfg.seed, self._evaluation_dataset())
         return self._calibration
 
     def load(self) -> None:
@@ -289,7 +291,7 @@ class PTQRunner(Runner):
     def evaluate_float(self) -> None:
         """Evaluates the float detector; a wrong checkpoint or evaluation shows before the calibration."""
         self._float_figures, _ = self.stages.run(
-            'evaluate_float', fingerprint(self._model_inputs(), evaluation_inputs(self.cfg)),
+            'evaluate_float', fingerprint(self._model_inputs(), self._evaluation_inputs),
             lambda: self.evaluate_detector(self.float_detector))
         if not self._float_figures:
             print_log(NOTHING_FOUND, 'current', level=30)
@@ -312,8 +314,7 @@ class PTQRunner(Runner):
             with integer_arithmetic(self.detector):
                 return self.evaluate_detector(self.detector)
 
-        row, _ = self.stages.run(
-            'evaluate_simulated', self._quantized_inputs(), simulated)
+        row, _ = self.stages.run('evaluate_simulated', self._quantized_inputs(), simulated)
         self._row('simulated', row, quantized.stat().st_size, bops(self.structure))
 
     def export(self) -> None:
@@ -336,7 +337,7 @@ class PTQRunner(Runner):
         state, taken_over = self.stages.run(stage, inputs, work)
         if taken_over and state.get('files') != stored_files(Path(self.work_dir) / folder):
             print_log(f'stage {stage}: the model in {folder} is gone or another one; it runs again', 'current')
-            self.stages.path(stage).unlink()
+            self.stages.path(stage).unlink(missing_ok=True)
             state, _ = self.stages.run(stage, inputs, work)
         return state
 
@@ -406,7 +407,6 @@ class PTQRunner(Runner):
     def _save_quantized(self) -> None:
         """Writes the integer checkpoint and goes on with the detector rebuilt from it."""
         path = Path(self.work_dir) / QUANTIZED
-        meta = getattr(self._evaluation_dataset(), 'metainfo', None)
         settle_biases(self.detector, self.structure)
         if is_main_process():
             for stale in (RESULTS, REPORT):  # of the checkpoint that is replaced
@@ -416,7 +416,7 @@ class PTQRunner(Runner):
         self.detector = copy.deepcopy(self.float_detector)
         load_quantized_state(self.detector, read_quantized(path))
         self.detector.to(self._device).eval()
-        self.detector.dataset_meta = self.float_detector.dataset_meta = meta or {}
+        self.detector.dataset_meta = self.float_detector.dataset_meta = dataset_meta(self._evaluation_dataset())
         size, limit = path.stat().st_size, self.protection and self.protection.size_limit
         print_log(f'{path.name}: {size / 2**20:.2f} MiB', 'current')
         if limit and size > limit:
@@ -430,13 +430,13 @@ class PTQRunner(Runner):
     def _quantized_state(self) -> dict:
         # where and how often it was run is no part of the detector: a resumed run writes the same file
         config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
-        meta = getattr(self._evaluation_dataset(), 'metainfo', None)
+        meta = dataset_meta(self._evaluation_dataset())
         return quantized_state(self.detector, self.structure, config, meta, self.input_shape)
 
     def evaluate_detector(self, detector: nn.Module) -> dict[str, float]:
         """Every figure of the config's evaluator for a detector."""
         self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), detector)
-        return {key: float(value) for key, value in self.test().items()}
+        return figures(self.test())
 
     def _row(self, model: str, metrics: dict, size: int, operations: int, latency_ratio: float | None = None) -> None:
         self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio))
@@ -461,7 +461,11 @@ class PTQRunner(Runner):
 
     def _quantized_inputs(self) -> str:
         """Hash of the quantized detector and of what it is evaluated on."""
-        return fingerprint(self.inputs['global'], evaluation_inputs(self.cfg), tensor_hash(self.detector.state_dict()))
+        return fingerprint(self.inputs['global'], self._evaluation_inputs, tensor_hash(self.detector.state_dict()))
+
+    @cached_property
+    def _evaluation_inputs(self) -> str:
+        return evaluation_inputs(self.cfg, self._evaluation_dataset())
 
     def _state(self) -> dict:
         return dict(structure=self.structure.to_dict(), model=self.detector.state_dict())
@@ -484,10 +488,6 @@ class PTQRunner(Runner):
     def _load(self, state: dict) -> None:
         self.detector.load_state_dict(state)
         self.detector.to(self._device)
-
-    @property
-    def _needs_annotations(self) -> bool:
-        return self.ptq.global_loss is not None and self.ptq.global_loss.target == 'ground_truth'
 
     @property
     def _device(self) -> torch.device:

@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ..errors import PTQError
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, save_tensors, write_json
 from ..version import __version__
 
 STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global', 'evaluate', 'export', 'report')
@@ -145,12 +145,29 @@ class StageStore:
         record = self.finished(name, inputs)
         if record is not None:
             return record.state, True
-        with self.timed(name):
+        with self._added_up(name, inputs), self.timed(name):
             state = work()
         if is_main_process():
             save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[name], state=state))
         barrier()
         return state, False
+
+    @contextmanager
+    def _added_up(self, name: str, inputs: str) -> Iterator[None]:
+        """Keeps the time of an interrupted stage, and adds it to that of the run that finishes it."""
+        path = self.folder / f'{name}_interrupted.json'
+        before = json.loads(path.read_text(encoding='utf-8')) if self.resume and path.is_file() else {}
+        spent = before.get('seconds', 0.0) if before.get('inputs') == inputs else 0.0
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            if is_main_process():
+                write_json(path, dict(inputs=inputs, seconds=round(spent + time.perf_counter() - start, 2)))
+            raise
+        self.seconds[name] = round(self.seconds[name] + spent, 2)
+        if is_main_process():
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -82,7 +82,7 @@ def test_everything_of_the_run_is_told(page, tiny, results):
     for told in (
         'observe 2.5',
         'together 3.8',
-        'Calibrated on 3 images (seed 7, 3 ids',
+        'Calibrated on 3 images (seed 0, that of the run 7, 3 ids',
         '1 could not be read',
         'broken.jpg',
         'w8a8_observe',

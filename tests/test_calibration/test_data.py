@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mmcv
+import numpy as np
 import pytest
 import torch
 from mmdet.registry import DATASETS
@@ -225,13 +226,31 @@ def test_content_knows_other_images_and_boxes_of_the_same_ids(cfg, own):
     assert len({first.content, boxes.content, image.content}) == 3
 
 
+def test_a_voc_set_is_calibrated_on_with_its_stock_filter(tmp_path):
+    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (tmp_path / 'VOC2007' / name).mkdir(parents=True)
+    for name in ('one', 'two'):
+        mmcv.imwrite(np.zeros((64, 64, 3), np.uint8), str(tmp_path / 'VOC2007' / 'JPEGImages' / f'{name}.jpg'))
+        (tmp_path / 'VOC2007' / 'Annotations' / f'{name}.xml').write_text(
+            '<annotation><size><width>64</width><height>64</height></size><object><name>dog</name>'
+            '<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>40</xmax><ymax>40</ymax></bndbox></object></annotation>')
+    (tmp_path / 'VOC2007' / 'ImageSets' / 'Main' / 'train.txt').write_text('one\ntwo\n')
+    voc = dict(type='VOCDataset', data_root=f'{tmp_path}/', ann_file='VOC2007/ImageSets/Main/train.txt',
+               data_prefix=dict(sub_data_root='VOC2007/'),
+               filter_cfg=dict(filter_empty_gt=True, min_size=32, bbox_min_size=32))
+    cfg = dict(train_dataloader=dict(dataset=dict(type='RepeatDataset', times=3, dataset=voc)), test_dataloader=dict(
+        dataset=dict(pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])))
+    assert [len(dataset) for dataset in source_datasets(cfg, CalibrationConfig())] == [2]
+
+
 def test_content_does_not_depend_on_the_order_of_the_fields_of_a_sample():
     """mmengine's order is that of a set of names, another in every process."""
     fields = dict(labels=torch.tensor([1, 2]), bboxes=torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]))
     digests = []
     for instances in (fields, dict(reversed(fields.items())), fields | dict(labels=torch.tensor([2, 1]))):
         digests.append(hashlib.sha256())
-        content_hash(digests[-1], dict(inputs=torch.ones(3, 2, 2), data_samples=SimpleNamespace(gt_instances=instances)))
+        sample = dict(inputs=torch.ones(3, 2, 2), data_samples=SimpleNamespace(gt_instances=instances))
+        content_hash(digests[-1], sample)
     first, other_order, other_labels = (digest.hexdigest() for digest in digests)
     assert first == other_order != other_labels
 

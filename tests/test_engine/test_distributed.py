@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import torch
 import torch.multiprocessing
 from mmengine.config import Config
+from mmengine.runner import runner
+from mmengine.runner.checkpoint import save_checkpoint
 
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.testing import tiny_config
@@ -13,12 +16,13 @@ from mmdet_ptq.testing import tiny_config
 RECIPE = dict(
     preset='w8a8_observe', weights=dict(bits=4), activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
     calibration=dict(num_images=8, batch_size=2), reconstruct=dict(iters=2, rounding='latent', holdout=0.25),
-    bias_correction=True)
+    bias_correction=True, global_loss=dict(iters=2, batch_size=2, holdout=0.0))
 
 
 def calibrate(rank: int, port: int, folder: str) -> None:
     """What one of two ranks does; on a GPU mmengine's launcher makes the group."""
     torch.set_num_threads(1)
+    runner.save_checkpoint = slow_save  # only one rank writes, the other must wait
     torch.distributed.init_process_group('gloo', init_method=f'tcp://localhost:{port}', rank=rank, world_size=2)
     detector = run(folder, 'two')
     torch.save(detector.state_dict(), f'{folder}/{rank}.pt')
@@ -27,8 +31,13 @@ def calibrate(rank: int, port: int, folder: str) -> None:
 
 def run(folder: str, name: str) -> torch.nn.Module:
     cfg = Config.fromfile(f'{folder}/tiny.py')
-    cfg.work_dir = f'{folder}/{name}'
+    cfg.work_dir, cfg.randomness = f'{folder}/{name}', dict(seed=0, diff_rank_seed=True)
     return PTQRunner.from_cfg(cfg).calibrate()
+
+
+def slow_save(checkpoint: dict, filename: str, **kwargs) -> None:
+    time.sleep(1)
+    save_checkpoint(checkpoint, filename, **kwargs)
 
 
 def test_every_rank_ends_with_the_same_detector_reconstructed_as_by_one(tmp_path):

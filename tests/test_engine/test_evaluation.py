@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmengine.config import Config
 
-from mmdet_ptq.engine.evaluation import NOTHING_FOUND
+from mmdet_ptq.engine.evaluation import NOTHING_FOUND, figures
 from mmdet_ptq.errors import PTQError
 
 
@@ -112,3 +113,51 @@ def test_fewer_classes_than_the_head_has_are_warned_of(make_runner, monkeypatch)
     runner.begin()
     assert said == ['the detector has 3 classes, `test_dataloader.dataset.metainfo.classes` names 2; evaluators that '
                     'look for the others fail.']
+
+
+@pytest.fixture
+def two_parts(config_file, tmp_path):
+    """Changes that make the evaluation one of two data sets with other image ids, each with a metric of its own."""
+    cfg, path = Config.fromfile(config_file), config_file.parent / 'annotations' / 'instances_val.json'
+    second = json.loads(path.read_text())
+    for image in second['images']:
+        image['id'] += 1000
+    for annotation in second['annotations']:
+        annotation['image_id'] += 1000
+    (tmp_path / 'second.json').write_text(json.dumps(second))
+    first, other = (copy.deepcopy(cfg.test_dataloader.dataset) for _ in range(2))
+    other.ann_file = str(tmp_path / 'second.json')
+    other.metainfo = {**other.metainfo, 'palette': [(1, 2, 3)] * 3}  # the concatenation then has a list of metainfos
+    metrics = [dict(type='CocoMetric', metric='bbox', ann_file=str(file)) for file in (path, tmp_path / 'second.json')]
+    return {'test_dataloader.dataset': dict(_delete_=True, type='ConcatDataset', datasets=[first, other]),
+            'test_evaluator': dict(_delete_=True, type='MultiDatasetsEvaluator', metrics=metrics,
+                                   dataset_prefixes=['one', 'two']),
+            'ptq.global_loss': None}
+
+
+def test_each_metric_of_several_data_sets_is_checked_against_its_own(two_parts, make_runner):
+    runner = make_runner(two_parts)
+    runner.run()
+    metrics = runner.results['rows'][-1]['metrics']
+    assert metrics['one/coco/bbox_mAP'] == metrics['two/coco/bbox_mAP']
+    assert runner.detector.dataset_meta['classes'] == ('red', 'green', 'blue')
+
+
+def test_annotations_of_other_images_are_refused_in_a_part_too(two_parts, make_runner, tmp_path):
+    metrics = two_parts['test_evaluator']['metrics']
+    metrics[0]['ann_file'] = metrics[1]['ann_file']
+    assert 'are not in `test_evaluator.ann_file`' in refused(make_runner, two_parts, tmp_path)
+
+
+def test_an_evaluator_that_only_writes_files_is_told(make_runner, config_file, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda text, *args, **kwargs: told.append(text))
+    make_runner({'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': str(tmp_path / 'out')}).begin()
+    assert [text for text in told if 'format_only' in text and 'no figures' in text]
+
+
+def test_figures_that_are_no_numbers_are_left_out(monkeypatch):
+    told = []
+    monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda text, *args, **kwargs: told.append(text))
+    assert figures(dict(map=np.float32(0.5), copypaste='0.5 0.6', sizes=[1, 2])) == dict(map=0.5)
+    assert len(told) == 2 and 'copypaste' in told[0]

@@ -16,6 +16,7 @@ BAD = [
     (dict(optim_wrapper=dict(paramwise_cfg=dict(bias_lr_mult=2))), ['optim_wrapper.paramwise_cfg`', '`bias_lr`']),
     (dict(param_scheduler=[dict(type='CosineAnealingLR')]), ['param_scheduler[0].type` is ', "'CosineAnnealingLR'"]),
     (dict(param_scheduler=[dict(type='StepLR', by_epoch=False)]), ['param_scheduler[0]` cannot', 'step_size']),
+    (dict(param_scheduler=[dict(type='StepLR', step_size=1, by_epoch=True)]), ['param_scheduler[0].by_epoch` must be']),
     (dict(param_scheduler=[dict(by_epoch=False)]), ['param_scheduler[0]` must be a dict with a `type`']),
     (dict(hooks=[dict(type='EMAHok')]), ['hooks[0].type` is ', "'EMAHook'"]),
     (dict(hooks=[dict(type='ProfilerHook', unknown=1)]), ['hooks[0]` cannot be built', 'unknown']),

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 
 from mmdet_ptq import cli
@@ -111,6 +113,39 @@ def test_another_preprocessor_runs_again(config_file, tmp_path, stages):
     again.calibrate()
     again.evaluate()
     assert stages == dict.fromkeys(('prepare', 'observe', 'evaluate_float', 'evaluate_simulated'), False)
+
+
+@pytest.mark.parametrize('change', ['annotations', 'image'])
+def test_a_changed_evaluation_is_evaluated_again(change, config_file, make_runner, tmp_path, stages):
+    data = tmp_path / 'data'
+    shutil.copytree(config_file.parent, data)
+    changes = {'test_dataloader.dataset.data_root': str(data), 'ptq.global_loss': None,
+               'test_evaluator.ann_file': str(data / 'annotations' / 'instances_val.json')}
+    make_runner(changes).run()
+    if change == 'annotations':
+        path = data / 'annotations' / 'instances_val.json'
+        annotations = json.loads(path.read_text())
+        annotations['annotations'][0]['bbox'][2] += 1
+        path.write_text(json.dumps(annotations))
+    else:
+        path = next((data / 'val').glob('*.png'))
+        path.write_bytes(path.read_bytes() + b' ')
+    make_runner(changes, resume=True).run()
+    assert stages == dict(prepare=True, observe=True, evaluate_float=False, evaluate_simulated=False)
+
+
+def test_a_moved_work_directory_goes_on_in_the_global_stage(make_runner, tmp_path, monkeypatch):
+    changes = {'ptq.global_loss.lr': 2.0}  # it only gets worse, so the best state is one from before it was moved
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after_a_checkpoint(patch)
+        make_runner(changes, tmp_path / 'before').calibrate()
+    (tmp_path / 'before').rename(tmp_path / 'after')
+    DetLocalVisualizer._instance_dict.pop('visualizer', None)  # of another process, it would write to the new folder
+    make_runner(changes, tmp_path / 'after', resume=True).calibrate()
+    assert not (tmp_path / 'before').exists()
+    before, after = (torch.load(tmp_path / 'after' / 'stages' / f'{name}.pth', weights_only=True)['state']
+                     for name in ('observe', 'global'))
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
 def test_protection_asks_for_the_runtimes():

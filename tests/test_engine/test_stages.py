@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
+
+import pytest
 import torch
 
 from mmdet_ptq.engine.stages import StageStore, fingerprint, latest_checkpoint
@@ -25,6 +29,28 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path):
     except ZeroDivisionError:
         pass
     assert store.finished('observe', 'x') is None
+
+
+def test_the_time_of_an_interrupted_stage_is_added(tmp_path):
+    def work(ends: bool) -> None:
+        time.sleep(0.2)
+        if not ends:
+            raise KeyboardInterrupt
+
+    def seconds(inputs: str, ends: bool, resume: bool = True) -> float | None:
+        store = StageStore(tmp_path, resume)
+        with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+            store.run('observe', inputs, lambda: work(ends))
+        return store.seconds.get('observe')
+
+    for _ in range(2):
+        assert seconds('x', ends=False) is None
+    assert 0.6 <= seconds('x', ends=True) < 1
+    assert 0.6 <= seconds('x', ends=True) < 1  # taken over
+    assert seconds('y', ends=False) is None
+    assert seconds('z', ends=True) < 0.4  # of another config
+    assert seconds('y', ends=False) is None
+    assert seconds('y', ends=True, resume=False) < 0.4
 
 
 def test_a_damaged_stage_file_counts_as_unfinished(tmp_path):

@@ -1,0 +1,65 @@
+"""Float checkpoints are loaded as mmengine loads them, and nothing is left out in silence."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmdet.models import FCOSHead
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmdet_ptq import PTQError
+from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
+from mmdet_ptq.testing import tiny_model_cfg
+
+
+@MODELS.register_module()
+class AuxiliaryHead(FCOSHead):
+    """A user's head, with a layer whose name early versions of mmdet gave to another."""
+
+    def _init_predictor(self) -> None:
+        super()._init_predictor()
+        self.aux_cls = nn.Conv2d(self.feat_channels, self.cls_out_channels, 3, padding=1)
+
+
+def fcos(head: str, seed: int) -> nn.Module:
+    init_default_scope('mmdet')
+    cfg = copy.deepcopy(tiny_model_cfg('retinanet'))
+    cfg.update(type='FCOS', train_cfg=None, bbox_head=dict(
+        type=head, num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1, norm_cfg=dict(type='BN'),
+        strides=(8, 16, 32)))
+    torch.manual_seed(seed)
+    return MODELS.build(cfg)
+
+
+def test_layers_with_names_of_early_versions_get_their_weights(tmp_path):
+    trained, detector = fcos('AuxiliaryHead', 1), fcos('AuxiliaryHead', 2)
+    torch.save(dict(state_dict=trained.state_dict()), tmp_path / 'float.pth')
+    load_float_checkpoint(detector, str(tmp_path / 'float.pth'))
+    state = trained.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in detector.state_dict().items())
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_early_checkpoints_are_renamed_as_mmdet_does(tmp_path, prefix):
+    trained, detector = fcos('FCOSHead', 1), fcos('FCOSHead', 2)
+    early = {prefix + key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): value
+             for key, value in trained.state_dict().items()}
+    torch.save(dict(state_dict=early), tmp_path / 'early.pth')
+    load_float_checkpoint(detector, str(tmp_path / 'early.pth'))
+    assert torch.equal(detector.bbox_head.conv_cls.weight, trained.bbox_head.conv_cls.weight)
+    del early[f'{prefix}bbox_head.fcos_cls.bias']
+    torch.save(dict(state_dict=early), tmp_path / 'early.pth')
+    with pytest.raises(PTQError, match='1 of [0-9]+ tensors do not match .first: bbox_head.conv_cls.bias is missing'):
+        load_float_checkpoint(fcos('FCOSHead', 2), str(tmp_path / 'early.pth'))
+
+
+def test_a_renamed_tensor_of_another_shape_is_told(tmp_path):
+    early = {key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): value
+             for key, value in fcos('FCOSHead', 1).state_dict().items()}
+    early['bbox_head.fcos_cls.bias'] = torch.zeros(7)
+    torch.save(dict(state_dict=early), tmp_path / 'early.pth')
+    with pytest.raises(PTQError, match='does not fit the model.*bbox_head.conv_cls.bias.*7'):
+        load_float_checkpoint(fcos('FCOSHead', 2), str(tmp_path / 'early.pth'))
