@@ -166,7 +166,7 @@ class GlobalLossConfig:
             Defaults to 50.
         log_interval: Iterations between two log lines. Defaults to 10.
         optim_wrapper: mmengine optimizer wrapper, Adam by default; its learning rate is set by ``lr``.
-        param_scheduler: mmengine schedulers; by default a cosine from ``lr`` to 0.
+        param_scheduler: mmengine schedulers, by iterations; by default a cosine from ``lr`` to 0.
         hooks: Further mmengine hooks for this stage.
     """
 

@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from ..compat import replace_sync_bn
 from ..config import PTQConfig
 from ..errors import PTQError
-from .evaluation import evaluation_hooks
+from .evaluation import evaluation_hooks, test_loop_cfg
 
 
 def runner_arguments(cfg: Config) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
     return dict(
         model=cfg['model'], work_dir=cfg['work_dir'], ptq=ptq,
         test_dataloader=cfg['test_dataloader'], test_evaluator=cfg['test_evaluator'],
-        test_cfg=cfg.get('test_cfg') or dict(type='TestLoop'),
+        test_cfg=test_loop_cfg(cfg),
         default_hooks=evaluation_hooks(cfg.get('default_hooks')),
         data_preprocessor=cfg.get('data_preprocessor'), load_from=cfg['load_from'], resume=cfg.get('resume', False),
         launcher=cfg.get('launcher', 'none'), env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),

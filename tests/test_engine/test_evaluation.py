@@ -161,3 +161,7 @@ def test_figures_that_are_no_numbers_are_left_out(monkeypatch):
     monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda text, *args, **kwargs: told.append(text))
     assert figures(dict(map=np.float32(0.5), copypaste='0.5 0.6', sizes=[1, 2])) == dict(map=0.5)
     assert len(told) == 2 and 'copypaste' in told[0]
+
+
+def test_half_precision_is_left_out(make_runner):
+    assert make_runner({'test_cfg': dict(type='TestLoop', fp16=True)})._test_loop == dict(type='TestLoop')
