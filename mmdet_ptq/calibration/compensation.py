@@ -222,28 +222,34 @@ class CompensatedRounding:
         """One pass of optimal brain quantization."""
         upper, rest, found = self._upper, self._target.clone(), torch.empty_like(self._target)
         for start, end in self._blocks():
-            errors = torch.empty_like(rest[..., start:end])
-            for column in range(start, end):
-                value = rest[..., column]
-                found[..., column] = quantize(value.float()).double()
-                error = (value - found[..., column]) / upper[:, column, column, None]
-                rest[..., column + 1:end] -= error[..., None] * upper[:, None, column, column + 1:end]
-                errors[..., column - start] = error
-            rest[..., end:] -= errors @ upper[:, start:end, end:]
+            left = _columns(rest[..., start:end])
+            rounded, errors = torch.empty_like(left), torch.empty_like(left)
+            for column in range(end - start):
+                place, value = start + column, left[:, column]
+                rounded[:, column] = quantize(value.float())
+                errors[:, column] = error = (value - rounded[:, column]) / upper[:, place, place, None]
+                left[:, column + 1:] -= upper[:, place, place + 1:end, None] * error[:, None]
+            found[..., start:end] = _columns(rounded)
+            rest[..., end:] -= _columns(errors) @ upper[:, start:end, end:]
         return found
 
     def _descend(self, found: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
         """One sweep of coordinate descent, in place: each column takes its best values given all others."""
         hessian, gradient = self._hessian, (found - self._target) @ self._hessian
         for start, end in self._blocks():
-            changes = torch.empty_like(gradient[..., start:end])
-            for column in range(start, end):
-                scale, slope = hessian[:, column, column, None], gradient[..., column]
-                before = found[..., column]
+            slopes, values = _columns(gradient[..., start:end]), _columns(found[..., start:end])
+            changes = torch.empty_like(slopes)
+            for column in range(end - start):
+                place = start + column
+                scale, slope, before = hessian[:, place, place, None], slopes[:, column], values[:, column]
                 change = quantize((before - slope / scale).float()).double() - before
                 # the nearest value minimises the parabola; ties and float32 may not raise the error
-                change = torch.where(change * (2 * slope + change * scale) < 0, change, 0.)
-                found[..., column] += change
-                gradient[..., column + 1:end] += change[..., None] * hessian[:, None, column, column + 1:end]
-                changes[..., column - start] = change
-            gradient[..., end:] += changes @ hessian[:, start:end, end:]
+                changes[:, column] = change = torch.where(change * (2 * slope + change * scale) < 0, change, 0.)
+                slopes[:, column + 1:] += hessian[:, place, place + 1:end, None] * change[:, None]
+            found[..., start:end] += _columns(changes)
+            gradient[..., end:] += _columns(changes) @ hessian[:, start:end, end:]
+
+
+def _columns(block: Tensor) -> Tensor:
+    """A copy with the last two dimensions exchanged: what is read and written column by column lies in one piece."""
+    return block.transpose(1, 2).contiguous()
