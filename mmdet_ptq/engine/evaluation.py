@@ -151,7 +151,7 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
         print_log(f'the detector has {known} classes, `test_dataloader.dataset.metainfo.classes` names {len(classes)}; '
                   'evaluators that look for the others fail.', 'current', level=30)
     metrics = loop.evaluator.metrics
-    if metrics and all(getattr(metric, 'format_only', False) for metric in metrics):
+    if _only_writes_files(loop):
         print_log('`test_evaluator.format_only` writes detections to files and gives no figures.', 'current', level=30)
     # MultiDatasetsEvaluator gives each metric the images of its own part
     parts = dataset.datasets if isinstance(loop.evaluator, MultiDatasetsEvaluator) else [dataset] * len(metrics)
@@ -159,6 +159,17 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
         annotations = getattr(metric, '_coco_api', None)
         if annotations is not None:
             _check_annotations(annotations, part)
+
+
+def _only_writes_files(loop: TestLoop) -> bool:
+    # as for test sets without public annotations
+    return all(getattr(metric, 'format_only', False) for metric in loop.evaluator.metrics)
+
+
+def check_figures(found: dict[str, float], loop: TestLoop) -> None:
+    """Warns where the float detector's evaluation gave no figures and should have."""
+    if not found and not _only_writes_files(loop):
+        print_log(NOTHING_FOUND, 'current', level=30)
 
 
 def _check_annotations(annotations: COCO, dataset: Dataset) -> None:

@@ -54,7 +54,7 @@ from ..files import check_space, load_tensors
 from ..registry import RECONSTRUCTIONS, RUNNERS
 from ..wrapping import Structure, apply_structure, integer_mac_share, prepare_detector
 from .arguments import runner_arguments
-from .evaluation import NOTHING_FOUND, check_evaluation, dataset_meta, evaluation_files, evaluation_inputs, figures
+from .evaluation import check_evaluation, check_figures, dataset_meta, evaluation_files, evaluation_inputs, figures
 from .export_stage import FLOAT_FOLDER, export_float, export_runtime, stored_files
 from .float_checkpoint import load_float_checkpoint
 from .global_stage import train_global
@@ -293,8 +293,7 @@ class PTQRunner(Runner):
         self._float_figures, _ = self.stages.run(
             'evaluate_float', fingerprint(self._model_inputs(), self._evaluation_inputs),
             lambda: self.evaluate_detector(self.float_detector))
-        if not self._float_figures:
-            print_log(NOTHING_FOUND, 'current', level=30)
+        check_figures(self._float_figures, self._test_loop)
 
     def evaluate(self) -> None:
         """Evaluates the detector rebuilt from the integer checkpoint, as integer kernels compute."""

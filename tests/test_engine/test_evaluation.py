@@ -87,7 +87,7 @@ def test_broken_annotations_are_refused(make_runner, tmp_path):
 
 def test_a_float_detector_that_finds_nothing_is_warned_of_before_the_calibration(make_runner, monkeypatch):
     said = []
-    monkeypatch.setattr('mmdet_ptq.engine.runner.print_log', lambda message, *args, **kwargs: said.append(message))
+    monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda message, *args, **kwargs: said.append(message))
     runner = make_runner({'ptq.global_loss': None})
     monkeypatch.setattr(runner, 'evaluate_detector', lambda detector: {})
     monkeypatch.setattr(runner, 'prepare', interrupted)
@@ -152,8 +152,10 @@ def test_annotations_of_other_images_are_refused_in_a_part_too(two_parts, make_r
 def test_an_evaluator_that_only_writes_files_is_told(make_runner, config_file, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda text, *args, **kwargs: told.append(text))
-    make_runner({'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': str(tmp_path / 'out')}).begin()
-    assert [text for text in told if 'format_only' in text and 'no figures' in text]
+    runner = make_runner({'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': str(tmp_path / 'out')})
+    runner.begin()
+    runner.evaluate_float()
+    assert [text for text in told if 'format_only' in text and 'no figures' in text] and NOTHING_FOUND not in told
 
 
 def test_figures_that_are_no_numbers_are_left_out(monkeypatch):
