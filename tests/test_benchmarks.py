@@ -481,20 +481,3 @@ def test_cost_of_simulation_is_measured(tmp_path, monkeypatch, capsys):
     measured = json.loads(capsys.readouterr().out)
     assert measured['forward_simulated_over_float']['ratio'] > 0
     assert measured['memory_bytes']['train'] > 0 and measured['memory_bytes']['calibrate'] > 0
-
-
-def test_the_ablation_as_a_table():
-    tables = module('tables')
-
-    def row(detector, recipe, ap, processor='A', seed='0'):
-        return dict(detector=detector, recipe=recipe, quantized_AP=str(ap), processor=processor, seed=seed)
-
-    rows = [row('x', 'w4a4 rounding', 0.1), row('x', 'w4a4 qdrop (300 iterations)', 0.2), row('y', 'w4a8 ours', 0.5),
-            row('y', 'w4a8 ours (100 steps)', 0.4), row('x', 'w4a4 ours', 0.25), row('x', 'w4a4 ours', 0.3),
-            row('x', 'w4a4 ours', 0.9, 'B'), row('x', 'w4a4 ours', 0.8, seed='1')]
-    lines = tables.table(rows, ['x', 'y'], ['w4a8', 'w4a4'], 'A').splitlines()
-    assert lines[0] == '| | x W4A8 | x W4A4 | y W4A8 | y W4A4 |'
-    # the last line of a cell counts; shortened runs, other processors and other seeds do not
-    assert lines[2:] == ['| rounded to the nearest, uniform grids |  | 0.100 |  |  |',
-                         '| QDrop, 300 iterations a block |  | 0.200 |  |  |',
-                         '| **ours**, the preset: the same, filtered |  | 0.300 | 0.500 |  |']
