@@ -62,7 +62,7 @@ def table(rows: Sequence[dict], detectors: Sequence[str], bits: Sequence[str], p
     for recipe, label in LABELS.items():
         found = [cells.get((recipe, *column), '') for column in columns]
         if any(found):
-            counts = {iterations[recipe, *column] for column in columns if (recipe, *column) in iterations}
+            counts = {iterations[(recipe, *column)] for column in columns if (recipe, *column) in iterations}
             lines.append(f'| {label.format(" or ".join(sorted(counts)))} | ' + ' | '.join(found) + ' |')
     return '\n'.join(lines) + '\n'
 
