@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmdet_ptq.deploy.runtimes.onnxruntime import open_session
-
 WARM_UP = 3
 
 
@@ -84,7 +82,7 @@ def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / 'profile')
-        session = open_session(str(path), options)
+        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         for _ in range(WARM_UP + runs):
             session.run(None, {'input': image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))

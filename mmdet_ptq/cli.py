@@ -179,12 +179,12 @@ def _test(argv: list[str] | None = None) -> None:
     from .engine import evaluate, load_quantized
     path = Path(args.checkpoint)
     if path.suffix == '.pth':
-        name, detector, size = 'simulated', load_quantized(path, cfg), path.stat().st_size
+        name, detector, size, remark = 'simulated', load_quantized(path, cfg), path.stat().st_size, ''
     else:
         from .deploy import model_bytes, open_model, runtime_detector
         model = open_model(path)
-        name, detector, size = model.name, runtime_detector(cfg, model), model_bytes(path)
-    print_results(dict(rows=[result_row(name, evaluate(cfg, detector), size, None)]))
+        name, detector, size, remark = model.name, runtime_detector(cfg, model), model_bytes(path), model.remark()
+    print_results(dict(rows=[result_row(name, evaluate(cfg, detector), size, None, remark=remark)]))
 
 
 def _export(argv: list[str] | None = None) -> None:

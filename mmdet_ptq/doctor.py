@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'problem'
@@ -46,7 +48,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Examines the environment; never raises, whatever is missing or broken."""
     checks: list[Callable[[], list[Finding]]] = [
-        _python, _torch, _numpy, _setuptools, _opencv, _mmengine, _mmcv, _mmdet, _pycocotools, _report,
+        _processor, _python, _torch, _numpy, _setuptools, _opencv, _mmengine, _mmcv, _mmdet, _pycocotools, _report,
         _runtimes]
     return [finding for check in checks for finding in check()]
 
@@ -97,6 +99,28 @@ def _distributions(module: str) -> list[str]:
 
 def _missing(name: str, reason: str, advice: str) -> list[Finding]:
     return [Finding(name, reason or 'absent', PROBLEM, advice)]
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, and which instructions for int8 it has, of VNNI (AVX or AVX512) and AMX."""
+    listing = Path('/proc/cpuinfo')
+    text = listing.read_text(errors='replace') if listing.is_file() else ''
+    told = {key: re.search(rf'^{key}\s*:\s*(.*)$', text, re.MULTILINE) for key in ('model name', 'flags', 'Features')}
+    name = told['model name'].group(1) if told['model name'] else platform.processor() or platform.machine()
+    flags = next((told[key].group(1).split() for key in ('flags', 'Features') if told[key]), [])
+    names = {'avx512_vnni': 'AVX512-VNNI', 'avx_vnni': 'AVX-VNNI', 'amx_int8': 'AMX', 'asimddp': 'dot product',
+             'i8mm': 'I8MM'}
+    return name, [shown for flag, shown in names.items() if flag in flags]
+
+
+def _processor() -> list[Finding]:
+    name, integers = processor()
+    wide = platform.machine() in ('x86_64', 'AMD64')
+    if integers or not wide:
+        return [Finding('processor', f'{name}, {", ".join(integers) or platform.machine()}')]
+    return [Finding('processor', f'{name}, without VNNI', NOTE,
+                    "Exported models compute the same as elsewhere (unless `ptq.saturation='ignore'`), but int8 is "
+                    'hardly faster than float here; measure on the processor that you ship to.')]
 
 
 def _python() -> list[Finding]:

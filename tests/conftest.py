@@ -4,11 +4,17 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from mmdet_ptq.analysis import versions
+from mmdet_ptq.testing.processors import cannot_emulate, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +30,30 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_report_header() -> str:
+    """The processor: figures and kernels differ with it."""
+    return f'processor: {versions()["processor"]}'
+
+
+@pytest.fixture(scope='session')
+def on_processor(tmp_path_factory) -> Callable[..., str]:
+    """Runs Python code in a process of its own, here or where it finds no VNNI; returns what it prints."""
+    # one copy of ONNX Runtime for all workers
+    folder = tmp_path_factory.getbasetemp().parent
+
+    def run(processor: str, code: str, *arguments: str) -> str:
+        if processor != 'here' and (reason := cannot_emulate()):
+            pytest.skip(reason)
+        env = dict(os.environ) if processor == 'here' else environment(processor, folder)
+        env['OMP_NUM_THREADS'] = '1'
+        done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=280,
+                              env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -54,7 +54,7 @@ BLOCKS = {'ptq': PTQConfig, 'ptq.calibration': CalibrationConfig, 'ptq.weights':
 FORMATS = (AffineQuantizer, LogAffineQuantizer, MSEObserver, MinMaxObserver, MovingAverageObserver,
            PercentileObserver, KLObserver)
 # arguments that the wrapping sets from the layer
-SET_BY_LAYER = ('num_channels', 'channel_axis')
+SET_BY_LAYER = ('num_channels', 'channel_axis', 'neighbours')
 
 
 def names(paths: list[Path]) -> list[str]:

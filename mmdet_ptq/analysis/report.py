@@ -21,7 +21,16 @@ from . import pictures
 from .cost import PartSummary, part_summary
 from .detections import detect_both
 from .drift import LayerError, layer_errors, score_drift
-from .table import format_bytes, format_count, headline_metric, metric_value, points, result_lines
+from .table import (
+    closing_lines,
+    format_bytes,
+    format_count,
+    headline_metric,
+    metric_value,
+    model_name,
+    points,
+    result_lines,
+)
 from .weight_grids import weight_grids
 
 REPORT = 'report.html'
@@ -156,7 +165,8 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
         results=results,
         title=Path(results['config']).stem,
         headlines=headlines(results, structure),
-        models=[row['model'] for row in results['rows']],
+        models=[model_name(row) for row in results['rows']],
+        closing=closing_lines(results),
         lines=result_lines(results) if results['rows'] else [],
         sections=inputs.sections,
         parts=part_summary(structure),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..doctor import processor
 from ..errors import PTQError
 from ..files import write_json
 from ..version import __version__
@@ -42,13 +43,11 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor and the vector instructions that torch uses: sums come out differently with others."""
-    name, listing = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
-    if listing.is_file():
-        models = [line.partition(':')[2].strip() for line in listing.read_text().splitlines()
-                  if line.startswith('model name')]
-        name = models[0] if models else name
-    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
+    """The processor, the vector instructions that torch uses, with which sums come out differently, and int8's."""
+    name, integers = processor()
+    if not integers and platform.machine() in ('x86_64', 'AMD64'):
+        integers = ['no VNNI']
+    return ', '.join([name, torch.backends.cpu.get_cpu_capability(), *integers])
 
 
 def new_results(
@@ -92,6 +91,7 @@ def result_row(
     size_bytes: int | None,
     bops: int | None,
     latency_ratio: float | None = None,
+    remark: str = '',
 ) -> dict[str, Any]:
     """One row of the results: a model and what was measured on it.
 
@@ -101,6 +101,7 @@ def result_row(
         size_bytes: Bytes of the model's numbers.
         bops: Bit operations of one image.
         latency_ratio: Float time / integer time in the same runtime and run. Defaults to None: not measured.
+        remark: What makes the row's figures wrong on this processor, in one sentence. Defaults to '': nothing does.
     """
     return {
         'model': model,
@@ -108,6 +109,7 @@ def result_row(
         'size_bytes': size_bytes,
         'bops': bops,
         'latency_ratio': latency_ratio,
+        'remark': remark,
     }
 
 

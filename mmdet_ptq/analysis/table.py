@@ -14,6 +14,8 @@ from rich.table import Table
 from ..wrapping import Structure, coverage_rows, integer_mac_share
 
 ABSENT = '-'
+# behind the name of a model whose figures this processor makes wrong
+MARK = ' (!)'
 
 
 @dataclass
@@ -120,6 +122,35 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
     return f'{value:.1f} {units[place]}' if place else f'{value:.0f} {units[0]}'
 
 
+def model_name(row: Mapping[str, Any]) -> str:
+    """A row's name, marked where this processor makes its figures wrong.
+
+    Args:
+        row: See :func:`mmdet_ptq.analysis.results.result_row`; older ones have no remark.
+    """
+    return row['model'] + (MARK if row.get('remark') else '')
+
+
+def closing_lines(results: Mapping[str, Any]) -> list[str]:
+    """What the figures do not say by themselves: which are wrong on this processor, and where integers do not pay.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    lines = [f'{model_name(row)}: {row["remark"]}' for row in results['rows'] if row.get('remark')]
+    timed = {row['model']: row['latency_ratio'] for row in results['rows'] if row['latency_ratio'] is not None}
+    slow = {model: ratio for model, ratio in timed.items() if ratio < 1}
+    right = {row['model']: timed[row['model']] for row in results['rows']
+             if timed.get(row['model'], 0) >= 1 and not row.get('remark')}
+    if slow:
+        told = ' and '.join(f'{model} ({ratio:.2f}x)' for model, ratio in slow.items())
+        best = max(right, key=right.get) if right else None
+        lines.append(f'on this processor int8 is slower than float in {told}; ' + (
+            f'{best} is faster here ({right[best]:.2f}x).' if best else
+            'no exported runtime is faster here.'))
+    return lines
+
+
 def results_table(results: Mapping[str, Any]) -> Table:
     """The first two models as a terminal table: a line per figure, a column per model and its difference.
 
@@ -130,7 +161,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table = Table(title='results', caption='differences to float: metrics in points, costs as ratios')
     table.add_column('figure', no_wrap=True)
     for place, row in enumerate(results['rows']):
-        table.add_column(row['model'], justify='right', no_wrap=True)
+        table.add_column(model_name(row), justify='right', no_wrap=True)
         if place:
             table.add_column('difference', justify='right', no_wrap=True)
     lines = result_lines(results) if results['rows'] else []
@@ -159,7 +190,7 @@ def models_table(results: Mapping[str, Any]) -> Table:
         coverage = results.get('runtimes', {}).get(row['model'])
         done = f"{len(coverage['integer'])} of {len(coverage['integer']) + len(coverage['float'])}" if coverage else ''
         table.add_row(
-            row['model'], lines[metric].values[place] if metric else ABSENT,
+            model_name(row), lines[metric].values[place] if metric else ABSENT,
             lines[metric].changes[place] if metric else ABSENT, lines['size'].values[place],
             speeds.values[place] if speeds else ABSENT, done)
     return table
@@ -201,7 +232,7 @@ def coverage_table(structure: Structure) -> Table:
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the results table, and where there are more than two models, a table of all.
+    """Prints the results table, where there are more than two models a table of all, and what one must know of them.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
@@ -211,3 +242,5 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     console.print(results_table(results))
     if len(results['rows']) > 2:
         console.print(models_table(results))
+    for line in closing_lines(results):
+        console.print(line, style='yellow', markup=False, highlight=False)

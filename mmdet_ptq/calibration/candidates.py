@@ -16,7 +16,7 @@ from ..quantizers import Quantizer, build_observer, build_quantizer
 from ..wrapping import Structure, float_weight, quantization_mode, quantized_weights
 from ..wrapping.fit import fit_weight_quantizer
 from ..wrapping.inputs import STATE
-from ..wrapping.layers import RowLayout, channel_axis, in_channels, is_depthwise
+from ..wrapping.layers import RowLayout, channel_axis, in_channels, is_depthwise, neighbours
 from ..wrapping.policy import LayerRole, resolve_policies
 from ..wrapping.probe import head_names, probe_detector
 from .observe import merge_ranks
@@ -174,7 +174,8 @@ def _weight_candidate(detector: nn.Module, structure: Structure, tensors: Tensor
         return Candidate(kind, 'float', change, {name: None})
     module = detector.get_submodule(name)
     policy = apply_policy(policies[name], change, f'ptq.overrides[{name!r}].weights')
-    quantizer = fit_weight_quantizer(policy, RowLayout.of(module).to_rows(float_weight(module).detach()))
+    quantizer = fit_weight_quantizer(policy, RowLayout.of(module).to_rows(float_weight(module).detach()),
+                                     neighbours(module))
     told = f', {_RANGES[_name(change["observer"])]}' if 'observer' in change else ''
     return Candidate(kind, format_label(quantizer.spec()) + told, change, {name: quantizer})
 

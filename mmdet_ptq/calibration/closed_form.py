@@ -15,7 +15,7 @@ from ..errors import PTQError
 from ..quantizers import Quantizer
 from ..wrapping import quantization_mode
 from ..wrapping.weights import QuantizedWeight, float_weight
-from .compensation import LayerEquations, NearestLevel, by_group, patches
+from .compensation import LayerEquations, NearestLevel, NeighbourSums, by_group, patches
 from .streams import FLOAT, CallInputs
 from .unit_data import UnitData
 
@@ -177,7 +177,8 @@ def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: flo
     for factor in SCALE_FACTORS:
         quantizer.rescale(torch.tensor(factor / before))
         before = factor
-        rounded, error = round_on_grid(NearestLevel(quantizer, weight.shape[0] * weight.shape[1]))
+        rounded, error = round_on_grid(NearestLevel(quantizer, weight.shape[0] * weight.shape[1]),
+                                       _sums(quantizer, weight.shape[:2]))
         if best_error is None:
             best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
             continue
@@ -187,3 +188,11 @@ def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: flo
     quantizer.rescale(best_factor.flatten().to(weight.dtype) / before)
     # the same values on the final grid
     return quantizer(best.reshape(best_factor.numel(), -1)).view(best.shape)
+
+
+def _sums(quantizer: Quantizer, rows: torch.Size) -> NeighbourSums | None:
+    """What bounds a weight beside its neighbours, if the quantizer does; ``rows`` are groups and rows of a group."""
+    neighbours = getattr(quantizer, 'neighbours', None)
+    if neighbours is None:
+        return None
+    return NeighbourSums(neighbours, quantizer.positive_scale().detach().expand(rows.numel()).view(rows))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PTQError
-from ..quantizers import Quantizer
+from ..quantizers import SUM_LIMIT, Neighbours, Quantizer
 from ..wrapping.layers import is_transposed
 
 # columns whose errors move together, and passes of coordinate descent after them
@@ -176,6 +176,58 @@ class NearestLevel:
         return self._levels.gather(1, index).view(column.shape)
 
 
+class NeighbourSums:
+    """How large a weight may be beside its neighbours, see :class:`mmdet_ptq.quantizers.Neighbours`.
+
+    Args:
+        neighbours: Which weights of a row are neighbours.
+        scale: What their limit is counted in, one per row, (G, R).
+    """
+
+    def __init__(self, neighbours: Neighbours, scale: Tensor) -> None:
+        self.partners, self.limit = neighbours.partners(), SUM_LIMIT * scale.double()
+
+    def of(self, order: Tensor) -> ColumnBounds:
+        """The same for columns in another order.
+
+        Args:
+            order: Place in a row of each column, (G, K).
+        """
+        column_of = torch.empty_like(order)
+        column_of.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        partners = self.partners.to(order.device)[:, order]
+        columns = column_of[torch.arange(len(order), device=order.device)[:, None], partners.clamp_min(0)]
+        return ColumnBounds(torch.where(partners >= 0, columns, order.shape[1]), self.limit)
+
+
+class ColumnBounds:
+    """What the columns rounded so far leave to each other one.
+
+    Args:
+        partners: Columns of the neighbours of each column, (N, G, K); K where there is none.
+        limit: Largest sum of two, (G, R).
+    """
+
+    def __init__(self, partners: Tensor, limit: Tensor) -> None:
+        self._partners, self._limit = partners, limit
+        # one more, which stays 0, for those without a neighbour
+        self._values = limit.new_zeros(partners.shape[2] + 1, *limit.shape)
+        self._groups = torch.arange(len(limit), device=limit.device)
+
+    def clip(self, column: int, values: Tensor) -> Tensor:
+        """Values, (G, R), as far as the neighbours let them."""
+        low, high = -self._limit, self._limit
+        for partners in self._partners:
+            beside = self._values[partners[:, column], self._groups]
+            high = torch.minimum(high, self._limit - beside.clamp_min(0))
+            low = torch.maximum(low, -self._limit - beside.clamp_max(0))
+        return torch.maximum(torch.minimum(values, high), low)
+
+    def put(self, column: int, values: Tensor) -> None:
+        """Says what a column was rounded to, (G, R)."""
+        self._values[column] = values
+
+
 class CompensatedRounding:
     """Rounds column by column, moving each error onto the columns that follow; then improves code by code.
 
@@ -195,18 +247,21 @@ class CompensatedRounding:
         self._target = weight.double().gather(2, self._order)
         self._upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(self._hessian)), upper=True)
 
-    def __call__(self, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, quantize: Callable[[Tensor], Tensor], sums: NeighbourSums | None = None
+                 ) -> tuple[Tensor, Tensor]:
         """Rounds.
 
         Args:
             quantize: Rounds a column, (G, R).
+            sums: Bounds that the weights beside a column leave it. Defaults to None: none.
 
         Returns:
             The rounded weight, (G, R, K), and the squared error of each row, (G, R), with the best bias.
         """
-        found = self._compensate(quantize)
+        beside = None if sums is None else sums.of(self._order[:, 0])
+        found = self._compensate(quantize, beside)
         for _ in range(SWEEPS):
-            self._descend(found, quantize)
+            self._descend(found, quantize, beside)
         change = found - self._target
         error = ((change @ self._hessian) * change).sum(2)
         result = torch.empty_like(found)
@@ -218,7 +273,7 @@ class CompensatedRounding:
         fan_in = self._target.shape[2]
         return ((start, min(start + BLOCK, fan_in)) for start in range(0, fan_in, BLOCK))
 
-    def _compensate(self, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+    def _compensate(self, quantize: Callable[[Tensor], Tensor], beside: ColumnBounds | None) -> Tensor:
         """One pass of optimal brain quantization."""
         upper, rest, found = self._upper, self._target.clone(), torch.empty_like(self._target)
         for start, end in self._blocks():
@@ -226,14 +281,17 @@ class CompensatedRounding:
             rounded, errors = torch.empty_like(left), torch.empty_like(left)
             for column in range(end - start):
                 place, value = start + column, left[:, column]
-                rounded[:, column] = quantize(value.float())
+                within = value if beside is None else beside.clip(place, value)
+                rounded[:, column] = quantize(within.float())
+                if beside is not None:
+                    beside.put(place, rounded[:, column])
                 errors[:, column] = error = (value - rounded[:, column]) / upper[:, place, place, None]
                 left[:, column + 1:] -= upper[:, place, place + 1:end, None] * error[:, None]
             found[..., start:end] = _columns(rounded)
             rest[..., end:] -= _columns(errors) @ upper[:, start:end, end:]
         return found
 
-    def _descend(self, found: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
+    def _descend(self, found: Tensor, quantize: Callable[[Tensor], Tensor], beside: ColumnBounds | None) -> None:
         """One sweep of coordinate descent, in place: each column takes its best values given all others."""
         hessian, gradient = self._hessian, (found - self._target) @ self._hessian
         for start, end in self._blocks():
@@ -242,9 +300,13 @@ class CompensatedRounding:
             for column in range(end - start):
                 place = start + column
                 scale, slope, before = hessian[:, place, place, None], slopes[:, column], values[:, column]
-                change = quantize((before - slope / scale).float()).double() - before
+                wanted = before - slope / scale
+                wanted = wanted if beside is None else beside.clip(place, wanted)
+                change = quantize(wanted.float()).double() - before
                 # the nearest value minimises the parabola; ties and float32 may not raise the error
                 changes[:, column] = change = torch.where(change * (2 * slope + change * scale) < 0, change, 0.)
+                if beside is not None:
+                    beside.put(place, before + change)
                 slopes[:, column + 1:] += hessian[:, place, place + 1:end, None] * change[:, None]
             found[..., start:end] += _columns(changes)
             gradient[..., end:] += _columns(changes) @ hessian[:, start:end, end:]

@@ -10,12 +10,19 @@ from ..errors import PTQError
 from ..presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from .checks import build, check_type, choice, known_keys, merge, plain
 from .formats import check_format
-from .sections import CalibrationConfig, GlobalLossConfig, ProtectConfig, ReconstructConfig, TensorConfig
+from .sections import (
+    SATURATIONS,
+    CalibrationConfig,
+    GlobalLossConfig,
+    ProtectConfig,
+    ReconstructConfig,
+    TensorConfig,
+)
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
 POLICY_KEYS = ('weights', 'activations')
-KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'dataflow', 'head', 'first', 'last', 'overrides',
-        'protect', 'reconstruct', 'bias_correction', 'global_loss', 'export')
+KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'saturation', 'dataflow', 'head', 'first',
+        'last', 'overrides', 'protect', 'reconstruct', 'bias_correction', 'global_loss', 'export')
 EQUALIZATIONS = ('weights', 'activations')
 DATAFLOWS = ('auto', 'full', 'per_channel')
 
@@ -32,6 +39,11 @@ class PTQConfig:
             of activations and weights; None leaves the weights as they are.
         weights: Format of all weights.
         activations: Format of all layer inputs.
+        saturation: x86 processors without VNNI add two products of bytes in 16 bits. With ``'safe'`` no sum exceeds
+            them: 8-bit weights of an output channel that are multiplied side by side, have the same sign and exceed 128
+            together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
+            models then compute the same everywhere. ``'ignore'`` leaves the scales alone: on such processors the model
+            is wrong.
         dataflow: What else is quantized between the layers, and where the heads' output layers write: ``'full'``
             quantizes everything there (layer outputs, sums, products, activation functions, poolings) in 8 bits with
             one scale per tensor, which ONNX Runtime needs to compute every convolution and addition in integers;
@@ -59,6 +71,7 @@ class PTQConfig:
     equalize: str | None = None
     weights: TensorConfig = field(default_factory=TensorConfig)
     activations: TensorConfig = field(default_factory=TensorConfig)
+    saturation: str = SATURATIONS[0]
     dataflow: str | None = None
     head: dict = field(default_factory=dict)
     first: dict = field(default_factory=dict)
@@ -96,10 +109,13 @@ class PTQConfig:
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
         _add_needed_formats(merged)
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
+        saturation = merged.get('saturation', SATURATIONS[0])
+        choice('ptq.saturation', saturation, SATURATIONS)
         cfg = cls(
             preset=name,
             calibration=build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
-            weights=apply_policy(TensorConfig(), merged.get('weights', {}), 'ptq.weights'),
+            weights=apply_policy(TensorConfig(saturation=saturation), merged.get('weights', {}), 'ptq.weights'),
+            saturation=saturation,
             activations=apply_policy(TensorConfig(), merged.get('activations', {}), 'ptq.activations'),
             head=_policy('ptq.head', merged.get('head', {})),
             first=_policy('ptq.first', merged.get('first', {})),

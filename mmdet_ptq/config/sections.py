@@ -8,6 +8,7 @@ from ..registry import RECONSTRUCTIONS, SCOPE
 from .checks import choice, positive
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+SATURATIONS = ('safe', 'ignore')
 
 
 @dataclass
@@ -49,6 +50,8 @@ class TensorConfig:
             weights of its readers, 0 (nothing) to 1 (each channel has its own scale, in effect), as in SmoothQuant.
             Tensors that a layer with groups reads, or one that several levels share, are left out. Defaults to 0.
         float: Leave the tensor in floating point. Defaults to False.
+        saturation: Weights only: whether scales keep sums of two products within 16 bits, see ``ptq.saturation``, from
+            which the default is taken.
     """
 
     bits: int = 8
@@ -57,12 +60,16 @@ class TensorConfig:
     depthwise_per_channel: bool = True
     scale_migration: float = 0.0
     float: bool = False
+    saturation: str = SATURATIONS[0]
 
     def check(self, key: str) -> None:
         if isinstance(self.bits, bool) or self.bits not in BITS:
             raise PTQError(f'`{key}.bits` must be one of 2..8 or 16, got {self.bits!r}.')
         if self.scale_migration and key.endswith('weights'):
             raise PTQError(f'`{key}.scale_migration` means nothing; it belongs to activations.')
+        choice(f'{key}.saturation', self.saturation, SATURATIONS)
+        if self.saturation != SATURATIONS[0] and key.endswith('activations'):
+            raise PTQError(f'`{key}.saturation` means nothing; it belongs to weights.')
         if not 0 <= self.scale_migration <= 1:
             raise PTQError(f'`{key}.scale_migration` must lie between 0 and 1, got {self.scale_migration!r}.')
         for part in ('quantizer', 'observer'):

@@ -19,7 +19,6 @@ from .onnx_export import model_meta
 from .onnx_nodes import CODES
 from .raw_outputs import RawOutputs
 from .requirements import require
-from .runtimes.onnxruntime import open_session
 
 
 @dataclass
@@ -103,7 +102,9 @@ def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.
     # codes of fewer than 8 bits are clipped after they are rounded
     read = {name: clipped.get(name, name) for name in names}
     proto.graph.output.extend(types[value] for value in read.values())
-    session = open_session(proto.SerializeToString(), onnxruntime.SessionOptions())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=['CPUExecutionProvider'])
     values = session.run(list(read.values()), {'input': image})
     return {name.removesuffix(CODES): value for name, value in zip(read, values, strict=True)}
 

@@ -63,6 +63,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     from .onnx_channel_scales import absorb_channel_scales, fold_divisions
     from .onnx_graph import name_layers
     from .onnx_names import compact
+    from .onnx_saturation import saturating_layers
     from .onnx_space_to_depth import fold_space_to_depth
     graph = model.graph
     meta['layers'] = name_layers(graph)
@@ -87,6 +88,7 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     if runtime == 'tensorrt':
         divide_before_quantizing(graph)
     passes.integer_biases(graph, stored=runtime == 'onnxruntime')
+    meta['saturating'] = saturating_layers(graph)
     if runtime == 'onnxruntime' and packed:
         packing.pack_weights(graph)
         packing.narrow_biases(graph)
@@ -176,9 +178,11 @@ def model_meta(path: str | os.PathLike) -> dict:
     """What an exported ONNX file says about itself.
 
     Returns:
-        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, input, layers)``:
+        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, input, layers,
+        saturating)``:
         ``input`` is :func:`mmdet_ptq.deploy.meta.input_meta`, ``outputs`` is the nesting of the raw outputs,
-        ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer. A
+        ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer,
+        ``saturating`` the calls of layers that processors without VNNI compute wrongly. A
         quantized detector's has ``space_to_depth``, too: what
         :func:`mmdet_ptq.deploy.onnx_space_to_depth.fold_space_to_depth` changed, each activation to the offsets of the
         slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads

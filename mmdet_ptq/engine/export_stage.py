@@ -30,6 +30,7 @@ class Exported:
         integer: Names of the calls of layers that the runtime computes in integers.
         float: Names of those that it does not.
         files: Sizes of the model's files, by name.
+        remark: What makes the figures wrong on this processor; '' if nothing does.
     """
 
     metrics: dict
@@ -38,6 +39,7 @@ class Exported:
     integer: list[str]
     float: list[str]
     files: dict[str, int]
+    remark: str
 
 
 def export_runtime(runner: PTQRunner, name: str) -> dict:
@@ -62,7 +64,8 @@ def export_runtime(runner: PTQRunner, name: str) -> dict:
     float_path, = (folder / FLOAT_FOLDER).glob(f'model{path.suffix}')
     ratio = time_against_float(path, float_path, shape)
     print_log(f'{name}: {ratio:.2f} times as fast as the float model there, one thread, batch {shape[0]}', 'current')
-    return vars(Exported(metrics, model_bytes(path), ratio, coverage.integer, coverage.float, stored_files(folder)))
+    return vars(Exported(metrics, model_bytes(path), ratio, coverage.integer, coverage.float, stored_files(folder),
+                         model.remark()))
 
 
 def export_float(runner: PTQRunner, name: str) -> dict:

@@ -322,7 +322,8 @@ class PTQRunner(Runner):
             inputs = fingerprint(self._quantized_inputs(), name, self.input_shape)
             row = self._exported(f'export_{name}', inputs, Path(name), lambda name=name: export_runtime(self, name))
             self.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
-            self._row(name, row['metrics'], row['size_bytes'], bops(self.structure), row['latency_ratio'])
+            self._row(name, row['metrics'], row['size_bytes'], bops(self.structure), row['latency_ratio'],
+                      row.get('remark', ''))
 
     def export_float(self) -> None:
         """Exports the float detector to every runtime of ``ptq.export``, before anything that takes long."""
@@ -437,8 +438,9 @@ class PTQRunner(Runner):
         self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), detector)
         return figures(self.test())
 
-    def _row(self, model: str, metrics: dict, size: int, operations: int, latency_ratio: float | None = None) -> None:
-        self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio))
+    def _row(self, model: str, metrics: dict, size: int, operations: int, latency_ratio: float | None = None,
+             remark: str = '') -> None:
+        self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio, remark))
         self._write_results()
 
     def _write_results(self) -> None:

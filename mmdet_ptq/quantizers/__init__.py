@@ -12,10 +12,11 @@ from .observers import (
                         PercentileObserver,
 )
 from .rounding import LearnedRounding
+from .saturation import SUM_LIMIT, Neighbours
 from .selection import build_observer, build_quantizer, fit_best, resolve_auto, weight_error
 
 __all__ = [
     'AffineQuantizer', 'HistogramObserver', 'KLObserver', 'LearnedRounding', 'LogAffineQuantizer', 'MSEObserver',
-    'MinMaxObserver', 'MovingAverageObserver', 'Observer', 'PercentileObserver', 'Quantizer', 'build_observer',
-    'build_quantizer', 'fit_best', 'resolve_auto', 'weight_error'
+    'MinMaxObserver', 'MovingAverageObserver', 'Neighbours', 'Observer', 'PercentileObserver', 'Quantizer',
+    'SUM_LIMIT', 'build_observer', 'build_quantizer', 'fit_best', 'resolve_auto', 'weight_error'
 ]

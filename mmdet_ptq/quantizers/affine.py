@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.registry import QUANTIZERS
 
 from .base import SCALE_FLOOR, Quantizer, check_bits, check_finite
+from .saturation import SUM_LIMIT, Neighbours
 
 # clip ratios tried by `fit_weight`: a coarse sweep, then a fine one around its best
 _COARSE, _FINE, _LEAST_RATIO = 60, 20, 0.04
@@ -42,6 +44,11 @@ def _simulate(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Te
         torch.div(sample, scale, out=y)
         _clip_levels(y.round_(), zero, low, high).mul_(scale)
     return out
+
+
+def _row_errors(rounded: Tensor, matrix: Tensor, factor: Tensor | None) -> Tensor:
+    error = (rounded - matrix).square_()
+    return (error if factor is None else error.mul_(factor)).sum(1)
 
 
 def _reduce_to(x: Tensor, shape: torch.Size) -> Tensor:
@@ -126,6 +133,9 @@ class AffineQuantizer(Quantizer):
         shared_zero_point (bool): One zero point for all channels, as kernels want it of activations: their padding is
             one code. Defaults to False.
         learn_scale (bool): Offer the scale for training. Defaults to True.
+        neighbours (dict | None): Of weights, rows (C, K): arguments of
+            :class:`mmdet_ptq.quantizers.saturation.Neighbours`. Two levels that are neighbours never exceed the sum
+            that integer kernels add in 16 bits; what would is treated as clipped. Defaults to None: no bound.
     """
 
     def __init__(self,
@@ -135,13 +145,15 @@ class AffineQuantizer(Quantizer):
                  channel_axis: int = 1,
                  narrow_range: bool = False,
                  shared_zero_point: bool = False,
-                 learn_scale: bool = True) -> None:
+                 learn_scale: bool = True,
+                 neighbours: Mapping[str, Any] | None = None) -> None:
         check_bits(bits, (2, 3, 4, 5, 6, 7, 8, 16), '2..8 or 16')
         super().__init__(bits, num_channels, channel_axis)
         self.symmetric = bool(symmetric)
         self.narrow_range = bool(narrow_range)
         self.shared_zero_point = bool(shared_zero_point)
         self.learn_scale = bool(learn_scale)
+        self.neighbours = None if neighbours is None else Neighbours(**neighbours)
         self.scale = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn_scale)
         self.register_buffer('zero_point', torch.zeros(self.param_shape, dtype=torch.int32))
         self.register_buffer('scale_limit', torch.full(self.param_shape, math.inf))
@@ -171,7 +183,8 @@ class AffineQuantizer(Quantizer):
             channel_axis=self.channel_axis,
             narrow_range=self.narrow_range,
             shared_zero_point=self.shared_zero_point,
-            learn_scale=self.learn_scale)
+            learn_scale=self.learn_scale,
+            **({} if self.neighbours is None else dict(neighbours=self.neighbours.spec())))
 
     def forward(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
         """Simulated quantization.
@@ -193,10 +206,41 @@ class AffineQuantizer(Quantizer):
         low, high = self.code_range
         factor = 1 / math.sqrt(max(x.numel() // self.scale.numel(), 1) * high)
         if rounding is not None:
-            return _LearnedRounding.apply(x, scale, zero, rounding.float(), low, high, factor).to(dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-            return _FakeQuantize.apply(x, scale, zero, low, high, factor).to(dtype)
-        return _simulate(x, scale, zero, low, high).to(dtype)
+            y = _LearnedRounding.apply(x, scale, zero, rounding.float(), low, high, factor)
+        elif torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+            y = _FakeQuantize.apply(x, scale, zero, low, high, factor)
+        else:
+            y = _simulate(x, scale, zero, low, high)
+        if self.neighbours is not None:
+            y = self._bound(y, None if rounding is not None else x, scale, zero, factor)
+        return y.to(dtype)
+
+    def _bound(self, y: Tensor, x: Tensor | None, scale: Tensor, zero: Tensor, factor: float = 1.) -> Tensor:
+        """Quantized values within the bound of :class:`Neighbours`.
+
+        Args:
+            y: Quantized values, (C, K).
+            x: The tensor that they come from; None where its rounding is learned.
+            scale: The scale, broadcast.
+            zero: The zero point, broadcast.
+            factor: LSQ's of the scale's gradient, to which what is bounded adds as what is clipped does. Defaults to 1.
+        """
+        with torch.no_grad():
+            rows = self.neighbours.size
+            levels = torch.div(y, scale).reshape(-1, rows)
+            position = None
+            if x is None:
+                # relaxed levels; those that are integers are not quite after the division
+                levels = torch.where((levels - levels.round()).abs() < 1e-4, levels.round(), levels)
+            else:
+                levels = levels.round_()
+                position = self._position(x, scale, zero)
+            levels, changed = self.neighbours.bound(levels, position)
+        if changed is None:
+            return y
+        fixed = scale.detach()
+        learned = fixed + factor * (scale - fixed)
+        return torch.where(changed.view(y.shape), levels.view(y.shape) * learned, y)
 
     @torch.no_grad()
     def encode(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
@@ -214,10 +258,16 @@ class AffineQuantizer(Quantizer):
         """
         check_finite(x, 'tensor')
         x = x.float()
-        u = torch.div(x, self.per_channel(self.positive_scale(), x))
+        scale = self.per_channel(self.positive_scale(), x)
+        u = torch.div(x, scale)
+        zero, (low, high) = self.per_channel(self.zero_point, x).float(), self.code_range
         u = u.round_() if rounding is None else u.floor_().add_(rounding >= 0.5)
-        zero = self.per_channel(self.zero_point, x).float()
-        return u.add_(zero).clamp_(*self.code_range).to(torch.int32)
+        codes = u.add_(zero).clamp_(low, high)
+        if self.neighbours is not None:
+            position = None if rounding is not None else self._position(x, scale, zero)
+            levels = (codes - zero).reshape(-1, self.neighbours.size)
+            codes = self.neighbours.bound(levels, position)[0].view(codes.shape) + zero
+        return codes.to(torch.int32)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -334,6 +384,8 @@ class AffineQuantizer(Quantizer):
         if observer is not None:
             observer.update(weight)
             self.set_range(*observer.range(self.bits, self.symmetric))
+            if self.neighbours is not None:
+                self.rescale(self._widening(weight.detach().float()).view(self.param_shape))
             return
         matrix, factor = self.as_matrix(weight), self.importance_matrix(importance, weight)
         rows = max(1, _TILE // matrix.shape[1])
@@ -353,6 +405,12 @@ class AffineQuantizer(Quantizer):
         end by itself too.
         """
         low, high = matrix.amin(1).clamp_max(0), matrix.amax(1).clamp_min(0)
+        if self.neighbours is not None:
+            # so wide that no sum is too large: clip ratios begin there
+            scale, zero = self._params_of_range(low, high)
+            wider = self.neighbours.largest_sum((matrix / scale[:, None]).reshape(-1, self.neighbours.size))
+            wider = wider.view(len(matrix), -1).amax(1).div_(SUM_LIMIT).clamp_(min=1)
+            low, high = low * wider, high * wider
         coarse = (torch.linspace(1, _LEAST_RATIO, _COARSE) - 1).tolist()
         step = coarse[0] - coarse[1]
         fine = torch.linspace(-step, step, _FINE + 1).tolist()
@@ -365,10 +423,27 @@ class AffineQuantizer(Quantizer):
             for shift in shifts:
                 trial = (start + shift * ends).clamp(_LEAST_RATIO / 4, 1)
                 s, z = self._params_of_range(low * trial[0], high * trial[1])
-                error = _simulate(matrix, s[:, None], z[:, None], *self.code_range).sub_(matrix).square_()
-                error = (error if factor is None else error.mul_(factor)).sum(1)
+                rounded = _simulate(matrix, s[:, None], z[:, None], *self.code_range)
+                error = _row_errors(rounded, matrix, factor)
                 better = error < best
+                if self.neighbours is not None and better.any():
+                    # the bound only adds to an error
+                    rows = better.nonzero()[:, 0]
+                    rounded = self._bound(rounded[rows], matrix[rows], s[rows, None], z[rows, None])
+                    error[rows] = _row_errors(rounded, matrix[rows], None if factor is None else factor[rows])
+                    better = error < best
                 best, scale, zero = (torch.where(better, new, old)
                                      for new, old in ((error, best), (s, scale), (z, zero)))
                 ratios = torch.where(better, trial, ratios)
         return scale, zero
+
+    def _position(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Where a weight lies in units of its scale, within the codes; rows."""
+        low, high = self.code_range
+        return torch.div(x, scale).add_(zero).clamp_(low, high).sub_(zero).reshape(-1, self.neighbours.size)
+
+    def _widening(self, weight: Tensor) -> Tensor:
+        """By how much a range, which may clip, must be wider so that no sum of neighbours is too large; at least 1."""
+        scale, zero = (self.per_channel(t, weight) for t in (self.positive_scale(), self.zero_point))
+        sums = self.neighbours.largest_sum(self._position(weight, scale, zero))
+        return sums.view(self.scale.numel(), -1).amax(1).div_(SUM_LIMIT).clamp_(min=1)

@@ -13,6 +13,7 @@ from mmdet_ptq.registry import QUANTIZERS
 from . import log_grid
 from .base import SCALE_FLOOR, Quantizer, check_bits, check_choice, check_finite
 from .log_fit import fit_log_affine
+from .saturation import SUM_LIMIT
 
 _MODES = ('log1p', 'exact', 'shift', 'auto')
 _LOCATIONS = ('auto', 'zero', 'median')
@@ -45,8 +46,8 @@ class _LogFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mu, s, k, offset, rounding, mode, count, located):
-        grid = log_grid.Grid(mode, count, k, offset)
+    def forward(ctx, x, mu, s, k, offset, rounding, mode, count, located, table_max):
+        grid = log_grid.Grid(mode, count, k, offset, table_max)
         unit, size = unit_and_size(s)
         d = (x - mu) / unit
         minus = log_grid.sign_bit(d)
@@ -112,7 +113,7 @@ class _LogFakeQuantize(torch.autograd.Function):
 
         grad_rounding = in_units * slope * inside if ctx.needs_input_grad[5] else None
         return (grad_x, (grad - grad_x).sum(1, keepdim=True), grad_s, per_side(in_units * dk),
-                per_side(in_units * doff), grad_rounding, None, None, None)
+                per_side(in_units * doff), grad_rounding, None, None, None, None)
 
 
 @QUANTIZERS.register_module()
@@ -128,7 +129,7 @@ class LogAffineQuantizer(Quantizer):
 
     The code of a magnitude is clip(floor(y)), decoded at the middle of its bin; the levels of a layer are rounded to
     **one int8 table**, and w_hat = mu_c + (s_c * step) * table[code]; where there is a location, this is rounded to
-    255 steps through zero in each channel, see ``integer_levels``. Zero is not a level (as in any mid-rise grid),
+    integers of the same range in each channel, see ``integer_levels``. Zero is not a level (as in any mid-rise grid),
     except in a channel of a single value: its s_c is 0 and its output mu_c, so an all-zero channel stays exactly zero.
 
     Args:
@@ -138,6 +139,8 @@ class LogAffineQuantizer(Quantizer):
         location (str): 'zero' fixes mu at 0, 'median' learns it, 'auto' learns it where it takes more than 2 % off the
             squared error when the weight is fitted (``spec`` then tells 'median' or 'zero'). Defaults to 'auto'.
         learn (bool): Offer the parameters for training. Defaults to True.
+        table_max (int): The largest integer of the table, 64 or 127. No sum of two products with integers up to 64
+            leaves 16 bits, see :mod:`mmdet_ptq.quantizers.saturation`. Defaults to 127.
     """
 
     def __init__(self,
@@ -145,14 +148,18 @@ class LogAffineQuantizer(Quantizer):
                  num_channels: int | None = None,
                  mode: str = 'log1p',
                  location: str = 'auto',
-                 learn: bool = True) -> None:
+                 learn: bool = True,
+                 table_max: int = log_grid.TABLE_MAX) -> None:
         check_choice('mode', mode, _MODES)
         check_choice('location', location, _LOCATIONS)
         check_bits(bits, (2, 3, 4, 5, 6, 7, 8), '2..8 for a log-affine quantizer')
         if mode == 'shift':
             check_bits(bits, (2, 3, 4), "2..4 in mode 'shift', whose powers of two outgrow an int8 table beyond")
         super().__init__(bits, num_channels, channel_axis=0)
+        if table_max not in (SUM_LIMIT // 2, log_grid.TABLE_MAX):
+            raise PTQError(f'`table_max` must be {SUM_LIMIT // 2} or {log_grid.TABLE_MAX}, got {table_max!r}.')
         self.mode, self.requested_location, self.learn = mode, location, bool(learn)
+        self.table_max = int(table_max)
         self.count = 2**(bits - 1)
         self.s = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn)
         self._set_location(location)
@@ -195,7 +202,8 @@ class LogAffineQuantizer(Quantizer):
             num_channels=self.num_channels,
             mode=self.mode,
             location=self.location,
-            learn=self.learn)
+            learn=self.learn,
+            **({} if self.table_max == log_grid.TABLE_MAX else dict(table_max=self.table_max)))
 
     def side_params(self) -> tuple[Tensor, Tensor]:
         """Slopes k and offsets (eps or a) of both sides, each of shape (2,)."""
@@ -206,7 +214,7 @@ class LogAffineQuantizer(Quantizer):
         return self.log_k.exp(), offset.exp() if self._offset_name == 'log_eps' else offset
 
     def _grid(self) -> log_grid.Grid:
-        return log_grid.Grid(self.mode, self.count, *self.side_params())
+        return log_grid.Grid(self.mode, self.count, *self.side_params(), self.table_max)
 
     @torch.no_grad()
     def table(self) -> Tensor:
@@ -227,7 +235,7 @@ class LogAffineQuantizer(Quantizer):
 
         Returns:
             tuple[Tensor, Tensor]: Levels of shape (1, 2^bits), the table, or with a location (C, 2^bits), torch.int32
-            from -127 to 127; and their scale, of shape (C,).
+            from -table_max to table_max; and their scale, of shape (C,).
         """
         if self.location == 'zero':
             return self.table().to(torch.int32)[None], self.table_scale().reshape(-1)
@@ -256,7 +264,7 @@ class LogAffineQuantizer(Quantizer):
         k, offset = self.side_params()
         rounding = None if rounding is None else self._rows(rounding)
         y = _LogFakeQuantize.apply(self._rows(x), *self._columns(), k, offset, rounding, self.mode, self.count,
-                                   self.location != 'zero')
+                                   self.location != 'zero', self.table_max)
         return y.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
@@ -329,8 +337,8 @@ class LogAffineQuantizer(Quantizer):
         check_finite(weight, 'weight')
         matrix = self.as_matrix(weight)
         factor = self.importance_matrix(importance, weight)
-        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits,
-                                          self.requested_location)
+        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits, self.requested_location,
+                                          self.table_max)
         self._set_location('zero' if mu is None else 'median')
         if mu is not None:
             self.mu.copy_(mu.view(self.param_shape))

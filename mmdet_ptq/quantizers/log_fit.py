@@ -20,10 +20,15 @@ _ROUNDS = ((0.7, torch.exp(torch.linspace(-0.5, 0.5, 9)).tolist()), (0.25, (0.9,
 class _Problem:
     """A weight around a fixed location: errors and statistics, computed in blocks of rows."""
 
-    def __init__(self, matrix: Tensor, factor: Tensor | None, mu: Tensor, mode: str, count: int) -> None:
+    def __init__(self, matrix: Tensor, factor: Tensor | None, mu: Tensor, mode: str, count: int,
+                 table_max: int) -> None:
         self.matrix, self.factor, self.mu, self.mode, self.count = matrix, factor, mu, mode, count
+        self.table_max = table_max
         rows = max(1, _BLOCK // matrix.shape[1])
         self.blocks = [slice(i, i + rows) for i in range(0, len(matrix), rows)]
+
+    def grid(self, k: Tensor, offset: Tensor) -> log_grid.Grid:
+        return log_grid.Grid(self.mode, self.count, k.float(), offset.float(), self.table_max)
 
     def _block(self, rows: slice) -> tuple[Tensor, Tensor | float]:
         return self.matrix[rows] - self.mu[rows, None], 1.0 if self.factor is None else self.factor[rows]
@@ -65,13 +70,13 @@ def _search(problem: _Problem, bits: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     k = torch.full((2, ), k0, dtype=torch.float64, device=problem.matrix.device)
     offset = torch.full_like(k, offset0)
     s = problem.scale()
-    error, fitted = problem.compare(log_grid.Grid(mode, count, k.float(), offset.float()), s)
+    error, fitted = problem.compare(problem.grid(k, offset), s)
     best = error, s, k, offset
     for width, ratios in _ROUNDS:
         sides = [log_grid.refine_side(mode, m, w, float(k[i]), float(offset[i]), count, width)
                  for i, (m, w) in enumerate(problem.side_histograms(s))]
         k, offset = k.new_tensor([side[0] for side in sides]), k.new_tensor([side[1] for side in sides])
-        grid = log_grid.Grid(mode, count, k.float(), offset.float())
+        grid = problem.grid(k, offset)
         start, (error, fitted) = s, problem.compare(grid, s)
         for ratio in (*ratios, None, None):
             # None stands for the least-squares scale of the codes chosen last
@@ -86,7 +91,8 @@ def _search(problem: _Problem, bits: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def fit_log_affine(matrix: Tensor, factor: Tensor | None, mode: str, bits: int,
-                   location: str) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+                   location: str, table_max: int = log_grid.TABLE_MAX
+                   ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Finds the parameters with the least (weighted) squared error.
 
     Args:
@@ -95,6 +101,7 @@ def fit_log_affine(matrix: Tensor, factor: Tensor | None, mode: str, bits: int,
         mode (str): 'log1p', 'exact' or 'shift'.
         bits (int): Bits of a code.
         location (str): 'auto' (up to 4 bits the better one, beyond that 'zero'), 'zero' or 'median'.
+        table_max (int): The largest integer of the table. Defaults to 127.
 
     Returns:
         tuple: mu of shape (C,) or None where it stays at zero; s of shape (C,); k and the offsets, of shape (2,).
@@ -107,7 +114,7 @@ def fit_log_affine(matrix: Tensor, factor: Tensor | None, mode: str, bits: int,
     for name, mu in (('zero', lambda: zero), ('median', lambda: matrix.median(1).values)):
         if location in ('auto', name):
             place = mu()
-            found[name] = (place, *_search(_Problem(matrix, factor, place, mode, count), bits))
+            found[name] = (place, *_search(_Problem(matrix, factor, place, mode, count, table_max), bits))
     name = location
     if location == 'auto':
         name = 'median' if found['median'][1].sum() < (1 - _LOCATION_GAIN) * found['zero'][1].sum() else 'zero'

@@ -84,13 +84,15 @@ def fit_best(candidates: list[Quantizer], weight: Tensor, importance: Tensor | N
     return candidates[errors.index(min(errors))]
 
 
-def resolve_auto(cfg: Mapping[str, Any], weight: Tensor, importance: Tensor | None = None) -> Quantizer:
+def resolve_auto(cfg: Mapping[str, Any], weight: Tensor, importance: Tensor | None = None,
+                 neighbours: Mapping[str, Any] | None = None) -> Quantizer:
     """Resolves ``LogAffineQuantizer(mode='auto')`` for one layer.
 
     Args:
         cfg (Mapping): Config or spec of the quantizer, with ``mode='auto'``.
         weight (Tensor): Weight of shape (C, ...).
         importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+        neighbours (Mapping | None): The uniform one's, see :class:`AffineQuantizer`. Defaults to None.
 
     Returns:
         Quantizer: A fitted symmetric ``AffineQuantizer`` or a fitted 'log1p' ``LogAffineQuantizer``, whichever has the
@@ -104,6 +106,7 @@ def resolve_auto(cfg: Mapping[str, Any], weight: Tensor, importance: Tensor | No
         raise PTQError(f"`resolve_auto` needs a quantizer with `mode='auto'`, got {dict(cfg)!r}.")
     spec = auto.spec()
     uniform = dict(type='mmdet_ptq.AffineQuantizer', bits=spec['bits'], symmetric=True,
-                   num_channels=spec['num_channels'], channel_axis=0, learn_scale=spec['learn'])
+                   num_channels=spec['num_channels'], channel_axis=0, learn_scale=spec['learn'],
+                   neighbours=neighbours)
     candidates = [build_quantizer(uniform), build_quantizer({**spec, 'mode': 'log1p'})]
     return fit_best([c.to(weight.device) for c in candidates], weight, importance)

@@ -1,28 +1,44 @@
 """A weight's quantizer, built from its policy and fitted to its values."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ..config import TensorConfig
-from ..quantizers import Quantizer, build_observer, build_quantizer, resolve_auto
+from ..quantizers import SUM_LIMIT, Quantizer, build_observer, build_quantizer, resolve_auto
+
+# the largest magnitude of which any two fit the sum
+_SAFE = SUM_LIMIT // 2
 
 
-def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, importance: Tensor | None = None) -> Quantizer:
+def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, neighbours: Mapping[str, Any] | None,
+                         importance: Tensor | None = None) -> Quantizer:
     """Builds the quantizer a policy names and fits it to a weight.
 
     Args:
         policy: The ``weights`` policy of the layer. Affine weights are symmetric unless the policy says otherwise.
         rows: The weight, shape (out_channels, -1).
-        importance: Weight of each element's squared error, broadcastable to ``rows``.
+        neighbours: The layer's :func:`mmdet_ptq.wrapping.layers.neighbours`; the bound on their sums holds unless the
+            policy ignores it.
+        importance: Weight of each element's squared error, broadcastable to ``rows``. Defaults to None.
 
     Returns:
         The fitted quantizer, one scale per output channel.
     """
     cfg = {**policy.quantizer, 'bits': policy.bits, 'num_channels': rows.shape[0]}
+    kind, bounded = cfg['type'].rpartition('.')[2], policy.saturation == 'safe' and neighbours is not None
+    if kind == 'LogAffineQuantizer' and bounded:
+        cfg = {'table_max': _SAFE, **cfg}
+    # codes of fewer bits are within the bound as they are, unless a zero point moves them
+    narrow = policy.bits < 8 and cfg.get('symmetric', True)
+    if not bounded or narrow or policy.bits > 8:
+        neighbours = None
     if cfg.get('mode') == 'auto':
-        return resolve_auto(cfg, rows, importance)
-    if cfg['type'].rpartition('.')[2] == 'AffineQuantizer':
-        cfg = {'symmetric': True, 'channel_axis': 0, **cfg}
+        return resolve_auto(cfg, rows, importance, neighbours)
+    if kind == 'AffineQuantizer':
+        cfg = {'symmetric': True, 'channel_axis': 0, 'neighbours': neighbours, **cfg}
     quantizer = build_quantizer(cfg).to(rows.device)
     observer = None
     # the squared error is searched on the weight itself, which is exact, instead of on a histogram of it

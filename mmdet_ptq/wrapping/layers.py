@@ -57,6 +57,25 @@ def channel_format(quantizer: Mapping[str, Any], channels: int, axis: int) -> di
     return dict(num_channels=channels, channel_axis=axis, **(dict(shared_zero_point=True) if shared else {}))
 
 
+# input channels that slices of an image have, of one colour or three: an export may put them in another order
+_SLICED = (4, 12)
+
+
+def neighbours(module: nn.Module) -> dict[str, Any] | None:
+    """Which weights of a layer integer kernels multiply side by side.
+
+    Returns:
+        Arguments of :class:`mmdet_ptq.quantizers.saturation.Neighbours`; None for depthwise convolutions, whose kernels
+        add every product in 32 bits.
+    """
+    if is_depthwise(module) and module.out_channels == module.in_channels:
+        return None
+    groups = getattr(module, 'groups', 1)
+    return dict(channels=in_channels(module) // groups, kernel=list(getattr(module, 'kernel_size', ())),
+                any_order=groups == 1 and len(getattr(module, 'kernel_size', ())) == 2
+                and module.in_channels in _SLICED)
+
+
 def kind(module: nn.Module) -> str:
     """The layer's kind, as it stands in the coverage table."""
     if isinstance(module, nn.Linear):

@@ -19,7 +19,7 @@ from .equalization import channel_magnitudes, equalize, log_equalization
 from .fit import fit_weight_quantizer
 from .folding import find_folds, fold_norms
 from .inputs import STATE
-from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind
+from .layers import QUANTIZABLE, RowLayout, channel_axis, in_channels, is_depthwise, kind, neighbours
 from .migration import Migration, can_migrate, measure_factors, migrate, times_factor
 from .policy import LayerPolicy, LayerRole, resolve_policies
 from .probe import LayerCall, Probe, head_names, probe_detector
@@ -152,7 +152,7 @@ def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe
 def _fit(name: str, module: nn.Module, policy: TensorConfig, factor: Tensor | None) -> nn.Module:
     rows = RowLayout.of(module).to_rows(times_factor(module, module.weight.detach(), factor))
     try:
-        return fit_weight_quantizer(policy, rows)
+        return fit_weight_quantizer(policy, rows, neighbours(module))
     except PTQError as error:
         raise PTQError(f'weight of layer {name}: {error}') from error
 

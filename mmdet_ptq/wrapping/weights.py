@@ -71,6 +71,9 @@ class QuantizedWeight(nn.Module):
         for share in (0.45, 0.9):
             nearer = centre + share * (rows - centre)
             settled = torch.where(self.quantizer.encode(nearer) == codes, nearer, settled)
+        # a weight's code may depend on its neighbours': chosen one by one they may not fit each other
+        astray = (self.quantizer.encode(settled) != codes).any(1, keepdim=True)
+        settled = torch.where(astray, centre, settled)
         weight.copy_(self.layout.from_rows(settled, weight.shape))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmdet_ptq.analysis import read_results, versions, write_results
+from mmdet_ptq.doctor import processor
 from mmdet_ptq.errors import PTQError
 
 
@@ -37,7 +38,7 @@ def test_schema(results):
     assert {'name', 'kind', 'macs', 'weight', 'activation', 'integer', 'reason'} <= set(
         results['coverage']['layers'][0]
     )
-    assert set(results['rows'][0]) == {'model', 'metrics', 'size_bytes', 'bops', 'latency_ratio'}
+    assert set(results['rows'][0]) == {'model', 'metrics', 'size_bytes', 'bops', 'latency_ratio', 'remark'}
 
 
 def test_keys_are_written_in_the_order_of_the_schema(tmp_path, results):
@@ -111,4 +112,7 @@ def test_versions():
         'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
         'processor'}
     assert versions()['torch'] == torch.__version__
-    assert versions()['processor'].endswith(f', {torch.backends.cpu.get_cpu_capability()}')
+    name, integers = processor()
+    told = versions()['processor']
+    assert told.startswith(f'{name}, {torch.backends.cpu.get_cpu_capability()}')
+    assert all(instructions in told for instructions in integers) and ('no VNNI' not in told or not integers)

@@ -31,7 +31,7 @@ def retinanet(tmp_path_factory):
     return exported(tmp_path_factory.mktemp('retinanet'), 'retinanet')
 
 
-def image(seed=0):
+def image(seed=2):  # of 0 and 1 a code lies on a boundary, where float32's rounding decides
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 

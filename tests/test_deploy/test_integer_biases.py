@@ -64,7 +64,9 @@ def test_biases_lie_on_the_grid_of_the_accumulator():
         step = steps(detector, layer)[0]
         codes = module.bias / step
         torch.testing.assert_close(codes, codes.round(), rtol=1e-6, atol=1e-3)
-        assert ((module.bias - before[layer.name]).abs() <= 0.5001 * step).all()
+        # a bias is a multiple of the step up to float32's own rounding
+        rounding = torch.finfo(torch.float32).eps * module.bias.abs()
+        assert ((module.bias - before[layer.name]).abs() <= 0.5001 * step + rounding).all()
         moved += not torch.equal(module.bias, before[layer.name])
     assert moved > 5
     kept = {name: detector.get_submodule(name).bias.detach().clone() for name in settled}

@@ -70,12 +70,16 @@ def difference(detector, network, x):
                for ours, theirs in zip(expected, got, strict=True))
 
 
+def least_difference(detector, network):
+    """Of three images: one code that rounds the other way moves an output of the tiny detectors by 1e-2 and more."""
+    return min(difference(detector, network, image(seed)) for seed in range(3))
+
+
 @pytest.mark.parametrize('case', [
     case if case in ('ssd', 'retinanet') else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_outputs_are_the_simulations(exported, case):
     detector, structure, path = exported(case)
     network = NcnnNetwork(path, packing=False)
-    # one code that rounds the other way moves an output of the tiny detectors by 1e-2 and more
     differences = [difference(detector, network, image(seed)) for seed in range(3)]
     assert min(differences) < 1e-4
     assert max(differences) < 0.5
@@ -85,16 +89,16 @@ def test_outputs_are_the_simulations(exported, case):
 
 def test_it_is_the_integers_that_run(exported):
     detector, _, path = exported('retinanet')
-    network, x = NcnnNetwork(path, packing=False), image()
-    assert difference(detector, network, x) < 1e-4
+    network = NcnnNetwork(path, packing=False)
+    assert least_difference(detector, network) < 1e-4
     twin = copy.deepcopy(detector)
     set_mode(twin, 'float')
-    assert difference(twin, network, x) > 1e-2
+    assert least_difference(twin, network) > 1e-2
 
 
 def test_packing_keeps_the_default_close(exported):
     detector, _, path = exported('retinanet')
-    assert difference(detector, NcnnNetwork(path), image()) < 1e-4
+    assert least_difference(detector, NcnnNetwork(path)) < 1e-4
 
 
 def test_runtime_takes_batches_and_tells_its_layers(exported):

@@ -18,10 +18,12 @@ from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.export_stage import export_runtime
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_model_cfg
+from mmdet_ptq.testing.processors import PROCESSORS
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
 NAMES = ('onnxruntime', 'openvino')
+PROGRAM = Path(__file__).resolve().parents[2] / 'docs' / 'programs' / 'detect.py'
 
 
 @pytest.fixture(scope='module')
@@ -130,26 +132,35 @@ def test_a_runtime_answers_like_a_detector(exported, config_file):
     assert len(found) > 0 and found.bboxes.shape[1] == 4
 
 
-def test_the_documented_program_without_mmdet_finds_what_mmdet_finds(exported, config_file, tmp_path, capsys):
-    cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--end2end', '--out', str(tmp_path)])
-    path, image = tmp_path / 'onnxruntime' / 'model.onnx', sorted((config_file.parent / 'val').glob('*.png'))[0]
+@pytest.fixture(scope='module')
+def end2end(exported, config_file, tmp_path_factory):
+    """A model that gives boxes, an image, and what mmdet finds on it, best first."""
+    folder = tmp_path_factory.mktemp('end2end')
+    cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--end2end', '--out', str(folder)])
+    path, image = folder / 'onnxruntime' / 'model.onnx', sorted((config_file.parent / 'val').glob('*.png'))[0]
     detector = runtime_detector(exported.cfg, open_model(path))
     assert detector.dataset_meta == dict(classes=('red', 'green', 'blue'))
-    found = inference_detector(detector, str(image)).pred_instances
+    return path, image, inference_detector(detector, str(image)).pred_instances
+
+
+@pytest.mark.parametrize('processor', ['here', *PROCESSORS])
+def test_the_documented_program_finds_what_mmdet_finds(end2end, on_processor, processor):
+    path, image, found = end2end
+    program = PROGRAM.read_text()
     threshold = float(found.scores[len(found) // 2]) - 1e-6
-    page = (Path(__file__).resolve().parents[2] / 'docs' / 'runtimes.md').read_text()
-    program, = (block for block in re.findall('```python\n(.*?)```', page, re.S) if 'onnxruntime.Inf' in block)
-    for old, new in (("'model.onnx'", repr(str(path))), ("'image.jpg'", repr(str(image))), ('0.3', str(threshold))):
-        assert program.count(old) == 1
-        program = program.replace(old, new)
-    capsys.readouterr()
-    exec(compile(program, 'docs/runtimes.md', 'exec'), {})
-    lines = capsys.readouterr().out.splitlines()
-    expected = [(detector.dataset_meta['classes'][label], f'{score:.2f}') for label, score in
+    assert program.count('0.3') == 1
+    program = program.replace('0.3', str(threshold))
+    lines = on_processor(processor, program, str(path), str(image)).splitlines()
+    expected = [(('red', 'green', 'blue')[label], f'{score:.2f}') for label, score in
                 zip(found.labels, found.scores, strict=True) if score > threshold]
     assert len(expected) > 1 and [tuple(line.split()[:2]) for line in lines] == expected
     box = np.array([float(value) for value in lines[0].partition('[')[2].rstrip(']').split()])
     np.testing.assert_allclose(box, found.bboxes[0], atol=0.51)
+
+
+def test_the_page_shows_the_program():
+    blocks = re.findall('```python\n(.*?)```', (PROGRAM.parent.parent / 'runtimes.md').read_text(), re.S)
+    assert PROGRAM.read_text() in blocks
 
 
 def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys):

@@ -15,8 +15,6 @@ from ...errors import PTQError, did_you_mean
 from ...registry import RUNTIMES
 from ...wrapping import Structure
 
-# two products of uint8 with codes from -64 to 64 fit into 16 bits: 255 * (64 + 64) = 32640
-SAFE_CODE = 64
 # models whose weights lie in a file beside them
 _WITH_WEIGHTS = ('.xml', '.param')
 
@@ -71,6 +69,22 @@ class Runtime:
         pairs and saturates. The runtime is tried on :func:`worst_case`, once per process.
         """
         return False
+
+    def remark(self) -> str:
+        """What makes the model's results wrong on this processor, and the way out, in one sentence; '' if nothing does.
+
+        Files tell their ``saturating`` layers; those of older versions do not, and may have some.
+        """
+        meta, quantized = self.meta, 'space_to_depth' in self.meta
+        layers = meta.get('saturating')
+        if layers == [] or (layers is None and not quantized) or not self.saturates():
+            return ''
+        where = 'its 8-bit products' if layers is None else f'the products of {len(layers)} of its layers'
+        may = 'may saturate' if layers is None else 'saturate'
+        how = ('export its checkpoint again' if layers is None else
+               "calibrate again with this version of mmdet-ptq and `ptq.saturation='safe'`")
+        return (f'{self.name}: this processor adds products of bytes in 16 bits (it lacks VNNI), in which {where} '
+                f'{may}, so that its results are wrong here; {how}.')
 
     @classmethod
     def check_export(cls) -> None:
@@ -144,7 +158,10 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
     for name in runtime_names():
         runtime = RUNTIMES.get(name)
         if runtime.suffix == Path(path).suffix:
-            return runtime(path, threads)
+            model = runtime(path, threads)
+            if remark := model.remark():
+                warn_once(remark)
+            return model
     known = ', '.join(sorted(RUNTIMES.get(name).suffix for name in runtime_names()))
     raise PTQError(f'{str(path)!r} is no model of a known runtime; their suffixes are {known}.')
 

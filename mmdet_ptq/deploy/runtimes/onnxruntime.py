@@ -4,9 +4,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -19,31 +17,8 @@ from ..onnx_nodes import check_activation_formats
 from ..requirements import require
 from .base import IntegerCoverage, Runtime, worst_case
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-EXACT_SUMS = 'session.x64quantprecision'
 # in this order, where they are present
 PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
-
-
-def open_session(model: str | bytes, options: onnxruntime.SessionOptions,
-                 providers: Sequence[str] = ('CPUExecutionProvider', )) -> onnxruntime.InferenceSession:
-    """Opens a model so that its integer sums are exact on this processor.
-
-    Args:
-        model: Path of the model, or the serialized model.
-        options: Options of the session; changed.
-        providers: Execution providers. Defaults to the CPU's.
-    """
-    import onnxruntime
-    options.log_severity_level = 3
-    if OnnxRuntime.saturates():
-        # weights beyond 7 bits become uint8, whose kernels add in 32 bits; where nothing saturates they are slower
-        options.add_session_config_entry(EXACT_SUMS, '1')
-        from ..onnx_own_weights import with_own_weights
-        model = with_own_weights(model)
-    return onnxruntime.InferenceSession(model, options, providers=list(providers))
 
 
 @RUNTIMES.register_module(name='onnxruntime')
@@ -62,6 +37,7 @@ class OnnxRuntime(Runtime):
         self.check()
         import onnxruntime
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
         if self.threads:
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
@@ -71,7 +47,7 @@ class OnnxRuntime(Runtime):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         present = onnxruntime.get_available_providers()
         try:
-            return open_session(self.path, options, [p for p in PROVIDERS if p in present])
+            return onnxruntime.InferenceSession(self.path, options, providers=[p for p in PROVIDERS if p in present])
         except Exception as error:  # the bindings raise classes of their own
             raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {str(error).splitlines()[0][:200]}') from error
 

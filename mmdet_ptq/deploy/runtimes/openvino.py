@@ -19,7 +19,7 @@ from ..onnx_export import export_onnx
 from ..onnx_nodes import check_activation_formats
 from ..openvino_file import compact, strip_layout
 from ..requirements import require
-from .base import SAFE_CODE, IntegerCoverage, Runtime, warn_once, worst_case
+from .base import IntegerCoverage, Runtime, worst_case
 
 META = 'mmdet_ptq'
 # what is not quantized stays exact: the default takes bfloat16 where the processor has it
@@ -54,9 +54,6 @@ class OpenVino(Runtime):
         options = {**FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
-        if _wide_weights(model) and self.saturates():
-            warn_once('this processor lacks VNNI, and OpenVINO loses accuracy there with weights of 8 bits: quantize '
-                      'with `ptq.weights.bits=7`, or run the model in ONNX Runtime.')
         self.compiled = core.compile_model(model, 'CPU', options)
 
     @classmethod
@@ -137,14 +134,3 @@ def layer_operations(model, calls: Collection[str]) -> dict:
         if name in calls and op.get_type_name() in _OPERATIONS:
             found.setdefault(name, op)
     return found
-
-
-def _wide_weights(model) -> bool:
-    """Whether codes are large enough for the sum of two products to leave 16 bits."""
-    import openvino
-    for op in model.get_ops():
-        # depthwise weights, (C, 1, K, K), have no neighbour to be added to: their products are exact
-        if op.get_type_name() == 'Constant' and op.get_element_type() == openvino.Type.i8 and not (
-                len(op.shape) > 2 and op.shape[-3] == 1) and (np.abs(op.data.astype(np.int16)) > SAFE_CODE).any():
-            return True
-    return False
