@@ -159,8 +159,7 @@ class NearestLevel:
         low, high = quantizer.code_range
         codes = torch.arange(low, high + 1, dtype=torch.int32, device=quantizer.any_param().device)
         levels = quantizer.decode(codes.expand(rows, -1)).sort(1).values
-        with torch.no_grad():
-            kept = quantizer(levels) == levels
+        kept = quantizer.nearest(levels) == levels
         if not kept.any(1).all():
             raise PTQError(f'{type(quantizer).__name__} rounds none of its values to itself; choose another weight '
                            'quantizer, or `ptq.reconstruct=None`.')
@@ -187,45 +186,59 @@ class NeighbourSums:
     def __init__(self, neighbours: Neighbours, scale: Tensor) -> None:
         self.partners, self.limit = neighbours.partners(), SUM_LIMIT * scale.double()
 
-    def of(self, order: Tensor) -> ColumnBounds:
+    def of(self, order: Tensor, start: Tensor) -> ColumnBounds:
         """The same for columns in another order.
 
         Args:
             order: Place in a row of each column, (G, K).
+            start: What is to be rounded, in this order, (G, R, K).
         """
         column_of = torch.empty_like(order)
         column_of.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         partners = self.partners.to(order.device)[:, order]
         columns = column_of[torch.arange(len(order), device=order.device)[:, None], partners.clamp_min(0)]
-        return ColumnBounds(torch.where(partners >= 0, columns, order.shape[1]), self.limit)
+        return ColumnBounds(torch.where(partners >= 0, columns, order.shape[1]), self.limit, start.movedim(2, 0))
 
 
 class ColumnBounds:
-    """What the columns rounded so far leave to each other one.
+    """What the neighbours of a column leave it.
+
+    One that is rounded already leaves the rest of the limit. With one that is not, both go half of the way.
 
     Args:
         partners: Columns of the neighbours of each column, (N, G, K); K where there is none.
         limit: Largest sum of two, (G, R).
+        start: What is to be rounded, column by column, (K, G, R).
     """
 
-    def __init__(self, partners: Tensor, limit: Tensor) -> None:
+    def __init__(self, partners: Tensor, limit: Tensor, start: Tensor) -> None:
         self._partners, self._limit = partners, limit
-        # one more, which stays 0, for those without a neighbour
-        self._values = limit.new_zeros(partners.shape[2] + 1, *limit.shape)
+        # one more, of zeros, for those without a neighbour
+        self._values = torch.cat([start, torch.zeros_like(limit)[None]])
         self._groups = torch.arange(len(limit), device=limit.device)
+        self._complete = False
 
     def clip(self, column: int, values: Tensor) -> Tensor:
         """Values, (G, R), as far as the neighbours let them."""
         low, high = -self._limit, self._limit
         for partners in self._partners:
-            beside = self._values[partners[:, column], self._groups]
-            high = torch.minimum(high, self._limit - beside.clamp_min(0))
-            low = torch.maximum(low, -self._limit - beside.clamp_max(0))
+            place = partners[:, column]
+            beside = self._values[place, self._groups]
+            above, below = self._limit - beside.clamp_min(0), -self._limit - beside.clamp_max(0)
+            if not self._complete:
+                later = (place > column)[:, None]
+                above = torch.where(later, torch.maximum((values + above) / 2, above), above)
+                below = torch.where(later, torch.minimum((values + below) / 2, below), below)
+            high, low = torch.minimum(high, above), torch.maximum(low, below)
         return torch.maximum(torch.minimum(values, high), low)
 
     def put(self, column: int, values: Tensor) -> None:
         """Says what a column was rounded to, (G, R)."""
         self._values[column] = values
+
+    def complete(self) -> None:
+        """Says that all columns are rounded."""
+        self._complete = True
 
 
 class CompensatedRounding:
@@ -258,8 +271,10 @@ class CompensatedRounding:
         Returns:
             The rounded weight, (G, R, K), and the squared error of each row, (G, R), with the best bias.
         """
-        beside = None if sums is None else sums.of(self._order[:, 0])
+        beside = None if sums is None else sums.of(self._order[:, 0], self._target)
         found = self._compensate(quantize, beside)
+        if beside is not None:
+            beside.complete()
         for _ in range(SWEEPS):
             self._descend(found, quantize, beside)
         change = found - self._target

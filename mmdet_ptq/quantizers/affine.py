@@ -275,6 +275,14 @@ class AffineQuantizer(Quantizer):
         return (codes.to(torch.int32) - zero).float().mul_(self.per_channel(self.positive_scale(), codes))
 
     @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        neighbours, self.neighbours = self.neighbours, None
+        try:
+            return self(x)
+        finally:
+            self.neighbours = neighbours
+
+    @torch.no_grad()
     def code_position(self, x: Tensor) -> Tensor:
         zero = self.per_channel(self.zero_point, x)
         return torch.div(x.float(), self.per_channel(self.positive_scale(), x)) + zero

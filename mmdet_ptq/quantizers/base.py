@@ -51,6 +51,11 @@ class Quantizer(nn.Module):
         """The values that ``codes`` stand for: bit for bit what ``forward`` returns in float32."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """What each value is rounded to by itself, of the shape of ``x``, whatever its neighbours in a weight are."""
+        return self(x)
+
     def code_position(self, x: Tensor) -> Tensor:
         """Where ``x`` lies on the axis of codes, not rounded: learned rounding chooses floor(position) or the next."""
         raise NotImplementedError

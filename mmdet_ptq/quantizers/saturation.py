@@ -9,7 +9,7 @@ its channels together.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,21 +34,22 @@ class Neighbours(nn.Module):
     Args:
         channels: Input channels of an output channel.
         kernel: Size of the kernel; empty for a linear layer. Defaults to ().
-        any_order: Whether an export may put the channels in another order, as it does where slices of the image become
-            channels: then each two channels of a position are neighbours. Defaults to False.
+        slices: Into how many slices of an image the channels fall, whose order an export may change: space to depth
+            has its own. The channels of a slice stay together. Defaults to 1.
     """
 
-    def __init__(self, channels: int, kernel: Sequence[int] = (), any_order: bool = False) -> None:
+    def __init__(self, channels: int, kernel: Sequence[int] = (), slices: int = 1) -> None:
         super().__init__()
-        self.channels, self.kernel, self.any_order = int(channels), tuple(map(int, kernel)), bool(any_order)
+        self.channels, self.kernel, self.slices = int(channels), tuple(map(int, kernel)), int(slices)
         place = torch.arange(self.channels * _product(self.kernel)).view(self.channels, *self.kernel)
         self.size = place.numel()
         order = place.movedim(0, -1).flatten()
         pairings = [torch.stack([order[:len(order) // 2 * 2:2], order[1::2]])]
         if self.channels == 1:
-            pairings += [order[torch.tensor(pairs).T] for pairs in _round_robin(len(order))]
-        elif self.any_order or self.channels % 2:
-            rounds = _round_robin(self.channels) if self.any_order else [_in_order(self.channels)]
+            rounds = _rounds(itertools.combinations(range(self.size), 2))
+            pairings += [order[torch.tensor(pairs).T] for pairs in rounds]
+        elif self.slices > 1 or self.channels % 2:
+            rounds = _rounds(_in_order(self.channels) if self.slices == 1 else _in_slices(self.channels, self.slices))
             pairings += [place[torch.tensor(pairs).T].reshape(2, -1) for pairs in rounds]
         # each pair once: two orders often begin alike
         seen: set[tuple[int, int]] = set()
@@ -61,7 +62,7 @@ class Neighbours(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Plain arguments from which the same is built."""
-        return dict(channels=self.channels, kernel=list(self.kernel), any_order=self.any_order)
+        return dict(channels=self.channels, kernel=list(self.kernel), slices=self.slices)
 
     def pairings(self) -> list[Tensor]:
         """Disjoint pairs of places in a row, a tensor (2, P) each; together they are all the pairs."""
@@ -137,9 +138,17 @@ def _in_order(count: int) -> list[tuple[int, int]]:
     return [(even, even + 1) for even in range(0, count - 1, 2)]
 
 
-def _round_robin(count: int) -> list[list[tuple[int, int]]]:
-    """Each two of so many once, in rounds of disjoint pairs."""
-    pending, rounds = list(itertools.combinations(range(count), 2)), []
+def _in_slices(channels: int, slices: int) -> list[tuple[int, int]]:
+    """Channels that may be neighbours, the slices in whichever order: in a slice, or where one ends and one begins."""
+    size = channels // slices
+    first = range(0, channels, size)
+    inside = [(start + place, start + place + 1) for start in first for place in range(size - 1)]
+    return inside + [(start + size - 1, other) for start in first for other in first if start != other]
+
+
+def _rounds(pairs: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Pairs in rounds of disjoint ones."""
+    pending, rounds = list(pairs), []
     while pending:
         taken: set[int] = set()
         one = [pair for pair in pending if not taken & {*pair} and not taken.update(pair)]

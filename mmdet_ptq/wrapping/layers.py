@@ -57,8 +57,8 @@ def channel_format(quantizer: Mapping[str, Any], channels: int, axis: int) -> di
     return dict(num_channels=channels, channel_axis=axis, **(dict(shared_zero_point=True) if shared else {}))
 
 
-# input channels that slices of an image have, of one colour or three: an export may put them in another order
-_SLICED = (4, 12)
+# input channels of a layer that reads four slices of an image (YOLOX's Focus), of one colour or three
+_SLICED = {4: 4, 12: 4}
 
 
 def neighbours(module: nn.Module) -> dict[str, Any] | None:
@@ -70,10 +70,9 @@ def neighbours(module: nn.Module) -> dict[str, Any] | None:
     """
     if is_depthwise(module) and module.out_channels == module.in_channels:
         return None
-    groups = getattr(module, 'groups', 1)
-    return dict(channels=in_channels(module) // groups, kernel=list(getattr(module, 'kernel_size', ())),
-                any_order=groups == 1 and len(getattr(module, 'kernel_size', ())) == 2
-                and module.in_channels in _SLICED)
+    groups, kernel = getattr(module, 'groups', 1), list(getattr(module, 'kernel_size', ()))
+    slices = _SLICED.get(in_channels(module), 1) if groups == 1 and len(kernel) == 2 else 1
+    return dict(channels=in_channels(module) // groups, kernel=kernel, slices=slices)
 
 
 def kind(module: nn.Module) -> str:

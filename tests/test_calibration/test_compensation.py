@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.calibration.compensation import LayerEquations, NearestLevel, by_group, patches
+from mmdet_ptq.calibration.compensation import LayerEquations, NearestLevel, NeighbourSums, by_group, patches
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.quantizers import AffineQuantizer, LogAffineQuantizer
+from mmdet_ptq.quantizers import SUM_LIMIT, AffineQuantizer, LogAffineQuantizer, Neighbours
 from mmdet_ptq.wrapping.layers import RowLayout
 
 LAYERS = [
@@ -161,3 +161,53 @@ def test_a_grid_whose_values_cannot_be_stored_is_refused():
     quantizer.fit_weight(torch.randn(6, 5))
     with pytest.raises(PTQError, match='rounds none of its values to itself'):
         NearestLevel(quantizer, 6)
+
+
+@pytest.mark.parametrize('channels,kernel,groups', [(6, (3, 3), 2), (3, (3, 3), 1), (8, (), 1), (1, (3, 3), 2)])
+def test_compensated_rounding_keeps_neighbours_within_their_sum(channels, kernel, groups):
+    neighbours, rows = Neighbours(channels, kernel), 5
+    equations, weight, *_ = make_equations(True, groups, rows, neighbours.size)
+    # neighbours of one sign, all large
+    weight = weight.abs() + 2
+    flat = weight.reshape(groups * rows, -1)
+    quantizer = AffineQuantizer(8, True, groups * rows, 0, neighbours=neighbours.spec())
+    # so narrow that rounding alone would exceed the sum everywhere
+    with torch.no_grad():
+        quantizer.scale.copy_(flat.amax(1) / 127)
+    round_on_grid, nearest = equations.rounding(weight, 0.01), NearestLevel(quantizer, groups * rows)
+    sums = NeighbourSums(neighbours, quantizer.scale.detach().view(groups, rows))
+    free, free_error = round_on_grid(nearest)
+    bound, error = round_on_grid(nearest, sums)
+
+    def largest(values):
+        return neighbours.largest_sum((values.reshape(groups * rows, -1) / quantizer.scale[:, None]).round()).max()
+
+    assert largest(free) > SUM_LIMIT >= largest(bound)
+    # it is on the grid as it is: storing it changes nothing
+    assert torch.equal(quantizer(bound.reshape(groups * rows, -1)).view(bound.shape), bound)
+    # what the bound takes, the other weights make up for: less is lost than by cutting what was rounded freely
+    cut = quantizer(free.reshape(groups * rows, -1)).detach().view(free.shape)
+    change = (cut - weight).double()
+    cut_error = ((change @ equations._hessian(0.01)) * change).sum(2)
+    assert (free_error <= error + 1e-9).all() and error.sum() < cut_error.sum()
+
+
+def test_columns_hear_of_their_neighbours_in_any_order():
+    neighbours = Neighbours(4)  # pairs (0, 1) and (2, 3)
+    sums = NeighbourSums(neighbours, torch.full((1, 1), 0.5))  # the limit is 64
+    start = torch.tensor([[[20., 30., 0., 60.]]], dtype=torch.float64)
+    beside = sums.of(torch.tensor([[3, 0, 2, 1]]), start)
+
+    def clip(column, value):
+        return float(beside.clip(column, torch.tensor([[value]], dtype=torch.float64)))
+
+    # column 2 comes later and is 0 so far, column 3 is 60: both go half of the way
+    assert clip(0, 60.) == 60 and clip(0, 100.) == 64 and clip(1, 30.) == 17 and clip(1, -30.) == -30
+    beside.put(0, torch.tensor([[50.]]))
+    beside.put(1, torch.tensor([[-60.]]))
+    assert clip(2, 100.) == 14 and clip(2, -100.) == -64
+    assert clip(3, 100.) == 64 and clip(3, -100.) == -4
+    beside.put(2, torch.tensor([[10.]]))
+    beside.put(3, torch.tensor([[-3.]]))
+    beside.complete()
+    assert clip(0, 60.) == 54 and clip(1, -64.) == -61

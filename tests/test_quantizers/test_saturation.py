@@ -37,7 +37,9 @@ def test_neighbours_by_hand():
     assert all_pairs(Neighbours(3, (1, 2))) == {(0, 2), (1, 4), (3, 5), (1, 3)}
     assert all_pairs(Neighbours(5)) == {(0, 1), (2, 3)}
     assert all_pairs(Neighbours(1, (2, 2))) == set(itertools.combinations(range(4), 2))
-    assert all_pairs(Neighbours(4, (1, 1), any_order=True)) == set(itertools.combinations(range(4), 2))
+    # slices of one colour: in whichever order; of three: their colours stay together
+    assert all_pairs(Neighbours(4, (1, 1), slices=4)) == set(itertools.combinations(range(4), 2))
+    assert all_pairs(Neighbours(6, (1, 1), slices=2)) == {(0, 1), (1, 2), (3, 4), (4, 5), (2, 3), (0, 5)}
     assert all_pairs(Neighbours(1)) == set()
 
 
@@ -169,7 +171,7 @@ def test_learned_rounding_stays_within_the_limit(channels, kernel):
 
 
 def test_the_spec_gives_the_same_again():
-    neighbours = Neighbours(12, (3, 3), any_order=True)
+    neighbours = Neighbours(12, (3, 3), slices=4)
     made = quantizer(4, neighbours)
     again = build_quantizer(made.spec())
     again.load_state_dict(made.state_dict())

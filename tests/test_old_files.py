@@ -1,0 +1,92 @@
+"""Files that earlier versions wrote: they open, and give what they gave, or say what to do.
+
+``old_files/schema_3``: a tiny RetinaNet, W8A8 with ``dataflow='full'``, by the commit before sums of
+neighbouring weights were bounded; and what its integer kernels returned on :func:`image`.
+"""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmdet_ptq.deploy import (
+    get_runtime,
+    integer_arithmetic,
+    load_quantized_state,
+    open_model,
+    quantized_state,
+    read_quantized,
+)
+from mmdet_ptq.deploy.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.runtimes import base
+from mmdet_ptq.testing import tiny_detector, tiny_model_cfg
+from mmdet_ptq.wrapping import Structure
+
+FOLDER = Path(__file__).resolve().parent / 'old_files' / 'schema_3'
+
+
+def image():
+    return np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def outputs():
+    with np.load(FOLDER / 'outputs.npz') as stored:
+        return list(stored.values())
+
+
+@pytest.fixture(scope='module')
+def detector():
+    detector = tiny_detector('retinanet', seed=7)
+    load_quantized_state(detector, read_quantized(FOLDER / 'quantized.pth'))
+    return detector.eval()
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    said = []
+    base.warn_once.cache_clear()
+    monkeypatch.setattr(base, 'print_log', lambda text, *_: said.append(text))
+    return said
+
+
+def saturating(monkeypatch, saturates):
+    monkeypatch.setattr(get_runtime('onnxruntime'), 'saturates', staticmethod(lambda: saturates))
+
+
+def test_an_old_checkpoint_gives_its_figures(detector, outputs):
+    with torch.no_grad(), integer_arithmetic(detector):
+        found = RawOutputs(detector)(torch.from_numpy(image()))
+    for ours, theirs in zip(found, outputs, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+def test_an_old_checkpoint_keeps_its_codes_when_it_is_saved_again(detector):
+    old = read_quantized(FOLDER / 'quantized.pth')
+    config = dict(model=tiny_model_cfg('retinanet'))
+    new = quantized_state(detector, Structure.from_dict(old['structure']), config, None)
+    assert new['layers'] == old['layers']
+    for dtype, codes in old['codes']['data'].items():
+        assert torch.equal(new['codes']['data'][dtype], codes)
+
+
+def test_an_old_model_opens_and_says_what_to_do_where_it_is_wrong(outputs, monkeypatch, warned):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    if not get_runtime('onnxruntime').saturates():
+        for ours, theirs in zip(open_model(FOLDER / 'model.onnx')(image()), outputs, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    saturating(monkeypatch, False)
+    assert open_model(FOLDER / 'model.onnx').remark() == '' and warned == []
+    saturating(monkeypatch, True)
+    assert open_model(FOLDER / 'model.onnx').remark() == warned[0]
+    assert 'may saturate' in warned[0] and 'export its checkpoint again' in warned[0]
+
+
+def test_an_old_checkpoint_exported_again_names_the_layers_that_saturate(detector, tmp_path, monkeypatch, warned):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    path = get_runtime('onnxruntime').export(detector, tmp_path, (1, 3, 64, 64))
+    saturating(monkeypatch, True)
+    model = open_model(path)
+    assert len(model.meta['saturating']) > 3
+    assert f'the products of {len(model.meta["saturating"])} of its layers saturate' in warned[0]
+    assert "calibrate again with this version of mmdet-ptq and `ptq.saturation='safe'`" in warned[0]
