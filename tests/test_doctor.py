@@ -42,6 +42,21 @@ def test_this_environment_is_healthy():
     assert {'onnxruntime', 'openvino', 'tensorrt', 'ncnn'} <= rows.keys()
 
 
+@pytest.mark.parametrize('text,machine,found,status', [
+    ('model name\t: One\nflags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n', 'x86_64', 'One, AVX512-VNNI, AMX', OK),
+    ('model name\t: Two\nflags\t\t: fpu avx2\n', 'x86_64', 'Two, without VNNI', NOTE),
+    ('Features\t: fp asimd asimddp\n', 'aarch64', 'aarch64, dot product', OK),
+    ('', 'arm64', 'arm64, arm64', OK)])
+def test_the_processor_is_told(tmp_path, monkeypatch, text, machine, found, status):
+    (tmp_path / 'cpuinfo').write_text(text)
+    monkeypatch.setattr(doctor, 'Path', lambda path: tmp_path / 'cpuinfo')
+    monkeypatch.setattr(doctor.platform, 'machine', lambda: machine)
+    monkeypatch.setattr(doctor.platform, 'processor', lambda: '')
+    row, = doctor._processor()
+    assert (row.found, row.status) == (found, status)
+    assert bool(row.advice) == (status == NOTE)
+
+
 def test_everything_absent(tmp_path):
     names = ['torch', 'mmengine', 'mmcv', 'mmdet', 'cv2', 'pycocotools', 'rich']
     out = run_doctor(tmp_path, {f'{name}.py': absent(name) for name in names})

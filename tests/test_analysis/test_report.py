@@ -112,6 +112,14 @@ def test_protection_and_reconstruction_are_told_where_there_were_any(tiny, resul
     assert 'No other format helped noticeably' in text_of(path.read_text())
 
 
+def test_what_the_processor_makes_wrong_is_marked(tiny, results, tmp_path):
+    results['rows'][2]['remark'] = 'its sums <saturate> here'
+    write_report(tmp_path / 'report.html', ReportInputs(results, tiny.structure))
+    text = (tmp_path / 'report.html').read_text()
+    assert f'{results["rows"][2]["model"]} (!)</th>' in text
+    assert '(!): its sums &lt;saturate&gt; here</p>' in text
+
+
 def test_text_is_escaped(tiny, results, tmp_path):
     results['config'] = 'configs/<b>&.py'
     write_report(tmp_path / 'r.html', ReportInputs(results, tiny.structure))
