@@ -108,7 +108,8 @@ def test_format_count():
 
 def timed(results, **ratios):
     first = results['rows'][0]
-    return dict(results, rows=[first, *(dict(first, model=name, latency_ratio=ratio) for name, ratio in ratios.items())])
+    others = [dict(first, model=name, latency_ratio=ratio) for name, ratio in ratios.items()]
+    return dict(results, rows=[first, *others])
 
 
 def test_figures_that_the_processor_makes_wrong_are_marked(results):
