@@ -62,7 +62,8 @@ def measure(config: Path, folder: Path, options: list[str]) -> dict:
         found = compare_codes(detector, path, image, follow=True)
     else:
         # it is given no quantizers between the layers
-        found = compare_layer_inputs(detector, openvino_inputs(path, image), image, follow=True, within=only_read_tensors)
+        found = compare_layer_inputs(detector, openvino_inputs(path, image), image, follow=True,
+                                     within=only_read_tensors)
     float_path, = (folder / 'float').glob(path.name)
     return dict(AP=evaluate(cfg, runtime_detector(cfg, model))[METRIC],
                 identical_codes=float(np.mean([entry.identical for entry in found])),
