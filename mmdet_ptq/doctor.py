@@ -101,23 +101,23 @@ def _missing(name: str, reason: str, advice: str) -> list[Finding]:
     return [Finding(name, reason or 'absent', PROBLEM, advice)]
 
 
-def processor() -> tuple[str, list[str]]:
-    """The processor's name, and which instructions for int8 it has, of VNNI (AVX or AVX512) and AMX."""
+def processor() -> tuple[str, list[str] | None]:
+    """The processor's name, and which instructions for int8 it has; None where the system does not tell them."""
     listing = Path('/proc/cpuinfo')
     text = listing.read_text(errors='replace') if listing.is_file() else ''
     told = {key: re.search(rf'^{key}\s*:\s*(.*)$', text, re.MULTILINE) for key in ('model name', 'flags', 'Features')}
     name = told['model name'].group(1) if told['model name'] else platform.processor() or platform.machine()
-    flags = next((told[key].group(1).split() for key in ('flags', 'Features') if told[key]), [])
+    flags = next((told[key].group(1).split() for key in ('flags', 'Features') if told[key]), None)
     names = {'avx512_vnni': 'AVX512-VNNI', 'avx_vnni': 'AVX-VNNI', 'amx_int8': 'AMX', 'asimddp': 'dot product',
              'i8mm': 'I8MM'}
-    return name, [shown for flag, shown in names.items() if flag in flags]
+    return name, None if flags is None else [shown for flag, shown in names.items() if flag in flags]
 
 
 def _processor() -> list[Finding]:
     name, integers = processor()
     wide = platform.machine() in ('x86_64', 'AMD64')
-    if integers or not wide:
-        return [Finding('processor', f'{name}, {", ".join(integers) or platform.machine()}')]
+    if integers or not wide or integers is None:
+        return [Finding('processor', f'{name}, {", ".join(integers or [platform.machine()])}')]
     return [Finding('processor', f'{name}, without VNNI', NOTE,
                     "Exported models compute the same as elsewhere (unless `ptq.saturation='ignore'`), but int8 is "
                     'hardly faster than float here; measure on the processor that you ship to.')]

@@ -46,7 +46,7 @@ def test_this_environment_is_healthy():
     ('model name\t: One\nflags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n', 'x86_64', 'One, AVX512-VNNI, AMX', OK),
     ('model name\t: Two\nflags\t\t: fpu avx2\n', 'x86_64', 'Two, without VNNI', NOTE),
     ('Features\t: fp asimd asimddp\n', 'aarch64', 'aarch64, dot product', OK),
-    ('', 'arm64', 'arm64, arm64', OK)])
+    ('', 'arm64', 'arm64, arm64', OK), ('', 'AMD64', 'AMD64, AMD64', OK)])
 def test_the_processor_is_told(tmp_path, monkeypatch, text, machine, found, status):
     (tmp_path / 'cpuinfo').write_text(text)
     monkeypatch.setattr(doctor, 'Path', lambda path: tmp_path / 'cpuinfo')

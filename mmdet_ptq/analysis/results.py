@@ -45,9 +45,9 @@ def versions() -> dict[str, str]:
 def _processor() -> str:
     """The processor, the vector instructions that torch uses, with which sums come out differently, and int8's."""
     name, integers = processor()
-    if not integers and platform.machine() in ('x86_64', 'AMD64'):
+    if integers == [] and platform.machine() in ('x86_64', 'AMD64'):
         integers = ['no VNNI']
-    return ', '.join([name, torch.backends.cpu.get_cpu_capability(), *integers])
+    return ', '.join([name, torch.backends.cpu.get_cpu_capability(), *(integers or [])])
 
 
 def new_results(

@@ -147,7 +147,7 @@ def closing_lines(results: Mapping[str, Any]) -> list[str]:
         best = max(right, key=right.get) if right else None
         lines.append(f'on this processor int8 is slower than float in {told}; ' + (
             f'{best} is faster here ({right[best]:.2f}x).' if best else
-            'no exported runtime is faster here.'))
+            'no exported runtime whose figures are right is faster here.'))
     return lines
 
 

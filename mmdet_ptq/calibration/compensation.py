@@ -227,8 +227,9 @@ class ColumnBounds:
             above, below = self._limit - beside.clamp_min(0), -self._limit - beside.clamp_max(0)
             if not self._complete:
                 later = (place > column)[:, None]
-                above = torch.where(later, torch.maximum((values + above) / 2, above), above)
-                below = torch.where(later, torch.minimum((values + below) / 2, below), below)
+                # a later one that is itself beyond the limit leaves nothing, and pushes nothing through zero
+                above = torch.where(later, torch.maximum((values + above) / 2, above).clamp_min(0), above)
+                below = torch.where(later, torch.minimum((values + below) / 2, below).clamp_max(0), below)
             high, low = torch.minimum(high, above), torch.maximum(low, below)
         return torch.maximum(torch.minimum(values, high), low)
 

@@ -109,6 +109,10 @@ class Grid:
         self.k, self.offset = k.detach(), offset.detach()
         level = levels(mode, self.k, self.offset, count)
         self.table, self.step = int8_table(level, table_max)
+        if mode == 'shift':
+            # half a step is no level: the least two are the same
+            self.table = torch.where(self.table == 0, torch.arange(-count, count, device=self.table.device).sign() | 1,
+                                     self.table).to(torch.int8)
         entries = torch.stack([self.table[count:], -self.table[:count].flip(0)])
         plus, minus = edges(mode, self.k, self.offset, entries.double() * (level.max() / table_max))
         # a magnitude on an edge belongs to the bin above it, on the negative side too

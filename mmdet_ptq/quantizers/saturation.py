@@ -8,7 +8,6 @@ its channels together.
 """
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ class Neighbours(nn.Module):
     - Kernels of ONNX Runtime read position by position, all channels of each: neighbours are the first and the second
       weight in this order, the third and the fourth, and so on.
     - Those of oneDNN (OpenVINO) fill up an odd number of channels at each position.
-    - With one channel the order of the positions depends on the kernel and the image: each two are neighbours.
+    - With one channel, or slices of one, the order depends on the kernel and the image: each two are neighbours.
 
     Where the number of channels is even, the first two are the same.
 
@@ -45,9 +44,8 @@ class Neighbours(nn.Module):
         self.size = place.numel()
         order = place.movedim(0, -1).flatten()
         pairings = [torch.stack([order[:len(order) // 2 * 2:2], order[1::2]])]
-        if self.channels == 1:
-            rounds = _rounds(itertools.combinations(range(self.size), 2))
-            pairings += [order[torch.tensor(pairs).T] for pairs in rounds]
+        if self.channels == self.slices:
+            pairings += [order[torch.tensor(pairs).T] for pairs in _round_robin(self.size) if pairs]
         elif self.slices > 1 or self.channels % 2:
             rounds = _rounds(_in_order(self.channels) if self.slices == 1 else _in_slices(self.channels, self.slices))
             pairings += [place[torch.tensor(pairs).T].reshape(2, -1) for pairs in rounds]
@@ -151,7 +149,19 @@ def _rounds(pairs: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     pending, rounds = list(pairs), []
     while pending:
         taken: set[int] = set()
-        one = [pair for pair in pending if not taken & {*pair} and not taken.update(pair)]
+        one = {pair for pair in pending if not taken & {*pair} and not taken.update(pair)}
         pending = [pair for pair in pending if pair not in one]
-        rounds.append(one)
+        rounds.append(sorted(one))
+    return rounds
+
+
+def _round_robin(count: int) -> list[list[tuple[int, int]]]:
+    """Each two of so many once, in rounds of disjoint pairs: all but one go around a circle."""
+    players = list(range(count + count % 2))
+    rounds = []
+    for _ in range(len(players) - 1):
+        half = len(players) // 2
+        pairs = zip(players[:half], reversed(players[half:]), strict=True)
+        rounds.append([tuple(sorted(pair)) for pair in pairs if count not in pair])
+        players.insert(1, players.pop())
     return rounds

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import SUM_LIMIT, LogAffineQuantizer, Neighbours, build_observer, build_quantizer
 
-SHAPES = [(16, (3, 3)), (15, (1, 1)), (3, (3, 3)), (1, (3, 3)), (5, (3,)), (7, ()), (2, (2, 2, 2)), (1, ())]
+SHAPES = [(16, (3, 3)), (15, (1, 1)), (3, (3, 3)), (1, (3, 3)), (5, (3,)), (7, ()), (2, (2, 2, 2)), (1, ()), (1, (7, 7)),
+          (4, (2, 2), 4), (12, (3, 3), 4)]
 
 
 def quantizer(rows, neighbours, **options):
@@ -39,13 +40,14 @@ def test_neighbours_by_hand():
     assert all_pairs(Neighbours(1, (2, 2))) == set(itertools.combinations(range(4), 2))
     # slices of one colour: in whichever order; of three: their colours stay together
     assert all_pairs(Neighbours(4, (1, 1), slices=4)) == set(itertools.combinations(range(4), 2))
+    assert all_pairs(Neighbours(4, (3, 3), slices=4)) == set(itertools.combinations(range(36), 2))
     assert all_pairs(Neighbours(6, (1, 1), slices=2)) == {(0, 1), (1, 2), (3, 4), (4, 5), (2, 3), (0, 5)}
     assert all_pairs(Neighbours(1)) == set()
 
 
-@pytest.mark.parametrize('channels,kernel', SHAPES)
-def test_pairings_are_disjoint_and_partners_mutual(channels, kernel):
-    neighbours = Neighbours(channels, kernel)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_pairings_are_disjoint_and_partners_mutual(shape):
+    neighbours = Neighbours(*shape)
     pairs = [tuple(pair) for pairing in neighbours.pairings() for pair in pairing.T.tolist()]
     assert len(pairs) == len(set(pairs))
     for pairing in neighbours.pairings():
@@ -197,6 +199,13 @@ def test_log_affine_tables_end_where_any_two_fit(bits, location):
     # up to 4 bits the levels are far apart; 8 bits are hardly more than the 129 integers
     assert noise[1] < (1.1 if bits <= 4 else 1.6 if bits == 6 else 8) * noise[0]
     assert build_quantizer(safe.spec()).spec() == safe.spec() and 'table_max' not in wide.spec()
+
+
+@pytest.mark.parametrize('table_max', [64, 127])
+def test_the_published_grid_has_no_zero(table_max):
+    made = LogAffineQuantizer(4, 16, mode='shift', location='zero', table_max=table_max)
+    made.fit_weight(torch.distributions.Laplace(0., 1.).sample((16, 300)))
+    assert (made.table() != 0).all() and (made.table().int().diff() >= 0).all()
 
 
 def test_other_table_ends_are_refused():

@@ -87,6 +87,10 @@ class OnnxRuntime(Runtime):
         export_onnx(detector, path, input_shape, runtime=cls.name, **options)
         return path
 
+    def remark(self) -> str:
+        # other providers have kernels of their own
+        return super().remark() if self.session.get_providers()[0] == 'CPUExecutionProvider' else ''
+
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
         return self.session.run(None, {'input': image})
 
