@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -83,14 +84,14 @@ def signal_to_noise(reference: nn.Module, detector: nn.Module, batches: list[dic
     return statistics.mean(ratios)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--draws', type=int, default=5, help='of roundings, for each setting')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'bound')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='changes that change no figure')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     lines = []
     for config in args.configs:
         lines.append(measure(config.resolve(), args))

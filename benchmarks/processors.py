@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def lines_of(config: Path, preset: str, args: argparse.Namespace) -> list[dict]:
     return lines
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--presets', nargs='+', default=['w8a8_observe'])
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'processors')
     parser.add_argument('--measure', type=Path, help=argparse.SUPPRESS)
     parser.add_argument('--cfg-options', nargs='+', default=[], help='changes that change no figure')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure is not None:
         write_json(args.out, measure(args.configs[0], args.measure, args.cfg_options))
         return
