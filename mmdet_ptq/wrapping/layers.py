@@ -71,7 +71,8 @@ def neighbours(module: nn.Module) -> dict[str, Any] | None:
     if is_depthwise(module) and module.out_channels == module.in_channels:
         return None
     groups, kernel = getattr(module, 'groups', 1), list(getattr(module, 'kernel_size', ()))
-    slices = _SLICED.get(in_channels(module), 1) if groups == 1 and len(kernel) == 2 else 1
+    may_be = groups == 1 and len(kernel) == 2 and not is_transposed(module)
+    slices = _SLICED.get(in_channels(module), 1) if may_be else 1
     return dict(channels=in_channels(module) // groups, kernel=kernel, slices=slices)
 
 
