@@ -20,8 +20,8 @@ from pathlib import Path
 PROCESSORS = {'avx2': 'AVX2', 'avx512': 'AVX512_CORE'}
 _CPUID, _BREAKPOINT = b'\x0f\xa2', b'\xcc\x90'
 _PACKAGE = 'onnxruntime'
-# folders of the package that no session needs
-_LEFT_OUT = ('__pycache__', 'libonnxruntime.so*', 'transformers', 'datasets')
+# what the package has and Python does not read
+_LEFT_OUT = ('__pycache__', 'libonnxruntime.so*')
 _HANDLER = r"""
 #define _GNU_SOURCE
 #include <cpuid.h>
@@ -87,7 +87,8 @@ def environment(processor: str, folder: str | os.PathLike) -> dict[str, str]:
 
 def _copy(folder: Path) -> Path:
     """The folder with the changed copy of the installed ONNX Runtime."""
-    key = hashlib.sha256(''.join((importlib.metadata.version(_PACKAGE), _HANDLER, *_LEFT_OUT)).encode()).hexdigest()[:12]
+    parts = importlib.metadata.version(_PACKAGE), _HANDLER, *_LEFT_OUT
+    key = hashlib.sha256(''.join(parts).encode()).hexdigest()[:12]
     place = folder / f'{_PACKAGE}-{key}'
     if place.exists():
         return place
