@@ -3,6 +3,8 @@
 ONNX Runtime chooses its kernels by the instruction CPUID alone. In the copy each CPUID is a breakpoint, whose handler
 answers as the processor would, without the instructions that are to be absent. It runs at full speed, unlike an
 emulator. OpenVINO and torch take ``ONEDNN_MAX_CPU_ISA`` from the environment instead.
+
+    python -m mmdet_ptq.testing.processors avx2 python -m pytest
 """
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 # what a processor is asked to be, and what oneDNN calls it
@@ -128,3 +132,20 @@ def _cpuids(library: Path) -> list[int]:
         r'^\s*([0-9a-f]+):\t0f a2 \s*\tcpuid', objdump('-d'), re.MULTILINE)]
     return [address - start + offset for address in addresses for size, start, offset in sections
             if start <= address < start + size]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command on another processor; returns its exit code."""
+    processor, *command = (sys.argv[1:] if argv is None else argv) or ['']
+    if processor not in PROCESSORS or not command:
+        print(f'usage: python -m mmdet_ptq.testing.processors {{{",".join(PROCESSORS)}}} COMMAND ...', file=sys.stderr)
+        return 2
+    if reason := cannot_emulate():
+        print(f'error: {reason}', file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(command, env=environment(processor, folder)).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())
