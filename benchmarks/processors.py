@@ -71,12 +71,12 @@ def measure(config: Path, folder: Path, options: list[str]) -> dict:
                 latency_ratio=time_against_float(path, float_path, shape), marked=bool(model.remark()))
 
 
-def measured(config: Path, folder: Path, processor: str, options: list[str], copies: Path) -> dict:
+def measured(config: Path, folder: Path, processor: str, options: list[str]) -> dict:
     """The same in a process of its own, on another processor."""
     stored = folder / f'measured_{processor}.json'
     model = next(path for path in folder.glob('model.*') if path.suffix in ('.onnx', '.xml'))
     if not stored.exists() or stored.stat().st_mtime < model.stat().st_mtime:
-        env = dict(os.environ) if processor == HERE else environment(processor, copies)
+        env = dict(os.environ) if processor == HERE else environment(processor)
         subprocess.run([sys.executable, __file__, str(config), '--measure', str(folder), '--out', str(stored),
                         *(['--cfg-options', *options] if options else [])], env=env, check=True)
     return json.loads(stored.read_text())
@@ -100,8 +100,7 @@ def lines_of(config: Path, preset: str, args: argparse.Namespace) -> list[dict]:
         rows = {row['model']: row['metrics'][METRIC] for row in results['rows']}
         for runtime in RUNTIMES:
             for processor in (HERE, *args.processors):
-                found = measured(config, folders[saturation] / runtime, processor, args.cfg_options,
-                                 args.work_dir.resolve())
+                found = measured(config, folders[saturation] / runtime, processor, args.cfg_options)
                 lines.append(dict(
                     detector=config.stem, preset=preset, saturation=saturation, runtime=runtime,
                     without_vnni='' if processor == HERE else processor, float_AP=rows['float'],

@@ -38,15 +38,12 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope='session')
-def on_processor(tmp_path_factory) -> Callable[..., str]:
+def on_processor() -> Callable[..., str]:
     """Runs Python code in a process of its own, here or where it finds no VNNI; returns what it prints."""
-    # one copy of ONNX Runtime for all workers
-    folder = tmp_path_factory.getbasetemp().parent
-
     def run(processor: str, code: str, *arguments: str) -> str:
         if processor != 'here' and (reason := cannot_emulate()):
             pytest.skip(reason)
-        env = dict(os.environ) if processor == 'here' else environment(processor, folder)
+        env = dict(os.environ) if processor == 'here' else environment(processor)
         env['OMP_NUM_THREADS'] = '1'
         done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=280,
                               env=env)

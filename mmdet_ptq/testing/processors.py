@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 # what a processor is asked to be, and what oneDNN calls it
@@ -76,14 +75,16 @@ def cannot_emulate() -> str:
     return f'needs {" and ".join(missing)} to emulate a processor without VNNI' if missing else ''
 
 
-def environment(processor: str, folder: str | os.PathLike) -> dict[str, str]:
+def environment(processor: str, folder: str | os.PathLike | None = None) -> dict[str, str]:
     """The environment in which a Python program finds itself on another processor.
 
     Args:
         processor: 'avx2' or 'avx512': both without VNNI and AMX.
-        folder: Where the copy of ONNX Runtime lies, or is made; one that is there is used again.
+        folder: Where the copy of ONNX Runtime lies, or is made; one that is there is used again. Defaults to None: a
+            folder in the user's cache.
     """
-    place = _copy(Path(folder))
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmdet-ptq' / 'processors'
+    place = _copy(cache if folder is None else Path(folder))
     paths = [str(place), *filter(None, [os.environ.get('PYTHONPATH')])]
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'MMDET_PTQ_PROCESSOR': processor,
             'ONEDNN_MAX_CPU_ISA': PROCESSORS[processor]}
@@ -143,8 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := cannot_emulate():
         print(f'error: {reason}', file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        return subprocess.run(command, env=environment(processor, folder)).returncode
+    return subprocess.run(command, env=environment(processor)).returncode
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Exported models compute the same integers on x86 processors without VNNI, in programs that know nothing of us."""
 import itertools
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from mmdet_ptq.deploy.onnx_export import model_meta
 from mmdet_ptq.deploy.runtimes import base
 from mmdet_ptq.deploy.runtimes.base import worst_case
 from mmdet_ptq.quantizers import SUM_LIMIT, Neighbours
-from mmdet_ptq.testing import tiny_detector, tiny_model_cfg, tiny_quantized
+from mmdet_ptq.testing import processors, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.testing.processors import PROCESSORS
 from mmdet_ptq.wrapping import freeze_weights
 from mmdet_ptq.wrapping.inputs import only_read_tensors
@@ -290,3 +291,14 @@ def test_the_key_is_checked():
     assert PTQConfig.from_dict(dict(preset='w8a8', saturation='ignore')).weights.saturation == 'ignore'
     with pytest.raises(Exception, match="`ptq.saturation` is 'save'.*Did you mean 'safe'"):
         PTQConfig.from_dict(dict(preset='w8a8', saturation='save'))
+
+
+def test_a_command_runs_on_another_processor(capfd):
+    if reason := processors.cannot_emulate():
+        pytest.skip(reason)
+    code = 'import onnxruntime, os; print(os.environ["ONEDNN_MAX_CPU_ISA"])'
+    assert processors.main(['avx512', sys.executable, '-c', code]) == 0
+    assert capfd.readouterr().out.split() == ['AVX512_CORE']
+    assert processors.main(['avx2', sys.executable, '-c', 'raise SystemExit(3)']) == 3
+    assert processors.main(['avx1', 'true']) == processors.main(['avx2']) == processors.main([]) == 2
+    assert 'usage' in capfd.readouterr().err
