@@ -111,8 +111,9 @@ class Grid:
         self.table, self.step = int8_table(level, table_max)
         if mode == 'shift':
             # half a step is no level: the least two are the same
-            self.table = torch.where(self.table == 0, torch.arange(-count, count, device=self.table.device).sign() | 1,
-                                     self.table).to(torch.int8)
+            least = torch.ones_like(self.table)
+            least[:count] = -1
+            self.table = torch.where(self.table == 0, least, self.table)
         entries = torch.stack([self.table[count:], -self.table[:count].flip(0)])
         plus, minus = edges(mode, self.k, self.offset, entries.double() * (level.max() / table_max))
         # a magnitude on an edge belongs to the bin above it, on the negative side too

@@ -264,7 +264,9 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 @pytest.mark.parametrize('holdout', [0.0, 0.25])
 def test_a_running_average_is_the_result_of_a_resumed_run_too(holdout, make_runner, tmp_path, monkeypatch):
     """mmengine's EMAHook saves the average, and swaps it with what is trained where training goes on from a file."""
-    changes = {'ptq.global_loss.hooks': [dict(type='EMAHook', momentum=0.3)], 'ptq.global_loss.holdout': holdout}
+    # with the bound on its weights the first state of this random detector is the best, and nothing was averaged
+    changes = {'ptq.global_loss.hooks': [dict(type='EMAHook', momentum=0.3)], 'ptq.global_loss.holdout': holdout,
+               'ptq.saturation': 'ignore'}
     states = {}
     for name in ('once', 'interrupted'):
         work_dir = tmp_path / name
