@@ -226,8 +226,7 @@ class AffineQuantizer(Quantizer):
             factor: LSQ's of the scale's gradient, to which what is bounded adds as what is clipped does. Defaults to 1.
         """
         with torch.no_grad():
-            rows = self.neighbours.size
-            levels = torch.div(y, scale).reshape(-1, rows)
+            levels = torch.div(y, scale).reshape(-1, self.neighbours.size)
             position = None
             if x is None:
                 # relaxed levels; those that are integers are not quite after the division
