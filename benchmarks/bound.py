@@ -24,7 +24,7 @@ from mmdet_ptq.cli import load_config
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.testing import raw_outputs
 from mmdet_ptq.wrapping import quantized_weights
-from mmdet_ptq.wrapping.inputs import quantize_only
+from mmdet_ptq.wrapping.state import quantize_only
 
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 SETTINGS = ('ignore', 'safe')

@@ -8,7 +8,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import nn
 
-from mmdet_ptq.calibration.data import test_pipeline
+from mmdet_ptq.calibration.images import test_pipeline
 from mmdet_ptq.compat import replace_sync_bn
 from mmdet_ptq.errors import PTQError
 

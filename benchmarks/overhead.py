@@ -25,8 +25,8 @@ from mmdet_ptq import load_quantized
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.calibration import FilteredGlobalLoss
 from mmdet_ptq.config import GlobalLossConfig
-from mmdet_ptq.engine.global_stage import GlobalLossModel
-from mmdet_ptq.engine.optim import train_only_quantization
+from mmdet_ptq.engine.global_stage.optim import train_only_quantization
+from mmdet_ptq.engine.global_stage.train import GlobalLossModel
 from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.wrapping import set_mode, thaw_weights
 

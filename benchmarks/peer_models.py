@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdet_ptq.deploy.onnx_export import model_meta
+from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.wrapping.folding import find_folds, fold_norms
-from mmdet_ptq.wrapping.probe import probe_detector
+from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.preparing.find_folds import find_folds
+from mmdet_ptq.wrapping.watching.probe import probe_detector
 
 META = 'mmdet_ptq'
 # images whose activations ONNX Runtime's calibrators hold in memory at once

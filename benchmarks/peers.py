@@ -41,13 +41,13 @@ from torch import nn
 
 from mmdet_ptq.analysis import float_size_bytes, latency_ratio, versions
 from mmdet_ptq.calibration import CalibrationDataset, source_datasets
-from mmdet_ptq.calibration.data import build_dataset
+from mmdet_ptq.calibration.images import build_dataset
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import check_exportable, get_runtime, model_bytes, open_model, with_runtime
 from mmdet_ptq.engine import evaluate
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
-from mmdet_ptq.engine.stages import file_hash, fingerprint
+from mmdet_ptq.engine.stage_store import file_hash, fingerprint
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
 

@@ -23,16 +23,16 @@ from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.deploy import open_model, read_quantized, runtime_detector
-from mmdet_ptq.deploy.compare import compare_codes
-from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
-from mmdet_ptq.deploy.compare_openvino import openvino_inputs
-from mmdet_ptq.deploy.packing import unflatten_tensors
+from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.deploy.checkpoint.packing import unflatten_tensors
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
 from mmdet_ptq.engine import evaluate, load_quantized
-from mmdet_ptq.engine.export_stage import time_against_float
+from mmdet_ptq.engine.stages.export import time_against_float
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
 from mmdet_ptq.testing.processors import PROCESSORS, cannot_emulate, environment
-from mmdet_ptq.wrapping.inputs import only_read_tensors
+from mmdet_ptq.wrapping.state import only_read_tensors
 
 RUNTIMES = ('onnxruntime', 'openvino')
 HERE = 'here'

@@ -12,7 +12,7 @@ from pathlib import Path
 from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 
 from mmdet_ptq.deploy import get_runtime, model_bytes, runtime_names
-from mmdet_ptq.deploy.weight_bytes import weight_bytes
+from mmdet_ptq.deploy.onnx.weight_bytes import weight_bytes
 
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
             'python', 'processor')

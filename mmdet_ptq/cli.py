@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import PTQError, did_you_mean
+from mmdet_ptq.errors import PTQError, did_you_mean
 
 # calibration images of --fast: ranges of 8 bits hardly change with more
 FAST_IMAGES = 32
@@ -58,7 +58,7 @@ def load_config(path: str, options: list[str] | None = None):
         folder = Path(path).parent
         near = did_you_mean(Path(path).name, [p.name for p in folder.glob('*.py')]) if folder.is_dir() else ''
         raise PTQError(f'there is no config {path!r}.{near}')
-    from .compat import check_pkg_resources
+    from mmdet_ptq.compat import check_pkg_resources
     check_pkg_resources()
     try:
         cfg = Config.fromfile(path)
@@ -151,7 +151,7 @@ def _ptq(argv: list[str] | None = None) -> None:
             calibration=dict(num_images=images), protect=None, reconstruct=None, bias_correction=False,
             global_loss=None)))
     cfg.resume = args.resume
-    from .engine import PTQRunner
+    from mmdet_ptq.engine import PTQRunner
     PTQRunner.from_cfg(cfg).run()
 
 
@@ -166,7 +166,7 @@ def _analyze(argv: list[str] | None = None) -> None:
         raise PTQError(f'--images must be at least 1, got {args.images}.')
     cfg = _prepare(args)
     _change_block(cfg, args, {})
-    from .engine.analyze import analyze
+    from mmdet_ptq.engine.analyze import analyze
     analyze(cfg, args.images)
 
 
@@ -175,13 +175,13 @@ def _test(argv: list[str] | None = None) -> None:
     args = _parser("Evaluate a quantized checkpoint or an exported model with mmdet's own evaluator.",
                    'required').parse_args(argv)
     cfg = _prepare(args)
-    from .analysis import print_results, result_row
-    from .engine import evaluate, load_quantized
+    from mmdet_ptq.analysis import print_results, result_row
+    from mmdet_ptq.engine import evaluate, load_quantized
     path = Path(args.checkpoint)
     if path.suffix == '.pth':
         name, detector, size, remark = 'simulated', load_quantized(path, cfg), path.stat().st_size, ''
     else:
-        from .deploy import model_bytes, open_model, runtime_detector
+        from mmdet_ptq.deploy import model_bytes, open_model, runtime_detector
         model = open_model(path)
         name, detector, size, remark = model.name, runtime_detector(cfg, model), model_bytes(path), model.remark()
     print_results(dict(rows=[result_row(name, evaluate(cfg, detector), size, None, remark=remark)]))
@@ -204,7 +204,7 @@ def _export(argv: list[str] | None = None) -> None:
                         help='image file: compare the codes of every quantized tensor with the simulation '
                              '(onnxruntime, openvino, ncnn)')
     args = parser.parse_args(argv)
-    from .engine.export import export_checkpoint
+    from mmdet_ptq.engine.export_again import export_checkpoint
     export_checkpoint(args.checkpoint, args.to, args.out, args.input_shape, args.dynamic_batch, not args.unpacked,
                       args.compare, args.end2end)
 

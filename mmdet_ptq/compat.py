@@ -18,7 +18,7 @@ import torch
 from mmengine.dist import is_distributed
 from mmengine.logging import HistoryBuffer, print_log
 
-from .errors import PTQError
+from mmdet_ptq.errors import PTQError
 
 
 @dataclass(frozen=True)

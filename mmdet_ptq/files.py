@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from .errors import PTQError
+from mmdet_ptq.errors import PTQError
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) -> None:

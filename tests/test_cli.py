@@ -41,13 +41,13 @@ def sandbox(tmp_path, monkeypatch):
     for name in ('CUDA_VISIBLE_DEVICES', 'LOCAL_RANK'):
         monkeypatch.setenv(name, os.environ.get(name, ''))
     monkeypatch.setenv('LOCAL_RANK', '0')
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
 
 
 @pytest.fixture
 def no_long_work(monkeypatch):
     """Fails when a mistake is found only after the detector has run."""
-    monkeypatch.setattr('mmdet_ptq.engine.runner.prepare_detector', lambda *args: pytest.fail('the work has begun'))
+    monkeypatch.setattr('mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun'))
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_custom_detector_and_a_seed(config_file, tmp_path, monkeypatch, capfd,
     """A user's own module, then the quantized checkpoint where the float one belongs."""
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'users_detector.py').write_text(
         'from mmdet.models import RetinaNet\nfrom mmdet.registry import MODELS\n\n\n'

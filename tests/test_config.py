@@ -5,8 +5,8 @@ import pytest
 from mmengine.config import Config, ConfigDict
 
 from mmdet_ptq.config import PTQConfig, TensorConfig, apply_policy
+from mmdet_ptq.config.presets import PRESETS
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.presets import PRESETS
 from mmdet_ptq.quantizers import LogAffineQuantizer
 
 PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob('*.py'))

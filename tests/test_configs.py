@@ -15,7 +15,7 @@ from mmengine.registry import init_default_scope
 
 from mmdet_ptq.compat import replace_sync_bn
 from mmdet_ptq.config import PTQConfig
-from mmdet_ptq.presets import PRESETS
+from mmdet_ptq.config.presets import PRESETS
 from mmdet_ptq.wrapping import coverage_rows, integer_mac_share, prepare_detector
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,7 +32,7 @@ from mmdet_ptq.config import (
     ReconstructConfig,
     TensorConfig,
 )
-from mmdet_ptq.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
+from mmdet_ptq.config.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from mmdet_ptq.quantizers import (
     AffineQuantizer,
     KLObserver,

@@ -17,8 +17,8 @@ from mmdet_ptq.deploy import (
     quantized_state,
     read_quantized,
 )
-from mmdet_ptq.deploy.raw_outputs import RawOutputs
-from mmdet_ptq.deploy.runtimes import base
+from mmdet_ptq.deploy import runtime as base
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.testing import tiny_detector, tiny_model_cfg
 from mmdet_ptq.wrapping import Structure
 

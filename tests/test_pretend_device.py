@@ -15,7 +15,7 @@ from pretend_device import NAME, compiled, pretend_device
 from torch import Tensor, nn
 
 from mmdet_ptq.calibration import FilteredGlobalLoss, observe_activations
-from mmdet_ptq.calibration.units import find_units
+from mmdet_ptq.calibration.reconstruction.units import find_units
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.engine import PTQRunner, load_quantized
 from mmdet_ptq.predictions import predict_aligned
@@ -222,8 +222,8 @@ def run_stages(folder, place: torch.device, resume: bool = False) -> PTQRunner:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.runner.runner.get_device', lambda: str(place))
         # seconds for each of the others, and for each scale
-        patch.setattr('mmdet_ptq.calibration.reconstruction.find_units', lambda *args: find_units(*args)[:2])
-        patch.setattr('mmdet_ptq.calibration.closed_form.SCALE_FACTORS', (1.0, 0.9))
+        patch.setattr('mmdet_ptq.calibration.reconstruction.method.find_units', lambda *args: find_units(*args)[:2])
+        patch.setattr('mmdet_ptq.calibration.reconstruction.closed_form.SCALE_FACTORS', (1.0, 0.9))
         torch.manual_seed(0)
         cfg = tiny_config('retinanet', folder)
         cfg.merge_from_dict({**STAGES, 'resume': resume, 'visualizer.name': str(folder)})

@@ -10,7 +10,7 @@ from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader
 
 from mmdet_ptq.calibration import observe_activations
-from mmdet_ptq.calibration.protect import protect_detector
+from mmdet_ptq.calibration.protection.protect import protect_detector
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
@@ -33,7 +33,7 @@ def _first_images(annotations: str, path: Path) -> str:
 def quantized_row(zoo, tmp_path, monkeypatch):
     """Quantizes a config of the zoo from observers alone; returns its results."""
     monkeypatch.syspath_prepend(str(zoo))
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
 
     def run(name: str, num_images: int) -> dict:
         cfg = load_config(str(zoo / 'configs' / f'{name}.py'))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..wrapping import LayerStructure, Structure, coverage_rows
+from mmdet_ptq.wrapping import LayerStructure, Structure, coverage_rows
 
 FLOAT_BITS = 32
 

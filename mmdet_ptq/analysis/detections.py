@@ -11,8 +11,8 @@ import torch
 from mmdet.structures.bbox import get_box_tensor
 from torch import nn
 
-from ..calibration.global_loss import box_iou
-from .drift import in_mode
+from mmdet_ptq.analysis.drift import in_mode
+from mmdet_ptq.calibration.global_loss import box_iou
 
 MATCH_IOU = 0.5
 

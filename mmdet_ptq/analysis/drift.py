@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.global_loss import box_iou
-from ..predictions import AlignedPredictions, predict_aligned
-from ..wrapping import is_quantized, quantization_mode
-from ..wrapping.layers import QUANTIZABLE, channel_axis
+from mmdet_ptq.calibration.global_loss import box_iou
+from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
+from mmdet_ptq.wrapping import is_quantized, quantization_mode
+from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE, channel_axis
 
 # positions of a layer's output that are kept per call: bounds memory, and is plenty for a ratio of energies
 MAX_POSITIONS = 1024

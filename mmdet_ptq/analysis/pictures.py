@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .detections import DetectionPair, match
-from .drift import LayerError, ScoreDrift
-from .weight_grids import WeightGrid
+from mmdet_ptq.analysis.detections import DetectionPair, match
+from mmdet_ptq.analysis.drift import LayerError, ScoreDrift
+from mmdet_ptq.analysis.weight_grids import WeightGrid
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without black and with yellow darkened
 PALETTE = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#9A8A00', '#7A5195')

@@ -14,14 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mmengine.logging import print_log
 from torch import nn
 
-from ..errors import PTQError
-from ..files import write_text
-from ..wrapping import Structure, coverage_rows, integer_mac_share
-from . import pictures
-from .cost import PartSummary, part_summary
-from .detections import detect_both
-from .drift import LayerError, layer_errors, score_drift
-from .table import (
+from mmdet_ptq.analysis import pictures
+from mmdet_ptq.analysis.cost import PartSummary, part_summary
+from mmdet_ptq.analysis.detections import detect_both
+from mmdet_ptq.analysis.drift import LayerError, layer_errors, score_drift
+from mmdet_ptq.analysis.table import (
     closing_lines,
     format_bytes,
     format_count,
@@ -31,7 +28,10 @@ from .table import (
     points,
     result_lines,
 )
-from .weight_grids import weight_grids
+from mmdet_ptq.analysis.weight_grids import weight_grids
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import write_text
+from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 REPORT = 'report.html'
 NUM_IMAGES = 4

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..doctor import processor
-from ..errors import PTQError
-from ..files import write_json
-from ..version import __version__
-from ..wrapping import Structure, coverage_rows, integer_mac_share
+from mmdet_ptq.doctor import processor
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import write_json
+from mmdet_ptq.version import __version__
+from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 SCHEMA = 1
 KEYS = ('schema', 'config', 'recipe', 'seed', 'versions', 'date', 'calibration', 'coverage', 'stages', 'rows')

@@ -9,13 +9,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..calibration.budget import RUNTIME_BITS
-from ..calibration.meter import Damage
-from ..calibration.protect import Protection
-from ..calibration.sensitivity import Sensitivities
-from ..files import write_atomic, write_json
-from .sensitivity_plot import sensitivity_picture
-from .table import ABSENT, format_bytes
+from mmdet_ptq.analysis.sensitivity_plot import sensitivity_picture
+from mmdet_ptq.analysis.table import ABSENT, format_bytes
+from mmdet_ptq.calibration.protection.budget import RUNTIME_BITS
+from mmdet_ptq.calibration.protection.damage import Damage
+from mmdet_ptq.calibration.protection.protect import Protection
+from mmdet_ptq.calibration.protection.sensitivity import Sensitivities
+from mmdet_ptq.files import write_atomic, write_json
 
 SCHEMA = 1
 TOP = 20
@@ -27,7 +27,7 @@ def groups_table(sensitivities: Sensitivities) -> Table:
     """The parts of the detector, the most sensitive first.
 
     Args:
-        sensitivities: See :func:`mmdet_ptq.calibration.sensitivity.measure_sensitivity`.
+        sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
     """
     table = _table(f'sensitivity of parts, each quantized alone ({sensitivities.num_images} calibration images)',
                    ('part', 'left'), ('tensors', 'right'))
@@ -42,7 +42,7 @@ def tensors_table(sensitivities: Sensitivities, top: int = TOP) -> Table:
     """The most sensitive tensors.
 
     Args:
-        sensitivities: See :func:`mmdet_ptq.calibration.sensitivity.measure_sensitivity`.
+        sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
         top: Number of rows. Defaults to 20.
     """
     total = len(sensitivities.tensors)
@@ -61,7 +61,7 @@ def protection_table(protection: Protection) -> Table:
     """What protection changed.
 
     Args:
-        protection: See :func:`mmdet_ptq.calibration.protect.protect_detector`.
+        protection: See :func:`mmdet_ptq.calibration.protection.protect.protect_detector`.
     """
     before, after = protection.before.loss, protection.after.loss
     table = Table(title=f'protected tensors: loss of the whole detector {before:.4g} -> {after:.4g}')
@@ -81,7 +81,7 @@ def config_lines(overrides: dict) -> str:
     """Overrides as the lines to paste into a config's ``ptq`` block.
 
     Args:
-        overrides: From :attr:`mmdet_ptq.calibration.protect.Protection.overrides`.
+        overrides: From :attr:`mmdet_ptq.calibration.protection.protect.Protection.overrides`.
     """
     # no `ptq = dict(...)` around them: that would replace the config's own block, its preset included
     lines = ['overrides={']
@@ -95,7 +95,7 @@ def print_sensitivity(sensitivities: Sensitivities, protection: Protection, cons
     """Prints the rankings, what mends them, and the lines to paste.
 
     Args:
-        sensitivities: See :func:`mmdet_ptq.calibration.sensitivity.measure_sensitivity`.
+        sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
         protection: What protection would change.
         console: Where to. Defaults to the terminal.
     """
@@ -109,7 +109,7 @@ def print_protection(protection: Protection, console: Console | None = None) -> 
     """Prints what protection changed, and the lines that give the same formats again.
 
     Args:
-        protection: See :func:`mmdet_ptq.calibration.protect.protect_detector`.
+        protection: See :func:`mmdet_ptq.calibration.protection.protect.protect_detector`.
         console: Where to. Defaults to the terminal.
     """
     console = console or Console()
@@ -127,7 +127,7 @@ def write_sensitivity(folder: str | Path, sensitivities: Sensitivities, protecti
 
     Args:
         folder: The work directory.
-        sensitivities: See :func:`mmdet_ptq.calibration.sensitivity.measure_sensitivity`.
+        sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
         protection: What protection would change.
     """
     folder = Path(folder)

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..calibration.meter import Damage
-from ..calibration.sensitivity import ACTIVATION, Sensitivities
-from .pictures import FAINT, PALETTE, STYLE, _file, _shorten
+from mmdet_ptq.analysis.pictures import FAINT, PALETTE, STYLE, _file, _shorten
+from mmdet_ptq.calibration.protection.damage import Damage
+from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, Sensitivities
 
 LABEL_LENGTH = 60
 WEIGHT_HATCH = '////'
@@ -20,7 +20,7 @@ def sensitivity_picture(sensitivities: Sensitivities, top: int = 20) -> bytes:
     """Bars of the filtered global loss: parts above, the most sensitive tensors below, on the same scale.
 
     Args:
-        sensitivities: See :func:`mmdet_ptq.calibration.sensitivity.measure_sensitivity`.
+        sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
         top: Number of tensors. Defaults to 20.
 
     Returns:

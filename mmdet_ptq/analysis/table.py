@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..wrapping import Structure, coverage_rows, integer_mac_share
+from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 ABSENT = '-'
 # behind the name of a model whose figures this processor makes wrong

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..quantizers import Quantizer
-from ..wrapping import QuantizedWeight, Structure, coverage_rows, float_weight, quantized_weights
+from mmdet_ptq.quantizers import Quantizer
+from mmdet_ptq.wrapping import QuantizedWeight, Structure, coverage_rows, float_weight, quantized_weights
 
 # more ticks than this run into each other
 MAX_LEVELS = 64

@@ -1,12 +1,12 @@
 """How quantization parameters are found."""
-from .bias_correction import BiasCorrection, correct_biases
-from .branches import score_layers
-from .data import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
-from .global_loss import FilteredGlobalLoss
-from .observe import observe_activations
-from .protect import Protection, protect_detector, with_overrides
-from .reconstruction import BlockReconstruction
-from .sensitivity import Sensitivities, measure_sensitivity
+from mmdet_ptq.calibration.bias_correction import BiasCorrection, correct_biases
+from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
+from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
+from mmdet_ptq.calibration.observe import observe_activations
+from mmdet_ptq.calibration.protection.head_branches import score_layers
+from mmdet_ptq.calibration.protection.protect import Protection, protect_detector, with_overrides
+from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_sensitivity
+from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
 
 __all__ = ['BiasCorrection', 'BlockReconstruction', 'CalibrationDataset', 'FilteredGlobalLoss', 'LoadedSamples',
            'Protection', 'Sensitivities', 'check_no_overlap', 'correct_biases', 'measure_sensitivity',

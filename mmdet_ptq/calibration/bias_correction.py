@@ -14,10 +14,10 @@ from mmengine.logging import print_log
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..errors import PTQError
-from ..predictions import AlignedPredictions, needs_reference, predict_aligned
-from ..wrapping import Structure, is_quantized, quantization_mode
-from ..wrapping.layers import add_bias, channel_axis, out_channels
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions import AlignedPredictions, needs_reference, predict_aligned
+from mmdet_ptq.wrapping import Structure, is_quantized, quantization_mode
+from mmdet_ptq.wrapping.watching.layers import add_bias, channel_axis, out_channels
 
 
 @dataclass

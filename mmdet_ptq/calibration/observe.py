@@ -10,10 +10,10 @@ from mmengine.logging import print_log
 from rich.progress import track
 from torch import nn
 
-from ..errors import PTQError
-from ..quantizers import Observer, build_observer
-from ..wrapping import Structure, quantization_mode
-from ..wrapping.inputs import STATE
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import Observer, build_observer
+from mmdet_ptq.wrapping import Structure, quantization_mode
+from mmdet_ptq.wrapping.state import STATE
 
 
 @torch.no_grad()

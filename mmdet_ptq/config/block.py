@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import PTQError
-from ..presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
-from .checks import build, check_type, choice, known_keys, merge, plain
-from .formats import check_format
-from .sections import (
+from mmdet_ptq.config.checks import build, check_type, choice, known_keys, merge, plain
+from mmdet_ptq.config.formats import check_format
+from mmdet_ptq.config.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
+from mmdet_ptq.config.sections import (
     SATURATIONS,
     CalibrationConfig,
     GlobalLossConfig,
@@ -18,6 +17,7 @@ from .sections import (
     ReconstructConfig,
     TensorConfig,
 )
+from mmdet_ptq.errors import PTQError
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
 POLICY_KEYS = ('weights', 'activations')
@@ -32,7 +32,7 @@ class PTQConfig:
     """The whole ``ptq`` block.
 
     Args:
-        preset: Name of the preset the block starts from (see :mod:`mmdet_ptq.presets`).
+        preset: Name of the preset the block starts from (see :mod:`mmdet_ptq.config.presets`).
         calibration: Calibration images.
         equalize: Before anything is quantized, per-channel factors move between layers, which changes nothing in
             float: ``'weights'`` balances the ranges of the weights (cross-layer equalization), ``'activations'`` those

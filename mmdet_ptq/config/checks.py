@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..errors import PTQError, did_you_mean
+from mmdet_ptq.errors import PTQError, did_you_mean
 
 
 def build(cls, key: str, values: Any):

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import inspect
 
-from ..errors import PTQError
-from ..quantizers import build_observer, build_quantizer
-from ..registry import QUANTIZERS
-from .sections import TensorConfig
+from mmdet_ptq.config.sections import TensorConfig
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import build_observer, build_quantizer
+from mmdet_ptq.registry import QUANTIZERS
 
 
 def check_format(policy: TensorConfig, part: str, key: str) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..errors import PTQError
-from ..registry import RECONSTRUCTIONS, SCOPE
-from .checks import choice, positive
+from mmdet_ptq.config.checks import choice, positive
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.registry import RECONSTRUCTIONS, SCOPE
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SATURATIONS = ('safe', 'ignore')

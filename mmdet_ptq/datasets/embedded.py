@@ -3,10 +3,9 @@ from __future__ import annotations
 
 from mmdet.datasets import CocoDataset
 
+from mmdet_ptq.datasets.generate import NUM_IMAGES, ensure_generated
+from mmdet_ptq.datasets.shapes import CLASSES
 from mmdet_ptq.registry import DATASETS
-
-from .generate import NUM_IMAGES, ensure_generated
-from .shapes import CLASSES
 
 
 @DATASETS.register_module()

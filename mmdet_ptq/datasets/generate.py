@@ -14,10 +14,9 @@ import cv2
 from mmengine.logging import print_log
 from mmengine.utils import track_iter_progress
 
+from mmdet_ptq.datasets.scenes import make_scene
+from mmdet_ptq.datasets.shapes import CLASSES
 from mmdet_ptq.errors import PTQError
-
-from .scenes import make_scene
-from .shapes import CLASSES
 
 # raise it whenever an image or an annotation changes: data of another version are generated anew
 GENERATOR_VERSION = 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy import ndarray
 
-from .shapes import CLASSES, SHAPES
+from mmdet_ptq.datasets.shapes import CLASSES, SHAPES
 
 MAX_OBJECTS = 8
 MIN_SIZE, MAX_SIZE = 24.0, 160.0  # diameter of a shape's circumscribed circle, pixels

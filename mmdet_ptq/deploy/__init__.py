@@ -1,6 +1,6 @@
 """Integers out."""
-from .build import build_detector
-from .checkpoint import (
+from mmdet_ptq.deploy.checkpoint.packing import pack_codes, unpack_codes
+from mmdet_ptq.deploy.checkpoint.state import (
     is_quantized_checkpoint,
     load_quantized_state,
     quantized_state,
@@ -8,14 +8,14 @@ from .checkpoint import (
     save_quantized,
     stored_bytes,
 )
-from .integer_arithmetic import integer_arithmetic
-from .integer_biases import settle_biases
-from .integer_weights import IntegerWeight, integer_weight
-from .onnx_export import export_onnx
-from .packing import pack_codes, unpack_codes
-from .raw_outputs import check_exportable
-from .runtime_detector import runtime_detector, with_runtime
-from .runtimes import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, runtime_names
+from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
+from mmdet_ptq.deploy.integers.biases import settle_biases
+from mmdet_ptq.deploy.integers.weights import IntegerWeight, integer_weight
+from mmdet_ptq.deploy.network.build import build_detector
+from mmdet_ptq.deploy.network.raw_outputs import check_exportable
+from mmdet_ptq.deploy.network.runtime_detector import runtime_detector, with_runtime
+from mmdet_ptq.deploy.onnx.export import export_onnx
+from mmdet_ptq.deploy.runtimes import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, runtime_names
 
 __all__ = ['IntegerCoverage', 'IntegerWeight', 'Runtime', 'build_detector', 'check_exportable', 'export_onnx',
            'get_runtime', 'integer_arithmetic', 'integer_weight', 'is_quantized_checkpoint', 'load_quantized_state',

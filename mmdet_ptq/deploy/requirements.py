@@ -6,7 +6,7 @@ import importlib.metadata
 
 from mmengine.utils import digit_version
 
-from ..errors import PTQError
+from mmdet_ptq.errors import PTQError
 
 # The oldest versions that pyproject.toml takes, by module. ONNX Runtime 1.20 is the first with 4-bit initializers and
 # opset 21; TensorRT's parser comes with ONNX 1.17, that is with opset 21, since 10.6.

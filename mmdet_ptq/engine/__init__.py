@@ -1,10 +1,10 @@
 """How a run goes."""
-from .api import load_quantized, quantize
-from .evaluation import evaluate
-from .hooks import FilteredGlobalLossHook
-from .loops import GlobalCalibrationLoop, HeldOutLossLoop
-from .optim import QuantizationParamsConstructor
-from .runner import PTQRunner
+from mmdet_ptq.engine.api import load_quantized, quantize
+from mmdet_ptq.engine.evaluation import evaluate
+from mmdet_ptq.engine.global_stage.hooks import FilteredGlobalLossHook
+from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop, HeldOutLossLoop
+from mmdet_ptq.engine.global_stage.optim import QuantizationParamsConstructor
+from mmdet_ptq.engine.runner import PTQRunner
 
 __all__ = ['FilteredGlobalLossHook', 'GlobalCalibrationLoop', 'HeldOutLossLoop', 'PTQRunner',
            'QuantizationParamsConstructor', 'evaluate', 'load_quantized', 'quantize']

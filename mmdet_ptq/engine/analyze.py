@@ -6,10 +6,10 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
-from ..analysis.sensitivity import JSON, PICTURE, print_sensitivity, write_sensitivity
-from ..calibration import Protection, Sensitivities, measure_sensitivity, protect_detector
-from .runner import PTQRunner
-from .stages import StageStore
+from mmdet_ptq.analysis.sensitivity import JSON, PICTURE, print_sensitivity, write_sensitivity
+from mmdet_ptq.calibration import Protection, Sensitivities, measure_sensitivity, protect_detector
+from mmdet_ptq.engine.runner import PTQRunner
+from mmdet_ptq.engine.stage_store import StageStore
 
 
 def analyze(cfg: Config, images: int = 16) -> tuple[Sensitivities, Protection]:

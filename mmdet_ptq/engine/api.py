@@ -12,11 +12,11 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
-from ..calibration import LoadedSamples
-from ..config import PTQConfig
-from ..deploy import build_detector, get_runtime, load_quantized_state, read_quantized
-from ..errors import PTQError
-from .runner import PTQRunner
+from mmdet_ptq.calibration import LoadedSamples
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.deploy import build_detector, get_runtime, load_quantized_state, read_quantized
+from mmdet_ptq.engine.runner import PTQRunner
+from mmdet_ptq.errors import PTQError
 
 
 def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 'w8a8', *,

@@ -7,10 +7,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from ..compat import replace_sync_bn
-from ..config import PTQConfig
-from ..errors import PTQError
-from .evaluation import evaluation_hooks, test_loop_cfg
+from mmdet_ptq.compat import replace_sync_bn
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.engine.evaluation import evaluation_hooks, test_loop_cfg
+from mmdet_ptq.errors import PTQError
 
 
 def runner_arguments(cfg: Config) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..deploy import integer_arithmetic
-from ..errors import PTQError
-from ..files import check_space
-from ..wrapping import is_quantized
-from .stages import file_hash, fingerprint
+from mmdet_ptq.deploy import integer_arithmetic
+from mmdet_ptq.engine.stage_store import file_hash, fingerprint
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import check_space
+from mmdet_ptq.wrapping import is_quantized
 
 _CHECK = 'check `test_dataloader.dataset` and `test_evaluator.ann_file`.'
 NOTHING_FOUND = ('the float detector found nothing on the evaluation images, so that there are no figures; check '

@@ -9,9 +9,9 @@ from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-from ..deploy import is_quantized_checkpoint
-from ..errors import PTQError
-from ..files import load_tensors
+from mmdet_ptq.deploy import is_quantized_checkpoint
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import load_tensors
 
 
 def load_float_checkpoint(detector: nn.Module, path: str) -> None:

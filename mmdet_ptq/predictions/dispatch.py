@@ -12,8 +12,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmdet_ptq.errors import PTQError
-
-from .aligned import AlignedPredictions
+from mmdet_ptq.predictions.aligned import AlignedPredictions
 
 # A head decodes in these methods, in mmdet and in whatever inherits from it.
 DECODING_METHODS = (

@@ -9,10 +9,10 @@ from mmdet.models.detectors import SingleStageDetector
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from .aligned import AlignedPredictions, Regions
-from .dispatch import align_head
-from .queries import chooses_queries, chosen_queries
-from .two_stage import is_two_stage, predict_two_stage
+from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
+from mmdet_ptq.predictions.dispatch import align_head
+from mmdet_ptq.predictions.queries import chooses_queries, chosen_queries
+from mmdet_ptq.predictions.two_stage import is_two_stage, predict_two_stage
 
 
 def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_samples: list) -> Any:

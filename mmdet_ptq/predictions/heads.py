@@ -17,8 +17,8 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 
-from .aligned import AlignedPredictions
-from .dispatch import adapter, align_raw, flatten_levels, level_sizes
+from mmdet_ptq.predictions.aligned import AlignedPredictions
+from mmdet_ptq.predictions.dispatch import adapter, align_raw, flatten_levels, level_sizes
 
 
 @adapter(BaseDenseHead, RPNHead, PAAHead)

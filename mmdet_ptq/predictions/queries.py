@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .dispatch import announce
+from mmdet_ptq.predictions.dispatch import announce
 
 
 def chooses_queries(detector: nn.Module) -> bool:

@@ -13,8 +13,8 @@ from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtr
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
-from .aligned import AlignedPredictions, Regions
-from .dispatch import align_head, align_raw, announce, own_decoding
+from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
+from mmdet_ptq.predictions.dispatch import align_head, align_raw, announce, own_decoding
 
 # the background logit of padding rows: their confidence is zero, so no filter lets them pass
 PADDING_LOGIT = 50.0

@@ -1,8 +1,8 @@
 """Number formats: a tensor in, integer codes and the simulated tensor out; and the observers that find their ranges."""
-from .affine import AffineQuantizer
-from .base import Quantizer
-from .log_affine import LogAffineQuantizer
-from .observers import (
+from mmdet_ptq.quantizers.affine import AffineQuantizer
+from mmdet_ptq.quantizers.base import Quantizer
+from mmdet_ptq.quantizers.log_affine import LogAffineQuantizer
+from mmdet_ptq.quantizers.observers import (
                         HistogramObserver,
                         KLObserver,
                         MinMaxObserver,
@@ -11,9 +11,9 @@ from .observers import (
                         Observer,
                         PercentileObserver,
 )
-from .rounding import LearnedRounding
-from .saturation import SUM_LIMIT, Neighbours
-from .selection import build_observer, build_quantizer, fit_best, resolve_auto, weight_error
+from mmdet_ptq.quantizers.rounding import LearnedRounding
+from mmdet_ptq.quantizers.saturation import SUM_LIMIT, Neighbours
+from mmdet_ptq.quantizers.selection import build_observer, build_quantizer, fit_best, resolve_auto, weight_error
 
 __all__ = [
     'AffineQuantizer', 'HistogramObserver', 'KLObserver', 'LearnedRounding', 'LogAffineQuantizer', 'MSEObserver',

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers.base import SCALE_FLOOR, Quantizer, check_bits, check_finite
+from mmdet_ptq.quantizers.saturation import SUM_LIMIT, Neighbours
 from mmdet_ptq.registry import QUANTIZERS
-
-from .base import SCALE_FLOOR, Quantizer, check_bits, check_finite
-from .saturation import SUM_LIMIT, Neighbours
 
 # clip ratios tried by `fit_weight`: a coarse sweep, then a fine one around its best
 _COARSE, _FINE, _LEAST_RATIO = 60, 20, 0.04

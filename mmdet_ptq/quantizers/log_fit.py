@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import log_grid
+from mmdet_ptq.quantizers import log_grid
 
 # a location is kept in `location='auto'` if it takes off more than this share of the squared error
 _LOCATION_GAIN = 0.02

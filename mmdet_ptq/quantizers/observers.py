@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers.histogram import StreamingHistogram
+from mmdet_ptq.quantizers.range_search import kl_threshold, mse_range, quantile_range
 from mmdet_ptq.registry import OBSERVERS
-
-from .histogram import StreamingHistogram
-from .range_search import kl_threshold, mse_range, quantile_range
 
 # elements that enter a histogram per call, at most (extremes always come from all elements)
 MAX_SAMPLES = 2**18

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .histogram import NUM_BINS, StreamingHistogram
+from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
 
 # thresholds tried by the KL search, and ratios tried in a sweep of the squared-error search
 _KL_CANDIDATES = 64

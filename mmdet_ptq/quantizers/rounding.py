@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Quantizer
+from mmdet_ptq.quantizers.base import Quantizer
 
 # the stretched sigmoid of AdaRound reaches 0 and 1 with a finite argument
 ZETA, GAMMA = 1.1, -0.1

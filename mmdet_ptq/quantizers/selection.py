@@ -10,9 +10,8 @@ from mmengine.registry import Registry
 from torch import Tensor
 
 from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.quantizers.base import Quantizer
 from mmdet_ptq.registry import OBSERVERS, QUANTIZERS
-
-from .base import Quantizer
 
 
 def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import observe_activations
-from ..config import PTQConfig
-from ..wrapping import Structure, prepare_detector
-from .data import tiny_batch
-from .detectors import tiny_detector
+from mmdet_ptq.calibration import observe_activations
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.testing.data import tiny_batch
+from mmdet_ptq.testing.detectors import tiny_detector
+from mmdet_ptq.wrapping import Structure, prepare_detector
 
 # 8 bits; min-max, because searching ranges takes most of the time of a tiny detector
 OBSERVE = dict(preset='w8a8_observe', activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))

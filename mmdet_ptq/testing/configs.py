@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from .data import CLASSES, tiny_coco
-from .detectors import tiny_detector
-from .models import SIZE, tiny_model_cfg
+from mmdet_ptq.testing.data import CLASSES, tiny_coco
+from mmdet_ptq.testing.detectors import tiny_detector
+from mmdet_ptq.testing.models import SIZE, tiny_model_cfg
 
 
 def tiny_config(kind: str, folder: str | os.PathLike, seed: int = 0) -> Config:

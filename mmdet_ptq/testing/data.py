@@ -9,7 +9,7 @@ import mmcv
 import numpy as np
 import torch
 
-from .models import NUM_CLASSES, SIZE
+from mmdet_ptq.testing.models import NUM_CLASSES, SIZE
 
 CLASSES = ('red', 'green', 'blue')
 

@@ -7,8 +7,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from .data import tiny_batch
-from .models import MODELS, tiny_model_cfg
+from mmdet_ptq.testing.data import tiny_batch
+from mmdet_ptq.testing.models import MODELS, tiny_model_cfg
 
 KINDS = tuple(MODELS)
 

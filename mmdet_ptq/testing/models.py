@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 
-from ..errors import PTQError, did_you_mean
+from mmdet_ptq.errors import PTQError, did_you_mean
 
 SIZE = 64
 NUM_CLASSES = 3

@@ -1,11 +1,11 @@
 """Float detector in, quantized detector out."""
-from .chains import Junction, find_junctions
-from .coverage import CoverageRow, coverage_rows, integer_mac_share
-from .equalization import channel_magnitudes, equalize, log_equalization
-from .inputs import QuantizationState, is_quantized, quantization_mode, set_mode
-from .prepare import check_finite, prepare_detector
-from .structure import LayerStructure, Structure, apply_structure
-from .weights import QuantizedWeight, float_weight, freeze_weights, quantized_weights, thaw_weights
+from mmdet_ptq.wrapping.coverage import CoverageRow, coverage_rows, integer_mac_share
+from mmdet_ptq.wrapping.preparing.equalization import channel_magnitudes, equalize, log_equalization
+from mmdet_ptq.wrapping.preparing.junctions import Junction, find_junctions
+from mmdet_ptq.wrapping.preparing.prepare import check_finite, prepare_detector
+from mmdet_ptq.wrapping.state import QuantizationState, is_quantized, quantization_mode, set_mode
+from mmdet_ptq.wrapping.structure import LayerStructure, Structure, apply_structure
+from mmdet_ptq.wrapping.weights import QuantizedWeight, float_weight, freeze_weights, quantized_weights, thaw_weights
 
 __all__ = [
     'CoverageRow', 'Junction', 'LayerStructure', 'QuantizationState', 'QuantizedWeight', 'Structure',

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .structure import Structure
+from mmdet_ptq.wrapping.structure import Structure
 
 
 @dataclass

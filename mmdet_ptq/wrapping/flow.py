@@ -6,25 +6,30 @@ how-manieth call of this function therein.
 """
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import PTQError
-from .layers import QUANTIZABLE
-from .operations import GATED, MOVEMENT, MOVEMENT_NAMES, classify, keeps_channels, works_in_place
-from .probe import _tensors
-from .weights import quantized_weights
-
-if TYPE_CHECKING:
-    from .inputs import QuantizationState
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.wrapping.state import STATE, QuantizationState
+from mmdet_ptq.wrapping.watching.frames import Frame, Frames
+from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
+from mmdet_ptq.wrapping.watching.operations import (
+    GATED,
+    MOVEMENT,
+    MOVEMENT_NAMES,
+    classify,
+    keeps_channels,
+    works_in_place,
+)
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
+from mmdet_ptq.wrapping.weights import quantized_weights
 
 # attribute of a tensor: the activation quantizer whose values it holds, and the version they were written with
 _CARRIED = '_ptq_activation'
@@ -59,45 +64,6 @@ class Site:
     def to_dict(self) -> dict:
         """Plain values."""
         return asdict(self)
-
-
-class Frame:
-    """One call of a module, with how often each function was called in it."""
-
-    __slots__ = ('call', 'counts', 'module')
-
-    def __init__(self, module: str, call: int) -> None:
-        self.module, self.call = module, call
-        self.counts = Counter()
-
-    def next(self, function: str) -> tuple[str, int, str, int]:
-        """Key of the function's next call."""
-        index = self.counts[function]
-        self.counts[function] = index + 1
-        return self.module, self.call, function, index
-
-
-class Frames:
-    """The module calls that are under way; None stands for one whose operations are nobody's business."""
-
-    def __init__(self) -> None:
-        self.stack: list[Frame | None] = []
-        self.calls = Counter()
-
-    @property
-    def top(self) -> Frame | None:
-        return self.stack[-1] if self.stack else None
-
-    def enter(self, module: str) -> None:
-        self.stack.append(Frame(module, self.calls[module]))
-        self.calls[module] += 1
-
-    def leave(self, *_) -> None:
-        if self.stack:
-            self.stack.pop()
-
-    def mute(self, *_) -> None:
-        self.stack.append(None)
 
 
 def carried(x: Tensor) -> str | None:
@@ -227,12 +193,12 @@ class Dataflow:
 
     def _carry_on(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         """What is moved is still what its quantizer wrote."""
-        sources = {carried(t) for t in _tensors([args, kwargs]) if t.is_floating_point()}
+        sources = {carried(t) for t in tensors_in([args, kwargs]) if t.is_floating_point()}
         source = sources.pop() if len(sources) == 1 else None
         if source is None or classify(func, name, args, kwargs) != MOVEMENT:
             return
         if keeps_channels(name) or self.state.activations[source].num_channels is None:
-            for tensor in _tensors(out):
+            for tensor in tensors_in(out):
                 if tensor.is_floating_point():
                     setattr(tensor, _CARRIED, (source, tensor._version))
 
@@ -342,3 +308,40 @@ def attach_dataflow(detector: nn.Module, state: QuantizationState, outputs: dict
 def _around(module: nn.Module, flow: Dataflow, name: str | None) -> None:
     module.register_forward_pre_hook(_Enter(flow, name), prepend=True)
     module.register_forward_hook(_Leave(flow), always_call=True)
+
+
+@contextmanager
+def without_dataflow(detector: nn.Module) -> Iterator[None]:
+    """Runs a block of code in which layers quantize what they read, and nothing else is quantized.
+
+    That is what ncnn is given: it computes in float between the layers.
+    """
+    flow = getattr(detector, STATE).flow
+    if flow is None:
+        yield
+        return
+    flow.enabled = False
+    try:
+        yield
+    finally:
+        flow.enabled = True
+
+
+def set_unit(state: QuantizationState, unit: str, layers: dict[str, int], call: int, calls: int) -> None:
+    """Says which call of a module comes next, where a part of the detector runs by itself.
+
+    Args:
+        state: The detector's quantization state.
+        unit: Path of the module.
+        layers: Its layers, and how often each runs in one call of it.
+        call: Which call comes next.
+        calls: How many there are in a forward pass.
+    """
+    state.set_calls({layer: call * count for layer, count in layers.items()})
+    if state.flow is not None:
+        state.flow.set_calls(unit, call, calls)
+
+
+def running(state: QuantizationState) -> AbstractContextManager:
+    """Surrounds a part of the detector that runs by itself; the whole detector needs nothing of the kind."""
+    return nullcontext() if state.flow is None else state.flow.running(whole=False)

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 
-from ..errors import PTQError
-from ..quantizers import build_quantizer
-from .flow import Site, attach_dataflow
-from .folding import fold_norms
-from .inputs import QuantizationState, attach_inputs, is_quantized
-from .layers import add_bias
-from .migration import ChannelDivision
-from .weights import attach_weight
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.wrapping.flow import Site, attach_dataflow
+from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.inputs import attach_inputs
+from mmdet_ptq.wrapping.state import ChannelDivision, QuantizationState, is_quantized
+from mmdet_ptq.wrapping.watching.layers import add_bias
+from mmdet_ptq.wrapping.weights import attach_weight
 
 
 @dataclass

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..quantizers import LearnedRounding, Quantizer
-from .layers import RowLayout
+from mmdet_ptq.quantizers import LearnedRounding, Quantizer
+from mmdet_ptq.wrapping.watching.layers import RowLayout
 
 
 class QuantizedWeight(nn.Module):

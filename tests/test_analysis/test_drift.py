@@ -8,7 +8,7 @@ from mmdet_ptq.analysis import layer_errors, score_drift
 from mmdet_ptq.analysis.drift import _compare
 from mmdet_ptq.predictions import AlignedPredictions
 from mmdet_ptq.wrapping import float_weight
-from mmdet_ptq.wrapping.inputs import STATE
+from mmdet_ptq.wrapping.state import STATE
 
 
 def test_every_layer_against_the_unfolded_original(tiny, batch):

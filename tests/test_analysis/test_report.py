@@ -6,8 +6,8 @@ import torch
 
 from mmdet_ptq.analysis import ReportInputs, build_report, headlines, write_report
 from mmdet_ptq.analysis.report import _percent
-from mmdet_ptq.calibration.meter import Damage
-from mmdet_ptq.calibration.protect import Choice, Protection
+from mmdet_ptq.calibration.protection.damage import Damage
+from mmdet_ptq.calibration.protection.protect import Choice, Protection
 from mmdet_ptq.predictions import AlignedPredictions
 
 VOID = {'meta', 'img', 'br', 'link'}

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from mmdet_ptq.analysis.sensitivity import config_lines, print_sensitivity, write_sensitivity
 from mmdet_ptq.analysis.sensitivity_plot import finding, sensitivity_picture
-from mmdet_ptq.calibration.meter import Damage
-from mmdet_ptq.calibration.protect import Choice, Protection
-from mmdet_ptq.calibration.sensitivity import GroupSensitivity, Sensitivities, TensorSensitivity
+from mmdet_ptq.calibration.protection.damage import Damage
+from mmdet_ptq.calibration.protection.protect import Choice, Protection
+from mmdet_ptq.calibration.protection.sensitivity import GroupSensitivity, Sensitivities, TensorSensitivity
 from mmdet_ptq.config import PTQConfig
 
 OVERRIDES = {'backbone.conv': dict(activations=dict(depthwise_per_channel=True)),

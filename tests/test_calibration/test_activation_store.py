@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmdet_ptq.calibration.activation_store import ActivationStore
+from mmdet_ptq.calibration.reconstruction.activation_store import ActivationStore
 from mmdet_ptq.errors import PTQError
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from architectures import register, sized_batch
 
-from mmdet_ptq.calibration import BlockReconstruction, FilteredGlobalLoss, closed_form
-from mmdet_ptq.calibration.unit_training import UnitResult, UnitTrainer
+from mmdet_ptq.calibration import BlockReconstruction, FilteredGlobalLoss
+from mmdet_ptq.calibration.reconstruction import closed_form
+from mmdet_ptq.calibration.reconstruction.unit_training import UnitResult, UnitTrainer
 from mmdet_ptq.config import ReconstructConfig
 from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.testing import tiny_batch, tiny_quantized

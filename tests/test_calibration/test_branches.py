@@ -1,8 +1,17 @@
 import architectures
 import pytest
 
-from mmdet_ptq.calibration import branches
-from mmdet_ptq.calibration.branches import BOX, CLASS, OTHER, QUALITY, SHARED, Place, find_places, score_layers
+from mmdet_ptq.calibration.protection import head_branches as branches
+from mmdet_ptq.calibration.protection.head_branches import (
+    BOX,
+    CLASS,
+    OTHER,
+    QUALITY,
+    SHARED,
+    Place,
+    find_places,
+    score_layers,
+)
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 
 

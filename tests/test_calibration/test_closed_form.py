@@ -5,8 +5,8 @@ import torch
 from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from torch import nn
 
-from mmdet_ptq.calibration.closed_form import _seen_by
-from mmdet_ptq.calibration.compensation import by_group, patches
+from mmdet_ptq.calibration.reconstruction.closed_form import _seen_by
+from mmdet_ptq.calibration.reconstruction.least_squares import by_group, patches
 
 
 def seen_by(layer, x):

@@ -2,10 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.calibration.compensation import LayerEquations, NearestLevel, NeighbourSums, by_group, patches
+from mmdet_ptq.calibration.reconstruction.least_squares import (
+    LayerEquations,
+    NearestLevel,
+    NeighbourSums,
+    by_group,
+    patches,
+)
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import SUM_LIMIT, AffineQuantizer, LogAffineQuantizer, Neighbours
-from mmdet_ptq.wrapping.layers import RowLayout
+from mmdet_ptq.wrapping.watching.layers import RowLayout
 
 LAYERS = [
     lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), lambda: nn.Conv2d(4, 6, (1, 3), dilation=2, bias=False),
@@ -104,7 +110,7 @@ def test_without_rounding_nothing_is_compensated():
 def test_blocks_of_columns_change_nothing(monkeypatch):
     equations, weight, *_ = make_equations()
     whole = equations.rounding(weight, 1e-2)(torch.round)[0]
-    monkeypatch.setattr('mmdet_ptq.calibration.compensation.BLOCK', 2)
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.least_squares.BLOCK', 2)
     assert torch.equal(equations.rounding(weight, 1e-2)(torch.round)[0], whole)
 
 
@@ -112,7 +118,7 @@ def test_coordinate_descent_never_raises_the_error(monkeypatch):
     equations, weight, *_ = make_equations(fan_in=20)
     errors = []
     for sweeps in range(3):
-        monkeypatch.setattr('mmdet_ptq.calibration.compensation.SWEEPS', sweeps)
+        monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.least_squares.SWEEPS', sweeps)
         errors.append(equations.rounding(weight, 1e-2)(torch.round)[1])
     assert (errors[1] <= errors[0]).all() and (errors[2] <= errors[1]).all()
     assert errors[1].sum() < errors[0].sum()

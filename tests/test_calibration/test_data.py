@@ -12,8 +12,8 @@ from mmdet.registry import DATASETS
 from mmengine.registry import init_default_scope
 
 from mmdet_ptq.calibration import CalibrationDataset, LoadedSamples, source_datasets
-from mmdet_ptq.calibration import data as data_module
-from mmdet_ptq.calibration.data import content_hash, inner_dataset_cfgs, test_pipeline
+from mmdet_ptq.calibration import images as data_module
+from mmdet_ptq.calibration.images import content_hash, inner_dataset_cfgs, test_pipeline
 from mmdet_ptq.config import CalibrationConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_config

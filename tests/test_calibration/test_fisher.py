@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from mmdet_ptq.calibration import fisher
-from mmdet_ptq.calibration.fisher import noisy_loss
-from mmdet_ptq.calibration.units import Unit
+from mmdet_ptq.calibration.reconstruction import fisher
+from mmdet_ptq.calibration.reconstruction.fisher import noisy_loss
+from mmdet_ptq.calibration.reconstruction.units import Unit
 from mmdet_ptq.predictions import AlignedPredictions
 
 

@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 
-from mmdet_ptq.calibration.meter import DamageMeter
+from mmdet_ptq.calibration.protection.damage import DamageMeter
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import quantization_mode
-from mmdet_ptq.wrapping.inputs import quantize_only
+from mmdet_ptq.wrapping.state import quantize_only
 
 
 @pytest.fixture(scope='module')

@@ -6,8 +6,8 @@ import torch
 from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, ranges, with_a_bad_tensor
 
 from mmdet_ptq.analysis import bops, float_bops
-from mmdet_ptq.calibration.meter import DamageMeter
-from mmdet_ptq.calibration.protect import _Protector, protect_detector, with_overrides
+from mmdet_ptq.calibration.protection.damage import DamageMeter
+from mmdet_ptq.calibration.protection.protect import _Protector, protect_detector, with_overrides
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import quantized_state
 from mmdet_ptq.errors import PTQError

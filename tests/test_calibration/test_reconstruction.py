@@ -9,16 +9,16 @@ from architectures import register
 from torch import nn
 
 from mmdet_ptq.calibration import BlockReconstruction, observe_activations
-from mmdet_ptq.calibration.streams import CallInputs
-from mmdet_ptq.calibration.unit_data import UnitData
-from mmdet_ptq.calibration.unit_training import UnitResult, UnitTrainer
-from mmdet_ptq.calibration.units import Unit, find_units
+from mmdet_ptq.calibration.reconstruction.streams import CallInputs
+from mmdet_ptq.calibration.reconstruction.unit_data import UnitData
+from mmdet_ptq.calibration.reconstruction.unit_training import UnitResult, UnitTrainer
+from mmdet_ptq.calibration.reconstruction.units import Unit, find_units
 from mmdet_ptq.config import PTQConfig, ReconstructConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.testing.calibrated import predict
 from mmdet_ptq.wrapping import prepare_detector
-from mmdet_ptq.wrapping.inputs import STATE
+from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
 
 LOW_BIT = dict(preset='w8a8_observe', weights=dict(bits=3),
@@ -151,7 +151,7 @@ def test_activations_that_do_not_fit_in_memory_change_nothing(low_bit, tmp_path)
 
 def test_too_few_images_are_named_with_the_number_needed(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.print_log',
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.method.print_log',
                         lambda text, *args, **kwargs: told.append(text))
     detector, _ = tiny_quantized('faster_rcnn', LOW_BIT)
     cfg = ReconstructConfig(iters=1, batch_size=1, holdout=0)
@@ -217,7 +217,7 @@ def only(monkeypatch, *names):
             unit.needs = [None] * unit.calls
         return units
 
-    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.find_units', chosen)
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.method.find_units', chosen)
 
 
 class Around(nn.Module):

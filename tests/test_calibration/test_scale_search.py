@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.calibration.scale_search import FACTORS, search_scales
+from mmdet_ptq.calibration.reconstruction.scale_search import FACTORS, search_scales
 from mmdet_ptq.quantizers import AffineQuantizer
 
 

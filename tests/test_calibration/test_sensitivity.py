@@ -4,8 +4,8 @@ import json
 import pytest
 from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, with_a_bad_tensor
 
-from mmdet_ptq.calibration import meter as meter_module
-from mmdet_ptq.calibration.sensitivity import measure_sensitivity, tensor_sets
+from mmdet_ptq.calibration.protection import damage as meter_module
+from mmdet_ptq.calibration.protection.sensitivity import measure_sensitivity, tensor_sets
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.testing import raw_outputs, tiny_quantized
 
@@ -99,7 +99,7 @@ def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path, monkeypa
     calls.clear()
     measure_sensitivity(detector, structure, images(seed=6), path)  # other images: nothing is taken over
     assert len(calls) == whole
-    monkeypatch.setattr('mmdet_ptq.calibration.meter.__version__', 'another')
+    monkeypatch.setattr('mmdet_ptq.calibration.protection.damage.__version__', 'another')
     calls.clear()
     measure_sensitivity(detector, structure, images(seed=6), path)
     assert len(calls) == whole

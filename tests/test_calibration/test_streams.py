@@ -5,9 +5,9 @@ import torch
 from architectures import ARCHITECTURES, deformable_detr, register
 from torch.utils._pytree import tree_leaves
 
-from mmdet_ptq.calibration.activation_store import ActivationStore
-from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
-from mmdet_ptq.calibration.units import find_passages, find_units
+from mmdet_ptq.calibration.reconstruction.activation_store import ActivationStore
+from mmdet_ptq.calibration.reconstruction.streams import FLOAT, QUANTIZED, Streams
+from mmdet_ptq.calibration.reconstruction.units import find_passages, find_units
 from mmdet_ptq.predictions import needs_reference, predict_aligned
 from mmdet_ptq.testing import KINDS, tiny_batch, tiny_quantized
 from mmdet_ptq.testing.models import MODELS
@@ -114,7 +114,7 @@ def test_what_does_not_matter_is_left_out(tmp_path):
 def test_float_inputs_of_as_many_units_as_fit_come_from_one_pass(tmp_path, monkeypatch):
     detector, units, streams, data = make('ssd', tmp_path)
     passes = []
-    monkeypatch.setattr('mmdet_ptq.calibration.streams.predict_aligned',
+    monkeypatch.setattr('mmdet_ptq.calibration.reconstruction.streams.predict_aligned',
                         lambda *args, **kwargs: (passes.append(1), predict_aligned(*args, **kwargs))[1])
     streams.collect(units[0], FLOAT)
     assert len(passes) == len(data) and not streams.collect(units[1], FLOAT) == []

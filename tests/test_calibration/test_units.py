@@ -5,7 +5,7 @@ import torch
 from architectures import register
 from torch import nn
 
-from mmdet_ptq.calibration.units import find_passages, find_units
+from mmdet_ptq.calibration.reconstruction.units import find_passages, find_units
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.quantizers import AffineQuantizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, settle_biases
-from mmdet_ptq.deploy.packing import unflatten_tensors
+from mmdet_ptq.deploy.checkpoint.packing import unflatten_tensors
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import raw_outputs, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights, quantized_weights, thaw_weights

@@ -6,16 +6,16 @@ import torch
 from mmengine.logging import MMLogger
 
 from mmdet_ptq.deploy import get_runtime
-from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
-from mmdet_ptq.engine import export as command
+from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.engine import export_again as command
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import SIZE, models, tiny_model_cfg, tiny_quantized
-from mmdet_ptq.wrapping.inputs import without_dataflow
+from mmdet_ptq.wrapping.flow import without_dataflow
 
 pytest.importorskip('ncnn', reason="needs ncnn: pip install 'mmdet-ptq[ncnn]'")
 pytest.importorskip('pnnx', reason="needs pnnx: pip install 'mmdet-ptq[ncnn]'")
 
-from mmdet_ptq.deploy.compare_ncnn import ncnn_inputs
+from mmdet_ptq.deploy.ncnn.layer_inputs import ncnn_inputs
 
 MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'), quantizer=dict(symmetric=True, narrow_range=True))
 SHAPE = (1, 3, SIZE, SIZE)

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmdet_ptq.deploy import compare_openvino as module
 from mmdet_ptq.deploy import get_runtime, settle_biases
-from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
-from mmdet_ptq.deploy.compare_openvino import openvino_inputs
-from mmdet_ptq.engine import export as command
+from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.deploy.openvino import layer_inputs as module
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.engine import export_again as command
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import models, tiny_batch, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights
-from mmdet_ptq.wrapping.inputs import only_read_tensors
+from mmdet_ptq.wrapping.state import only_read_tensors
 
 pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")  # for the exporter's packages

@@ -16,8 +16,8 @@ from mmdet_ptq import cli
 from mmdet_ptq.calibration import observe_activations
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import export_onnx, get_runtime, open_model, with_runtime
-from mmdet_ptq.deploy.end2end import MAX_DETECTIONS, OUTPUTS, Suppression, check_end2end
-from mmdet_ptq.deploy.onnx_export import model_meta
+from mmdet_ptq.deploy.onnx.end2end import MAX_DETECTIONS, OUTPUTS, Suppression, check_end2end
+from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import NUM_CLASSES, SIZE, predict, tiny_batch, tiny_model_cfg
 from mmdet_ptq.testing.calibrated import OBSERVE
@@ -233,7 +233,7 @@ def test_other_suppression_is_refused_before_anything_is_exported(test_cfg, tmp_
 
 
 def test_command_line_refuses_runtimes_without_nms(monkeypatch, capsys):
-    monkeypatch.setattr('mmdet_ptq.engine.export.END2END_RUNTIMES', ('openvino',))
+    monkeypatch.setattr('mmdet_ptq.engine.export_again.END2END_RUNTIMES', ('openvino',))
     with pytest.raises(SystemExit):
         cli.export(['quantized.pth', '--to', 'openvino', 'onnxruntime', '--end2end'])
     assert 'for openvino, not for onnxruntime' in capsys.readouterr().err

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic, open_model, settle_biases
-from mmdet_ptq.deploy.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
-from mmdet_ptq.wrapping.inputs import only_read_tensors
+from mmdet_ptq.wrapping.state import only_read_tensors
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 SYMMETRIC = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'), quantizer=dict(symmetric=True))

@@ -8,10 +8,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, integer_arithmetic, integer_weight, open_model, settle_biases
-from mmdet_ptq.deploy import integer_results as module
-from mmdet_ptq.deploy.compare import _recorded, compare_codes
-from mmdet_ptq.deploy.integer_biases import SharedBias
-from mmdet_ptq.deploy.integer_results import SIGNED_ZERO
+from mmdet_ptq.deploy.integers import kernels as module
+from mmdet_ptq.deploy.integers.biases import SharedBias
+from mmdet_ptq.deploy.integers.kernels import SIGNED_ZERO
+from mmdet_ptq.deploy.onnxruntime.compare import _recorded, compare_codes
 from mmdet_ptq.quantizers import AffineQuantizer
 from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights

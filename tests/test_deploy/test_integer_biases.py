@@ -11,11 +11,11 @@ from mmdet_ptq.deploy import (
     quantized_state,
     settle_biases,
 )
-from mmdet_ptq.deploy.compare import compare_codes
-from mmdet_ptq.deploy.integer_biases import SharedBias, float_shared_biases
+from mmdet_ptq.deploy.integers.biases import SharedBias, float_shared_biases
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantization_mode, quantized_weights
-from mmdet_ptq.wrapping.inputs import quantize_only
+from mmdet_ptq.wrapping.state import quantize_only
 
 MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
 FULL = dict(preset='w8a8_observe', activations=MIN_MAX, dataflow='full')

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from mmdet_ptq.config import PTQConfig
-from mmdet_ptq.deploy.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import SIZE, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import LayerStructure, Structure, prepare_detector, set_mode
@@ -18,13 +18,13 @@ pytest.importorskip('ncnn', reason="needs ncnn: pip install 'mmdet-ptq[ncnn]'")
 pytest.importorskip('pnnx', reason="needs pnnx: pip install 'mmdet-ptq[ncnn]'")
 
 from mmdet_ptq.calibration import observe_activations
-from mmdet_ptq.deploy import ncnn_format
-from mmdet_ptq.deploy.ncnn_check import check_ncnn
-from mmdet_ptq.deploy.ncnn_export import export_ncnn
-from mmdet_ptq.deploy.ncnn_layers import is_integer
-from mmdet_ptq.deploy.ncnn_network import NcnnNetwork
-from mmdet_ptq.deploy.ncnn_trace import traceable
-from mmdet_ptq.deploy.runtimes.ncnn import NcnnRuntime
+from mmdet_ptq.deploy.ncnn import format as ncnn_format
+from mmdet_ptq.deploy.ncnn.export import export_ncnn
+from mmdet_ptq.deploy.ncnn.formats import check_ncnn
+from mmdet_ptq.deploy.ncnn.layers import is_integer
+from mmdet_ptq.deploy.ncnn.network import NcnnNetwork
+from mmdet_ptq.deploy.ncnn.runtime import NcnnRuntime
+from mmdet_ptq.deploy.ncnn.trace import traceable
 
 MIN_MAX = dict(type='mmdet_ptq.MinMaxObserver')
 SYMMETRIC = dict(symmetric=True, narrow_range=True)

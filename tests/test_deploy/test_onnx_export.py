@@ -8,9 +8,15 @@ import torch
 from onnx import numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, integer_weight, open_model, settle_biases
-from mmdet_ptq.deploy.compare import compare_codes
-from mmdet_ptq.deploy.onnx_export import model_meta
-from mmdet_ptq.deploy.raw_outputs import RawOutputs, check_exportable, flatten_outputs, nest_outputs, output_layout
+from mmdet_ptq.deploy.network.raw_outputs import (
+    RawOutputs,
+    check_exportable,
+    flatten_outputs,
+    nest_outputs,
+    output_layout,
+)
+from mmdet_ptq.deploy.onnx.export import model_meta
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights

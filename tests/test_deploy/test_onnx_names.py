@@ -3,12 +3,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from mmdet_ptq.deploy import export_onnx, model_bytes, onnx_names, open_model, settle_biases
-from mmdet_ptq.deploy.meta import read_meta, write_meta
-from mmdet_ptq.deploy.onnx_nodes import CODES
-from mmdet_ptq.deploy.openvino_file import strip_layout
+from mmdet_ptq.deploy import export_onnx, model_bytes, open_model, settle_biases
+from mmdet_ptq.deploy.network.meta import read_meta, write_meta
+from mmdet_ptq.deploy.onnx import compact as onnx_names
+from mmdet_ptq.deploy.onnx.nodes import CODES
+from mmdet_ptq.deploy.onnx.weight_bytes import weight_bytes
+from mmdet_ptq.deploy.openvino.compact import strip_layout
 from mmdet_ptq.deploy.runtimes import get_runtime
-from mmdet_ptq.deploy.weight_bytes import weight_bytes
 from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights
 
@@ -116,7 +117,7 @@ def test_weight_bytes_of_a_float_and_an_integer_model(pair, tmp_path):
 @pytest.mark.slow
 def test_openvino_gets_the_same_numbers_in_fewer_bytes(detector, tmp_path, monkeypatch):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
-    from mmdet_ptq.deploy.runtimes import openvino
+    from mmdet_ptq.deploy.openvino import runtime as openvino
     small = get_runtime('openvino').export(detector, tmp_path / 'small', SHAPE)
     monkeypatch.setattr(onnx_names, 'compact', lambda model, calls: None)
     monkeypatch.setattr(openvino, 'compact', lambda model, calls: None)

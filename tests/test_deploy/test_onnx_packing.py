@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mmdet_ptq.deploy.onnx_packing import narrow_biases, pack_weights
+from mmdet_ptq.deploy.onnx.packing import narrow_biases, pack_weights
 
 ort = pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 CHANNELS, OUT, KERNEL = 6, 5, 3

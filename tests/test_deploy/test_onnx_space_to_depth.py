@@ -8,10 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mmdet_ptq.deploy import export_onnx, get_runtime, onnx_export, open_model, settle_biases
-from mmdet_ptq.deploy import onnx_space_to_depth as module
-from mmdet_ptq.deploy.compare import compare_codes
-from mmdet_ptq.deploy.onnx_export import model_meta
+from mmdet_ptq.deploy import export_onnx, get_runtime, open_model, settle_biases
+from mmdet_ptq.deploy.onnx import export as onnx_export
+from mmdet_ptq.deploy.onnx import space_to_depth as module
+from mmdet_ptq.deploy.onnx.export import model_meta
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.testing.models import MODELS
 from mmdet_ptq.wrapping import freeze_weights

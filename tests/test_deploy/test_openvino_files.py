@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmdet_ptq.deploy import get_runtime, model_bytes, open_model
-from mmdet_ptq.deploy.runtimes import openvino as module
+from mmdet_ptq.deploy.openvino import runtime as module
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_detector
 

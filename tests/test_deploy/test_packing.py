@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_ptq.deploy.packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
+from mmdet_ptq.deploy.checkpoint.packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
 
 
 @settings(deadline=None, max_examples=100)

@@ -11,17 +11,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import get_runtime, load_quantized_state, open_model, quantized_state, settle_biases
-from mmdet_ptq.deploy.compare import compare_codes
-from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
-from mmdet_ptq.deploy.compare_openvino import openvino_inputs
-from mmdet_ptq.deploy.onnx_export import model_meta
-from mmdet_ptq.deploy.runtimes import base
-from mmdet_ptq.deploy.runtimes.base import worst_case
+from mmdet_ptq.deploy import runtime as base
+from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.deploy.onnx.export import model_meta
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.deploy.runtime import worst_case
 from mmdet_ptq.quantizers import SUM_LIMIT, Neighbours
 from mmdet_ptq.testing import processors, tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.testing.processors import PROCESSORS
 from mmdet_ptq.wrapping import freeze_weights
-from mmdet_ptq.wrapping.inputs import only_read_tensors
+from mmdet_ptq.wrapping.state import only_read_tensors
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 SHAPE = (1, 3, 64, 64)

@@ -8,12 +8,12 @@ import torch
 from onnx import helper, numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, open_model, quantized_state, save_quantized, settle_biases
-from mmdet_ptq.deploy.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.runtimes import TensorRT
-from mmdet_ptq.deploy.runtimes.tensorrt import TRTEXEC, integer_coverage
-from mmdet_ptq.deploy.tensorrt_rules import check_tensorrt_formats, check_tensorrt_model, check_tensorrt_rules
+from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_formats, check_tensorrt_model, check_tensorrt_rules
+from mmdet_ptq.deploy.tensorrt.runtime import TRTEXEC, integer_coverage
 from mmdet_ptq.engine.api import load_quantized
-from mmdet_ptq.engine.export import export_checkpoint
+from mmdet_ptq.engine.export_again import export_checkpoint
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import LayerStructure, Structure, freeze_weights, quantized_weights
@@ -47,7 +47,7 @@ def written(checkpoint):
     (checkpoint.parent / 'tensorrt' / 'model.engine').write_bytes(b'of an earlier export')
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'tensorrt', None)
-        patch.setattr('mmdet_ptq.deploy.runtimes.tensorrt.print_log', lambda text, *args: said.append(text))
+        patch.setattr('mmdet_ptq.deploy.tensorrt.runtime.print_log', lambda text, *args: said.append(text))
         path, = export_checkpoint(checkpoint, ['tensorrt'])
     return path, said
 
@@ -228,10 +228,10 @@ def test_nothing_is_kept_of_a_graph_that_breaks_a_rule(checkpoint, tmp_path, mon
     def refuse(model):
         raise PTQError(f'{len(model.graph.node) > 0}')
 
-    monkeypatch.setattr('mmdet_ptq.deploy.onnx_export.check_tensorrt_model', refuse)
+    monkeypatch.setattr('mmdet_ptq.deploy.onnx.export.check_tensorrt_model', refuse)
     detector = torch.nn.Sequential()
-    monkeypatch.setattr('mmdet_ptq.deploy.onnx_export.check_exportable', lambda detector: None)
-    monkeypatch.setattr('mmdet_ptq.deploy.onnx_export._exported', lambda *args: tiny_graph())
+    monkeypatch.setattr('mmdet_ptq.deploy.onnx.export.check_exportable', lambda detector: None)
+    monkeypatch.setattr('mmdet_ptq.deploy.onnx.export._exported', lambda *args: tiny_graph())
     with pytest.raises(PTQError, match='True'):
         export_onnx(detector, tmp_path / 'model.onnx', SHAPE, runtime='tensorrt')
     assert list(tmp_path.iterdir()) == []
@@ -277,8 +277,8 @@ def test_formats_that_fit():
 
 def test_formats_are_refused_before_the_detector_is_built(tmp_path, monkeypatch):
     structure = Structure(activations={'neck.x': activation(symmetric=False)})
-    monkeypatch.setattr('mmdet_ptq.engine.export.read_quantized', lambda path: dict(structure=structure.to_dict()))
-    monkeypatch.setattr('mmdet_ptq.engine.export.load_quantized', lambda path: pytest.fail('long work began'))
+    monkeypatch.setattr('mmdet_ptq.engine.export_again.read_quantized', lambda path: dict(structure=structure.to_dict()))
+    monkeypatch.setattr('mmdet_ptq.engine.export_again.load_quantized', lambda path: pytest.fail('long work began'))
     with pytest.raises(PTQError, match='neck.x is quantized with a zero point'):
         export_checkpoint(tmp_path / 'quantized.pth', ['tensorrt'])
 
@@ -330,7 +330,7 @@ def test_an_engine_computes_what_is_simulated(tensorrt, checkpoint, tmp_path):
 
 @pytest.mark.tensorrt
 def test_an_engine_takes_any_number_of_images(tensorrt, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr('mmdet_ptq.deploy.runtimes.tensorrt.MAX_BATCH', 2)
+    monkeypatch.setattr('mmdet_ptq.deploy.tensorrt.runtime.MAX_BATCH', 2)
     detector = load_quantized(checkpoint)
     engine = open_model(TensorRT.export(detector, tmp_path, SHAPE, dynamic_batch=True))
     x = torch.cat([image(seed) for seed in range(3)]).numpy()

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.deploy import export_onnx
-from mmdet_ptq.deploy.compare import compare_codes
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.engine import PTQRunner
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")

@@ -45,7 +45,7 @@ def config_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def make_runner(config_file, tmp_path, monkeypatch) -> Callable[..., PTQRunner]:
     """Builds a runner of the tiny config with changes, in a fresh work directory, without the pictures."""
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
 
     def make(changes: dict | None = None, work_dir: Path | None = None, resume: bool = False) -> PTQRunner:
         cfg = Config.fromfile(config_file)

@@ -25,7 +25,7 @@ def test_the_tool_ranks_draws_and_goes_on(config, tmp_path, capsys, monkeypatch)
     assert first['num_images'] == 1 and (tmp_path / 'out' / 'sensitivity.png').is_file()
     # stages of a run in the same folder are its own
     assert not (tmp_path / 'out' / 'stages').exists()
-    monkeypatch.setattr('mmdet_ptq.engine.runner.prepare_detector', None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.calibrate.prepare_detector', None)
     analyze(arguments)
     assert json.loads((tmp_path / 'out' / 'sensitivity.json').read_text()) == first
 
@@ -35,7 +35,7 @@ def test_the_tool_ranks_draws_and_goes_on(config, tmp_path, capsys, monkeypatch)
     (['--preset', 'w8a9'], "Did you mean 'w8a8'"),
 ])
 def test_bad_arguments_are_one_sentence(config, capsys, monkeypatch, arguments, words):
-    monkeypatch.setattr('mmdet_ptq.engine.runner.load_float_checkpoint', None)
+    monkeypatch.setattr('mmdet_ptq.engine.run.load_float_checkpoint', None)
     with pytest.raises(SystemExit) as stopped:
         analyze([str(config), *arguments])
     assert stopped.value.code == 2 and words in capsys.readouterr().err

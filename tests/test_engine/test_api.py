@@ -5,7 +5,7 @@ import torch
 
 from mmdet_ptq import PTQError, load_quantized, quantize
 from mmdet_ptq.testing import tiny_batch, tiny_detector
-from mmdet_ptq.wrapping.inputs import is_quantized
+from mmdet_ptq.wrapping.state import is_quantized
 
 
 @pytest.fixture(scope='module')

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mmdet_ptq import load_quantized
-from mmdet_ptq.engine.loops import GlobalCalibrationLoop
-from mmdet_ptq.engine.stages import StageStore, stage_inputs
+from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop
+from mmdet_ptq.engine.stage_store import StageStore, stage_inputs
 from mmdet_ptq.testing import raw_outputs
 
 FULL = {'ptq.dataflow': 'full', 'ptq.global_loss.holdout': 0.0,

@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from mmdet_ptq import cli
 from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, runtime_detector
 from mmdet_ptq.engine import PTQRunner
-from mmdet_ptq.engine.export_stage import export_runtime
+from mmdet_ptq.engine.stages.export import export_runtime
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_model_cfg
 from mmdet_ptq.testing.processors import PROCESSORS
@@ -32,7 +32,7 @@ def exported(config_file, one_thread, tmp_path_factory) -> PTQRunner:
     cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=list(NAMES))
     cfg.work_dir = str(tmp_path_factory.mktemp('exported'))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+        patch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
         runner = PTQRunner.from_cfg(cfg)
         runner.run()
     return runner
@@ -93,7 +93,7 @@ def test_images_of_several_sizes_are_refused_before_anything_long_and_the_told_p
 
 def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
     pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
     cfg = Config.fromfile(config_file)
     cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=['onnxruntime', 'ncnn'])
     cfg.work_dir = str(tmp_path)
@@ -105,8 +105,8 @@ def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_th
 
 
 def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
-    monkeypatch.setattr('mmdet_ptq.engine.runner.export_runtime', lambda *args: pytest.fail('exported again'))
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.export.export_runtime', lambda *args: pytest.fail('exported again'))
     cfg = Config.fromfile(exported.cfg.filename)
     cfg.merge_from_dict(dict(ptq=exported.cfg.ptq.to_dict(), work_dir=exported.work_dir, resume=True))
     cfg.ptq = exported.cfg.ptq
@@ -205,7 +205,7 @@ def test_a_model_that_is_gone_is_exported_again_on_resume(exported, monkeypatch)
     path = Path(exported.work_dir) / 'openvino' / 'model.bin'
     content = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr('mmdet_ptq.engine.runner.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
     cfg = Config.fromfile(exported.cfg.filename)
     cfg.merge_from_dict(dict(work_dir=exported.work_dir, resume=True))
     cfg.ptq = exported.cfg.ptq
@@ -236,7 +236,7 @@ def test_an_operator_without_onnx_form_is_refused_before_any_work(make_runner, m
         runner.float_detector.neck = torch.nn.Sequential(runner.float_detector.neck, Unexportable())
 
     monkeypatch.setattr(runner, 'load', changed)
-    monkeypatch.setattr('mmdet_ptq.engine.runner.prepare_detector', lambda *args: pytest.fail('the work has begun'))
+    monkeypatch.setattr('mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun'))
     with pytest.raises(PTQError, match='cannot be exported to ONNX, in neck.1: .*replace that operation'):
         runner.calibrate()
 
@@ -249,7 +249,7 @@ def test_an_unknown_runtime_is_refused_before_any_work(make_runner):
 def test_a_missing_package_is_refused_before_any_work(make_runner, monkeypatch):
     runner = make_runner(dict(ptq=dict(export=['openvino'])))
     monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
-    monkeypatch.setattr('mmdet_ptq.engine.runner.prepare_detector', lambda *args: pytest.fail('the work has begun'))
+    monkeypatch.setattr('mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun'))
     with pytest.raises(PTQError, match=r"pip install 'mmdet-ptq\[openvino\]'"):
         runner.calibrate()
 

@@ -11,9 +11,10 @@ from mmengine.registry import HOOKS
 
 from mmdet_ptq import PTQError
 from mmdet_ptq.config import CalibrationConfig, GlobalLossConfig
-from mmdet_ptq.engine.global_stage import GlobalLossModel
-from mmdet_ptq.engine.hooks import FilteredGlobalLossHook
-from mmdet_ptq.engine.optim import learnable_parameters, train_only_quantization
+from mmdet_ptq.engine.global_stage.hooks import FilteredGlobalLossHook
+from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop
+from mmdet_ptq.engine.global_stage.optim import learnable_parameters, train_only_quantization
+from mmdet_ptq.engine.global_stage.train import GlobalLossModel
 from mmdet_ptq.testing import tiny_quantized
 from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
 
@@ -135,13 +136,18 @@ def test_a_state_that_ruins_the_boxes_is_not_kept(make_runner, tmp_path, value):
 
 def test_a_state_whose_scores_are_no_numbers_is_not_kept(make_runner, tmp_path):
     runner = make_runner({'ptq.global_loss.iters': 2})
-    model_loss = GlobalLossModel.held_out_loss
+    run_iter, model_loss, iterations = GlobalCalibrationLoop.run_iter, GlobalLossModel.held_out_loss, []
+
+    def counted(loop, batch):
+        iterations.append(loop.iter)
+        run_iter(loop, batch)
 
     def diverged(model, data):
         terms = model_loss(model, data)
-        return terms if runner.iter == 0 else {key: float('nan') for key in terms}
+        return {key: float('nan') for key in terms} if iterations else terms
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GlobalCalibrationLoop, 'run_iter', counted)
         patch.setattr(GlobalLossModel, 'held_out_loss', diverged)
         runner.calibrate()
     observed, state = (stage_state(tmp_path / 'work_dir', name) for name in ('observe', 'global'))

@@ -12,10 +12,10 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 
 from mmdet_ptq import load_quantized
-from mmdet_ptq.calibration.meter import DamageStore
+from mmdet_ptq.calibration.protection.damage import DamageStore
 from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, settle_biases
 from mmdet_ptq.engine import PTQRunner
-from mmdet_ptq.engine.stages import StageStore, stage_inputs
+from mmdet_ptq.engine.stage_store import StageStore, stage_inputs
 from mmdet_ptq.testing import raw_outputs, tiny_config
 from mmdet_ptq.wrapping import quantization_mode
 
@@ -157,7 +157,7 @@ def test_each_stage_did_its_work(finished):
 
 
 def test_equalization_keeps_the_float_outputs_and_moves_the_weights(finished, config_file, tmp_path):
-    equalized = finished._prepared()
+    equalized = finished.prepared_detector()
     with quantization_mode(equalized, 'float'):
         outputs = raw_outputs(equalized)
     for a, b in zip(outputs, raw_outputs(finished.float_detector), strict=True):

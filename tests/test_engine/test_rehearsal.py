@@ -6,7 +6,8 @@ from mmengine.registry import DefaultScope
 
 from mmdet_ptq import PTQError
 from mmdet_ptq.config import GlobalLossConfig
-from mmdet_ptq.engine.rehearsal import check_holdout, rehearse_global
+from mmdet_ptq.engine.global_stage.optim import QuantizationParamsConstructor
+from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 
 BAD = [
     (dict(optim_wrapper=dict(optimizer=dict(type='Adm'))), ['optim_wrapper.optimizer.type` is ', "'Adam'"]),
@@ -53,7 +54,7 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused_by_the_reconstructio
 
 def test_a_share_that_holds_nothing_out_is_told_with_the_images_needed(monkeypatch):
     told = []
-    monkeypatch.setattr('mmdet_ptq.engine.rehearsal.print_log', lambda text, *args, **kwargs: told.append(text))
+    monkeypatch.setattr('mmdet_ptq.engine.global_stage.rehearsal.print_log', lambda text, *args, **kwargs: told.append(text))
     for images in (4, 5):
         check_holdout('ptq.reconstruct', 0.125, images)
     check_holdout('ptq.reconstruct', 0.0, 4)
@@ -67,9 +68,13 @@ def test_the_run_says_so_before_any_stage(make_runner, tmp_path):
     assert not list((tmp_path / 'work_dir').glob('stages/*'))
 
 
-def test_a_wrapper_without_optimizer_trains_with_adam(make_runner):
+def test_a_wrapper_without_optimizer_trains_with_adam(make_runner, monkeypatch):
+    built, build = [], QuantizationParamsConstructor.__call__
+    monkeypatch.setattr(QuantizationParamsConstructor, '__call__',
+                        lambda self, model: built.append(build(self, model)) or built[-1])
     runner = make_runner({'ptq.global_loss.optim_wrapper': dict(type='OptimWrapper', clip_grad=dict(max_norm=1.0)),
                           'ptq.global_loss.iters': 2})
     runner.calibrate()
-    assert type(runner.optim_wrapper.optimizer).__name__ == 'Adam'
-    assert runner.optim_wrapper.clip_grad_kwargs == dict(max_norm=1.0)
+    (wrapper,) = built
+    assert type(wrapper.optimizer).__name__ == 'Adam'
+    assert wrapper.clip_grad_kwargs == dict(max_norm=1.0)

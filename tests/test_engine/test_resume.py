@@ -11,16 +11,17 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 
 from mmdet_ptq import cli
+from mmdet_ptq.calibration.observe import observe_activations
 from mmdet_ptq.deploy import read_quantized
-from mmdet_ptq.deploy.packing import unflatten_tensors
+from mmdet_ptq.deploy.checkpoint.packing import unflatten_tensors
 from mmdet_ptq.engine import PTQRunner
-from mmdet_ptq.engine.loops import GlobalCalibrationLoop, HeldOutLossLoop
-from mmdet_ptq.engine.runner import observe_activations
-from mmdet_ptq.engine.stages import StageStore, stage_inputs
+from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop, HeldOutLossLoop
+from mmdet_ptq.engine.global_stage.train import GlobalRunner
+from mmdet_ptq.engine.stage_store import StageStore, stage_inputs
 from mmdet_ptq.testing import tiny_coco
 from mmdet_ptq.wrapping import is_quantized
 
-RUNNER = 'mmdet_ptq.engine.runner'
+STAGES = 'mmdet_ptq.engine.stages'
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_how_images_are_loaded_and_where_models_go_changes_no_calibration(finish
                'ptq.export': ['onnxruntime'], 'ptq.dataflow': finished.ptq.dataflow}
     runner = make_runner(changes, work_dir=finished_copy, resume=True)
     runner.load()
-    for stage in (runner.prepare, runner.observe, runner.minimise_global_loss, runner._save_quantized, runner.evaluate):
+    for stage in (runner.prepare, runner.observe, runner.minimise_global_loss, runner.write_quantized, runner.evaluate):
         stage()
     assert stages == dict.fromkeys(('prepare', 'observe', 'global', 'evaluate_float', 'evaluate_simulated'), True)
 
@@ -178,7 +179,7 @@ def stop(*args, **kwargs):
 
 
 def in_prepare(patch):
-    patch.setattr(f'{RUNNER}.prepare_detector', stop)
+    patch.setattr(f'{STAGES}.calibrate.prepare_detector', stop)
 
 
 def in_observe(patch):
@@ -186,7 +187,7 @@ def in_observe(patch):
         yield next(iter(batches))
         raise KeyboardInterrupt
 
-    patch.setattr(f'{RUNNER}.observe_activations',
+    patch.setattr(f'{STAGES}.calibrate.observe_activations',
                   lambda detector, batches, structure: observe_activations(
                       detector, first_batch_only(batches), structure))
 
@@ -211,7 +212,7 @@ def between_a_checkpoint_and_its_held_out_loss(patch):
 
 
 def while_a_checkpoint_is_written(patch):
-    save = PTQRunner.save_checkpoint
+    save = GlobalRunner.save_checkpoint
 
     def torn(self, out_dir, filename, *args, **kwargs):
         save(self, out_dir, filename, *args, **kwargs)
@@ -220,7 +221,7 @@ def while_a_checkpoint_is_written(patch):
             path.write_bytes(path.read_bytes()[:10000])
             raise KeyboardInterrupt
 
-    patch.setattr(PTQRunner, 'save_checkpoint', torn)
+    patch.setattr(GlobalRunner, 'save_checkpoint', torn)
 
 
 def in_float_evaluation(patch):
@@ -234,7 +235,7 @@ def in_evaluate(patch):
 
 
 def in_report(patch):
-    patch.setattr(f'{RUNNER}.build_report', stop)
+    patch.setattr(f'{STAGES}.measure.build_report', stop)
 
 
 @pytest.mark.parametrize('interrupt', [
@@ -242,7 +243,7 @@ def in_report(patch):
     between_a_checkpoint_and_its_held_out_loss, while_a_checkpoint_is_written, in_evaluate, in_report])
 def test_an_interrupted_run_resumes_to_the_same_numbers(
         interrupt, finished, config_file, tmp_path, monkeypatch, stages, capfd):
-    monkeypatch.setattr(f'{RUNNER}.build_report', lambda *args: None)
+    monkeypatch.setattr(f'{STAGES}.measure.build_report', lambda *args: None)
     late = interrupt in (in_evaluate, in_report)
     arguments = [str(config_file), '--work-dir', str(tmp_path)]
     with monkeypatch.context() as patch:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mmdet_ptq.engine.stages import StageStore, fingerprint, latest_checkpoint
+from mmdet_ptq.engine.stage_store import StageStore, fingerprint, latest_checkpoint
 
 
 def test_a_fingerprint_depends_on_every_part_and_not_on_the_order_of_keys():

@@ -63,7 +63,7 @@ def test_each_tensor_between_the_layers_has_one_quantizer(between, own):
 
 def test_float_islands_are_named_and_the_layers_around_them_stay_in_integers(monkeypatch):
     lines = []
-    monkeypatch.setattr('mmdet_ptq.wrapping.dataflow.print_log', lambda text, *_: lines.append(text))
+    monkeypatch.setattr('mmdet_ptq.wrapping.preparing.plan_dataflow.print_log', lambda text, *_: lines.append(text))
     _, structure, _ = toy(lambda self, a, b: self.act(a).tanh() + (b * 2).exp(), act=nn.Mish())
     assert [(i['module'], i['operation']) for i in structure.islands] == [
         ('act', 'mish'), ('', 'tanh'), ('', 'mul'), ('', 'exp'), ('', 'add')]

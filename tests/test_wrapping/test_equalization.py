@@ -8,10 +8,11 @@ from torch import nn
 
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.testing import predict, tiny_batch, tiny_detector
-from mmdet_ptq.wrapping.chains import find_junctions
-from mmdet_ptq.wrapping.equalization import channel_magnitudes, equalize, log_equalization, rescale
-from mmdet_ptq.wrapping.folding import find_folds, fold_norms
-from mmdet_ptq.wrapping.probe import probe_detector
+from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.preparing.equalization import channel_magnitudes, equalize, log_equalization, rescale
+from mmdet_ptq.wrapping.preparing.find_folds import find_folds
+from mmdet_ptq.wrapping.preparing.junctions import find_junctions
+from mmdet_ptq.wrapping.watching.probe import probe_detector
 
 
 def _fold(detector, run):
@@ -88,7 +89,7 @@ def test_swish_detectors_are_left_alone_and_named(monkeypatch):
     entry = next(e for e in skipped if e.producer == 'backbone.stem.conv.conv')
     assert entry.reason == '`sigmoid` stands between' and len(entry.readers) == 1
     lines = []
-    monkeypatch.setattr('mmdet_ptq.wrapping.equalization.print_log', lambda text, *_, **__: lines.append(text))
+    monkeypatch.setattr('mmdet_ptq.wrapping.preparing.equalization.print_log', lambda text, *_, **__: lines.append(text))
     log_equalization([], skipped)
     (line,) = [line for line in lines if 'because `sigmoid` stands between: ' in line]
     assert f'backbone.stem.conv.conv -> {entry.readers[0]}' in line

@@ -5,8 +5,8 @@ from torch import nn
 from mmdet_ptq.config import PTQConfig, TensorConfig
 from mmdet_ptq.quantizers import AffineQuantizer, LogAffineQuantizer, Neighbours
 from mmdet_ptq.registry import QUANTIZERS
-from mmdet_ptq.wrapping.fit import fit_weight_quantizer
-from mmdet_ptq.wrapping.layers import RowLayout, neighbours
+from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer
+from mmdet_ptq.wrapping.watching.layers import RowLayout, neighbours
 
 LOG = dict(type='mmdet_ptq.LogAffineQuantizer')
 AUTO = dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto')

@@ -11,11 +11,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from mmdet_ptq.calibration.activation_store import ActivationStore
-from mmdet_ptq.calibration.streams import FLOAT, QUANTIZED, Streams
-from mmdet_ptq.calibration.units import find_passages, find_units
+from mmdet_ptq.calibration.reconstruction.activation_store import ActivationStore
+from mmdet_ptq.calibration.reconstruction.streams import FLOAT, QUANTIZED, Streams
+from mmdet_ptq.calibration.reconstruction.units import find_passages, find_units
 from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantized, save_quantized, settle_biases
-from mmdet_ptq.engine.optim import train_only_quantization
+from mmdet_ptq.engine.global_stage.optim import train_only_quantization
 from mmdet_ptq.predictions import needs_reference, predict_aligned
 from mmdet_ptq.testing import KINDS, raw_outputs, tiny_batch, tiny_detector, tiny_model_cfg
 from mmdet_ptq.testing.calibrated import predict
@@ -29,7 +29,7 @@ from mmdet_ptq.wrapping import (
 )
 from mmdet_ptq.wrapping.flow import carried
 from mmdet_ptq.wrapping.folding import fold_norms
-from mmdet_ptq.wrapping.inputs import quantize_only
+from mmdet_ptq.wrapping.state import quantize_only
 from mmdet_ptq.wrapping.weights import QuantizedWeight
 
 

@@ -10,8 +10,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import KINDS, predict, tiny_batch, tiny_detector
-from mmdet_ptq.wrapping.folding import find_folds, fold_norms
-from mmdet_ptq.wrapping.probe import probe_detector
+from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.preparing.find_folds import find_folds
+from mmdet_ptq.wrapping.watching.probe import probe_detector
 
 
 def _dense_outputs(detector, x):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_ptq.wrapping.layers import RowLayout, in_channels, is_depthwise, kind, out_channels
+from mmdet_ptq.wrapping.watching.layers import RowLayout, in_channels, is_depthwise, kind, out_channels
 
 
 @pytest.mark.parametrize('module, name, x', [

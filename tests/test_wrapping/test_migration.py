@@ -7,20 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mmdet_ptq.calibration.candidates import candidates_for
-from mmdet_ptq.calibration.meter import _OutputError
-from mmdet_ptq.calibration.sensitivity import ACTIVATION, TensorSet
+from mmdet_ptq.calibration.protection.candidates import candidates_for
+from mmdet_ptq.calibration.protection.damage import _OutputError
+from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, TensorSet
 from mmdet_ptq.config import PTQConfig, TensorConfig
 from mmdet_ptq.deploy import export_onnx, open_model, settle_biases
-from mmdet_ptq.deploy.compare import compare_codes
-from mmdet_ptq.deploy.ncnn_check import check_ncnn
+from mmdet_ptq.deploy.ncnn.formats import check_ncnn
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer, build_observer
 from mmdet_ptq.testing import predict, raw_outputs, tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import coverage_rows, freeze_weights, prepare_detector, quantization_mode
-from mmdet_ptq.wrapping.inputs import only_read_tensors, quantize_only
-from mmdet_ptq.wrapping.layers import is_depthwise
-from mmdet_ptq.wrapping.migration import ChannelDivision, _factors, can_migrate, times_factor
+from mmdet_ptq.wrapping.preparing.migration import _factors, can_migrate, times_factor
+from mmdet_ptq.wrapping.state import ChannelDivision, only_read_tensors, quantize_only
+from mmdet_ptq.wrapping.watching.layers import is_depthwise
 
 MIN_MAX = dict(type='mmdet_ptq.MinMaxObserver')
 SHAPE = (1, 3, 64, 64)
@@ -132,8 +132,8 @@ def test_openvino_multiplies_the_same_integers(kind, tmp_path):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import get_runtime
-    from mmdet_ptq.deploy.compare_inputs import compare_layer_inputs
-    from mmdet_ptq.deploy.compare_openvino import openvino_inputs
+    from mmdet_ptq.deploy.agreement import compare_layer_inputs
+    from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
     detector, structure = copy.deepcopy(quantized(kind, 'auto'))
     settle_biases(detector, structure)
     freeze_weights(detector)

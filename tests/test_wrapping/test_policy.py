@@ -2,7 +2,8 @@ import pytest
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.wrapping.policy import LayerRole, matches, resolve_policies
+from mmdet_ptq.wrapping.preparing.policy import LayerRole, resolve_policies
+from mmdet_ptq.wrapping.watching.layers import matches
 
 ROLES = [
     LayerRole('backbone.stem.conv', in_head=False, first=True, last=False),

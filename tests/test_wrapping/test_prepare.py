@@ -20,8 +20,8 @@ from mmdet_ptq.wrapping import (
     set_mode,
 )
 from mmdet_ptq.wrapping.folding import fold_norms
-from mmdet_ptq.wrapping.layers import QUANTIZABLE, channel_format, is_depthwise
-from mmdet_ptq.wrapping.probe import probe_detector
+from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE, channel_format, is_depthwise
+from mmdet_ptq.wrapping.watching.probe import probe_detector
 from mmdet_ptq.wrapping.weights import QuantizedWeight
 
 
@@ -57,7 +57,7 @@ MIN_MAX, PERCENTILE = 'mmdet_ptq.MinMaxObserver', 'mmdet_ptq.PercentileObserver'
     (MIN_MAX, PERCENTILE, MIN_MAX, True)])
 def test_an_override_of_any_reader_of_a_tensor_holds(monkeypatch, first, second, observer, told):
     lines = []
-    monkeypatch.setattr('mmdet_ptq.wrapping.prepare.print_log', lambda text, *_, **__: lines.append(text))
+    monkeypatch.setattr('mmdet_ptq.wrapping.preparing.prepare.print_log', lambda text, *_, **__: lines.append(text))
     overrides = {name: dict(activations=dict(observer=dict(type=kind)))
                  for name, kind in zip(READERS, (first, second), strict=True) if kind}
     detector = tiny_detector('retinanet')

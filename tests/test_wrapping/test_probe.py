@@ -6,7 +6,7 @@ from torch import nn
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.testing import predict, tiny_batch, tiny_detector
 from mmdet_ptq.wrapping import coverage_rows, integer_mac_share, prepare_detector
-from mmdet_ptq.wrapping.probe import probe_detector
+from mmdet_ptq.wrapping.watching.probe import probe_detector
 
 
 def _layers(probe):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmdet_ptq.testing.calibrated import OBSERVE
-from mmdet_ptq.wrapping.spread import MOST_LOST_BITS, ChannelRanges, channel_ranges
+from mmdet_ptq.wrapping.watching.channel_ranges import MOST_LOST_BITS, ChannelRanges, channel_ranges
 
 AUTO = dict(dataflow='auto')
 

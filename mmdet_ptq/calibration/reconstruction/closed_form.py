@@ -1,0 +1,204 @@
+"""Closed-form reconstruction: each layer of a unit by least squares, its rounding errors compensated."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mmdet_ptq.calibration.reconstruction.least_squares import (
+    LayerEquations,
+    NearestLevel,
+    NeighbourSums,
+    by_group,
+    patches,
+)
+from mmdet_ptq.calibration.reconstruction.streams import FLOAT, CallInputs
+from mmdet_ptq.calibration.reconstruction.unit_data import UnitData
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import Quantizer
+from mmdet_ptq.wrapping import quantization_mode
+from mmdet_ptq.wrapping.weights import QuantizedWeight, float_weight
+
+# grids tried around the scale of least error without compensation
+SCALE_FACTORS = (1.0, 0.7, 0.8, 0.9, 1.1)
+# damping of the rounding, as a share of that of the least squares: rounding errors are known, not estimated
+ROUNDING_SHARE = 0.01
+
+
+@torch.no_grad()
+def solve_unit(data: UnitData) -> None:
+    """Solves and rounds one layer after another, each with the layers before it already quantized."""
+    float_values = [(value, value.detach().clone()) for layer in data.layers.values()
+                    for value in (float_weight(layer), layer.bias) if value is not None]
+    for name, layer in data.layers.items():
+        quantizer, weight = data.weights[name].quantizer, float_weight(layer)
+        equations, reason = _equations(data, name, float_values)
+        if equations is None:
+            print_log(f'{name}: {reason}, so its weights are not compensated', 'current', level=30)
+            continue
+        groups, rows = getattr(layer, 'groups', 1), data.weights[name].layout.to_rows(weight)
+        start = rows.view(groups, -1, rows.shape[1])
+        bias = layer.bias.view(groups, -1) if layer.bias is not None else start.new_zeros(start.shape[:2])
+        try:
+            solved, _ = equations.solve(start, bias, data.cfg.damping)
+            _check_solution(solved, name)
+            quantizer.fit_weight(solved.reshape(rows.shape), importance=_importance(equations, solved, rows.shape))
+            rounded = _round_at_best_scale(equations, solved, ROUNDING_SHARE * data.cfg.damping, quantizer)
+        except torch.linalg.LinAlgError as error:
+            raise _no_solution(name) from error
+        _check_solution(rounded, name)
+        weight.copy_(data.weights[name].layout.from_rows(rounded.reshape(rows.shape), weight.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(equations.best_bias(rounded).reshape(-1))
+
+
+def _no_solution(name: str) -> PTQError:
+    return PTQError(f'the least squares of layer {name} have no finite solution; raise `ptq.reconstruct.damping`.')
+
+
+def _check_solution(weight: Tensor, name: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise _no_solution(name)
+
+
+def _importance(equations: LayerEquations, weight: Tensor, shape: torch.Size) -> Tensor | None:
+    """What an error of each weight costs, with mean 1; None where all inputs were zero and none costs anything."""
+    importance = equations.importance()[:, None].expand_as(weight).reshape(shape)
+    mean = importance.mean()
+    return importance / mean if mean > 0 else None
+
+
+def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tensor]]
+               ) -> tuple[LayerEquations | None, str]:
+    """The normal equations of a layer from the training samples, or why there are none."""
+    layer, weight = data.layers[name], data.weights[name]
+    if getattr(weight.quantizer, 'mode', '') == 'shift':
+        return None, "values of the published grid are not rounded to themselves (mode 'shift')"
+    equations, batches = None, sorted({batch for batch, _ in data.train_samples})
+    for call, batch in itertools.product(range(data.unit.calls), batches):
+        with quantization_mode(data.streams.detector, FLOAT), _with_values(float_values):
+            targets = _seen_by(data, name, call, data.float_inputs[call][batch])
+            if equations is None:
+                rows, reason = _rows_that_explain(layer, weight, *targets[0])
+                if rows is None:
+                    return None, reason
+                equations = LayerEquations(*rows.shape, layer.bias is not None, rows.device)
+        for (_, output), (x, _) in zip(targets, _seen_by(data, name, call, data.inputs[call][batch]), strict=True):
+            y = by_group(layer, output)
+            picked = torch.randperm(y.shape[2], device=y.device)[:data.cfg.max_positions]
+            counts = _counts(data, call, batch, picked, len(output), y.shape[2])
+            equations.add(patches(layer, x, picked), y[..., picked], counts)
+    if not (torch.isfinite(equations.inputs).all() and torch.isfinite(equations.targets).all()):
+        return None, 'what it reads or returns holds NaN or infinity'
+    return equations, ''
+
+
+def _rows_that_explain(layer: nn.Module, weight: QuantizedWeight, x: Tensor, y: Tensor) -> tuple[Tensor | None, str]:
+    """The weight as (G, R, K), if the layer's output is that times its patches; else why not."""
+    reads, y = patches(layer, x), by_group(layer, y)
+    if reads is None:
+        return None, f'a {type(layer).__name__} of this kind is not covered'
+    rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
+    again = rows @ reads
+    if layer.bias is not None:
+        again += layer.bias.view(len(reads), -1, 1)
+    if again.shape != y.shape or (again - y).abs().max() > 1e-3 * y.abs().max():
+        return None, 'its forward does more than its weight tells'
+    return rows, ''
+
+
+@contextmanager
+def _with_values(values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Puts the float values of a unit's layers back for a while: some of them are solved already."""
+    now = [parameter.detach().clone() for parameter, _ in values]
+    for parameter, value in values:
+        parameter.copy_(value)
+    try:
+        yield
+    finally:
+        for (parameter, _), value in zip(values, now, strict=True):
+            parameter.copy_(value)
+
+
+def _counts(data: UnitData, call: int, batch: int, picked: Tensor, rows: int, count: int) -> Tensor | None:
+    """How much each picked position counts, (P,); None where all count alike.
+
+    Args:
+        data: The unit.
+        call: Its call.
+        batch: The batch.
+        picked: Positions of the layer's output, counted image by image.
+        rows: First dimension of the layer's output.
+        count: All its positions.
+    """
+    if data.importance is None or len(data.layers) > 1:
+        # positions of a layer inside a block are not those of the block's output
+        return None
+    positions = data.importance[call][0][batch]
+    if len(positions) != rows or positions.numel() != count:
+        return None
+    return (1 - data.cfg.fisher) + data.cfg.fisher * positions.flatten()[picked]
+
+
+class _Convolved(TorchFunctionMode):
+    """Keeps what the last convolution read: layers may pad their input themselves (mmcv's adaptive padding)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv2d:
+            self.read = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
+    """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
+    seen, convolved = [], _Convolved()
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        x = convolved.read if isinstance(module, nn.Conv2d) else args[0] if args else kwargs['input']
+        seen.append((x.clone(), output.clone()))
+
+    handle = data.layers[name].register_forward_hook(see, with_kwargs=True)
+    try:
+        with convolved:
+            data.streams.run(data.unit, call, inputs, data.streams.tensors(inputs))
+    finally:
+        handle.remove()
+    return seen
+
+
+def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: float, quantizer: Quantizer) -> Tensor:
+    """Tries finer and coarser grids; every output channel keeps the scale with the least error."""
+    best, best_error, best_factor, before = weight, None, None, 1.0
+    round_on_grid = equations.rounding(weight, damping)
+    for factor in SCALE_FACTORS:
+        quantizer.rescale(torch.tensor(factor / before))
+        before = factor
+        rounded, error = round_on_grid(NearestLevel(quantizer, weight.shape[0] * weight.shape[1]),
+                                       _sums(quantizer, weight.shape[:2]))
+        if best_error is None:
+            best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
+            continue
+        better = error < best_error
+        best = torch.where(better[..., None], rounded, best)
+        best_error, best_factor = torch.where(better, error, best_error), best_factor.masked_fill(better, factor)
+    quantizer.rescale(best_factor.flatten().to(weight.dtype) / before)
+    # the same values on the final grid
+    return quantizer(best.reshape(best_factor.numel(), -1)).view(best.shape)
+
+
+def _sums(quantizer: Quantizer, rows: torch.Size) -> NeighbourSums | None:
+    """What bounds a weight beside its neighbours, if the quantizer does; ``rows`` are groups and rows of a group."""
+    neighbours = getattr(quantizer, 'neighbours', None)
+    if neighbours is None:
+        return None
+    return NeighbourSums(neighbours, quantizer.positive_scale().detach().expand(rows.numel()).view(rows))

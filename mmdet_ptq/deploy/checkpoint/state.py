@@ -1,0 +1,181 @@
+"""The integer checkpoint: packed codes, scales, zero points and tables; the simulated model is rebuilt from it."""
+from __future__ import annotations
+
+import io
+import os
+import sys
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_ptq.deploy.checkpoint.packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
+from mmdet_ptq.deploy.checkpoint.text import pack_state, unpack_state
+from mmdet_ptq.deploy.integers.biases import round_shared_biases
+from mmdet_ptq.deploy.integers.weights import integer_weight
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import load_tensors, save_tensors
+from mmdet_ptq.quantizers import LogAffineQuantizer
+from mmdet_ptq.version import __version__
+from mmdet_ptq.wrapping import Structure, apply_structure, float_weight, quantized_weights
+
+FORMAT = 'mmdet_ptq.quantized'
+SCHEMA = 3
+# the oldest that is read; 2 stores its text as it is
+OLDEST = 2
+TABLE_SCALE = ':scale'
+
+
+def is_quantized_checkpoint(checkpoint: object) -> bool:
+    """Whether a loaded checkpoint is one of ours."""
+    return isinstance(checkpoint, Mapping) and checkpoint.get('format') == FORMAT
+
+
+def quantized_state(detector: nn.Module, structure: Structure, config: dict, dataset_meta: dict | None,
+                    input_shape: tuple[int, ...] = ()) -> dict:
+    """Collects the integer checkpoint of a calibrated detector.
+
+    Args:
+        detector: The quantized detector.
+        structure: Its structure.
+        config: The config as a plain dict; the float detector is built from it. Kept as data, not as text, so
+            that loading runs no code.
+        dataset_meta: Class names and palette, as mmdet keeps them.
+        input_shape: Shape of one image as the test pipeline gives it, (1, 3, H, W): exported models take it.
+            Defaults to (): not known.
+
+    Returns:
+        Plain containers of tensors, numbers and strings.
+    """
+    weights = quantized_weights(detector)
+    packed, layers, tables = {}, {}, {}
+    for name, quantized in weights.items():
+        weight = float_weight(detector.get_submodule(name))
+        low, high = quantized.quantizer.code_range
+        codes = quantized.codes(weight)
+        bits = max(1, (high - low).bit_length())
+        packed[name] = pack_codes(codes, bits, low)
+        layers[name] = dict(bits=bits, lowest=low, rows=list(codes.shape), shape=list(weight.shape))
+        if isinstance(quantized.quantizer, LogAffineQuantizer):
+            levels, tables[f'{name}{TABLE_SCALE}'] = quantized.quantizer.integer_levels()
+            tables[name] = levels.to(torch.int8)
+    coded = _float_weights(detector)
+    floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
+    return _plain(dict(
+        format=FORMAT, schema=SCHEMA, version=__version__, config=config, dataset_meta=dataset_meta or {},
+        input_shape=list(input_shape), structure=structure.to_dict(), layers=layers, codes=flatten_tensors(packed),
+        tables=flatten_tensors(tables), tensors=flatten_tensors(floats)))
+
+
+def save_quantized(path: str | os.PathLike, state: dict) -> None:
+    """Writes the integer checkpoint, atomically."""
+    save_tensors(path, pack_state(state))
+
+
+def stored_bytes(state: dict) -> int:
+    """Size of the file that :func:`save_quantized` would write."""
+    buffer = io.BytesIO()
+    torch.save(pack_state(state), buffer)
+    return buffer.tell()
+
+
+def read_quantized(path: str | os.PathLike) -> dict:
+    """Reads an integer checkpoint.
+
+    Raises:
+        PTQError: The file is missing, damaged, or no integer checkpoint of a known schema.
+    """
+    state = load_tensors(path)
+    if not is_quantized_checkpoint(state):
+        raise PTQError(f'{str(path)!r} is no quantized checkpoint; make one with tools/ptq.py.')
+    if not {'schema', 'version'} <= state.keys():
+        raise PTQError(f'{str(path)!r} is damaged; run tools/ptq.py again.')
+    if state['schema'] > SCHEMA:
+        raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
+    if state['schema'] < OLDEST:
+        raise PTQError(f'{str(path)!r} was written by mmdet-ptq {state["version"]}, whose weights are decoded in '
+                       'another way; run tools/ptq.py again.')
+    if state['schema'] < SCHEMA:
+        return state
+    try:
+        return unpack_state(state)
+    except (KeyError, ValueError, zlib.error) as error:
+        raise PTQError(f'{str(path)!r} is damaged; run tools/ptq.py again.') from error
+
+
+def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
+    """Turns a float detector of the same architecture into the calibrated quantized one, in place.
+
+    The float weights become the values of the codes, and the quantized weights are frozen to exactly these; call
+    :func:`mmdet_ptq.wrapping.thaw_weights` to train the detector further. Convolutions that several levels share add
+    their bias as integer kernels do, see :func:`mmdet_ptq.deploy.integers.biases.round_shared_biases`.
+
+    Args:
+        detector: A float detector of the checkpoint's config; its weights do not matter.
+        state: What :func:`read_quantized` returned.
+
+    Returns:
+        The detector's structure.
+
+    Raises:
+        PTQError: The detector is of another architecture.
+    """
+    structure = Structure.from_dict(state['structure'])
+    apply_structure(detector, structure)
+    weights, coded = quantized_weights(detector), _float_weights(detector)
+    stored = {name for name, value in _own_tensors(detector).items() if id(value) not in coded}
+    try:
+        result = detector.load_state_dict(unflatten_tensors(state['tensors']), strict=False)
+    except RuntimeError as error:
+        raise PTQError('the quantized checkpoint belongs to another architecture: '
+                       f'{str(error).splitlines()[-1].strip()}') from error
+    wrong = [key for key in result.missing_keys if key in stored] + list(result.unexpected_keys)
+    if wrong:
+        raise PTQError(f'the quantized checkpoint does not fit the detector ({len(wrong)} tensors, first {wrong[0]}); '
+                       'use the config it was made with.')
+    packed, tables = unflatten_tensors(state['codes']), unflatten_tensors(state['tables'])
+    with torch.no_grad():
+        for name, quantized in weights.items():
+            entry = state['layers'][name]
+            codes = unpack_codes(packed[name], entry['bits'], entry['lowest'], tuple(entry['rows']))
+            values = integer_weight(
+                quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}')).values()
+            weight = float_weight(detector.get_submodule(name))
+            weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
+            quantized.fix(weight)
+    round_shared_biases(detector, structure)
+    return structure
+
+
+def _own_tensors(detector: nn.Module) -> dict[str, Tensor]:
+    """The detector's state, each tensor once: a module in several places has several names."""
+    seen, own = set(), {}
+    for name, value in detector.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            own[name] = value
+    return own
+
+
+def _float_weights(detector: nn.Module) -> set[int]:
+    """Identities of the float weights that integer codes stand for."""
+    return {id(float_weight(detector.get_submodule(name))) for name in quantized_weights(detector)}
+
+
+def _plain(value: object) -> object:
+    """Plain containers, in which equal strings are one object.
+
+    Pickle writes an object once; the size of a checkpoint must not depend on where a string came from.
+    """
+    if isinstance(value, Mapping):
+        return {sys.intern(str(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, set)):
+        return [_plain(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, type):
+        return sys.intern(f'{value.__module__}.{value.__qualname__}')
+    if isinstance(value, (int, float, bool, Tensor)) or value is None:
+        return value
+    return sys.intern(str(value))

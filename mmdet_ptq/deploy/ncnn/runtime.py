@@ -1,0 +1,68 @@
+"""ncnn on the CPU, through its Python package."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from mmengine.logging import print_log
+from torch import nn
+
+from mmdet_ptq.deploy.ncnn.export import export_ncnn
+from mmdet_ptq.deploy.ncnn.formats import check_ncnn
+from mmdet_ptq.deploy.ncnn.layers import is_integer
+from mmdet_ptq.deploy.ncnn.network import NcnnNetwork, require_ncnn
+from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime
+from mmdet_ptq.registry import RUNTIMES
+from mmdet_ptq.wrapping import Structure
+
+
+@RUNTIMES.register_module(name='ncnn')
+class NcnnRuntime(Runtime):
+    """Runs ``model.param`` and ``model.bin`` in ncnn, image by image; see :class:`Runtime`.
+
+    Args:
+        path: The ``.param``.
+        threads: Threads of a run. Defaults to None: one.
+        packing: See :class:`mmdet_ptq.deploy.ncnn.network.NcnnNetwork`. Defaults to False: the simulation's codes.
+    """
+
+    name = 'ncnn'
+    suffix = '.param'
+    # ncnn computes a layer in the format that the file gives it, or refuses the file
+    evidence = 'the formats of the layers that it loads'
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None, packing: bool = False) -> None:
+        self._network = NcnnNetwork(path, threads or 1, packing)
+        self.meta = self._network.meta
+
+    @classmethod
+    def check(cls) -> None:
+        require_ncnn()
+
+    @classmethod
+    def check_export(cls) -> None:
+        require_ncnn('pnnx')
+
+    @classmethod
+    def check_formats(cls, structure: Structure) -> None:
+        check_ncnn(structure)
+
+    @classmethod
+    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
+               **options) -> Path:
+        if options.get('dynamic_batch'):
+            print_log('ncnn: networks take one image at a time; --dynamic-batch changes nothing', 'current')
+        return export_ncnn(detector, input_shape, folder)
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        results = [self._network.run(np.ascontiguousarray(one, np.float32)) for one in image]
+        return [np.stack(parts) for parts in zip(*results, strict=True)]
+
+    def coverage(self) -> IntegerCoverage:
+        """Which convolutions run in integers, by the formats of the layers: ncnn shows no graph of its own."""
+        found = IntegerCoverage()
+        integer = {layer.name for layer in self._network.layers if is_integer(layer)}
+        for name, call in self.meta['layers'].items():
+            (found.integer if name in integer else found.float).append(call)
+        return found

@@ -1,0 +1,149 @@
+"""A runtime that answers like a detector: mmdet's data and decoding around an exported model."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmdet_ptq.deploy.network.build import build_detector
+from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, output_shapes
+from mmdet_ptq.deploy.runtime import Runtime
+from mmdet_ptq.errors import PTQError
+
+
+def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None = None) -> nn.Module:
+    """Builds a detector whose network is an exported model.
+
+    mmdet's data preprocessor is the config's own, and so are decoding and NMS where the model was not exported with
+    ``end2end``; weights of the config's detector are not used.
+
+    Args:
+        config: The config the model was exported from.
+        runtime: The opened model.
+        dataset_meta: Class names and palette, as mmdet keeps them. Defaults to None: the model's own class names.
+
+    Returns:
+        A detector on the CPU, in eval mode, for mmdet's test loop and ``mmdet.apis.inference_detector``.
+
+    Raises:
+        PTQError: The config's detector has two stages, or is not the one that was exported.
+    """
+    detector = build_detector(config).eval()
+    check_exportable(detector)
+    _check_outputs(detector, runtime.meta)
+    return with_runtime(detector, runtime, config, dataset_meta)
+
+
+def _check_outputs(detector: nn.Module, meta: dict) -> None:
+    """Refuses a model whose head returns something else than the config's; older models do not tell."""
+    if 'raw_shapes' not in meta:
+        return
+    expected = output_shapes(first_outputs(detector, (1, *meta['input_shape'][1:])))
+    if expected != meta['raw_shapes']:
+        raise PTQError(f"the model was exported from another detector than the config's: its head returns "
+                       f"{_told(meta['raw_shapes'])}, the config's {_told(expected)}; give the config that it was "
+                       'exported from.')
+
+
+def _told(shapes: list[list[int]]) -> str:
+    return f'{len(shapes)} tensors, the first of {shapes[0]}'
+
+
+def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = None,
+                 dataset_meta: dict | None = None) -> nn.Module:
+    """Puts a runtime in place of a detector's network, in place.
+
+    Args:
+        detector: A detector of one stage.
+        runtime: The opened model.
+        config: Kept as ``detector.cfg``. Defaults to None.
+        dataset_meta: Class names and palette. Defaults to None: the model's own class names.
+    """
+    check_exportable(detector)
+    device = next(detector.parameters()).device
+    # only what decodes stays: the network's own parts would be dead weight
+    detector.backbone = nn.Identity()
+    if detector.with_neck:
+        detector.neck = nn.Identity()
+    detector.extract_feat = _Features()
+    if runtime.meta.get('end2end'):
+        clips = getattr(getattr(detector.bbox_head, 'bbox_coder', None), 'clip_border', False)
+        detector.bbox_head.predict = _Detections(runtime, device, clips)
+    else:
+        detector.bbox_head.forward = _RawHead(runtime, device)
+    classes = runtime.meta.get('input', {}).get('classes')
+    detector.cfg = config
+    detector.dataset_meta = dataset_meta or (dict(classes=tuple(classes)) if classes else {})
+    return detector.eval()
+
+
+class _Features:
+    """Stands in for backbone and neck: the head's runtime reads the image itself."""
+
+    def __call__(self, batch_inputs: Tensor) -> Tensor:
+        return batch_inputs
+
+
+class _Network:
+    """The flat outputs of a runtime for a batch of any size."""
+
+    def __init__(self, runtime: Runtime, device: torch.device) -> None:
+        self.runtime = runtime
+        self.device = device
+
+    def outputs(self, image: Tensor) -> list[Tensor]:
+        batches = [self._run(part) for part in self._parts(image)]
+        return [torch.from_numpy(np.concatenate(outputs)).to(self.device) for outputs in zip(*batches, strict=True)]
+
+    def _parts(self, image: Tensor) -> list[Tensor]:
+        if self.runtime.meta['dynamic_batch']:
+            return [image]
+        return list(image.split(self.runtime.meta['input_shape'][0]))
+
+    def _run(self, image: Tensor) -> list[np.ndarray]:
+        wanted = list(self.runtime.meta['input_shape'])
+        if list(image.shape[1:]) != wanted[1:]:
+            raise PTQError(
+                f'the model was exported for images of {wanted[2]}x{wanted[3]} (height x width), the test pipeline '
+                f'gives {image.shape[2]}x{image.shape[3]}; export it with --input-shape {image.shape[2]} '
+                f'{image.shape[3]}, or make the pipeline pad to one size.')
+        missing = 0 if self.runtime.meta['dynamic_batch'] else wanted[0] - len(image)
+        if missing > 0:
+            image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
+        outputs = self.runtime(image.detach().cpu().contiguous().numpy())
+        return [output[:len(output) - missing] if missing > 0 else output for output in outputs]
+
+
+class _RawHead(_Network):
+    """Stands in for the head's forward."""
+
+    def __call__(self, image: Tensor) -> Any:
+        return nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+
+
+class _Detections(_Network):
+    """Stands in for the head's ``predict`` where the model decodes itself."""
+
+    def __init__(self, runtime: Runtime, device: torch.device, clips: bool) -> None:
+        super().__init__(runtime, device)
+        self.clips = clips
+
+    def __call__(self, image: Tensor, batch_data_samples: list, rescale: bool = False) -> list[InstanceData]:
+        samples = (sample.metainfo for sample in batch_data_samples)
+        return [self._instances(*found, meta, rescale)
+                for *found, meta in zip(*self.outputs(image), samples, strict=True)]
+
+    def _instances(self, boxes: Tensor, scores: Tensor, labels: Tensor, meta: dict, rescale: bool) -> InstanceData:
+        real = labels >= 0
+        boxes = boxes[real]
+        if self.clips:
+            # the model knows the padded size only
+            height, width = meta['img_shape'][:2]
+            boxes = torch.minimum(boxes, boxes.new_tensor([width, height] * 2))
+        if rescale:
+            boxes = boxes / boxes.new_tensor(meta['scale_factor']).repeat(2)
+        return InstanceData(bboxes=boxes, scores=scores[real], labels=labels[real])

@@ -1,0 +1,263 @@
+"""Per-channel activation scales moved into the weights of the convolutions around them."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mmdet_ptq.deploy.integers.kernels import SLACK
+from mmdet_ptq.deploy.onnx.graph import Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
+
+
+def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:
+    """Moves per-channel activation scales out of quantize / dequantize pairs: kernels take one scale per tensor.
+
+    A convolution that writes the tensor divides its weights and bias by the scales, and the codes then mean
+    themselves. Depthwise convolutions, which read each channel by itself, multiply theirs; whoever else reads the
+    tensor gets it multiplied.
+
+    Args:
+        graph: Changed in place.
+        outputs: Also where the graph ends. Without, what is put out is dequantized with its scales per channel, which
+            costs as little as one scale there. Defaults to True.
+    """
+    for node in list(graph):
+        if node.op_type != 'DequantizeLinear' or axis_of(node) != 1 or len(node.inputs) < 3:
+            continue
+        scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
+        quantize = _quantizer_of(node)
+        if scale.ndim != 1 or quantize is None:
+            continue
+        if (zero != zero[0]).any():
+            if not _pad_before(graph, node, quantize, scale, zero):
+                _spell_out(graph, node, scale, zero)
+            continue
+        one = add_constant(graph, f'{node.name}_scale', np.float32(1))
+        point = add_constant(graph, f'{node.name}_zero_point', zero[:1].reshape(()))
+        if outputs or node.outputs[0].uses():
+            _absorb_in_readers(graph, node, scale)
+            _per_tensor(node, one, point)
+        if _quantizer_readers(quantize) == [node]:
+            _absorb_in_producer(graph, quantize, scale, one, point)
+
+
+def fold_divisions(graph: ir.Graph) -> int:
+    """Moves divisions of the channels of what a convolution writes into its weight and bias.
+
+    OpenVINO does the same, but its convolution then has lost its name.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many were moved.
+    """
+    moved = 0
+    for node in list(graph):
+        convolution = produced_by(node.inputs[0], 'Conv') if node.op_type == 'Div' else None
+        factor = constant(node.inputs[1]) if convolution is not None else None
+        if (factor is None or only_consumer(convolution.outputs[0]) is not node
+                or produced_by(convolution.inputs[1], 'DequantizeLinear') is None):
+            continue
+        channels = constant(convolution.inputs[1].producer().inputs[0]).shape[0]
+        bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(channels, np.float32)
+        if bias is None or factor.size != channels or factor.shape[-2:] != (1, 1):
+            continue
+        _divide_output(graph, convolution, bias, factor.reshape(-1))
+        node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        moved += 1
+    return moved
+
+
+def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
+    """QuantizeLinear that writes what a node dequantizes, perhaps behind a clip of the codes."""
+    clip = produced_by(dequantize.inputs[0], 'Clip')
+    return produced_by(clip.inputs[0] if clip is not None else dequantize.inputs[0], 'QuantizeLinear')
+
+
+def _quantizer_readers(quantize: ir.Node) -> list[ir.Node]:
+    readers = list(quantize.outputs[0].consumers())
+    return [inner for reader in readers
+            for inner in (reader.outputs[0].consumers() if reader.op_type == 'Clip' else [reader])]
+
+
+def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) -> None:
+    out = dequantize.outputs[0]
+    reading = [layer for layer in layers(graph) if layer.source is dequantize]
+    if len(reading) == len(out.uses()) and not out.is_graph_output() and all(
+            _is_depthwise(layer, len(scale)) for layer in reading):
+        for layer in reading:
+            _scale_weight(graph, layer.node, scale)
+        return
+    scaled = ir.node('Mul', [out, out], name=f'{dequantize.name}_scaled')
+    scaled.outputs[0].name = f'{dequantize.name}_scaled'
+    scaled.outputs[0].shape, scaled.outputs[0].type = out.shape, out.type
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    scaled.replace_input_with(0, out)
+    graph.insert_after(dequantize, scaled)
+    scaled.replace_input_with(1, _by_channel(graph, scaled, f'{dequantize.name}_factor', scale, out.shape))
+
+
+def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> bool:
+    """Gives depthwise convolutions the codes themselves where each channel has its own zero point.
+
+    sum w (q - z_c) = sum w q - z_c sum w, of which the second part is a bias; but the border is z_c, too, which no
+    kernel pads with: the values are padded before they are quantized, and the convolutions pad no more.
+
+    Returns:
+        Whether it could be done.
+    """
+    reading = [layer for layer in layers(graph) if layer.source is dequantize]
+    pads = [tuple(layer.node.attributes['pads'].as_ints()) for layer in reading if 'pads' in layer.node.attributes]
+    if (len(reading) != len(dequantize.outputs[0].uses()) or len(pads) != len(reading) or len(set(pads)) != 1
+            or not all(_is_depthwise(layer, len(scale)) for layer in reading)
+            or _quantizer_readers(quantize) != [dequantize] or produced_by(quantize.inputs[0], 'Conv')):
+        return False
+    half = len(pads[0]) // 2
+    if any(pads[0]):
+        ends = np.array([0, 0, *pads[0][:half], 0, 0, *pads[0][half:]], np.int64)
+        padded = ir.node('Pad', [quantize.inputs[0], add_constant(graph, f'{quantize.name}_pads', ends)],
+                         name=f'{quantize.name}_padded')
+        padded.outputs[0].name, padded.outputs[0].type = padded.name, ir.TensorType(ir.DataType.FLOAT)
+        graph.insert_before(quantize, padded)
+        quantize.replace_input_with(0, padded.outputs[0])
+    for layer in reading:
+        if any(pads[0]):
+            layer.node.attributes['pads'] = ir.AttrInt64s('pads', [0] * len(pads[0]))
+        sums = constant(layer.weight.inputs[0]).astype(np.int64).reshape(len(scale), -1).sum(1)
+        step = constant(_scale_weight(graph, layer.node, scale).inputs[1]).astype(np.float64)
+        bias = 0 if layer.bias is None else constant(layer.bias).astype(np.float64)
+        layer.node.resize_inputs(3)
+        layer.node.replace_input_with(2, add_constant(
+            graph, f'{layer.node.name}.bias', (bias - zero.astype(np.int64) * sums * step).astype(np.float32)))
+    added = [0, 0, *(first + last for first, last in zip(pads[0][:half], pads[0][half:], strict=True))]
+    shape = ir.Shape([size + more if isinstance(size, int) else size
+                      for size, more in zip(quantize.outputs[0].shape, added, strict=True)])
+    for value in {quantize.outputs[0], dequantize.inputs[0], dequantize.outputs[0]}:
+        value.shape = shape
+    _divide_before(graph, quantize, scale, zero)
+    for node in (quantize, dequantize):
+        _per_tensor(node, add_constant(graph, f'{node.name}_scale', np.float32(1)),
+                    add_constant(graph, f'{node.name}_zero_point', np.zeros((), zero.dtype)))
+    return True
+
+
+def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> None:
+    """Dequantizes in float operations: fusing with a scale or zero point per channel makes ONNX Runtime fail."""
+    out = dequantize.outputs[0]
+    centre, factor = (_by_channel(graph, dequantize, f'{dequantize.name}_{label}', array, out.shape)
+                      for label, array in (('centre', zero.astype(np.float32)), ('factor', scale)))
+    cast = ir.node('Cast', [dequantize.inputs[0]], dict(to=ir.DataType.FLOAT), name=f'{dequantize.name}_cast')
+    centred = ir.node('Sub', [cast.outputs[0], centre], name=f'{dequantize.name}_centred')
+    scaled = ir.node('Mul', [centred.outputs[0], factor], name=f'{dequantize.name}_scaled')
+    for node in (cast, centred, scaled):
+        node.outputs[0].name = node.name
+        graph.insert_before(dequantize, node)
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    graph.remove(dequantize, safe=True)
+
+
+def _by_channel(graph: ir.Graph, before: ir.Node, name: str, array: np.ndarray, shape: ir.Shape) -> ir.Value:
+    """A constant per channel, shaped to be combined with a tensor.
+
+    Along the last axis it is repeated when the session starts: with the channels last, ONNX Runtime combines one row of
+    pixels at once then instead of one pixel, five times as fast.
+    """
+    value = add_constant(graph, name, array.reshape(-1, *[1] * (len(shape) - 2)))
+    if len(shape) < 4 or not isinstance(shape[-1], int):
+        return value
+    size = add_constant(graph, f'{name}_shape', np.array([len(array), *[1] * (len(shape) - 3), shape[-1]], np.int64))
+    repeated = ir.node('Expand', [value, size], name=f'{name}_repeated')
+    out = repeated.outputs[0]
+    out.name, out.type = repeated.name, ir.TensorType(ir.DataType.FLOAT)
+    out.shape = ir.Shape((len(array), *[1] * (len(shape) - 3), shape[-1]))
+    graph.insert_before(before, repeated)
+    return out
+
+
+def _is_depthwise(layer: Layer, channels: int) -> bool:
+    group = layer.node.attributes.get('group')
+    return (layer.node.op_type == 'Conv' and group is not None and group.as_int() == channels
+            and layer.weight is not None and layer.weight.inputs[0].shape[0] == channels)
+
+
+def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
+    _relu_before(quantize, scale)
+    last = produced_by(quantize.inputs[0], 'Relu') or quantize
+    producer = produced_by(last.inputs[0], 'Conv')
+    weight = None if producer is None else produced_by(producer.inputs[1], 'DequantizeLinear')
+    if weight is None or only_consumer(producer.outputs[0]) is not last or len(last.outputs[0].uses()) > 1:
+        _divide_before(graph, quantize, scale)
+        _per_tensor(quantize, one, zero)
+        return
+    bias = constant(producer.inputs[2]) if len(producer.inputs) > 2 else np.zeros(len(scale), np.float32)
+    _divide_output(graph, producer, bias, scale)
+    _per_tensor(quantize, one, zero)
+
+
+def _divide_output(graph: ir.Graph, convolution: ir.Node, bias: np.ndarray, factor: np.ndarray) -> None:
+    """Divides what a convolution writes, channel by channel, in its weight and its bias."""
+    _scale_weight(graph, convolution, 1 / factor)
+    convolution.resize_inputs(3)
+    convolution.replace_input_with(2, add_constant(
+        graph, f'{convolution.name}.bias', (bias / factor).astype(np.float32)))
+
+
+def _relu_before(quantize: ir.Node, scale: np.ndarray) -> None:
+    """Turns a ReLU6 whose upper end the quantizer repeats into a ReLU, through which positive factors pass."""
+    clip = produced_by(quantize.inputs[0], 'Clip')
+    if clip is None or only_consumer(clip.outputs[0]) is not quantize:
+        return
+    low, high = (constant(value) for value in (*clip.inputs, None, None)[1:3])
+    zero = constant(quantize.inputs[2]).astype(np.float64)
+    top = np.iinfo(constant(quantize.inputs[2]).dtype).max
+    if low is None or high is None or float(low) != 0 or (float(high) / scale + zero < top - SLACK).any():
+        return
+    relu = ir.node('Relu', [clip.inputs[0]], name=f'{quantize.name}_relu')
+    relu.outputs[0].name, relu.outputs[0].type = relu.name, ir.TensorType(ir.DataType.FLOAT)
+    relu.outputs[0].shape = clip.outputs[0].shape
+    clip.graph.insert_before(clip, relu)
+    quantize.replace_input_with(0, relu.outputs[0])
+    clip.graph.remove(clip, safe=True)
+
+
+def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, zero: np.ndarray | None = None) -> None:
+    """Scales each channel, and moves it to its zero point, before one scale quantizes all.
+
+    ONNX Runtime computes depthwise convolutions with the channels last, where its quantization per channel takes a
+    hundred times as long.
+    """
+    shape = quantize.outputs[0].shape
+    steps = [('Div', 'scale', scale)] + ([] if zero is None else [('Add', 'shift', zero.astype(np.float32))])
+    for op_type, label, factor in steps:
+        factor = _by_channel(graph, quantize, f'{quantize.name}_{label}', factor, shape)
+        node = ir.node(op_type, [quantize.inputs[0], factor], name=f'{quantize.name}_{op_type.lower()}')
+        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.FLOAT)
+        graph.insert_before(quantize, node)
+        quantize.replace_input_with(0, node.outputs[0])
+
+
+def _scale_weight(graph: ir.Graph, reader: ir.Node, factor: np.ndarray) -> ir.Node:
+    """Multiplies the weight's scales for one call of a layer; other calls keep theirs.
+
+    Returns:
+        DequantizeLinear of this call's weight.
+    """
+    weight = reader.inputs[1].producer()
+    if len(weight.outputs[0].uses()) > 1:
+        shared = weight
+        weight = ir.node(
+            'DequantizeLinear', list(shared.inputs), dict(axis=axis_of(shared)), name=f'{reader.name}.own_weight')
+        value = weight.outputs[0]
+        value.name, value.shape, value.type = weight.name, shared.outputs[0].shape, shared.outputs[0].type
+        graph.insert_before(reader, weight)
+        reader.replace_input_with(1, value)
+    scaled = (constant(weight.inputs[1]) * factor).astype(np.float32)
+    weight.replace_input_with(1, add_constant(graph, f'{reader.name}.weight_scale', scaled))
+    return weight
+
+
+def _per_tensor(node: ir.Node, scale: ir.Value, zero: ir.Value) -> None:
+    node.replace_input_with(1, scale)
+    node.replace_input_with(2, zero)
+    node.attributes.pop('axis')

@@ -1,0 +1,210 @@
+"""The quantized detector as one ONNX graph with explicit QuantizeLinear and DequantizeLinear."""
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mmdet_ptq.deploy.integers.biases import float_shared_biases
+from mmdet_ptq.deploy.network.meta import input_meta, read_meta, write_meta
+from mmdet_ptq.deploy.network.raw_outputs import (
+    RawOutputs,
+    check_exportable,
+    first_outputs,
+    output_layout,
+    output_shapes,
+)
+from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
+from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
+from mmdet_ptq.deploy.onnx.trouble import failing_module
+from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_model, divide_before_quantizing
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import write_atomic
+from mmdet_ptq.version import __version__
+from mmdet_ptq.wrapping import is_quantized, quantization_mode
+from mmdet_ptq.wrapping.state import only_read_tensors
+
+FORMAT = 'mmdet_ptq.onnx'
+
+
+def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple[int, int, int, int], *,
+                runtime: str = 'onnxruntime', dynamic_batch: bool = False, packed: bool = True,
+                end2end: bool = False) -> dict:
+    """Writes a detector as ONNX, one graph from the normalized image to the head's raw outputs or to detections.
+
+    The quantized detector itself is exported, its quantizers writing their nodes
+    (:mod:`mmdet_ptq.deploy.onnx.nodes`), with torch's exporter (``torch.onnx.export(dynamo=True)``).
+
+    Args:
+        detector: A calibrated quantized detector, or a float one, in eval mode.
+        path: The ``.onnx`` file; it is complete or absent.
+        input_shape: (N, 3, H, W).
+        runtime: Whose graph it is: 'onnxruntime', 'openvino' or 'tensorrt'. Defaults to 'onnxruntime'.
+        dynamic_batch: Whether N stays open. Defaults to False.
+        packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, and biases that fit as
+            int16, for ONNX Runtime. Defaults to True.
+        end2end: Whether the graph decodes and suppresses too, see :class:`mmdet_ptq.deploy.onnx.end2end.EndToEnd`. Defaults
+            to False.
+
+    Returns:
+        What the file says about itself, see :func:`model_meta`.
+
+    Raises:
+        PTQError: An extra is not installed, the detector has two stages, does not take such images or so many of them,
+            an operation has no ONNX form, or ``end2end`` does not know the head.
+    """
+    check_exportable(detector)
+    if end2end:
+        check_end2end(detector)
+    require('onnx', 'onnxscript', extra=runtime)
+    model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
+    from mmdet_ptq.deploy.onnx import packing, passes
+    from mmdet_ptq.deploy.onnx.channel_scales import absorb_channel_scales, fold_divisions
+    from mmdet_ptq.deploy.onnx.compact import compact
+    from mmdet_ptq.deploy.onnx.graph import name_layers
+    from mmdet_ptq.deploy.onnx.saturation import saturating_layers
+    from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
+    graph = model.graph
+    meta['layers'] = name_layers(graph)
+    if is_quantized(detector):
+        own = runtime == 'onnxruntime'
+        expand_quantizers(graph, detector, clip_codes=own, unsigned=own, rounds_wide=runtime != 'openvino')
+        # a float detector stays what PyTorch exports
+        folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
+        meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
+        if runtime != 'onnxruntime':
+            meta['folded'] = {fold.layer: fold.offsets for fold in folded}
+    passes.drop_redundant_clips(graph)
+    if runtime in ('onnxruntime', 'tensorrt'):
+        passes.quantize_movements(graph)
+        absorb_channel_scales(graph, outputs=runtime != 'onnxruntime')
+        passes.drop_redundant_clips(graph)
+    if runtime == 'onnxruntime':
+        passes.clip_codes(graph)
+        passes.keep_float(graph)
+    if runtime == 'openvino':
+        fold_divisions(graph)
+    if runtime == 'tensorrt':
+        divide_before_quantizing(graph)
+    passes.integer_biases(graph, stored=runtime == 'onnxruntime')
+    meta['saturating'] = saturating_layers(graph)
+    if runtime == 'onnxruntime' and packed:
+        packing.pack_weights(graph)
+        packing.narrow_biases(graph)
+    if runtime != 'tensorrt':  # there the model is a step towards the engine, whose messages name its nodes
+        compact(model, meta['layers'])
+    _write(model, meta, path)
+    return meta
+
+
+def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_batch: bool, end2end: bool) -> tuple:
+    device = next(detector.parameters()).device
+    example = torch.zeros(input_shape, device=device)
+    outputs = first_outputs(detector, input_shape)
+    network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
+    shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
+    try:
+        with _writing(detector, runtime), _quiet():
+            program = torch.onnx.export(
+                network.eval(), (example,), dynamo=True, opset_version=OPSET, input_names=['input'],
+                output_names=OUTPUTS if end2end else None, dynamic_shapes=shapes, verbose=False, external_data=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = _cause(error)
+        where = failing_module(network, example, cause)
+        raise PTQError(f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
+                       'replace that operation, or leave out the export.') from error
+    if dynamic_batch and isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise PTQError("--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
+                       'the option out: batches are split then.')
+    meta = dict(format=FORMAT, version=__version__, runtime=runtime, input_shape=list(input_shape),
+                dynamic_batch=dynamic_batch, outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
+                end2end=end2end, raw_shapes=output_shapes(outputs), input=input_meta(detector))
+    return program.model, meta
+
+
+@contextmanager
+def _writing(detector: nn.Module, runtime: str) -> Iterator[None]:
+    """The quantizers that a runtime wants write their nodes."""
+    if not is_quantized(detector):
+        yield
+        return
+    # between layers OpenVINO computes in what fuses best; more quantizers make it slower
+    wanted = only_read_tensors(detector) if runtime == 'openvino' else quantization_mode(detector, 'quantize')
+    with wanted, quantizer_nodes(detector), float_shared_biases(detector):
+        yield
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the root of an exporter's error, and where it happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's remarks about its own dependencies out of the log."""
+    logger = logging.getLogger('torch.onnx')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _write(model, meta: dict, path: str | os.PathLike) -> None:
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+    # stack traces of the exporting machine are no business of the file
+    common.ClearMetadataAndDocStringPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.name = 'detector'
+    model.producer_name, model.producer_version = 'mmdet-ptq', __version__
+    model.metadata_props['mmdet_ptq'] = write_meta(meta)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
+    if meta['runtime'] == 'tensorrt':
+        check_tensorrt_model(proto)
+    write_atomic(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def model_meta(path: str | os.PathLike) -> dict:
+    """What an exported ONNX file says about itself.
+
+    Returns:
+        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, input, layers,
+        saturating)``:
+        ``input`` is :func:`mmdet_ptq.deploy.network.meta.input_meta`, ``outputs`` is the nesting of the raw outputs,
+        ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer,
+        ``saturating`` the calls of layers that processors without VNNI compute wrongly. A
+        quantized detector's has ``space_to_depth``, too: what
+        :func:`mmdet_ptq.deploy.onnx.space_to_depth.fold_space_to_depth` changed, each activation to the offsets of the
+        slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads
+        the image itself.
+
+    Raises:
+        PTQError: The file is missing, damaged or not ours.
+    """
+    require('onnx', extra='onnxruntime')
+    import onnx
+    try:
+        proto = onnx.load(os.fspath(path), load_external_data=False)
+        entries = {entry.key: entry.value for entry in proto.metadata_props}
+    except FileNotFoundError as error:
+        raise PTQError(f'there is no model {str(path)!r}; check the path.') from error
+    except Exception as error:  # protobuf fails in its own ways
+        raise PTQError(f'{str(path)!r} is damaged or no ONNX model; export it again with tools/export.py.') from error
+    if 'mmdet_ptq' not in entries:
+        raise PTQError(f'{str(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
+    return read_meta(entries['mmdet_ptq'])

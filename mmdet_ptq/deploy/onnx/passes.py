@@ -1,0 +1,218 @@
+"""Changes of an exported graph that no runtime makes by itself; none changes what is computed."""
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mmdet_ptq.deploy.integers.kernels import SLACK
+from mmdet_ptq.deploy.onnx.graph import add_constant, axis_of, constant, layers, only_consumer, produced_by
+
+_INT32 = 2**31 - 1
+
+
+def drop_redundant_clips(graph: ir.Graph) -> int:
+    """Removes ReLU and clips whose bounds lie at or outside the codes of the quantizer that follows.
+
+    Returns:
+        How many were removed.
+    """
+    removed = 0
+    for node in list(graph):
+        if node.op_type not in ('Relu', 'Clip') or node.outputs[0].is_graph_output():
+            continue
+        bounds = _clip_bounds(node)
+        consumers = node.outputs[0].consumers()
+        if bounds is None or not consumers or not all(_saturates(reader, *bounds) for reader in consumers):
+            continue
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        graph.remove(node, safe=True)
+        removed += 1
+    return removed
+
+
+def _clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    if node.op_type == 'Relu':
+        return 0.0, np.inf
+    low, high = (constant(v) for v in (list(node.inputs) + [None, None])[1:3])
+    if node.inputs[0].dtype not in (None, ir.DataType.FLOAT) or low is None or high is None:
+        return None
+    return float(low.max()), float(high.min())
+
+
+def _saturates(reader: ir.Node, low: float, high: float) -> bool:
+    """Whether a quantizer maps everything below ``low`` to its lowest code, and above ``high`` to its highest."""
+    if reader.op_type != 'QuantizeLinear':
+        return False
+    scale, zero = constant(reader.inputs[1]).astype(np.float64), constant(reader.inputs[2])
+    info = np.iinfo(zero.dtype)
+    lowest, highest = info.min, info.max
+    clip = only_consumer(reader.outputs[0])
+    if clip is not None and clip.op_type == 'Clip':
+        lowest, highest = (int(constant(v)) for v in clip.inputs[1:3])
+    zero = zero.astype(np.float64)
+    above = np.isinf(high) or bool((high / scale + zero >= highest - SLACK).all())
+    return bool((low / scale + zero <= lowest + SLACK).all()) and above
+
+
+def clip_codes(graph: ir.Graph) -> int:
+    """Clips codes behind a quantizer instead of values in front of it: Q(max(x, a)) = max(Q(x), Q(a)).
+
+    Signed codes do not end where a ReLU does. ONNX Runtime computes a convolution in integers only if nothing stands
+    between it and its quantizer.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many ReLUs and clips were moved.
+    """
+    moved = 0
+    for node in list(graph):
+        bounds = _clip_bounds(node) if node.op_type in ('Relu', 'Clip') else None
+        quantize = only_consumer(node.outputs[0]) if bounds is not None else None
+        if quantize is None or quantize.op_type != 'QuantizeLinear' or node.outputs[0].is_graph_output():
+            continue
+        ends = _codes_of(quantize, bounds)
+        if ends is None:
+            continue
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        graph.remove(node, safe=True)
+        _clip_behind(graph, quantize, ends)
+        moved += 1
+    return moved
+
+
+def _codes_of(quantize: ir.Node, bounds: tuple[float, float]) -> np.ndarray | None:
+    """What a quantizer makes of two values; None where channels do not agree, or where no kernel clips its codes."""
+    scale, zero = (constant(value) for value in quantize.inputs[1:3])
+    info = np.iinfo(zero.dtype)
+    if info.bits > 8:
+        return None
+    with np.errstate(over='ignore'):
+        steps = [np.rint(np.float32(bound) / scale) + zero.astype(np.float32) for bound in bounds]
+    codes = [np.unique(np.clip(step, info.min, info.max)) for step in steps]
+    return None if any(len(code) > 1 for code in codes) else np.concatenate(codes).astype(zero.dtype)
+
+
+def _clip_behind(graph: ir.Graph, quantize: ir.Node, ends: np.ndarray) -> None:
+    out = quantize.outputs[0]
+    clip = only_consumer(out)
+    if clip is None or clip.op_type != 'Clip':
+        clip = ir.node('Clip', [out, None, None], name=f'{quantize.name}_clipped')
+        clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = clip.name, out.shape, out.type
+        out.replace_all_uses_with(clip.outputs[0])
+        clip.replace_input_with(0, out)
+        graph.insert_after(quantize, clip)
+    else:
+        ends = np.clip(ends, *(constant(value) for value in clip.inputs[1:3]))
+    for place, code in enumerate(ends, 1):
+        clip.replace_input_with(place, add_constant(graph, f'{clip.name}_{place}', np.array(code)))
+
+
+def keep_float(graph: ir.Graph) -> int:
+    """Separates layers whose weight is float from the quantizers around them: ONNX Runtime would quantize the weight.
+
+    Its optimizer rounds float weights between a DequantizeLinear and a QuantizeLinear to 8 bits, whatever they were
+    left float for. A maximum with the least float changes nothing and stops it.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many layers were separated.
+    """
+    separated = 0
+    for layer in layers(graph):
+        out = layer.node.outputs[0]
+        if layer.source is None or constant(layer.node.inputs[1]) is None or out.is_graph_output():
+            continue
+        least = add_constant(graph, f'{layer.node.name}.least', np.array(np.finfo(np.float32).min))
+        kept = ir.node('Max', [out, least], name=f'{layer.node.name}.kept')
+        kept.outputs[0].name, kept.outputs[0].shape, kept.outputs[0].type = kept.name, out.shape, out.type
+        out.replace_all_uses_with(kept.outputs[0])
+        kept.replace_input_with(0, out)
+        graph.insert_after(layer.node, kept)
+        separated += 1
+    return separated
+
+
+def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
+    """Rounds biases to int32, in units of input scale x weight scale, as integer kernels add them.
+
+    Args:
+        graph: Changed in place.
+        stored: Whether they are stored as int32; otherwise as the float values they stand for, for runtimes that take
+            biases in float only. Defaults to True.
+
+    Returns:
+        Names of layers whose bias does not fit.
+    """
+    left = []
+    for layer in layers(graph):
+        if not layer.integer or layer.bias is None or layer.node.op_type != 'Conv':
+            continue
+        bias, scale = constant(layer.bias), constant(layer.source.inputs[1])
+        if bias is None or scale.ndim:
+            continue
+        step = (constant(layer.weight.inputs[1]) * scale).astype(np.float32)
+        codes = np.rint(bias.astype(np.float64) / step)
+        if np.abs(codes).max(initial=0) > _INT32:
+            left.append(layer.node.name)
+            continue
+        if not stored:
+            rounded = (codes * step).astype(np.float32)
+            if (rounded != bias).any():
+                layer.node.replace_input_with(2, add_constant(graph, f'{layer.node.name}.bias_rounded', rounded))
+            continue
+        inputs = [add_constant(graph, f'{layer.node.name}.bias_codes', codes.astype(np.int32)),
+                  add_constant(graph, f'{layer.node.name}.bias_scale', step)]
+        dequantize = ir.node('DequantizeLinear', inputs, dict(axis=0), name=f'{layer.node.name}.bias')
+        dequantize.outputs[0].name = f'{layer.node.name}.bias_value'
+        graph.insert_before(layer.node, dequantize)
+        layer.node.replace_input_with(2, dequantize.outputs[0])
+    return left
+
+
+# operations whose results are some of their inputs' values
+_MOVEMENTS = ('Concat', 'MaxPool', 'Resize', 'Transpose', 'Reshape', 'Slice', 'Split', 'Flatten', 'Squeeze',
+              'Unsqueeze', 'DepthToSpace', 'SpaceToDepth')
+
+
+def quantize_movements(graph: ir.Graph) -> None:
+    """Puts a quantize / dequantize pair behind operations that only move values: runtimes move the codes then.
+
+    The values lie on the quantizer's grid already, so that the pair changes nothing.
+
+    Args:
+        graph: Changed in place.
+    """
+    for node in list(graph):
+        if node.op_type not in _MOVEMENTS or (node.op_type == 'Resize' and not _nearest(node)):
+            continue
+        data = node.inputs if node.op_type == 'Concat' else node.inputs[:1]
+        sources = [produced_by(value, 'DequantizeLinear') for value in data]
+        if None in sources or len({_pair_key(source) for source in sources}) > 1 or axis_of(sources[0]) is not None:
+            continue
+        for number, out in enumerate(node.outputs):
+            if all(reader.op_type == 'QuantizeLinear' for reader in out.consumers()) or out.is_graph_output():
+                continue
+            _requantize(graph, node, out, sources[0].inputs[1:], f'{node.name}_moved_{number}')
+
+
+def _nearest(node: ir.Node) -> bool:
+    return 'mode' not in node.attributes or node.attributes['mode'].as_string() == 'nearest'
+
+
+def _pair_key(dequantize: ir.Node) -> tuple:
+    return tuple((constant(value).dtype.str, constant(value).tobytes()) for value in dequantize.inputs[1:])
+
+
+def _requantize(graph: ir.Graph, node: ir.Node, out: ir.Value, pair: list, name: str) -> None:
+    quantize = ir.node('QuantizeLinear', [out, *pair], name=f'{name}_quantize')
+    dequantize = ir.node('DequantizeLinear', [quantize.outputs[0], *pair], name=f'{name}_dequantize')
+    for inserted, dtype in ((quantize, pair[1].dtype), (dequantize, ir.DataType.FLOAT)):
+        value = inserted.outputs[0]
+        value.name, value.shape, value.type = inserted.name, out.shape, ir.TensorType(dtype)
+    out.replace_all_uses_with(dequantize.outputs[0])
+    quantize.replace_input_with(0, out)
+    graph.insert_after(node, [quantize, dequantize])

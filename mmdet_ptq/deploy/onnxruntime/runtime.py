@@ -1,0 +1,110 @@
+"""ONNX Runtime."""
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
+from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
+from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, worst_case
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.registry import RUNTIMES
+from mmdet_ptq.wrapping import Structure
+
+# in this order, where they are present
+PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
+
+
+@RUNTIMES.register_module(name='onnxruntime')
+class OnnxRuntime(Runtime):
+    """Runs ``model.onnx`` in ONNX Runtime; see :class:`Runtime`."""
+
+    name = 'onnxruntime'
+    suffix = '.onnx'
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+        self.meta = model_meta(path)
+        self.path, self.threads = os.fspath(path), threads
+        self.session = self._session()
+
+    def _session(self, optimized: str | None = None):
+        self.check()
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads:
+            options.intra_op_num_threads = self.threads
+            options.inter_op_num_threads = 1
+        if optimized:
+            options.optimized_model_filepath = optimized
+            # the last level changes the layout of float convolutions and saves what no checker reads
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        present = onnxruntime.get_available_providers()
+        try:
+            return onnxruntime.InferenceSession(self.path, options, providers=[p for p in PROVIDERS if p in present])
+        except Exception as error:  # the bindings raise classes of their own
+            raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {str(error).splitlines()[0][:200]}') from error
+
+    @classmethod
+    def check(cls) -> None:
+        require('onnxruntime', 'onnx', 'onnxscript', extra='onnxruntime')
+
+    @staticmethod
+    @functools.cache
+    def saturates() -> bool:
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper
+        image, weight, exact = worst_case()
+        # the exact sum is code 240, the saturated one about half of it
+        constants = dict(one=np.float32(1), zero=np.uint8(0), weight=weight, weight_zero=np.int8(0),
+                         scale=np.float32(exact / 240))
+        graph = helper.make_graph(
+            [helper.make_node('QLinearConv', ['image', 'one', 'zero', 'weight', 'one', 'weight_zero', 'scale', 'zero'],
+                              ['sums'])], 'worst_case',
+            [helper.make_tensor_value_info('image', TensorProto.UINT8, image.shape)],
+            [helper.make_tensor_value_info('sums', TensorProto.UINT8, None)],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+        return bool((session.run(None, {'image': image})[0] != 240).any())
+
+    @classmethod
+    def check_formats(cls, structure: Structure) -> None:
+        check_activation_formats(structure)
+
+    @classmethod
+    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
+               **options) -> Path:
+        path = Path(folder) / 'model.onnx'
+        export_onnx(detector, path, input_shape, runtime=cls.name, **options)
+        return path
+
+    def remark(self) -> str:
+        # other providers have kernels of their own
+        return super().remark() if self.session.get_providers()[0] == 'CPUExecutionProvider' else ''
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        return self.session.run(None, {'input': image})
+
+    def coverage(self) -> IntegerCoverage:
+        import onnx
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / 'optimized.onnx')
+            self._session(path)
+            nodes = onnx.load(path, load_external_data=False).graph.node
+        found = IntegerCoverage()
+        integer = {node.name for node in nodes if node.op_type.startswith('QLinear')
+                   or node.op_type in ('ConvInteger', 'MatMulInteger', 'QGemm')}
+        for call in self.meta['layers']:
+            # a fused node is named after the node it came from, with something before or after
+            mine = any(call == name or name.startswith(f'{call}_') for name in integer)
+            (found.integer if mine else found.float).append(call)
+        return found

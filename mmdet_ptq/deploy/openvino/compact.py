@@ -1,0 +1,71 @@
+"""OpenVINO's model file without what nobody reads: its text outweighs the codes of small detectors.
+
+Nothing of it changes what OpenVINO computes.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from mmdet_ptq.deploy.short_names import short_names
+
+if TYPE_CHECKING:
+    import openvino
+
+# what the conversion leaves behind; the framework's entry is our meta a second time
+_LEFT_BEHIND = ('framework', 'conversion_parameters')
+
+
+def compact(model: openvino.Model, calls: Collection[str]) -> None:
+    """Stores equal constants once and drops names, in place; inputs, outputs and layers keep theirs.
+
+    Args:
+        model: The converted model.
+        calls: Names of the layers' calls.
+    """
+    share_constants(model)
+    ends = {op for op in model.get_ops() if op.get_type_name() in ('Parameter', 'Result')}
+    ends |= {result.input_value(0).get_node() for result in model.get_results()}
+    taken = {op.get_friendly_name() for op in model.get_ops()}
+    names = (name for name in short_names() if name not in taken)
+    for op in model.get_ordered_ops():
+        # a folded convolution is called NAME/WithoutBiases
+        if op in ends or op.get_friendly_name().partition('/WithoutBiases')[0] in calls:
+            continue
+        op.set_friendly_name(next(names))
+        for out in op.outputs():
+            out.get_tensor().set_names(set())
+    for entry in _LEFT_BEHIND:
+        if entry in model.rt_info:
+            del model.rt_info[entry]
+
+
+def share_constants(model: openvino.Model) -> int:
+    """Lets operations read one of several equal constants.
+
+    Returns:
+        How many constants nobody reads any more.
+    """
+    first, removed = {}, 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != 'Constant':
+            continue
+        key = (op.get_element_type().get_type_name(), tuple(op.get_output_shape(0)), op.get_data().tobytes())
+        kept = first.setdefault(key, op)
+        if kept is not op:
+            for reader in op.output(0).get_target_inputs():
+                reader.replace_source_output(kept.output(0))
+            removed += 1
+    return removed
+
+
+def strip_layout(path: Path) -> None:
+    """Removes line breaks and indentation from a model's text."""
+    tree = ElementTree.parse(path)
+    for element in tree.iter():
+        for kind in ('text', 'tail'):
+            if not (getattr(element, kind) or '').strip():
+                setattr(element, kind, None)
+    tree.write(path, encoding='utf-8', xml_declaration=True)

@@ -1,0 +1,67 @@
+"""What layers read in OpenVINO: one run of the model with all of it put out."""
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from mmdet_ptq.deploy.network.meta import read_meta
+from mmdet_ptq.deploy.openvino.runtime import FLOAT32, META, layer_operations
+from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.errors import PTQError
+
+if TYPE_CHECKING:
+    import openvino
+
+
+def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray]:
+    """What every call of a layer reads in OpenVINO, dequantized, in the detector's order of channels.
+
+    Args:
+        path: The ``.xml`` file.
+        image: (N, 3, H, W), normalized.
+
+    Returns:
+        Name of the layer, with ``#k`` for further calls, to the tensor.
+
+    Raises:
+        PTQError: OpenVINO computes something else as soon as it is watched.
+    """
+    require('openvino', extra='openvino')
+    import openvino
+    core, pixels = openvino.Core(), image.cpu().numpy()
+    model = core.read_model(os.fspath(path))
+    meta = read_meta(model.get_rt_info([META]).astype(str))
+    plain = _run(core, model, pixels)
+    inputs = {call: op.input_value(0) for call, op in layer_operations(model, meta['layers']).items()}
+    put_out = [_place(result.input_value(0)) for result in model.get_results()]
+    # a tensor that several layers read is put out once
+    added = {_place(value): value for value in inputs.values() if _place(value) not in put_out}
+    model.add_outputs(list(added.values()))
+    watched = _run(core, model, pixels)
+    if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(plain, watched, strict=False)):
+        raise PTQError(f'OpenVINO computes other outputs of {os.fspath(path)!r} as soon as its tensors are read; '
+                       'compare in ONNX Runtime.')
+    values = dict(zip([*put_out, *added], watched, strict=True))
+    found = {call: values[_place(value)] for call, value in inputs.items()}
+    for call, offsets in meta.get('folded', {}).items():
+        found[call] = _slices(found[call], offsets)
+    return found
+
+
+def _place(value: openvino.Output) -> tuple[str, int]:
+    return value.get_node().get_friendly_name(), value.get_index()
+
+
+def _slices(image: np.ndarray, offsets: list[list[int]]) -> np.ndarray:
+    """What a convolution of an image, which took the place of one of its slices, would read there."""
+    step = round(len(offsets) ** 0.5)
+    return np.concatenate([image[:, :, row::step, column::step] for row, column in offsets], axis=1)
+
+
+def _run(core: openvino.Core, model: openvino.Model, image: np.ndarray) -> list[np.ndarray]:
+    compiled = core.compile_model(model, 'CPU', FLOAT32)
+    found = compiled([image])
+    return [found[index].copy() for index in range(len(compiled.outputs))]

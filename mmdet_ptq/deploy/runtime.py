@@ -1,0 +1,190 @@
+"""What every runtime offers: export into a folder, a session, which convolutions it runs in integers."""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from mmengine.logging import print_log
+from torch import nn
+
+from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.registry import RUNTIMES
+from mmdet_ptq.wrapping import Structure
+
+# models whose weights lie in a file beside them
+_WITH_WEIGHTS = ('.xml', '.param')
+
+
+@dataclass
+class IntegerCoverage:
+    """What a runtime's own optimized graph shows.
+
+    Attributes:
+        integer: Names of the calls of layers that it computes in integers.
+        float: Names of those that it does not.
+    """
+
+    integer: list[str] = field(default_factory=list)
+    float: list[str] = field(default_factory=list)
+
+
+class Runtime:
+    """One exported detector, ready to run.
+
+    Args:
+        path: The exported model.
+        threads: Threads of a run. Defaults to None: as many as the runtime takes.
+
+    Attributes:
+        meta: What the model says about itself, see :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
+    """
+
+    name: str
+    suffix: str
+    # what coverage() reads
+    evidence: str = 'its own optimized graph'
+    meta: dict
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls) -> None:
+        """Refuses an environment without this runtime.
+
+        Raises:
+            PTQError: The package is missing or too old.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def saturates() -> bool:
+        """Whether this runtime, on this processor, adds products of 8-bit weights in 16 bits, which overflow.
+
+        x86 processors without VNNI multiply unsigned with signed bytes by ``VPMADDUBSW``, which adds the products in
+        pairs and saturates. The runtime is tried on :func:`worst_case`, once per process.
+        """
+        return False
+
+    def remark(self) -> str:
+        """What makes the model's results wrong on this processor, and the way out, in one sentence; '' if nothing does.
+
+        Files tell their ``saturating`` layers; those of older versions do not, and may have some.
+        """
+        meta, quantized = self.meta, 'space_to_depth' in self.meta
+        layers = meta.get('saturating')
+        if layers == [] or (layers is None and not quantized) or not self.saturates():
+            return ''
+        where = 'its 8-bit products' if layers is None else f'the products of {len(layers)} of its layers'
+        may = 'may saturate' if layers is None else 'saturate'
+        how = ('export its checkpoint again' if layers is None else
+               "calibrate again with this version of mmdet-ptq and `ptq.saturation='safe'`")
+        return (f'{self.name}: this processor adds products of bytes in 16 bits (it lacks VNNI), in which {where} '
+                f'{may}, so that its results are wrong here; {how}.')
+
+    @classmethod
+    def check_export(cls) -> None:
+        """Refuses an environment in which no model can be written for this runtime.
+
+        Raises:
+            PTQError: A package is missing or too old.
+        """
+        cls.check()
+
+    @classmethod
+    def check_formats(cls, structure: Structure) -> None:
+        """Refuses number formats that this runtime does not know.
+
+        Args:
+            structure: The structure of the quantized detector.
+
+        Raises:
+            PTQError: A format has no counterpart; names the key to change.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
+               **options) -> Path:
+        """Writes the model into a folder and returns its path."""
+        raise NotImplementedError
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        """Raw head outputs, flat.
+
+        Args:
+            image: (N, 3, H, W), float32, normalized as mmdet's data preprocessor does.
+        """
+        raise NotImplementedError
+
+    def coverage(self) -> IntegerCoverage:
+        """Which convolutions run in integers, by the runtime's own optimized graph."""
+        raise NotImplementedError
+
+
+def runtime_names() -> list[str]:
+    """Names of all runtimes, as they stand in ``ptq.export``."""
+    return sorted(RUNTIMES.module_dict)
+
+
+def get_runtime(name: str, key: str = 'ptq.export') -> type[Runtime]:
+    """The class of a runtime.
+
+    Args:
+        name: Its name.
+        key: Where the name stands, for messages.
+
+    Raises:
+        PTQError: There is no such runtime.
+    """
+    names = runtime_names()
+    if name not in names:
+        raise PTQError(f'`{key}` knows {", ".join(map(repr, names))}, got {name!r}.{did_you_mean(name, names)}')
+    return RUNTIMES.get(name)
+
+
+def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
+    """Opens an exported model with the runtime that its suffix tells.
+
+    Raises:
+        PTQError: No runtime reads such files, the file is missing, damaged or foreign.
+    """
+    if not Path(path).is_file():
+        raise PTQError(f'there is no model {str(path)!r}; check the path.')
+    for name in runtime_names():
+        runtime = RUNTIMES.get(name)
+        if runtime.suffix == Path(path).suffix:
+            model = runtime(path, threads)
+            if remark := model.remark():
+                warn_once(remark)
+            return model
+    known = ', '.join(sorted(RUNTIMES.get(name).suffix for name in runtime_names()))
+    raise PTQError(f'{str(path)!r} is no model of a known runtime; their suffixes are {known}.')
+
+
+def model_bytes(path: str | os.PathLike) -> int:
+    """Size of an exported model, all its files together."""
+    path = Path(path)
+    files = [path, path.with_suffix('.bin')] if path.suffix in _WITH_WEIGHTS else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def worst_case() -> tuple[np.ndarray, np.ndarray, int]:
+    """A convolution whose sums of two products are as large as 8 bits allow.
+
+    Returns:
+        The input, (1, 16, 1, 1), uint8, the weight, (16, 16, 1, 1), int8, and each of the sums.
+    """
+    channels, code, weight = 16, 255, 127
+    return (np.full((1, channels, 1, 1), code, np.uint8), np.full((channels, channels, 1, 1), weight, np.int8),
+            channels * code * weight)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Logs a warning, once per process."""
+    print_log(text, 'current', logging.WARNING)

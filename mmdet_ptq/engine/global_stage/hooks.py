@@ -1,0 +1,59 @@
+"""Hooks of the global stage."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdet_ptq.engine.global_stage.train import GlobalLossModel
+from mmdet_ptq.engine.run import unwrapped
+from mmdet_ptq.predictions import predict_aligned
+from mmdet_ptq.registry import HOOKS
+
+
+@HOOKS.register_module()
+class FilteredGlobalLossHook(Hook):
+    """Supplies the float detector's predictions to the filtered global loss, each iteration.
+
+    The loss (Reg-PTQ, CVPR 2024) compares the quantized detector with these predictions on the boxes that pass the
+    confidence and the IoU filter. The number of kept boxes is logged with the loss terms. Before the first iteration
+    the held-out loss is measured, so that the best state can be the initial one; a resumed run measures again what
+    may have been cut off after the checkpoint it goes on from.
+
+    Args:
+        detector: The float detector.
+    """
+
+    # after CheckpointHook, whose before_train must have run before the first held-out loss
+    priority = 'LOWEST'
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.detector = detector.eval()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Lets files that the checkpoint names be those of this work directory, which may have been moved."""
+        info = checkpoint.get('message_hub', {}).get('runtime_info', {})
+        for key in ('best_ckpt', 'last_ckpt'):
+            if info.get(key):
+                info[key] = str(Path(runner.work_dir) / Path(info[key]).name)
+
+    def before_train(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        if runner.val_loop is not None and (loop.iter % loop.val_interval == 0 or loop.iter == loop.max_iters):
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        self._set_target(runner, data_batch)
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | Sequence | None = None) -> None:
+        self._set_target(runner, data_batch)
+
+    @torch.no_grad()
+    def _set_target(self, runner: Runner, data_batch: dict) -> None:
+        model: GlobalLossModel = unwrapped(runner.model)
+        data = model.data_preprocessor(data_batch, False)
+        model.target = predict_aligned(self.detector, data['inputs'], data['data_samples']).detach()

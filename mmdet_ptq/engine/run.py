@@ -1,0 +1,282 @@
+"""What a run has loaded, and where it stores it."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
+from mmengine.dist import is_main_process
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, Runner
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from mmdet_ptq.analysis import (
+    result_row,
+    write_results,
+)
+from mmdet_ptq.calibration import (
+    CalibrationDataset,
+    Protection,
+    source_datasets,
+)
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.deploy import (
+    get_runtime,
+    quantized_state,
+    stored_bytes,
+)
+from mmdet_ptq.engine.arguments import runner_arguments
+from mmdet_ptq.engine.evaluation import (
+    check_evaluation,
+    dataset_meta,
+    evaluation_files,
+    evaluation_inputs,
+    figures,
+)
+from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
+from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.files import check_space, load_tensors
+from mmdet_ptq.wrapping import Structure, apply_structure
+
+RESULTS = 'results.json'
+QUANTIZED = 'quantized.pth'
+# images by which channels are measured before anything is quantized
+CHANNEL_IMAGES = 32
+
+
+class Run(Runner):
+    """A detector to be quantized, what it is calibrated and evaluated on, and where a run keeps what it has done.
+
+    A stock mmengine Runner; the stages (:mod:`mmdet_ptq.engine.stages`) work on it.
+
+    Args:
+        model: The detector, or its config.
+        work_dir: Where everything goes.
+        ptq: The ``ptq`` block.
+        calibration: Calibration images; by default drawn as the block says.
+        **kwargs: mmengine Runner's arguments (test dataloader and evaluator, launcher, ...).
+
+    Attributes:
+        detector: The detector in its present state: float, quantized, loaded from the integer checkpoint.
+        float_detector: The untouched float detector.
+        structure: The quantized detector's structure, after ``prepare``.
+        inputs: Calibration stage to the hash of all that it depends on, see :func:`.stage_store.stage_inputs`.
+        protection: What protection did, if there was any.
+        units: What reconstruction did to each unit.
+        results: What ``results.json`` holds.
+    """
+
+    def __init__(self, model: nn.Module | dict, work_dir: str, ptq: PTQConfig | dict,
+                 calibration: Dataset | None = None, **kwargs) -> None:
+        self.ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
+        self._calibration = calibration
+        resume, load_from = kwargs.pop('resume', False), kwargs.pop('load_from', None)
+        randomness = dict(kwargs.pop('randomness', None) or {})
+        if randomness.get('seed') is None:
+            # mmengine would draw another seed in every run, and nothing could be resumed
+            randomness['seed'] = self.ptq.calibration.seed
+        randomness['diff_rank_seed'] = False  # all ranks calibrate one detector
+        for name in self.ptq.export:
+            get_runtime(name)
+        check_space(work_dir, 0)
+        super().__init__(model=model, work_dir=work_dir, randomness=randomness, **kwargs)
+        # checkpoints are loaded here, with checks, not by mmengine's lenient loader
+        self._has_loaded = True
+        self.checkpoint = load_from
+        self.stages = StageStore(work_dir, resume)
+        self.detector: nn.Module = unwrapped(self.model).eval()
+        self.float_detector: nn.Module | None = None
+        self.structure: Structure | None = None
+        self.inputs: dict[str, str] = {}
+        self.protection: Protection | None = None
+        self.units: list[dict] = []
+        self.results: dict = {}
+        self.float_figures: dict[str, float] | None = None
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> Run:
+        """Builds the runner from any mmdet config with a ``ptq`` block.
+
+        Args:
+            cfg: The config. ``load_from`` names the float checkpoint, ``resume`` takes finished stages over.
+
+        Raises:
+            PTQError: The block is wrong, or no checkpoint is named.
+        """
+        return cls(**runner_arguments(cfg))
+
+    @property
+    def calibration(self) -> CalibrationDataset:
+        """The calibration images, read on first use."""
+        if self._calibration is None:
+            cfg, loss = self.ptq.calibration, self.ptq.global_loss
+            annotated = loss is not None and loss.target == 'ground_truth'
+            self._calibration = CalibrationDataset(
+                source_datasets(self.cfg, cfg, annotated), cfg.num_images, cfg.seed, self.evaluation_dataset())
+        return self._calibration
+
+    def load(self) -> None:
+        """Loads the float checkpoint, checks the evaluation and reads the calibration images."""
+        if self.checkpoint is not None:
+            load_float_checkpoint(self.detector, self.checkpoint)
+        if self._test_loop is not None:
+            self.check_evaluation()
+        self.float_detector = copy.deepcopy(self.detector)
+        self.inputs = stage_inputs(
+            self.ptq.to_dict(), self.model_inputs(), [str(i) for i in self.calibration.ids], self.calibration.content,
+            self.seed)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the tensor that exported models take: one image as the test pipeline gives it."""
+        return self.tensor_shape(0)
+
+    def tensor_shape(self, position: int) -> tuple[int, int, int, int]:
+        """Shape of the tensor that a calibration image becomes."""
+        batch = pseudo_collate([self.calibration[position]])
+        return tuple(self.detector.data_preprocessor(batch, False)['inputs'].shape)
+
+    def one_image(self) -> Callable[[], Any]:
+        """Calls the detector on the first calibration image."""
+        data = self.detector.data_preprocessor(next(iter(self.first_images(1))), False)
+        return lambda: self.detector(**copy.deepcopy(data), mode='predict')
+
+    @torch.no_grad()
+    def run_first_images(self) -> None:
+        """Calls the detector on the first calibration images."""
+        for batch in self.first_images(CHANNEL_IMAGES):
+            self.detector(**self.detector.data_preprocessor(batch, False), mode='predict')
+
+    def first_images(self, count: int) -> DataLoader:
+        """Batches of the first calibration images, the same ones on every rank."""
+        return self.whole_loader(self.calibration.part(range(min(count, len(self.calibration)))))
+
+    def whole_loader(self, dataset: Dataset) -> DataLoader:
+        """Batches of a data set, all of it on every rank."""
+        return DataLoader(dataset, self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
+
+    def split(self, holdout: float) -> tuple[Dataset, Dataset]:
+        """The calibration images that are trained on and those that are held out, which may be none."""
+        # the draw is random already: its last images are as good as any
+        train = len(self.calibration) - num_held_out(holdout, len(self.calibration))
+        return self.calibration.part(range(train)), self.calibration.part(range(train, len(self.calibration)))
+
+    def calibration_loader(self) -> DataLoader:
+        """Batches of all calibration images, each rank its share."""
+        return self.images_loader(self.calibration, self.ptq.calibration.batch_size)
+
+    def images_loader(self, dataset: Dataset, batch_size: int, infinite: bool = False) -> DataLoader:
+        """Batches of a data set, each rank its share; endlessly and shuffled where ``infinite``."""
+        # built here, not from a config: mmengine would deep-copy the decoded images
+        sampler = InfiniteSampler(dataset, seed=self.seed) if infinite else DefaultSampler(dataset, shuffle=False)
+        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=pseudo_collate)
+
+    def stored_bytes(self) -> int:
+        """Size of the integer checkpoint as it would be written now."""
+        return stored_bytes(self.checkpoint_state())
+
+    def checkpoint_state(self) -> dict:
+        """What the integer checkpoint holds."""
+        # where and how often it was run is no part of the detector: a resumed run writes the same file
+        config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
+        meta = dataset_meta(self.evaluation_dataset())
+        return quantized_state(self.detector, self.structure, config, meta, self.input_shape)
+
+    def evaluate_detector(self, detector: nn.Module) -> dict[str, float]:
+        """Every figure of the config's evaluator for a detector."""
+        self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), detector)
+        return figures(self.test())
+
+    def add_row(self, model: str, metrics: dict, size: int, operations: int, latency_ratio: float | None = None,
+             remark: str = '') -> None:
+        """Adds a row to the results."""
+        self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio, remark))
+        self.write_results()
+
+    def write_results(self) -> None:
+        """Writes ``results.json`` as far as it is."""
+        self.results['stages'] = {name: dict(seconds=seconds) for name, seconds in self.stages.seconds.items()}
+        if is_main_process():
+            write_results(Path(self.work_dir) / RESULTS, self.results)
+
+    def evaluation_dataset(self) -> Dataset | None:
+        """The data set of the evaluation; None without one."""
+        if self._test_loop is None:
+            return None
+        self.check_evaluation()
+        return self._test_dataloader.dataset
+
+    def check_evaluation(self) -> None:
+        """Builds the evaluation's data and metrics before anything that takes long."""
+        if not isinstance(self._test_loop, BaseLoop):
+            with evaluation_files():
+                self._test_loop = self.build_test_loop(self._test_loop)
+            check_evaluation(self._test_loop, self.detector)
+            self._test_dataloader = self._test_loop.dataloader
+
+    def model_inputs(self) -> list[str]:
+        """What the float detector depends on."""
+        known = self.checkpoint is not None and Path(self.checkpoint).is_file()
+        return [str(self.cfg.get('model')), str(self.cfg.get('data_preprocessor')),
+                file_hash(self.checkpoint) if known else str(self.checkpoint)]
+
+    def quantized_inputs(self) -> str:
+        """Hash of the quantized detector and of what it is evaluated on."""
+        return fingerprint(self.inputs['global'], self.evaluation_inputs, tensor_hash(self.detector.state_dict()))
+
+    @cached_property
+    def evaluation_inputs(self) -> str:
+        """Hash of what the evaluation depends on."""
+        return evaluation_inputs(self.cfg, self.evaluation_dataset())
+
+    def detector_state(self) -> dict:
+        """The quantized detector and its structure."""
+        return dict(structure=self.structure.to_dict(), model=self.detector.state_dict())
+
+    def built(self, state: dict) -> tuple[nn.Module, Structure]:
+        """The detector of a stage's :meth:`detector_state`, and its structure."""
+        detector, structure = copy.deepcopy(self.float_detector), Structure.from_dict(state['structure'])
+        apply_structure(detector, structure)
+        detector.load_state_dict(state['model'])
+        return detector.to(self.device), structure
+
+    def prepared_detector(self) -> nn.Module:
+        """The detector as prepare left it: in float mode, the float detector with folded, equalized weights."""
+        return self.built(load_tensors(self.stages.path('prepare'))['state'])[0]
+
+    def take_over(self, state: dict, taken_over: bool) -> None:
+        """Goes on with the detector of a stored stage."""
+        if taken_over:
+            self.detector, self.structure = self.built(state)
+
+    def load_state(self, state: dict) -> None:
+        """Loads the parameters of a stored stage."""
+        self.detector.load_state_dict(state)
+        self.detector.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without the wrapper that distributes it, if it has one."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def num_held_out(share: float, images: int) -> int:
+    """How many of the calibration images are not trained on.
+
+    Args:
+        share: ``holdout`` of a section.
+        images: Number of calibration images.
+    """
+    return round(images * share)

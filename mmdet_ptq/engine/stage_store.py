@@ -1,0 +1,180 @@
+"""Stages of a run: what each left in the work directory, and whether it still holds."""
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
+from torch import Tensor
+
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import load_tensors, save_tensors, write_json
+from mmdet_ptq.version import __version__
+
+STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global', 'evaluate', 'export', 'report')
+# calibration stages after observe, in their order: stage -> key of the `ptq` block that it alone depends on
+_OWN_KEYS = {'protect': 'protect', 'reconstruct': 'reconstruct', 'bias_correction': 'bias_correction',
+             'global': 'global_loss'}
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of anything JSON can hold; equal inputs give equal hashes."""
+    text = json.dumps([__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
+    """Hash of all that each calibration stage depends on, which includes what the stages before it depend on.
+
+    Args:
+        recipe: The whole ``ptq`` block.
+        *others: What every stage depends on besides: model, checkpoint, images, seed.
+    """
+    # what the preset and the runtimes stand for is in the other keys
+    first = {key: value for key, value in recipe.items() if key not in ('preset', 'export', *_OWN_KEYS.values())}
+    inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))
+    for stage, key in _OWN_KEYS.items():
+        # protection alone asks for the runtimes: they compute 16 bits in float
+        own = [recipe[key], recipe['export']] if key == 'protect' and recipe[key] is not None else [recipe[key]]
+        inputs[stage] = fingerprint(list(inputs.values())[-1], *own)
+    return inputs
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors; unlike a file's, it is the same however they were written."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def latest_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of mmengine's loop that can be read; a run may be killed while it writes one.
+
+    Args:
+        folder: Holds ``iter_N.pth``.
+    """
+    def iteration(path: Path) -> int:
+        return int(path.stem.removeprefix('iter_'))
+
+    for path in sorted(Path(folder).glob('iter_*.pth'), key=iteration, reverse=True):
+        # an archive's directory stands at its end
+        if zipfile.is_zipfile(path):
+            return str(path)
+        print_log(f'the checkpoint {path} is incomplete, the one before it is taken', 'current', level=30)
+    return None
+
+
+@dataclass
+class StageRecord:
+    """What a finished stage left."""
+
+    inputs: str
+    seconds: float
+    state: Any
+
+
+class StageStore:
+    """The stages of one work directory.
+
+    A stage is skipped on resume when the hash of its inputs (which includes the inputs of the stage before) is the
+    one it finished with.
+
+    Args:
+        work_dir: The run's work directory; stages go to its folder ``stages``.
+        resume: Whether finished stages may be taken over.
+    """
+
+    def __init__(self, work_dir: str | Path, resume: bool) -> None:
+        self.folder = Path(work_dir) / 'stages'
+        self.resume = resume
+        self.seconds: dict[str, float] = {}
+        self.current: str | None = None
+
+    def path(self, name: str) -> Path:
+        """File of a stage."""
+        return self.folder / f'{name}.pth'
+
+    def finished(self, name: str, inputs: str) -> StageRecord | None:
+        """What the stage left for these inputs in an earlier run, if it may be taken over."""
+        if not self.resume or not self.path(name).is_file():
+            return None
+        try:
+            record = StageRecord(**load_tensors(self.path(name)))
+        except (PTQError, TypeError) as error:
+            print_log(f'stage {name}: its file cannot be used ({error}); it runs again', 'current', level=30)
+            return None
+        if record.inputs != inputs:
+            print_log(f'stage {name}: config, checkpoint, images, seed or version changed; it runs again', 'current')
+            return None
+        self.seconds[name] = record.seconds
+        print_log(f'stage {name}: taken over from the earlier run', 'current')
+        return record
+
+    def run(self, name: str, inputs: str, work: Callable[[], Any]) -> tuple[Any, bool]:
+        """Runs a stage unless it is finished.
+
+        Args:
+            name: One of :data:`STAGES`.
+            inputs: Hash of all the stage depends on.
+            work: Does the stage and returns its state, in plain containers and tensors.
+
+        Returns:
+            The state, and whether it was taken over.
+        """
+        record = self.finished(name, inputs)
+        if record is not None:
+            return record.state, True
+        with self._added_up(name, inputs), self.timed(name):
+            state = work()
+        if is_main_process():
+            save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[name], state=state))
+        barrier()
+        return state, False
+
+    @contextmanager
+    def _added_up(self, name: str, inputs: str) -> Iterator[None]:
+        """Keeps the time of an interrupted stage, and adds it to that of the run that finishes it."""
+        path = self.folder / f'{name}_interrupted.json'
+        before = json.loads(path.read_text(encoding='utf-8')) if self.resume and path.is_file() else {}
+        spent = before.get('seconds', 0.0) if before.get('inputs') == inputs else 0.0
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            if is_main_process():
+                write_json(path, dict(inputs=inputs, seconds=round(spent + time.perf_counter() - start, 2)))
+            raise
+        self.seconds[name] = round(self.seconds[name] + spent, 2)
+        if is_main_process():
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Announces and times a stage."""
+        self.current = name
+        print_log(f'stage {name}: begins', 'current')
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        print_log(f'stage {name}: done in {self.seconds[name]:.1f} s', 'current')

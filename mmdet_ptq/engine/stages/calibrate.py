@@ -1,0 +1,141 @@
+"""The stages that calibrate: float detector in, integer checkpoint out."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from mmengine.dist import barrier, broadcast, is_main_process
+from mmengine.logging import print_log
+
+from mmdet_ptq.analysis import (
+    REPORT,
+)
+from mmdet_ptq.calibration import (
+    Protection,
+    observe_activations,
+    protect_detector,
+    score_layers,
+)
+from mmdet_ptq.calibration import correct_biases as shift_biases
+from mmdet_ptq.deploy import (
+    load_quantized_state,
+    read_quantized,
+    save_quantized,
+    settle_biases,
+)
+from mmdet_ptq.engine.evaluation import (
+    dataset_meta,
+)
+from mmdet_ptq.engine.global_stage.train import train_global
+from mmdet_ptq.engine.run import QUANTIZED, RESULTS, Run
+from mmdet_ptq.registry import RECONSTRUCTIONS
+from mmdet_ptq.wrapping import integer_mac_share, prepare_detector
+
+
+def prepare(run: Run) -> None:
+    """Folds, equalizes, wraps, fits weights."""
+
+    def work() -> dict:
+        run.structure = prepare_detector(run.detector, run.ptq, run.one_image(), run.run_first_images)
+        return run.detector_state()
+
+    run.take_over(*run.stages.run('prepare', run.inputs['prepare'], work))
+    share = integer_mac_share(run.structure)
+    print_log(f'{share:.2%} of the multiply-accumulates compute in integers', 'current')
+
+
+def observe(run: Run) -> None:
+    """Sets activation ranges from the calibration images."""
+
+    def work() -> dict:
+        observe_activations(run.detector, run.calibration_loader(), run.structure)
+        return run.detector.state_dict()
+
+    state, taken_over = run.stages.run('observe', run.inputs['observe'], work)
+    if taken_over:
+        run.load_state(state)
+
+
+def protect(run: Run) -> None:
+    """Gives the tensors that cost most detections better formats."""
+
+    def work() -> dict:
+        measurements = Path(run.work_dir) / 'protect' / 'measurements.json'
+        if not run.stages.resume:
+            measurements.unlink(missing_ok=True)
+        protection = protect_detector(
+            run.detector, run.structure, run.ptq, list(run.first_images(run.ptq.protect.images)),
+            run.calibration_loader(), run.stored_bytes(), measurements)
+        return dict(**run.detector_state(), protection=protection.to_dict())
+
+    state, taken_over = run.stages.run('protect', run.inputs['protect'], work)
+    run.take_over(state, taken_over)
+    run.protection = Protection.from_dict(state['protection'])
+
+
+def reconstruct(run: Run) -> None:
+    """Brings unit after unit back to what it returned in the float detector.
+
+    Every rank does the same with all images: units are solved one after another, each from the ones before.
+    """
+
+    def work() -> dict:
+        cfg = run.ptq.reconstruct
+        method = RECONSTRUCTIONS.get(cfg.type)(cfg)
+        units = method.run(
+            run.detector, *(run.whole_loader(part) for part in run.split(cfg.holdout)),
+            Path(run.work_dir) / 'reconstruct' / run.inputs['reconstruct'], run.seed, run.stages.resume)
+        for value in run.detector.state_dict().values():
+            broadcast(value)
+        return dict(units=units, model=run.detector.state_dict())
+
+    state, taken_over = run.stages.run('reconstruct', run.inputs['reconstruct'], work)
+    if taken_over:
+        run.load_state(state['model'])
+    run.units = state['units']
+
+
+def correct_biases(run: Run) -> None:
+    """Lets the biases take back what quantization shifts on average.
+
+    After reconstruction, whose target is the float output with the biases that the detector has then.
+    """
+
+    def work() -> dict:
+        scores = score_layers(run.detector, run.structure, next(iter(run.first_images(1))))
+        shift_biases(run.detector, run.calibration_loader(), run.structure, run.prepared_detector(), scores)
+        return run.detector_state()
+
+    run.take_over(*run.stages.run('bias_correction', run.inputs['bias_correction'], work))
+
+
+def minimise_global_loss(run: Run) -> None:
+    """Trains all learnable quantization parameters with the filtered global loss."""
+
+    def work() -> dict:
+        train_global(run)
+        return run.detector.state_dict()
+
+    state, taken_over = run.stages.run('global', run.inputs['global'], work)
+    if taken_over:
+        run.load_state(state)
+
+
+def write_quantized(run: Run) -> None:
+    """Writes the integer checkpoint and goes on with the detector rebuilt from it."""
+    path = Path(run.work_dir) / QUANTIZED
+    settle_biases(run.detector, run.structure)
+    if is_main_process():
+        for stale in (RESULTS, REPORT):  # of the checkpoint that is replaced
+            (path.parent / stale).unlink(missing_ok=True)
+        save_quantized(path, run.checkpoint_state())
+    barrier()
+    run.detector = copy.deepcopy(run.float_detector)
+    load_quantized_state(run.detector, read_quantized(path))
+    run.detector.to(run.device).eval()
+    run.detector.dataset_meta = run.float_detector.dataset_meta = dataset_meta(run.evaluation_dataset())
+    size, limit = path.stat().st_size, run.protection and run.protection.size_limit
+    print_log(f'{path.name}: {size / 2**20:.2f} MiB', 'current')
+    if limit and size > limit:
+        print_log(f'{path.name} has {size} bytes, {size - limit:.0f} more than the budget of `ptq.protect` allows: '
+                  'the size was estimated; name a budget that is smaller by as much.', 'current', level=30)

@@ -1,0 +1,71 @@
+"""The stages that measure: the float row, the simulated row, the report."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+
+from mmdet_ptq.analysis import (
+    bops,
+    build_report,
+    float_bops,
+    float_size_bytes,
+    new_results,
+    print_protection,
+    print_results,
+)
+from mmdet_ptq.deploy import (
+    integer_arithmetic,
+)
+from mmdet_ptq.engine.evaluation import (
+    check_figures,
+)
+from mmdet_ptq.engine.run import QUANTIZED, Run
+from mmdet_ptq.engine.stage_store import fingerprint
+
+
+def evaluate_float(run: Run) -> None:
+    """Evaluates the float detector; a wrong checkpoint or evaluation shows before the calibration."""
+    run.float_figures, _ = run.stages.run(
+        'evaluate_float', fingerprint(run.model_inputs(), run.evaluation_inputs),
+        lambda: run.evaluate_detector(run.float_detector))
+    check_figures(run.float_figures, run._test_loop)
+
+
+def evaluate(run: Run) -> None:
+    """Evaluates the detector rebuilt from the integer checkpoint, as integer kernels compute."""
+    if run.float_figures is None:
+        evaluate_float(run)
+    run.results = new_results(
+        str(run.cfg.filename or ''), run.ptq.to_dict(), run.seed, run.structure, run.calibration.ids,
+        run.calibration.skipped)
+    if run.protection is not None:
+        run.results['protection'] = run.protection.to_dict()
+    if run.units:
+        run.results['reconstruction'] = run.units
+    run.add_row('float', run.float_figures, float_size_bytes(run.float_detector), float_bops(run.structure))
+    quantized = Path(run.work_dir) / QUANTIZED
+
+    def simulated() -> dict:
+        with integer_arithmetic(run.detector):
+            return run.evaluate_detector(run.detector)
+
+    row, _ = run.stages.run('evaluate_simulated', run.quantized_inputs(), simulated)
+    run.add_row('simulated', row, quantized.stat().st_size, bops(run.structure))
+
+
+def report(run: Run) -> None:
+    """Writes ``results.json`` and the page, prints the table."""
+    with run.stages.timed('report'):
+        batches = [batch for batch, _ in zip(run._test_dataloader, range(4), strict=False)]
+        if is_main_process():
+            # layer by layer, the detector compares with equalized weights
+            reference = run.float_detector if run.ptq.equalize is None else run.prepared_detector()
+            build_report(run.work_dir, run.results, run.structure, run.detector, reference, batches)
+    run.write_results()
+    if is_main_process():
+        if run.protection is not None:
+            print_protection(run.protection)
+        print_results(run.results)
+    print_log(f'results, integer checkpoint and report are in {run.work_dir}', 'current')

@@ -1,0 +1,55 @@
+"""Which batch normalisations the convolutions before them can take over."""
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from torch import nn
+
+from mmdet_ptq.wrapping.watching.probe import Probe
+
+
+def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Chooses which normalisations can be folded.
+
+    A pair is folded when the convolution feeds this normalisation in every call, nothing else reads it, and the
+    convolution computes with its own weight as it is stored. A convolution shared by several normalisations (RTMDet's
+    SepBN head, NAS-FPN, FPG) keeps them: folding would need one weight per normalisation. So does one that standardises
+    its weight (DetectoRS): the folded gain would be normalised away.
+
+    Args:
+        detector: The float detector, in eval mode.
+        probe: What a pass of the detector showed.
+
+    Returns:
+        The (convolution, normalisation) names to fold, and the normalisations that stay with the reason for each.
+    """
+    norms_of, convs_of = defaultdict(set), defaultdict(set)
+    for conv, norm in probe.norms:
+        norms_of[conv].add(norm)
+        convs_of[norm].add(conv)
+    modules, owners = dict(detector.named_modules()), _owners(detector)
+    folds, kept = [], {}
+    for name, module in modules.items():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if len(convs_of[name]) != 1:
+            kept[name] = 'no single convolution feeds it, and nothing else'
+            continue
+        conv = next(iter(convs_of[name]))
+        weight = modules[conv]._parameters.get('weight')
+        if len(norms_of[conv]) != 1:
+            kept[name] = f'its convolution {conv} is shared by several normalisations'
+        elif module.running_mean is None:
+            kept[name] = 'it has no running statistics'
+        elif conv not in probe.direct or weight is None:
+            kept[name] = f'its convolution {conv} transforms its weight in the forward pass'
+        elif owners[id(weight)] > 1 or id(weight) in probe.borrowed:
+            kept[name] = f'something else reads the weight of its convolution {conv}'
+        else:
+            folds.append((conv, name))
+    return folds, kept
+
+
+def _owners(detector: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(parameter) for module in detector.modules() for parameter in module._parameters.values())

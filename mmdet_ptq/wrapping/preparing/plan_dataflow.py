@@ -1,0 +1,347 @@
+"""Which tensors between the layers are quantized, found from one float forward pass.
+
+The pass is watched operation by operation, as :mod:`mmdet_ptq.wrapping.preparing.junctions` does; what is found there is written
+into the structure, from which :mod:`mmdet_ptq.wrapping.flow` rebuilds it without running the detector.
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import nn
+
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.wrapping.flow import Site, output_name
+from mmdet_ptq.wrapping.structure import Structure
+from mmdet_ptq.wrapping.watching.channel_ranges import channel_ranges
+from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_depthwise, out_channels
+from mmdet_ptq.wrapping.watching.operations import (
+    ARITHMETIC,
+    GATED,
+    GATES,
+    LAYER,
+    MOVEMENT,
+    PRODUCTS,
+    UNKNOWN,
+    fuses_clip,
+    keeps_channels,
+)
+from mmdet_ptq.wrapping.watching.recorder import Key, Operation, Recorder, record_operations
+
+BITS = 8  # of a tensor that no layer reads, at least
+
+
+class _Graph:
+    """Where tensors come from and where they lead."""
+
+    def __init__(self, recorder: Recorder, structure: Structure, outputs: Container[str]) -> None:
+        self.operations = recorder.operations
+        self.readers: dict[Key, list[Operation]] = defaultdict(list)
+        self.producer: dict[Key, Operation] = {}
+        self.layers = {layer.name: layer for layer in structure.layers}
+        self.outputs = outputs
+        for op in self.operations:
+            for key in dict.fromkeys(op.inputs):
+                self.readers[key].append(op)
+            for key in op.outputs:
+                self.producer.setdefault(key, op)
+        # computed from integers: by known operations alone, or by any; what the head puts out is not followed further
+        self.comes: set[Key] = set()
+        self.comes_anyhow: set[Key] = set()
+        for op in self.operations:
+            if op.kind == LAYER:
+                if self.input_of(op) is not None and op.name not in outputs:
+                    self.comes.update(op.outputs)
+                    self.comes_anyhow.update(op.outputs)
+                continue
+            if op.kind != UNKNOWN and self.comes.intersection(op.inputs):
+                self.comes.update(op.outputs)
+            if self.comes_anyhow.intersection(op.inputs):
+                self.comes_anyhow.update(op.outputs)
+        self.leads: set[Key] = set()
+        self.leads_anyhow: set[Key] = set()
+        for op in reversed(self.operations):
+            if op.kind == LAYER:
+                if self.input_of(op) is not None:
+                    self.leads.update(op.inputs)
+                    self.leads_anyhow.update(op.inputs)
+                continue
+            if op.kind != UNKNOWN and self.leads.intersection(op.outputs):
+                self.leads.update(op.inputs)
+            if self.leads_anyhow.intersection(op.outputs):
+                self.leads_anyhow.update(op.inputs)
+        self.input_names = {op.inputs[0]: self.input_of(op) for op in self.operations
+                            if self._is_of_the_tensor(op, structure)}
+
+    def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
+        """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
+        name = self.input_of(op)
+        if name is None or 'divided' in (entry := structure.activations[name]):
+            return False
+        return entry['spec']['bits'] >= BITS or not self.read_by_others(op.inputs[0], name)
+
+    def read_by_others(self, key: Key, name: str) -> bool:
+        """Whether anything but layers whose input has this quantizer reads a tensor, be it through movements."""
+        return any(
+            any(self.read_by_others(out, name) for out in op.outputs) if op.kind == MOVEMENT
+            else self.input_of(op) != name for op in self.readers[key])
+
+    def input_of(self, op: Operation) -> str | None:
+        """Activation name of a layer call's input; None for other operations and for what stays float."""
+        if op.kind != LAYER or not op.inputs:
+            return None
+        layer = self.layers.get(op.name)
+        integer = layer is not None and layer.weight is not None and len(layer.inputs) > op.place[1]
+        return layer.inputs[op.place[1]] if integer else None
+
+    def between(self, op: Operation) -> bool:
+        """Whether an operation's result lies between quantized layers and is to be quantized where it is computed."""
+        if len(op.outputs) != 1:
+            return False
+        key = op.outputs[0]
+        if any(reader.overwrites and reader.inputs[0] == key for reader in self.readers[key]):
+            return False
+        if op.kind == LAYER:
+            return key in self.comes and key in self.leads_anyhow or self.writes_output(op)
+        return (op.kind == ARITHMETIC or op.joins) and key in self.comes and key in self.leads
+
+    def writes_output(self, op: Operation) -> bool:
+        """Whether a quantized layer writes an output of the heads."""
+        return op.kind == LAYER and op.name in self.outputs and self.input_of(op) is not None
+
+    def reads_values(self, key: Key) -> list[Operation]:
+        """The operations through which a tensor leads to a quantized layer."""
+        return [op for op in self.readers[key]
+                if self.input_of(op) is not None or self.leads_anyhow.intersection(op.outputs) and op.kind != LAYER]
+
+    def fused(self, op: Operation) -> bool:
+        """Whether runtimes compute the operation and the only one that reads its result in one."""
+        if op.kind != LAYER and not (op.kind == ARITHMETIC and fuses_clip(op.name)):
+            return False
+        readers = self.readers[op.outputs[0]]
+        return len(readers) == 1 and readers[0].clips and self.between(readers[0])
+
+    def only_gated(self, key: Key) -> bool:
+        """Whether nothing but SiLU or HardSwish reads a tensor, be it written as a product with its sigmoid."""
+        gates = {out for op in self.readers[key] if op.name in GATES for out in op.outputs}
+        return bool(self.readers[key]) and all(
+            op.name in GATED or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
+            for op in self.readers[key]) and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
+
+    def islands(self) -> list[dict]:
+        """Operations between quantized layers that stay float."""
+        found: dict[tuple[str, str], dict] = {}
+        for op in self.operations:
+            if op.kind in (LAYER, MOVEMENT) or not self.comes_anyhow.intersection(op.inputs) \
+                    or not self.leads_anyhow.intersection(op.outputs):
+                continue
+            if op.overwrites:
+                reason = 'it changes a tensor in place that is read under its old name'
+            elif op.kind == UNKNOWN:
+                reason = 'no 8-bit form of it is known'
+            elif self.between(op):
+                continue
+            else:
+                reason = 'float operations stand before it' if self.leads.intersection(op.outputs) \
+                    else 'only float operations read it'
+            found.setdefault((op.place[0], op.name), dict(module=op.place[0], operation=op.name, reason=reason))
+        return list(found.values())
+
+
+class _Planner:
+    """Gives every tensor between quantized layers its quantizer."""
+
+    def __init__(self, graph: _Graph, structure: Structure, cfg: PTQConfig, modules: dict[str, nn.Module],
+                 calls: dict[str, int], outputs: frozenset[str], uneven: Container[str]) -> None:
+        self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
+        self.outputs = outputs
+        self.uneven = uneven
+        policy = cfg.activations
+        bits = max(policy.bits, BITS)
+        self.spec = build_quantizer({**policy.quantizer, 'bits': bits, 'num_channels': None, 'channel_axis': 1}).spec()
+        self.gate_spec = build_quantizer(dict(
+            type='mmdet_ptq.AffineQuantizer', bits=bits, symmetric=bool(policy.quantizer.get('symmetric', False)),
+            narrow_range=bool(policy.quantizer.get('narrow_range', False)), learn_scale=False)).spec()
+        self.observer = policy.observer
+        self.names: dict[Key, str] = {}
+
+    def plan(self) -> None:
+        """Writes quantizers, outputs and sites into the structure."""
+        graph, layers = self.graph, self.graph.layers
+        found = [op for op in graph.operations
+                 if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op)]
+        self._one_scale_where_others_read(found)
+        for op in found:
+            self.name_of(op)
+        for op in found:
+            name = self.names[op.outputs[0]]
+            if op.kind == LAYER:
+                layer = layers[op.name]
+                layer.outputs = layer.outputs or [None] * len(layer.inputs)
+                layer.outputs[op.place[1]] = name
+            else:
+                gated = op.name in GATED and not self._float_gate(op.inputs[0])
+                gate = self._fixed(f'{self._site_name(op)}/{GATED[op.name]}') if gated else None
+                observes = name == self._site_name(op) and 'range' not in self._entry(name)
+                self.structure.sites.append(Site(*op.place, name, gate, observes).to_dict())
+
+        known = {op.place for op in found}
+        for op in graph.operations:
+            # with gradients it must not overwrite what a quantizer returned
+            if op.in_place and not op.overwrites and op.place not in known and graph.reads_values(op.outputs[0]) \
+                    and graph.comes_anyhow.intersection(op.inputs[:1]):
+                self.structure.sites.append(Site(*op.place, None).to_dict())
+
+    def _one_scale_where_others_read(self, found: list[Operation]) -> None:
+        """A scale per channel is for depthwise convolutions alone."""
+        graph = self.graph
+        for op in found:
+            key = op.outputs[0]
+            name = graph.input_names.get(key)
+            if name is None or self._entry(name)['spec'].get('num_channels') is None:
+                continue
+            if any(r.kind != LAYER or not is_depthwise(self.modules[r.name]) for r in graph.reads_values(key)):
+                entry = self._entry(name)
+                one = {key: value for key, value in entry['spec'].items() if key != 'shared_zero_point'}
+                entry['spec'] = build_quantizer({**one, 'num_channels': None}).spec()
+
+    def name_of(self, op: Operation) -> str:
+        """The quantizer of what an operation computes."""
+        key = op.outputs[0]
+        if key not in self.names:
+            name = self.graph.input_names.get(key) or self._shared(key, op)
+            if name is None:
+                own = self._site_name(op) if op.kind != LAYER else output_name(
+                    op.name, op.place[1], len(self.graph.layers[op.name].inputs))
+                name = self._fixed(own) if op.name in GATES else self._new(own, self._channels(op))
+            self.names[key] = name
+        return self.names[key]
+
+    def _shared(self, key: Key, op: Operation) -> str | None:
+        """The quantizer of the one tensor into which a tensor's values are moved, if nobody else computes with them."""
+        found: set[str] = set()
+        if not self._follow(key, True, found) or len(found) != 1:
+            return None
+        name = found.pop()
+        if self._entry(name)['spec']['bits'] < BITS and self.graph.read_by_others(key, name):
+            return None
+        if self._entry(name)['spec'].get('num_channels') is None:
+            self._entry(name)['moved'] = True
+        return name
+
+    def _follow(self, key: Key, same_channels: bool, found: set[str]) -> bool:
+        for reader in self.graph.reads_values(key):
+            if reader.kind == UNKNOWN:
+                continue
+            if reader.kind != MOVEMENT:
+                return False
+            same = same_channels and keeps_channels(reader.name)
+            for out in reader.outputs:
+                if out not in self.graph.leads:
+                    continue
+                name = self.graph.input_names.get(out)
+                if name is None and reader.joins:
+                    name = self.name_of(reader)
+                if name is None:
+                    if not self._follow(out, same, found):
+                        return False
+                elif not same and self._entry(name)['spec'].get('num_channels') is not None:
+                    return False
+                else:
+                    found.add(name)
+        return True
+
+    def _site_name(self, op: Operation) -> str:
+        module, call, name, index = op.place
+        calls = f'#{call}' if self.calls[module] > 1 else ''
+        return f'{module.replace(".", "/")}:{name}' + (f'-{index}' if index else '') + calls
+
+    def float_gates(self) -> list[dict]:
+        """The gated activations that compute in float, as islands are told."""
+        reason = 'its input has a scale per channel'
+        return [dict(module=op.place[0], operation=op.name, reason=reason) for op in self.graph.operations
+                if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])]
+
+    def _entry(self, name: str) -> dict:
+        return self.structure.activations[name]
+
+    def _channels(self, op: Operation) -> dict:
+        """A scale per channel for what only gated activations read; the layer's own scales per channel absorb it."""
+        if op.kind != LAYER or not (op.name in self.outputs or self._float_gate(op.outputs[0])):
+            return {}
+        module = self.modules[op.name]
+        return channel_format(self.spec, out_channels(module), channel_axis(module))
+
+    def _is_float_gate(self, op: Operation) -> bool:
+        return op.name in GATES and self._float_gate(op.inputs[0])
+
+    def _float_gate(self, key: Key) -> bool:
+        """Whether a tensor keeps a scale per channel until a SiLU or HardSwish, which then computes in float."""
+        maker = self.graph.producer.get(key)
+        return (maker is not None and maker.kind == LAYER and maker.name in self.uneven and self.graph.between(maker)
+                and self.graph.only_gated(key))
+
+    def _new(self, name: str, channels: dict) -> str:
+        spec = build_quantizer({**self.spec, **channels}).spec()
+        self.structure.activations[name] = dict(spec=spec, readers=0, observer=self.observer)
+        return name
+
+    def _fixed(self, name: str) -> str:
+        self.structure.activations[name] = dict(
+            spec=dict(self.gate_spec), readers=0, observer=self.observer, range=[0.0, 1.0])
+        return name
+
+
+def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any],
+                  outputs: Iterable[str], run_many: Callable[[], Any]) -> None:
+    """Adds quantizers between the layers to a structure that is about to be applied.
+
+    Args:
+        detector: The float detector with its normalisations folded, in eval mode.
+        structure: Its structure with quantized weights and inputs, changed in place.
+        cfg: The ``ptq`` block.
+        run: Calls the detector on one image with ``mode='predict'``.
+        outputs: Layers that write the heads' outputs, quantized with a scale per channel.
+        run_many: Calls it on more images, for ``ptq.dataflow='auto'``.
+    """
+    uneven = _uneven_outputs(detector, structure, cfg, run_many)
+    recorder, outputs = record_operations(detector, run), frozenset(outputs)
+    graph = _Graph(recorder, structure, outputs)
+    calls = dict(recorder.frames.calls)
+    planner = _Planner(graph, structure, cfg, dict(detector.named_modules()), calls, outputs, uneven)
+    planner.plan()
+    counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
+    structure.module_calls = {module: calls[module] for module in sorted(counted)}
+    islands = planner.float_gates() + graph.islands()
+    structure.islands = list({(i['module'], i['operation']): i for i in islands}.values())
+    operations = sum(site['activation'] is not None for site in structure.sites)
+    layers = sum(any(layer.outputs) for layer in structure.layers)
+    print_log(f'{operations} operations between the layers and the outputs of {layers} layers are quantized', 'current')
+    groups = defaultdict(list)
+    for island in structure.islands:
+        groups[island['operation'], island['reason']].append(island['module'] or '(the detector itself)')
+    for (operation, reason), places in groups.items():
+        print_log(f'operation {operation} stays float, {reason}: {", ".join(places)}', 'current')
+
+
+def _uneven_outputs(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
+                    ) -> Container[str]:
+    """The layers whose output keeps a scale per channel in front of SiLU and HardSwish.
+
+    With ``'auto'``, inputs of depthwise convolutions whose channels are even enough get one scale, too, unless a zero
+    point serves all their channels: then the layers around absorb the scales, and they cost nothing.
+    """
+    integer = [layer.name for layer in structure.layers if layer.integer]
+    if cfg.dataflow != 'auto':
+        return frozenset(integer if cfg.dataflow == 'per_channel' else ())
+    inputs, outputs = channel_ranges(detector, integer, run, channel_axis)
+    for name, entry in structure.activations.items():
+        readers = [inputs[layer.name] for layer in structure.layers if name in layer.inputs and layer.name in inputs]
+        # fewer bits than 8 are too few for channels to lose any
+        if entry['spec'].get('num_channels') is not None and entry['spec']['bits'] >= BITS \
+                and not any(r.positive or r.uneven for r in readers):
+            entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
+    return frozenset(name for name, ranges in outputs.items() if ranges.uneven)

@@ -1,0 +1,212 @@
+"""Float detector in, quantized detector out: probe, fold, equalize, resolve policies, build."""
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmdet_ptq.config import PTQConfig, TensorConfig
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers import AffineQuantizer, build_quantizer
+from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.preparing.equalization import channel_magnitudes, equalize, log_equalization
+from mmdet_ptq.wrapping.preparing.find_folds import find_folds
+from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer
+from mmdet_ptq.wrapping.preparing.junctions import find_junctions
+from mmdet_ptq.wrapping.preparing.migration import Migration, can_migrate, measure_factors, migrate, times_factor
+from mmdet_ptq.wrapping.preparing.plan_dataflow import plan_dataflow
+from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, LayerRole, resolve_policies
+from mmdet_ptq.wrapping.state import STATE
+from mmdet_ptq.wrapping.structure import LayerStructure, Structure, apply_structure, disable_checkpointing
+from mmdet_ptq.wrapping.watching.layers import (
+    QUANTIZABLE,
+    RowLayout,
+    channel_axis,
+    in_channels,
+    is_depthwise,
+    kind,
+    neighbours,
+)
+from mmdet_ptq.wrapping.watching.probe import LayerCall, Probe, head_names, probe_detector
+from mmdet_ptq.wrapping.weights import quantized_weights
+
+
+def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any],
+                     run_many: Callable[[], Any] | None = None) -> Structure:
+    """Folds, equalizes and wraps a float detector, in place; weights are fitted, activations still need their ranges.
+
+    Args:
+        detector: The float detector with its trained weights, in eval mode.
+        cfg: The ``ptq`` block.
+        run: Calls the detector on one image with ``mode='predict'``.
+        run_many: The same on more calibration images, on which ``equalize='activations'``, ``dataflow='auto'`` and
+            ``activations.scale_migration`` measure channels. Defaults to None: ``run``.
+
+    Returns:
+        The structure of the quantized detector.
+
+    Raises:
+        PTQError: A weight is not finite, or an override matches no layer.
+    """
+    check_finite(detector)
+    disable_checkpointing(detector)
+    probe = probe_detector(detector, run)
+    if not probe.calls:
+        raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
+    # before anything is changed: an override may be refused
+    policies = resolve_policies(cfg, _roles(detector, probe))
+    folds, kept = find_folds(detector, probe)
+    fold_norms(detector, folds)
+    if cfg.equalize is not None:
+        junctions, skipped = find_junctions(detector, run)
+        by_weights = cfg.equalize == 'weights'
+        magnitudes = None if by_weights else channel_magnitudes(detector, junctions, run_many or run)
+        log_equalization(equalize(detector, junctions, magnitudes), skipped)
+    plan = _plan(detector, cfg, probe, policies, run_many or run)
+    structure = plan.structure
+    structure.norms = kept
+    if cfg.dataflow is not None:
+        plan_dataflow(detector, structure, cfg, run, probe.outputs, run_many or run)
+    apply_structure(detector, structure)  # the folds are done; the structure records them only now
+    structure.folds = [list(pair) for pair in folds]
+    for name, quantized in quantized_weights(detector).items():
+        quantized.quantizer.load_state_dict(plan.weights[name].state_dict())
+    migrate(detector, getattr(detector, STATE), plan.factors, plan.migrations)
+    device = next(detector.parameters()).device
+    detector.to(device)
+    return structure
+
+
+def check_finite(detector: nn.Module) -> None:
+    """Refuses weights that are NaN or infinite, naming the first one."""
+    for name, tensor in detector.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise PTQError(f'the weight {name} holds NaN or infinity; the checkpoint is damaged, train or load it '
+                           'again.')
+
+
+@dataclass
+class _Plan:
+    """What is about to be done to a float detector.
+
+    Attributes:
+        structure: The structure of the quantized detector.
+        weights: Layer name to its fitted weight quantizer.
+        factors: Activation name to what its channels are divided by.
+        migrations: Activation name to who takes the factors over.
+    """
+
+    structure: Structure
+    weights: dict[str, nn.Module]
+    factors: dict[str, Tensor]
+    migrations: dict[str, Migration]
+
+
+def _roles(detector: nn.Module, probe: Probe) -> list[LayerRole]:
+    heads, first = head_names(detector), {call.layer for call in probe.calls if call.reads_image}
+    return [LayerRole(name, in_head=name.split('.')[0] in heads, first=name in first, last=name in probe.outputs)
+            for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)]
+
+
+def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str, LayerPolicy],
+          run_many: Callable[[], Any]) -> _Plan:
+    calls = defaultdict(list)
+    for call in probe.calls:
+        calls[call.layer].append(call)
+    layers = {n: m for n, m in detector.named_modules() if isinstance(m, QUANTIZABLE)}
+    structure = Structure(uncovered=[vars(u) for u in probe.uncovered])
+    for name, module in layers.items():
+        layer = LayerStructure(
+            name, kind(module), name.split('.')[0], sum(c.macs for c in calls[name]), module.weight.numel())
+        layer.reason = _obstacle(name, module, calls[name], probe)
+        structure.layers.append(layer)
+        policy = policies[name]
+        if layer.reason:
+            continue
+        if policy.weights.float:
+            layer.reason = 'its weight is left float by the policy'
+        if policy.activations.float:
+            layer.reason = 'its input is left float by the policy'
+        layer.inputs = [None] * len(calls[name])
+    migrations = _share_inputs(structure, layers, policies, probe.calls)
+    factors = measure_factors(detector, migrations, cfg.activations, run_many)
+    taken = {reader: factors[name] for name, migration in migrations.items() for reader in migration.readers}
+    fitted = {}
+    for layer in structure.layers:
+        if layer.inputs and not policies[layer.name].weights.float:
+            fitted[layer.name] = _fit(layer.name, layers[layer.name], policies[layer.name].weights,
+                                      taken.get(layer.name))
+            layer.weight = fitted[layer.name].spec()
+        if not layer.integer:
+            print_log(f'{layer.name} ({layer.kind}) is not in integers: {layer.reason}', 'current')
+    if migrations:
+        print_log(f'the scales of the channels of {len(migrations)} tensors are moved into the weights of '
+                  f'{len(taken)} layers', 'current')
+    return _Plan(structure, fitted, factors, migrations)
+
+
+def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe) -> str:
+    if not calls:
+        return 'it never runs in `predict`'
+    if name not in probe.direct:
+        return 'its weight is transformed inside the forward pass'
+    return ''
+
+
+def _fit(name: str, module: nn.Module, policy: TensorConfig, factor: Tensor | None) -> nn.Module:
+    rows = RowLayout.of(module).to_rows(times_factor(module, module.weight.detach(), factor))
+    try:
+        return fit_weight_quantizer(policy, rows, neighbours(module))
+    except PTQError as error:
+        raise PTQError(f'weight of layer {name}: {error}') from error
+
+
+def _policy_of_readers(readers: list[tuple[str, LayerPolicy]]) -> TensorConfig:
+    """The format of a tensor: the widest that a reader asks for, among these one that an override names."""
+    winner, policy = max(readers, key=lambda reader: (reader[1].activations.bits, reader[1].overridden))
+    others = [name for name, other in readers if other.overridden and other.activations != policy.activations]
+    if others:
+        print_log(f'the input of {winner} has the format that holds there; {", ".join(dict.fromkeys(others))} would '
+                  'have it otherwise, but one tensor has one quantizer', 'current', level=30)
+    return policy.activations
+
+
+def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: dict[str, LayerPolicy],
+                  calls: list[LayerCall]) -> dict[str, Migration]:
+    """Gives every tensor that quantized layers read one quantizer.
+
+    Returns:
+        The tensors whose channels' scales move into weights, by activation name.
+    """
+    migrations = {}
+    owners = Counter(id(module.weight) for module in layers.values())  # modules may share a parameter
+    by_name = {layer.name: layer for layer in structure.layers}
+    groups: dict[tuple, list[LayerCall]] = defaultdict(list)
+    for call in calls:
+        layer = by_name[call.layer]
+        if layer.inputs and not policies[call.layer].activations.float:
+            groups[call.input_key].append(call)
+    for readers in groups.values():
+        policy = _policy_of_readers([(c.layer, policies[c.layer]) for c in readers])
+        first = readers[0]
+        name = first.layer.replace('.', '/') + (f'#{first.index}' if len(by_name[first.layer].inputs) > 1 else '')
+        per_channel = policy.depthwise_per_channel and all(is_depthwise(layers[c.layer]) for c in readers)
+        axis = channel_axis(layers[first.layer])
+        channels = dict(num_channels=in_channels(layers[first.layer]) if per_channel else None, channel_axis=axis)
+        quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
+        structure.activations[name] = dict(
+            spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
+        names = list(dict.fromkeys(call.layer for call in readers))
+        strength = min(policies[n].activations.scale_migration for n in names)
+        if strength and not per_channel and isinstance(quantizer, AffineQuantizer) and all(
+                can_migrate(layers[n], len(by_name[n].inputs)) and owners[id(layers[n].weight)] == 1 for n in names):
+            structure.activations[name]['divided'] = dict(channels=in_channels(layers[first.layer]), axis=axis)
+            migrations[name] = Migration(names, strength)
+        for call in readers:
+            by_name[call.layer].inputs[call.index] = name
+    return migrations

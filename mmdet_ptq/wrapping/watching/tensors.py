@@ -1,0 +1,55 @@
+"""Tensors of a forward pass: found in nested arguments, told apart, followed back through autograd."""
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+WEIGHTED_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+             torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
+             torch.conv_transpose3d}
+
+
+def key_of(tensor: Tensor) -> tuple[int, int]:
+    # in-place operations keep the object and raise its version
+    return id(tensor), tensor._version
+
+
+def tensors_in(value: Any):
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def walk_back(tensors: list[Tensor], stop: Container) -> Iterator[tuple[Any, list]]:
+    """Every autograd node the tensors depend on, with the nodes it reads; does not go beyond nodes in ``stop``."""
+    seen = set()
+    todo = [t.grad_fn for t in tensors]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        yield node, parents
+        if node not in stop:
+            todo += parents
+
+
+# no value is read
+METADATA = {'size', 'dim', 'ndimension', 'numel', 'stride', 'is_contiguous', '__len__', 'element_size', 'get_device',
+             'is_floating_point', 'is_complex', '__hash__', 'new_zeros', 'new_ones', 'new_full', 'new_empty',
+             'new_tensor', 'zeros_like', 'ones_like', 'empty_like', 'full_like'}
+
+
+def function_name(node: BackwardCFunction) -> str:
+    return type(node).__name__.removesuffix('Backward')
