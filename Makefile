@@ -27,6 +27,7 @@ test-slow:  ## run the tests that take minutes, too
 
 lint:  ## check the style
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 docs:  ## build the documentation into site/
 	$(RUN) -m pip install --quiet mkdocs-material

@@ -6,6 +6,7 @@ The baselines run 20,000 iterations a unit as published; --iters makes them affo
 loss, and the recipe's name tells both. A second run with the same --work-dir takes over what is finished; recipes that
 differ in the global loss alone share the stages before it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,8 +30,14 @@ ROUNDED = ('ptq.reconstruct=None', LOCAL, *UNIFORM)
 
 def published(method: str) -> tuple[str, ...]:
     """Options of a published method; what is in braces is filled in later."""
-    return (f'ptq.reconstruct.method={method}', 'ptq.reconstruct.iters={iters}',
-            'ptq.reconstruct.rounding_lr={rounding_lr}', LOCAL, *UNIFORM, *UNMOVED)
+    return (
+        f'ptq.reconstruct.method={method}',
+        'ptq.reconstruct.iters={iters}',
+        'ptq.reconstruct.rounding_lr={rounding_lr}',
+        LOCAL,
+        *UNIFORM,
+        *UNMOVED,
+    )
 
 
 def rounding_rate(iters: int) -> float:
@@ -45,8 +52,12 @@ def rounding_rate(iters: int) -> float:
 
 
 # QDrop's blocks in place of the closed form, with the preset's grids, migrated scales and Fisher weights
-LEARNED = ('ptq.reconstruct.method=qdrop', 'ptq.reconstruct.iters={iters}', 'ptq.reconstruct.rounding_lr={rounding_lr}',
-           'ptq.reconstruct.fisher=0.9')
+LEARNED = (
+    'ptq.reconstruct.method=qdrop',
+    'ptq.reconstruct.iters={iters}',
+    'ptq.reconstruct.rounding_lr={rounding_lr}',
+    'ptq.reconstruct.fisher=0.9',
+)
 
 RECIPES = {
     'rounding': (*ROUNDED, *UNMOVED),
@@ -119,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--bits', nargs='+', default=['w8a8', 'w4a8', 'w4a4'], help='presets')
     parser.add_argument('--recipes', nargs='+', default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument('--iters', type=int, default=PUBLISHED_ITERS,
-                        help='iterations per unit of the published methods')
+    parser.add_argument(
+        '--iters', type=int, default=PUBLISHED_ITERS, help='iterations per unit of the published methods'
+    )
     parser.add_argument('--steps', type=int, help='iterations of the global loss, if not those of the preset')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the images and of the training')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
@@ -138,8 +150,17 @@ def main(argv: list[str] | None = None) -> None:
                     if seed:
                         folder = folder.with_name(f'{folder.name}_seed{seed}')
                     begin_with(folder, finished, (config, bits, seed, before_global(options)))
-                    lines.append(run(config.resolve(), f'{bits} {recipe}{trained}', bits, folder, options,
-                                     args.cfg_options, ['--seed', str(seed)] if seed else ()))
+                    lines.append(
+                        run(
+                            config.resolve(),
+                            f'{bits} {recipe}{trained}',
+                            bits,
+                            folder,
+                            options,
+                            args.cfg_options,
+                            ['--seed', str(seed)] if seed else (),
+                        )
+                    )
                     write_csv(args.out, lines)
 
 

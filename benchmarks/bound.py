@@ -6,6 +6,7 @@ On a few hundred images AP moves by half a point where nothing but the roundings
 several times, the scale of every channel widened by up to 2 % at random: the means and their standard error say what
 the bound does, not what one draw of roundings does.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,8 +30,24 @@ from mmdet_ptq.wrapping.state import quantize_only
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 SETTINGS = ('ignore', 'safe')
 WIDEST = 0.02
-FIELDS = ('detector', 'float_AP', 'ignore_AP', 'safe_AP', 'difference_points', 'standard_error', 'ignore_dB', 'safe_dB',
-          'wider_channels', 'layers', 'draws', 'ignore_APs', 'safe_APs', 'date', *VERSIONS, 'command')
+FIELDS = (
+    'detector',
+    'float_AP',
+    'ignore_AP',
+    'safe_AP',
+    'difference_points',
+    'standard_error',
+    'ignore_dB',
+    'safe_dB',
+    'wider_channels',
+    'layers',
+    'draws',
+    'ignore_APs',
+    'safe_APs',
+    'date',
+    *VERSIONS,
+    'command',
+)
 
 
 def measure(config: Path, args: argparse.Namespace) -> dict:
@@ -62,15 +79,20 @@ def measure(config: Path, args: argparse.Namespace) -> dict:
     means = {name: statistics.mean(values) for name, values in found.items()}
     spread = math.sqrt(sum(statistics.variance(values) / len(values) for values in found.values()))
     return dict(
-        detector=config.stem, float_AP=float_ap, difference_points=round(100 * (means['safe'] - means['ignore']), 2),
-        standard_error=round(100 * spread, 2), wider_channels=round(
-            float((scales['safe'] > 1.0001 * scales['ignore']).float().mean()), 3),
-        layers=len(weights), draws=args.draws, date=datetime.now(timezone.utc).date().isoformat(),
+        detector=config.stem,
+        float_AP=float_ap,
+        difference_points=round(100 * (means['safe'] - means['ignore']), 2),
+        standard_error=round(100 * spread, 2),
+        wider_channels=round(float((scales['safe'] > 1.0001 * scales['ignore']).float().mean()), 3),
+        layers=len(weights),
+        draws=args.draws,
+        date=datetime.now(timezone.utc).date().isoformat(),
         command=f'python benchmarks/bound.py {config.name} --draws {args.draws}',
         **{f'{name}_AP': round(means[name], 4) for name in SETTINGS},
         **{f'{name}_dB': round(statistics.mean(decibels[name]), 2) for name in SETTINGS},
         **{f'{name}_APs': ' '.join(f'{value:.3f}' for value in found[name]) for name in SETTINGS},
-        **{name: versions()[name] for name in VERSIONS})
+        **{name: versions()[name] for name in VERSIONS},
+    )
 
 
 @torch.no_grad()
@@ -79,8 +101,10 @@ def signal_to_noise(reference: nn.Module, detector: nn.Module, batches: list[dic
     ratios = []
     for batch in batches:
         expected, got = raw_outputs(reference, batch), raw_outputs(detector, batch)
-        ratios += [10 * math.log10(float(a.square().mean() / (a - b).square().mean().clamp_min(1e-30)))
-                   for a, b in zip(expected, got, strict=True)]
+        ratios += [
+            10 * math.log10(float(a.square().mean() / (a - b).square().mean().clamp_min(1e-30)))
+            for a, b in zip(expected, got, strict=True)
+        ]
     return statistics.mean(ratios)
 
 

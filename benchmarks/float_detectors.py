@@ -1,4 +1,5 @@
 """A config's float detector, with weights or without, and generated images for it."""
+
 from __future__ import annotations
 
 import copy
@@ -16,6 +17,7 @@ from mmdet_ptq.errors import PTQError
 def build_detector(cfg: Config) -> nn.Module:
     """A config's detector with fresh weights."""
     from mmdet.registry import MODELS
+
     model = copy.deepcopy(cfg.model)
     replace_sync_bn(model)
     if cfg.get('data_preprocessor'):
@@ -45,8 +47,9 @@ def generated_batches(size: tuple[int, int], count: int, seed: int) -> list[dict
     for number in range(count):
         coarse = torch.randint(0, 200, (1, 3, 8, 8), generator=generator).float()
         image = nn.functional.interpolate(coarse, size=size)[0] + torch.randint(0, 56, (3, *size), generator=generator)
-        batches.append(dict(inputs=[image.to(torch.uint8)],
-                            data_samples=[DetDataSample(metainfo=dict(meta, img_id=number))]))
+        batches.append(
+            dict(inputs=[image.to(torch.uint8)], data_samples=[DetDataSample(metainfo=dict(meta, img_id=number))])
+        )
     return batches
 
 

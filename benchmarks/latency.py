@@ -7,6 +7,7 @@ A subject is the work directory of a tools/ptq.py run that exported, or a config
 ``@HEIGHTxWIDTH``. Time is all that is measured, so that ranges come from a few generated images and nothing is trained;
 ``--random-weights`` needs no checkpoint either.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,9 +39,34 @@ FLOAT, OURS = 'float', 'ours'
 # what other tools make, by the runtime it runs in
 PEERS = dict(onnxruntime='quantize_static', openvino='nncf')
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'numpy', 'python')
-FIELDS = ('detector', 'size', 'runtime', 'model', 'threads', 'float_ms', 'int8_ms', 'ratio', 'peer_ratio',
-          'static_ratio', 'pairs', 'file_bytes', 'float_bytes', 'integer_convolutions', 'convolutions', 'weights',
-          'note', 'cpu', 'instructions', 'load', 'date', *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
+FIELDS = (
+    'detector',
+    'size',
+    'runtime',
+    'model',
+    'threads',
+    'float_ms',
+    'int8_ms',
+    'ratio',
+    'peer_ratio',
+    'static_ratio',
+    'pairs',
+    'file_bytes',
+    'float_bytes',
+    'integer_convolutions',
+    'convolutions',
+    'weights',
+    'note',
+    'cpu',
+    'instructions',
+    'load',
+    'date',
+    *VERSIONS,
+    'onnxruntime',
+    'openvino',
+    'nncf',
+    'command',
+)
 PAUSE = 0.05  # seconds, after which no thread of another model waits in a loop for work any more
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512_vnni', 'amx_int8')
 ISA = 'ONEDNN_MAX_CPU_ISA'  # keeps OpenVINO from the newest of them
@@ -71,6 +97,7 @@ class Subject:
 
 # ------------------------------------------------------------------ models
 
+
 def exported_subject(folder: Path, runtimes: Sequence[str] = RUNTIMES) -> Subject:
     """The models that a run of tools/ptq.py left.
 
@@ -84,8 +111,10 @@ def exported_subject(folder: Path, runtimes: Sequence[str] = RUNTIMES) -> Subjec
         if all(path.is_file() for path in found.values()):
             models[runtime] = found
     if not models:
-        raise PTQError(f'{folder} holds no exported models; run tools/ptq.py with '
-                       f"--cfg-options 'ptq.export=[{','.join(runtimes)}]'.")
+        raise PTQError(
+            f'{folder} holds no exported models; run tools/ptq.py with '
+            f"--cfg-options 'ptq.export=[{','.join(runtimes)}]'."
+        )
     name = '/'.join(folder.resolve().parts[-2:])  # work_dirs/DETECTOR/PRESET
     return Subject(name, within_project(folder) or name, 'trained', models, {}, built=False)
 
@@ -123,8 +152,10 @@ def built_subject(config: Path, size: tuple[int, int] | None, folder: Path, args
     for name in args.runtimes:
         runtime = get_runtime(name)
         runtime.check()
-        models[name] = {FLOAT: runtime.export(detector, folder / name / 'float', shape),
-                        OURS: runtime.export(quantized, folder / name, shape)}
+        models[name] = {
+            FLOAT: runtime.export(detector, folder / name / 'float', shape),
+            OURS: runtime.export(quantized, folder / name, shape),
+        }
     source = f'{within_project(config) or config.name}@{shape[2]}x{shape[3]}'
     return Subject(config.stem, source, 'random' if args.random_weights else 'trained', models, {}, built=True)
 
@@ -150,9 +181,10 @@ def add_peers(subject: Subject, folder: Path, args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------ times
 
+
 def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[dict]:
     """One line per int8 model."""
-    lines, static, pause = [], static_run(subject, threads), PAUSE if threads > 1 else 0.
+    lines, static, pause = [], static_run(subject, threads), PAUSE if threads > 1 else 0.0
     for runtime, models in subject.models.items():
         peer = PEERS[runtime]
         opened = {kind: open_model(path, threads) for kind, path in models.items()}
@@ -169,13 +201,22 @@ def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[di
             # "is it slower than what I have" is asked across runtimes
             across = latency_ratio(static, runs[OURS], args.pairs, PAUSE) if kind == OURS and static else None
             coverage = opened[kind].coverage()
-            lines.append(dict(
-                runtime=runtime, model=kind, float_ms=round(timed.first_ms, 3), int8_ms=round(timed.second_ms, 3),
-                ratio=round(timed.ratio, 2), peer_ratio=round(beside.ratio, 2) if beside else None,
-                static_ratio=round(across.ratio, 2) if across else None, pairs=args.pairs,
-                file_bytes=model_bytes(models[kind]), float_bytes=model_bytes(models[FLOAT]),
-                integer_convolutions=len(coverage.integer),
-                convolutions=len(coverage.integer) + len(coverage.float)))
+            lines.append(
+                dict(
+                    runtime=runtime,
+                    model=kind,
+                    float_ms=round(timed.first_ms, 3),
+                    int8_ms=round(timed.second_ms, 3),
+                    ratio=round(timed.ratio, 2),
+                    peer_ratio=round(beside.ratio, 2) if beside else None,
+                    static_ratio=round(across.ratio, 2) if across else None,
+                    pairs=args.pairs,
+                    file_bytes=model_bytes(models[kind]),
+                    float_bytes=model_bytes(models[FLOAT]),
+                    integer_convolutions=len(coverage.integer),
+                    convolutions=len(coverage.integer) + len(coverage.float),
+                )
+            )
     shape = open_model(next(iter(subject.models.values()))[FLOAT]).meta['input_shape']
     return [complete(subject, f'{shape[2]}x{shape[3]}', threads, line, args) for line in lines]
 
@@ -198,16 +239,38 @@ def complete(subject: Subject, size: str, threads: int, line: dict, args: argpar
     """Adds what every line says."""
     known = versions()
     isa = os.environ.get(ISA)
-    command = [*([f'{ISA}={isa}'] if isa else []), 'python', 'benchmarks/latency.py', subject.source,
-               *(['--random-weights'] if subject.weights == 'random' else []), '--threads', str(threads), '--pairs',
-               str(args.pairs), '--runtimes', *args.runtimes, '--peers', *args.peers, '--out', args.out.name,
-               *(['--preset', args.preset] if args.preset and subject.built else []),
-               *(['--cfg-options', *args.cfg_options] if args.cfg_options and subject.built else [])]
+    command = [
+        *([f'{ISA}={isa}'] if isa else []),
+        'python',
+        'benchmarks/latency.py',
+        subject.source,
+        *(['--random-weights'] if subject.weights == 'random' else []),
+        '--threads',
+        str(threads),
+        '--pairs',
+        str(args.pairs),
+        '--runtimes',
+        *args.runtimes,
+        '--peers',
+        *args.peers,
+        '--out',
+        args.out.name,
+        *(['--preset', args.preset] if args.preset and subject.built else []),
+        *(['--cfg-options', *args.cfg_options] if args.cfg_options and subject.built else []),
+    ]
     return dict(
-        detector=subject.name, size=size, threads=threads, **line, weights=subject.weights, **processor(),
-        load=round(os.getloadavg()[0], 1), date=datetime.now(timezone.utc).date().isoformat(),
+        detector=subject.name,
+        size=size,
+        threads=threads,
+        **line,
+        weights=subject.weights,
+        **processor(),
+        load=round(os.getloadavg()[0], 1),
+        date=datetime.now(timezone.utc).date().isoformat(),
         **{name: known[name] for name in VERSIONS},
-        **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')}, command=' '.join(command))
+        **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')},
+        command=' '.join(command),
+    )
 
 
 def processor() -> dict:
@@ -226,11 +289,18 @@ def print_lines(lines: list[dict]) -> None:
         if 'ratio' not in line:
             print(f'{head}: {line["note"]}')
             continue
-        beside = ''.join(f', {line[key]} times {peer}' for key, peer in (
-            ('peer_ratio', PEERS[line['runtime']]), ('static_ratio', "ONNX Runtime's quantize_static"))
-            if line[key] is not None)
-        print(f'{head}: {line["float_ms"]:.1f} ms float, {line["int8_ms"]:.1f} ms int8, {line["ratio"]} times float'
-              f'{beside}, {line["integer_convolutions"]} of {line["convolutions"]} convolutions in integers')
+        beside = ''.join(
+            f', {line[key]} times {peer}'
+            for key, peer in (
+                ('peer_ratio', PEERS[line['runtime']]),
+                ('static_ratio', "ONNX Runtime's quantize_static"),
+            )
+            if line[key] is not None
+        )
+        print(
+            f'{head}: {line["float_ms"]:.1f} ms float, {line["int8_ms"]:.1f} ms int8, {line["ratio"]} times float'
+            f'{beside}, {line["integer_convolutions"]} of {line["convolutions"]} convolutions in integers'
+        )
 
 
 def print_profiles(subject: Subject, threads: int) -> None:
@@ -239,8 +309,11 @@ def print_profiles(subject: Subject, threads: int) -> None:
     for runtime, models in subject.models.items():
         for kind, path in models.items():
             image = example(open_model(path))
-            print_profile(f'{subject.name}, {runtime}, {kind}, {threads} threads',
-                          profile(runtime, path, image, threads), bandwidth)
+            print_profile(
+                f'{subject.name}, {runtime}, {kind}, {threads} threads',
+                profile(runtime, path, image, threads),
+                bandwidth,
+            )
 
 
 def parse_subject(text: str) -> tuple[Path, tuple[int, int] | None]:
@@ -279,8 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     lines: list[dict] = []
     for path, size in [parse_subject(text) for text in args.subjects]:
         folder = args.work_dir / path.resolve().with_suffix('').name
-        subject = (exported_subject(path, args.runtimes) if path.is_dir()
-                   else built_subject(path, size, folder, args))
+        subject = exported_subject(path, args.runtimes) if path.is_dir() else built_subject(path, size, folder, args)
         add_peers(subject, folder, args)
         for threads in args.threads:
             found = measure(subject, threads, args)

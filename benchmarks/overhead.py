@@ -5,6 +5,7 @@ python benchmarks/overhead.py work_dirs/yolox_nano/quantized.pth --size 416 416
 Times are ratios of interleaved pairs in one process; memory is the growth of the resident set of a fresh process over
 one training step.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,10 +34,12 @@ from mmdet_ptq.wrapping import set_mode, thaw_weights
 
 def make_batch(count: int, size: tuple[int, int]) -> tuple[Tensor, list[DetDataSample]]:
     """Random images of one size with one box each."""
-    meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.))
-    box = torch.tensor([[size[1] * .2, size[0] * .2, size[1] * .6, size[0] * .7]])
-    samples = [DetDataSample(metainfo=meta, gt_instances=InstanceData(bboxes=box, labels=torch.tensor([0])))
-               for _ in range(count)]
+    meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
+    box = torch.tensor([[size[1] * 0.2, size[0] * 0.2, size[1] * 0.6, size[0] * 0.7]])
+    samples = [
+        DetDataSample(metainfo=meta, gt_instances=InstanceData(bboxes=box, labels=torch.tensor([0])))
+        for _ in range(count)
+    ]
     return torch.randn(count, 3, *size), samples
 
 
@@ -92,7 +95,7 @@ def step_memory(path: str, mode: str, count: int, size: tuple[int, int]) -> int:
 @torch.no_grad()
 def make_target(detector: nn.Module, batch: tuple):
     """The float predictions, image by image, so that they leave no peak of their own."""
-    parts = [predict_aligned(detector, batch[0][i:i + 1], batch[1][i:i + 1]) for i in range(len(batch[1]))]
+    parts = [predict_aligned(detector, batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(len(batch[1]))]
     merged = parts[0]
     for name in ('cls_logits', 'boxes', 'quality_logits', 'distributions'):
         if getattr(merged, name) is not None:
@@ -121,10 +124,20 @@ def main() -> None:
     for step in ('train', 'calibrate'):
         out = subprocess.run([sys.executable, *sys.argv, '--step', step], capture_output=True, text=True, check=True)
         memory[step] = int(out.stdout.split()[-1])
-    print(json.dumps(dict(
-        forward_simulated_over_float=forward, memory_bytes=memory,
-        memory_calibrate_over_train=round(memory['calibrate'] / memory['train'], 3), batch_size=args.batch_size,
-        size=size, threads=args.threads, versions=versions()), indent=1))
+    print(
+        json.dumps(
+            dict(
+                forward_simulated_over_float=forward,
+                memory_bytes=memory,
+                memory_calibrate_over_train=round(memory['calibrate'] / memory['train'], 3),
+                batch_size=args.batch_size,
+                size=size,
+                threads=args.threads,
+                versions=versions(),
+            ),
+            indent=1,
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 Each writes a model that carries what ours carry about themselves, so that the same runtime classes run both.
 """
+
 from __future__ import annotations
 
 import copy
@@ -81,15 +82,22 @@ def quantize_onnxruntime(float_path: Path, out: Path, images: Sequence[np.ndarra
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
     out.parent.mkdir(parents=True, exist_ok=True)
     prepared = out.with_name('prepared.onnx.tmp')
     quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)
     # without a stride, percentiles keep every activation of every image in memory
     stride = max(n for n in range(1, IN_MEMORY + 1) if len(images) % n == 0)
     quantize_static(
-        str(prepared), str(out), ImageReader(images), per_channel=True, activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod[method],
-        extra_options=dict(CalibStridedMinMax=stride))
+        str(prepared),
+        str(out),
+        ImageReader(images),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod[method],
+        extra_options=dict(CalibStridedMinMax=stride),
+    )
     prepared.unlink()
     model = onnx.load(out)
     if all(entry.key != META for entry in model.metadata_props):
@@ -110,10 +118,12 @@ def quantize_nncf(float_path: Path, out: Path, images: Sequence[np.ndarray], pre
     need('nncf')
     import nncf
     import openvino
+
     model = openvino.Core().read_model(str(float_path))
     meta = model.get_rt_info([META]).astype(str)
     quantized = nncf.quantize(
-        model, nncf.Dataset(images), preset=nncf.QuantizationPreset[preset], subset_size=len(images))
+        model, nncf.Dataset(images), preset=nncf.QuantizationPreset[preset], subset_size=len(images)
+    )
     quantized.set_rt_info(meta, [META])
     out.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(quantized, str(out), compress_to_fp16=False)
@@ -136,6 +146,7 @@ def quantize_torch(detector: nn.Module, images: Sequence[np.ndarray]) -> tuple[n
         PTQError: None of its convolutions is of a class that torch.ao knows.
     """
     from torch.ao import quantization
+
     detector = copy.deepcopy(detector)
     example = torch.from_numpy(images[0])
     probe = probe_detector(detector, lambda: detector(example, None, mode='tensor'))
@@ -144,8 +155,10 @@ def quantize_torch(detector: nn.Module, images: Sequence[np.ndarray]) -> tuple[n
     known = [module for module in layers if type(module) in (nn.Conv2d, nn.Linear)]
     if not known:
         names = ', '.join(sorted({type(layer).__name__ for layer in layers}))
-        raise PTQError(f'torch.ao.quantization converts none of the {len(layers)} convolutions: it knows nn.Conv2d '
-                       f'itself, not {names}.')
+        raise PTQError(
+            f'torch.ao.quantization converts none of the {len(layers)} convolutions: it knows nn.Conv2d '
+            f'itself, not {names}.'
+        )
     qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
     for layer in known:
         layer.qconfig = qconfig

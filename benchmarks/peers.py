@@ -6,6 +6,7 @@ Besides the extras onnxruntime and openvino it needs NNCF: ``pip install nncf`` 
 peer whose package is missing gets a line that says so. A second run with the same --work-dir takes over what is
 finished.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,15 +28,7 @@ from float_detectors import build_detector
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
-from peer_models import (
-    need,
-    network,
-    package_version,
-    quantize_nncf,
-    quantize_onnxruntime,
-    quantize_torch,
-    torch_bytes,
-)
+from peer_models import need, network, package_version, quantize_nncf, quantize_onnxruntime, quantize_torch, torch_bytes
 from runs import METRIC, ROOT, calibration_seconds, one_sentence, run_ptq, write_csv
 from torch import nn
 
@@ -53,9 +46,28 @@ from mmdet_ptq.files import write_json
 
 RUNTIMES = ('onnxruntime', 'openvino')
 VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
-FIELDS = ('detector', 'peer', 'runtime', 'AP', 'drop_points', 'calibration_seconds', 'file_bytes', 'float_file_bytes',
-          'integer_convolutions', 'convolutions', 'latency_ratio', 'note', 'calibration_images', 'seed', 'date',
-          *VERSIONS, 'onnxruntime', 'openvino', 'nncf', 'command')
+FIELDS = (
+    'detector',
+    'peer',
+    'runtime',
+    'AP',
+    'drop_points',
+    'calibration_seconds',
+    'file_bytes',
+    'float_file_bytes',
+    'integer_convolutions',
+    'convolutions',
+    'latency_ratio',
+    'note',
+    'calibration_images',
+    'seed',
+    'date',
+    *VERSIONS,
+    'onnxruntime',
+    'openvino',
+    'nncf',
+    'command',
+)
 
 
 class Subject:
@@ -76,8 +88,12 @@ class Subject:
         block['calibration'] = {**block.get('calibration', {}), 'num_images': args.images, 'seed': args.seed}
         self.calibration = PTQConfig.from_dict(block, preset=args.preset).calibration
         self.key = fingerprint(
-            self.cfg.get('model'), self.cfg.get('test_dataloader'), self.cfg.get('test_evaluator'),
-            vars(self.calibration), file_hash(self.cfg.load_from))
+            self.cfg.get('model'),
+            self.cfg.get('test_dataloader'),
+            self.cfg.get('test_evaluator'),
+            vars(self.calibration),
+            file_hash(self.cfg.load_from),
+        )
         self.float_ap: float | None = None
         self._float_models: dict[str, Path] = {}
 
@@ -93,9 +109,11 @@ class Subject:
     def images(self) -> list[np.ndarray]:
         """The calibration images that ours draws, each as the network reads it."""
         from mmdet.registry import DATASETS
+
         evaluation = build_dataset(DATASETS, copy.deepcopy(self.cfg.test_dataloader.dataset), 'test_dataloader.dataset')
-        drawn = CalibrationDataset(source_datasets(self.cfg, self.calibration), self.calibration.num_images,
-                                   self.calibration.seed, evaluation)
+        drawn = CalibrationDataset(
+            source_datasets(self.cfg, self.calibration), self.calibration.num_images, self.calibration.seed, evaluation
+        )
         return [self.detector.data_preprocessor(pseudo_collate([sample]), False)['inputs'].numpy() for sample in drawn]
 
     def float_model(self, runtime: str) -> Path:
@@ -103,7 +121,8 @@ class Subject:
         need(runtime)
         if runtime not in self._float_models:
             self._float_models[runtime] = get_runtime(runtime).export(
-                copy.deepcopy(self.detector), self.folder / 'float' / runtime, self.images[0].shape)
+                copy.deepcopy(self.detector), self.folder / 'float' / runtime, self.images[0].shape
+            )
         return self._float_models[runtime]
 
     def evaluate(self, detector: nn.Module) -> float:
@@ -122,15 +141,27 @@ class Subject:
         image = self.images[0]
         ratio = latency_ratio(partial(first, image), partial(second, image), self.args.pairs).ratio
         return dict(
-            runtime=runtime, AP=ap, calibration_seconds=round(seconds), file_bytes=model_bytes(path),
-            float_file_bytes=model_bytes(float_path), integer_convolutions=integer,
-            convolutions=integer + len(coverage.float), latency_ratio=round(ratio, 2))
+            runtime=runtime,
+            AP=ap,
+            calibration_seconds=round(seconds),
+            file_bytes=model_bytes(path),
+            float_file_bytes=model_bytes(float_path),
+            integer_convolutions=integer,
+            convolutions=integer + len(coverage.float),
+            latency_ratio=round(ratio, 2),
+        )
 
 
 def measure_float(subject: Subject) -> list[dict]:
     """The float detector in torch."""
-    return [dict(runtime='torch', AP=subject.evaluate(copy.deepcopy(subject.detector)),
-                 file_bytes=float_size_bytes(subject.detector), note='bytes of its numbers')]
+    return [
+        dict(
+            runtime='torch',
+            AP=subject.evaluate(copy.deepcopy(subject.detector)),
+            file_bytes=float_size_bytes(subject.detector),
+            note='bytes of its numbers',
+        )
+    ]
 
 
 def onnxruntime_peer(method: str) -> Callable[[Subject], list[dict]]:
@@ -173,10 +204,19 @@ def measure_torch(subject: Subject) -> list[dict]:
     torch.set_num_threads(1)
     ratio = latency_ratio(network(subject.detector, images[0]), network(detector, images[0]), subject.args.pairs).ratio
     torch.set_num_threads(threads)
-    return [dict(
-        runtime='torch', AP=ap, calibration_seconds=round(seconds), file_bytes=size, float_file_bytes=float_size,
-        integer_convolutions=integer, convolutions=layers, latency_ratio=round(ratio, 2),
-        note='each convolution in its own QuantWrapper: eager mode knows no quantized additions between them')]
+    return [
+        dict(
+            runtime='torch',
+            AP=ap,
+            calibration_seconds=round(seconds),
+            file_bytes=size,
+            float_file_bytes=float_size,
+            integer_convolutions=integer,
+            convolutions=layers,
+            latency_ratio=round(ratio, 2),
+            note='each convolution in its own QuantWrapper: eager mode knows no quantized additions between them',
+        )
+    ]
 
 
 def ours(told: str = '', options: Sequence[str] = (), arguments: Sequence[str] = ()) -> Callable[[Subject], list[dict]]:
@@ -189,9 +229,17 @@ def measure_ours(subject: Subject, told: str, options: Sequence[str], arguments:
     args = subject.args
     folder = subject.folder / '_'.join(['ours', args.preset, *([told] if told else [])])
     _, results = run_ptq(
-        subject.config, args.preset, folder,
-        [f'ptq.calibration.num_images={args.images}', f'ptq.export=[{",".join(RUNTIMES)}]', *options,
-         *args.cfg_options], ['--seed', str(args.seed), *arguments])
+        subject.config,
+        args.preset,
+        folder,
+        [
+            f'ptq.calibration.num_images={args.images}',
+            f'ptq.export=[{",".join(RUNTIMES)}]',
+            *options,
+            *args.cfg_options,
+        ],
+        ['--seed', str(args.seed), *arguments],
+    )
     lines = []
     for row in results['rows']:
         if row['model'] == 'float':
@@ -199,14 +247,19 @@ def measure_ours(subject: Subject, told: str, options: Sequence[str], arguments:
         coverage = results.get('runtimes', {}).get(row['model'])
         counted = coverage is not None
         float_path = folder / row['model'] / 'float'
-        lines.append(dict(
-            runtime=row['model'], AP=row['metrics'][METRIC],
-            calibration_seconds=calibration_seconds(results), file_bytes=row['size_bytes'],
-            float_file_bytes=sum(file.stat().st_size for file in float_path.glob('model.*')) if counted else None,
-            integer_convolutions=len(coverage['integer']) if counted else None,
-            convolutions=len(coverage['integer']) + len(coverage['float']) if counted else None,
-            latency_ratio=round(row['latency_ratio'], 2) if row['latency_ratio'] else None,
-            note=f'preset {args.preset}' + (f', {told}' if told else '')))
+        lines.append(
+            dict(
+                runtime=row['model'],
+                AP=row['metrics'][METRIC],
+                calibration_seconds=calibration_seconds(results),
+                file_bytes=row['size_bytes'],
+                float_file_bytes=sum(file.stat().st_size for file in float_path.glob('model.*')) if counted else None,
+                integer_convolutions=len(coverage['integer']) if counted else None,
+                convolutions=len(coverage['integer']) + len(coverage['float']) if counted else None,
+                latency_ratio=round(row['latency_ratio'], 2) if row['latency_ratio'] else None,
+                note=f'preset {args.preset}' + (f', {told}' if told else ''),
+            )
+        )
     return lines
 
 
@@ -227,8 +280,9 @@ PEERS: dict[str, Callable[[Subject], list[dict]]] = {
 
 def peer_lines(subject: Subject, peer: str) -> list[dict]:
     """A peer's lines: taken over, or measured now; a failure is a line, too, and is tried again next time."""
-    store = subject.folder / 'lines' / (
-        f'{peer}_{subject.args.preset}.json' if peer.startswith('ours') else f'{peer}.json')
+    store = (
+        subject.folder / 'lines' / (f'{peer}_{subject.args.preset}.json' if peer.startswith('ours') else f'{peer}.json')
+    )
     if store.is_file():
         kept = json.loads(store.read_text(encoding='utf-8'))
         if kept['inputs'] == inputs_of(subject, peer):
@@ -257,15 +311,33 @@ def inputs_of(subject: Subject, peer: str) -> str:
 def complete(subject: Subject, peer: str, line: dict) -> dict:
     """Adds what every line says."""
     args, known = subject.args, versions()
-    command = ['python', 'benchmarks/peers.py', subject.config.name, '--images', str(args.images), '--seed',
-               str(args.seed), '--preset', args.preset, '--peers', peer]
+    command = [
+        'python',
+        'benchmarks/peers.py',
+        subject.config.name,
+        '--images',
+        str(args.images),
+        '--seed',
+        str(args.seed),
+        '--preset',
+        args.preset,
+        '--peers',
+        peer,
+    ]
     if args.cfg_options:
         command += ['--cfg-options', *args.cfg_options]
     return dict(
-        detector=subject.name, peer=peer, **line, drop_points=drop_points(subject, peer, line),
-        calibration_images=args.images, seed=args.seed,
-        date=datetime.now(timezone.utc).date().isoformat(), **{name: known[name] for name in VERSIONS},
-        **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')}, command=' '.join(command))
+        detector=subject.name,
+        peer=peer,
+        **line,
+        drop_points=drop_points(subject, peer, line),
+        calibration_images=args.images,
+        seed=args.seed,
+        date=datetime.now(timezone.utc).date().isoformat(),
+        **{name: known[name] for name in VERSIONS},
+        **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')},
+        command=' '.join(command),
+    )
 
 
 def drop_points(subject: Subject, peer: str, line: dict) -> float | None:
@@ -309,8 +381,9 @@ def lines_of_process(config: Path, args: argparse.Namespace) -> list[dict]:
         with part.open(encoding='utf-8', newline='') as file:
             lines = list(csv.DictReader(file))
     missing = [peer for peer in wanted(args) if peer not in {line['peer'] for line in lines}]
-    return lines + [dict(detector=config.stem, peer=peer, note=f'failed: its process ended with {code}')
-                    for peer in missing]
+    return lines + [
+        dict(detector=config.stem, peer=peer, note=f'failed: its process ended with {code}') for peer in missing
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

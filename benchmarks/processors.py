@@ -6,6 +6,7 @@ Each detector is quantized with ``ptq.saturation='safe'`` and ``'ignore'``, and 
 the simulation code by code and timed on this processor and on others (:mod:`mmdet_ptq.testing.processors`). A second
 run with the same --work-dir takes over what is finished.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,11 +37,38 @@ from mmdet_ptq.wrapping.state import only_read_tensors
 
 RUNTIMES = ('onnxruntime', 'openvino')
 HERE = 'here'
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnxruntime', 'openvino', 'python',
-            'processor')
-FIELDS = ('detector', 'preset', 'saturation', 'runtime', 'without_vnni', 'float_AP', 'simulated_AP', 'AP',
-          'difference_points', 'identical_codes', 'latency_ratio', 'wider_channels', 'marked', 'calibration_images',
-          'seed', 'date', *VERSIONS, 'command')
+VERSIONS = (
+    'mmdet_ptq',
+    'torch',
+    'mmdet',
+    'mmcv',
+    'mmengine',
+    'numpy',
+    'onnxruntime',
+    'openvino',
+    'python',
+    'processor',
+)
+FIELDS = (
+    'detector',
+    'preset',
+    'saturation',
+    'runtime',
+    'without_vnni',
+    'float_AP',
+    'simulated_AP',
+    'AP',
+    'difference_points',
+    'identical_codes',
+    'latency_ratio',
+    'wider_channels',
+    'marked',
+    'calibration_images',
+    'seed',
+    'date',
+    *VERSIONS,
+    'command',
+)
 
 
 def measure(config: Path, folder: Path, options: list[str]) -> dict:
@@ -51,7 +79,7 @@ def measure(config: Path, folder: Path, options: list[str]) -> dict:
         folder: Of the runtime, in a run's work directory.
         options: ``--cfg-options``.
     """
-    path, = folder.glob('model.onnx') if folder.name == 'onnxruntime' else folder.glob('model.xml')
+    (path,) = folder.glob('model.onnx') if folder.name == 'onnxruntime' else folder.glob('model.xml')
     model, shape = open_model(path), tuple(open_model(path).meta['input_shape'])
     cfg = load_config(str(config), options)
     cfg.work_dir = str(folder / 'evaluation')
@@ -63,12 +91,16 @@ def measure(config: Path, folder: Path, options: list[str]) -> dict:
         found = compare_codes(detector, path, image, follow=True)
     else:
         # it is given no quantizers between the layers
-        found = compare_layer_inputs(detector, openvino_inputs(path, image), image, follow=True,
-                                     within=only_read_tensors)
-    float_path, = (folder / 'float').glob(path.name)
-    return dict(AP=evaluate(cfg, runtime_detector(cfg, model))[METRIC],
-                identical_codes=float(np.mean([entry.identical for entry in found])),
-                latency_ratio=time_against_float(path, float_path, shape), marked=bool(model.remark()))
+        found = compare_layer_inputs(
+            detector, openvino_inputs(path, image), image, follow=True, within=only_read_tensors
+        )
+    (float_path,) = (folder / 'float').glob(path.name)
+    return dict(
+        AP=evaluate(cfg, runtime_detector(cfg, model))[METRIC],
+        identical_codes=float(np.mean([entry.identical for entry in found])),
+        latency_ratio=time_against_float(path, float_path, shape),
+        marked=bool(model.remark()),
+    )
 
 
 def measured(config: Path, folder: Path, processor: str, options: list[str]) -> dict:
@@ -77,8 +109,20 @@ def measured(config: Path, folder: Path, processor: str, options: list[str]) -> 
     model = next(path for path in folder.glob('model.*') if path.suffix in ('.onnx', '.xml'))
     if not stored.exists() or stored.stat().st_mtime < model.stat().st_mtime:
         env = dict(os.environ) if processor == HERE else environment(processor)
-        subprocess.run([sys.executable, __file__, str(config), '--measure', str(folder), '--out', str(stored),
-                        *(['--cfg-options', *options] if options else [])], env=env, check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                str(config),
+                '--measure',
+                str(folder),
+                '--out',
+                str(stored),
+                *(['--cfg-options', *options] if options else []),
+            ],
+            env=env,
+            check=True,
+        )
     return json.loads(stored.read_text())
 
 
@@ -93,24 +137,41 @@ def lines_of(config: Path, preset: str, args: argparse.Namespace) -> list[dict]:
     """Both settings of one detector and preset."""
     lines, folders = [], {}
     for saturation in ('ignore', 'safe'):
-        recipe = [f'ptq.saturation={saturation}', f'ptq.export=[{",".join(RUNTIMES)}]',
-                  f'ptq.calibration.num_images={args.images}', *args.recipe]
+        recipe = [
+            f'ptq.saturation={saturation}',
+            f'ptq.export=[{",".join(RUNTIMES)}]',
+            f'ptq.calibration.num_images={args.images}',
+            *args.recipe,
+        ]
         folders[saturation] = args.work_dir.resolve() / config.stem / preset / saturation
         command, results = run_ptq(config, preset, folders[saturation], [*recipe, *args.cfg_options])
         rows = {row['model']: row['metrics'][METRIC] for row in results['rows']}
         for runtime in RUNTIMES:
             for processor in (HERE, *args.processors):
                 found = measured(config, folders[saturation] / runtime, processor, args.cfg_options)
-                lines.append(dict(
-                    detector=config.stem, preset=preset, saturation=saturation, runtime=runtime,
-                    without_vnni='' if processor == HERE else processor, float_AP=rows['float'],
-                    simulated_AP=rows['simulated'], AP=found['AP'],
-                    difference_points=round(100 * (found['AP'] - rows['float']), 1),
-                    identical_codes=round(found['identical_codes'], 5), latency_ratio=round(found['latency_ratio'], 2),
-                    marked=found['marked'], calibration_images=results['calibration']['num_images'],
-                    seed=results['seed'], date=results['date'][:10],
-                    command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], '--cfg-options', *recipe]),
-                    **{name: results['versions'][name] for name in VERSIONS}))
+                lines.append(
+                    dict(
+                        detector=config.stem,
+                        preset=preset,
+                        saturation=saturation,
+                        runtime=runtime,
+                        without_vnni='' if processor == HERE else processor,
+                        float_AP=rows['float'],
+                        simulated_AP=rows['simulated'],
+                        AP=found['AP'],
+                        difference_points=round(100 * (found['AP'] - rows['float']), 1),
+                        identical_codes=round(found['identical_codes'], 5),
+                        latency_ratio=round(found['latency_ratio'], 2),
+                        marked=found['marked'],
+                        calibration_images=results['calibration']['num_images'],
+                        seed=results['seed'],
+                        date=results['date'][:10],
+                        command=' '.join(
+                            ['python', 'tools/ptq.py', config.name, *command[2:4], '--cfg-options', *recipe]
+                        ),
+                        **{name: results['versions'][name] for name in VERSIONS},
+                    )
+                )
     if preset.startswith('w8'):
         share = wider_channels(*(folders[name] / 'quantized.pth' for name in ('safe', 'ignore')))
         for line in lines:
@@ -122,8 +183,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', type=Path)
     parser.add_argument('--presets', nargs='+', default=['w8a8_observe'])
-    parser.add_argument('--processors', nargs='*', default=list(PROCESSORS), choices=list(PROCESSORS),
-                        help='what this processor is asked to be, too')
+    parser.add_argument(
+        '--processors',
+        nargs='*',
+        default=list(PROCESSORS),
+        choices=list(PROCESSORS),
+        help='what this processor is asked to be, too',
+    )
     parser.add_argument('--images', type=int, default=128, help='calibration images')
     parser.add_argument('--recipe', nargs='*', default=[], metavar='KEY=VALUE', help='changes that make the recipe')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')

@@ -1,4 +1,5 @@
 """Which operators of a model take the time, by the runtime's own profiler."""
+
 from __future__ import annotations
 
 import json
@@ -77,6 +78,7 @@ def memory_bandwidth(threads: int, megabytes: int = 256, tries: int = 5) -> floa
 
 def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list[OperatorTime]:
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.enable_profiling = True
@@ -88,7 +90,7 @@ def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list
         events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))
     events = [event for event in events if event.get('cat') == 'Node' and event['name'].endswith('_kernel_time')]
     # the warm-up comes first, and each run has as many events
-    events = events[len(events) * WARM_UP // (WARM_UP + runs):]
+    events = events[len(events) * WARM_UP // (WARM_UP + runs) :]
     calls, micros, size = defaultdict(int), defaultdict(float), defaultdict(int)
     for event in events:
         kind = event['args']['op_name']
@@ -100,12 +102,22 @@ def _onnxruntime(path: Path, image: np.ndarray, threads: int, runs: int) -> list
 
 def _openvino(path: Path, image: np.ndarray, threads: int, runs: int) -> list[OperatorTime]:
     import openvino
-    compiled = openvino.Core().compile_model(str(path), 'CPU', {
-        'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads,
-        'PERF_COUNT': True})
+
+    compiled = openvino.Core().compile_model(
+        str(path),
+        'CPU',
+        {
+            'INFERENCE_PRECISION_HINT': 'f32',
+            'PERFORMANCE_HINT': 'LATENCY',
+            'INFERENCE_NUM_THREADS': threads,
+            'PERF_COUNT': True,
+        },
+    )
     request = compiled.create_infer_request()
-    sizes = {op.get_friendly_name(): sum(map(_bytes, (*(i.get_source_output() for i in op.inputs()), *op.outputs())))
-             for op in compiled.get_runtime_model().get_ops()}
+    sizes = {
+        op.get_friendly_name(): sum(map(_bytes, (*(i.get_source_output() for i in op.inputs()), *op.outputs())))
+        for op in compiled.get_runtime_model().get_ops()
+    }
     calls, micros, size = defaultdict(int), defaultdict(float), defaultdict(int)
     for number in range(WARM_UP + runs):
         request.infer([image])

@@ -4,6 +4,7 @@ python benchmarks/reevaluate.py CONFIG RUN [RUN ...] --cfg-options KEY=VALUE ...
 
 Each run is a work directory with a ``quantized.pth``; the float detector, from the config's ``load_from``, comes first.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,6 +34,7 @@ def reevaluate(cfg: Config, runs: list[Path]) -> list[dict]:
         PTQError: The config has no ``load_from``, or a run has no checkpoint.
     """
     from mmdet.apis import init_detector
+
     if not cfg.get('load_from'):
         raise PTQError('the config has no `load_from`, the checkpoint of the float detector.')
     for run in runs:
@@ -43,8 +45,9 @@ def reevaluate(cfg: Config, runs: list[Path]) -> list[dict]:
     lines.append(dict(run='float', AP=ap, difference_points=0.0))
     for run in runs:
         found = evaluate(cfg, load_quantized(run / 'quantized.pth', cfg))[METRIC]
-        lines.append(dict(run='/'.join(run.resolve().parts[-2:]), AP=found,
-                          difference_points=round(100 * (found - ap), 1)))
+        lines.append(
+            dict(run='/'.join(run.resolve().parts[-2:]), AP=found, difference_points=round(100 * (found - ap), 1))
+        )
     return lines
 
 
@@ -60,10 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     cfg.work_dir = args.work_dir
     lines = reevaluate(cfg, args.runs)
     from mmdet.registry import DATASETS
+
     images = len(DATASETS.build(cfg.test_dataloader.dataset))
-    about = dict(detector=args.config.stem, images=images, date=datetime.now(timezone.utc).date().isoformat(),
-                 options=' '.join(args.cfg_options),
-                 **{name: versions().get(name, '') for name in VERSIONS})
+    about = dict(
+        detector=args.config.stem,
+        images=images,
+        date=datetime.now(timezone.utc).date().isoformat(),
+        options=' '.join(args.cfg_options),
+        **{name: versions().get(name, '') for name in VERSIONS},
+    )
     write_csv(args.out, [{**line, **about} for line in lines], FIELDS)
 
 

@@ -1,4 +1,5 @@
 """What the benchmarks share: one run of tools/ptq.py as one line of a CSV file."""
+
 from __future__ import annotations
 
 import csv
@@ -14,14 +15,35 @@ from mmdet_ptq.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = 'coco/bbox_mAP'
-FIELDS = ('detector', 'recipe', 'float_AP', 'quantized_AP', 'difference_points', 'integer_mac_share',
-          'float_bytes', 'quantized_bytes', 'calibration_images', 'calibration_seconds', 'seed', 'date',
-          'mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor', 'command')
+FIELDS = (
+    'detector',
+    'recipe',
+    'float_AP',
+    'quantized_AP',
+    'difference_points',
+    'integer_mac_share',
+    'float_bytes',
+    'quantized_bytes',
+    'calibration_images',
+    'calibration_seconds',
+    'seed',
+    'date',
+    'mmdet_ptq',
+    'torch',
+    'mmdet',
+    'mmcv',
+    'mmengine',
+    'numpy',
+    'python',
+    'processor',
+    'command',
+)
 CALIBRATION = ('prepare', 'observe', 'protect', 'bias_correction', 'reconstruct', 'global')
 
 
-def run_ptq(config: Path, preset: str, work_dir: Path, options: Sequence[str] = (),
-            arguments: Sequence[str] = ()) -> tuple[list[str], dict]:
+def run_ptq(
+    config: Path, preset: str, work_dir: Path, options: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> tuple[list[str], dict]:
     """Runs tools/ptq.py, taking over the stages that are finished.
 
     Args:
@@ -41,8 +63,15 @@ def run_ptq(config: Path, preset: str, work_dir: Path, options: Sequence[str] = 
     return command, read_results(work_dir / 'results.json')
 
 
-def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: Sequence[str] = (),
-        options: Sequence[str] = (), arguments: Sequence[str] = ()) -> dict:
+def run(
+    config: Path,
+    recipe: str,
+    preset: str,
+    work_dir: Path,
+    recipe_options: Sequence[str] = (),
+    options: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+) -> dict:
     """Runs one recipe and returns its line.
 
     Args:
@@ -60,14 +89,21 @@ def run(config: Path, recipe: str, preset: str, work_dir: Path, recipe_options: 
     versions = results['versions']
     told = ['--cfg-options', *recipe_options] if recipe_options else []
     return dict(
-        detector=config.stem, recipe=recipe, float_AP=ap['float'], quantized_AP=ap['simulated'],
+        detector=config.stem,
+        recipe=recipe,
+        float_AP=ap['float'],
+        quantized_AP=ap['simulated'],
         difference_points=round(100 * (ap['simulated'] - ap['float']), 1),
-        integer_mac_share=results['coverage']['integer_mac_share'], float_bytes=rows['float']['size_bytes'],
-        quantized_bytes=rows['simulated']['size_bytes'], calibration_images=results['calibration']['num_images'],
+        integer_mac_share=results['coverage']['integer_mac_share'],
+        float_bytes=rows['float']['size_bytes'],
+        quantized_bytes=rows['simulated']['size_bytes'],
+        calibration_images=results['calibration']['num_images'],
         calibration_seconds=calibration_seconds(results),
-        seed=results['seed'], date=results['date'][:10],
+        seed=results['seed'],
+        date=results['date'][:10],
         command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *arguments, *told]),
-        **{name: versions[name] for name in FIELDS if name in versions})
+        **{name: versions[name] for name in FIELDS if name in versions},
+    )
 
 
 def one_sentence(main: Callable[[], None]) -> None:

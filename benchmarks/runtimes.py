@@ -4,6 +4,7 @@ python benchmarks/runtimes.py CONFIG [CONFIG ...] --presets w8a8 w4a8 --out docs
 
 A second run with the same --work-dir takes over what is finished.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,11 +15,40 @@ from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 from mmdet_ptq.deploy import get_runtime, model_bytes, runtime_names
 from mmdet_ptq.deploy.onnx.weight_bytes import weight_bytes
 
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
-            'python', 'processor')
-FIELDS = ('detector', 'preset', 'model', 'AP', 'difference_points', 'bytes', 'float_bytes', 'bytes_ratio',
-          'weights_ratio', 'integer_convolutions', 'convolutions', 'latency_ratio', 'dataflow', 'calibration_images',
-          'seed', 'date', *VERSIONS, 'command')
+VERSIONS = (
+    'mmdet_ptq',
+    'torch',
+    'mmdet',
+    'mmcv',
+    'mmengine',
+    'numpy',
+    'onnx',
+    'onnxruntime',
+    'openvino',
+    'ncnn',
+    'python',
+    'processor',
+)
+FIELDS = (
+    'detector',
+    'preset',
+    'model',
+    'AP',
+    'difference_points',
+    'bytes',
+    'float_bytes',
+    'bytes_ratio',
+    'weights_ratio',
+    'integer_convolutions',
+    'convolutions',
+    'latency_ratio',
+    'dataflow',
+    'calibration_images',
+    'seed',
+    'date',
+    *VERSIONS,
+    'command',
+)
 
 
 def lines_of(config: Path, preset: str, folder: Path, options: list[str], silent: list[str]) -> list[dict]:
@@ -37,17 +67,28 @@ def lines_of(config: Path, preset: str, folder: Path, options: list[str], silent
                 # without the graph, which outweighs the weights of a small detector
                 weights_ratio = round(weight_bytes(folder / row['model'] / 'model.onnx') / weight_bytes(stored), 3)
         ap, reference = row['metrics'][METRIC], first['metrics'][METRIC]
-        found.append(dict(
-            detector=config.stem, preset=preset, model=row['model'], AP=ap,
-            difference_points=round(100 * (ap - reference), 1), bytes=row['size_bytes'], float_bytes=float_bytes,
-            bytes_ratio=round(row['size_bytes'] / float_bytes, 3), weights_ratio=weights_ratio,
-            integer_convolutions=len(coverage['integer']) if coverage else '',
-            convolutions=len(coverage['integer']) + len(coverage['float']) if coverage else '',
-            latency_ratio=row['latency_ratio'] and round(row['latency_ratio'], 2),
-            dataflow=results['recipe']['dataflow'], calibration_images=results['calibration']['num_images'],
-            seed=results['seed'], date=results['date'][:10],
-            command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *told]),
-            **{name: results['versions'].get(name, '') for name in VERSIONS}))
+        found.append(
+            dict(
+                detector=config.stem,
+                preset=preset,
+                model=row['model'],
+                AP=ap,
+                difference_points=round(100 * (ap - reference), 1),
+                bytes=row['size_bytes'],
+                float_bytes=float_bytes,
+                bytes_ratio=round(row['size_bytes'] / float_bytes, 3),
+                weights_ratio=weights_ratio,
+                integer_convolutions=len(coverage['integer']) if coverage else '',
+                convolutions=len(coverage['integer']) + len(coverage['float']) if coverage else '',
+                latency_ratio=row['latency_ratio'] and round(row['latency_ratio'], 2),
+                dataflow=results['recipe']['dataflow'],
+                calibration_images=results['calibration']['num_images'],
+                seed=results['seed'],
+                date=results['date'][:10],
+                command=' '.join(['python', 'tools/ptq.py', config.name, *command[2:4], *told]),
+                **{name: results['versions'].get(name, '') for name in VERSIONS},
+            )
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 python benchmarks/tables.py docs/results/ablation.csv --detectors yolox_nano_coco --bits w4a8 w4a4
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,8 +31,17 @@ LABELS = {
 }
 
 
-def table(rows: Sequence[dict], detectors: Sequence[str], bits: Sequence[str], processor: str = '', *, seed: int = 0,
-          images: int | None = None, steps: bool = False, seconds: bool = False) -> str:
+def table(
+    rows: Sequence[dict],
+    detectors: Sequence[str],
+    bits: Sequence[str],
+    processor: str = '',
+    *,
+    seed: int = 0,
+    images: int | None = None,
+    steps: bool = False,
+    seconds: bool = False,
+) -> str:
     """A Markdown table of simulated AP.
 
     Args:
@@ -51,10 +61,15 @@ def table(rows: Sequence[dict], detectors: Sequence[str], bits: Sequence[str], p
     for row in rows:
         width, _, recipe = row['recipe'].partition(' ')
         recipe, _, shortened = recipe.partition(' (')
-        if (processor in row['processor'] and row['seed'] == str(seed) and (steps or 'steps' not in shortened)
-                and images in (None, int(row['calibration_images']))):
-            cells[recipe, row['detector'], width] = (f"{float(row['quantized_AP']):.3f}"
-                                                     + seconds * f" ({row['calibration_seconds']})")
+        if (
+            processor in row['processor']
+            and row['seed'] == str(seed)
+            and (steps or 'steps' not in shortened)
+            and images in (None, int(row['calibration_images']))
+        ):
+            cells[recipe, row['detector'], width] = (
+                f'{float(row["quantized_AP"]):.3f}' + seconds * f' ({row["calibration_seconds"]})'
+            )
             iterations[recipe, row['detector'], width] = shortened.partition(' ')[0]
     columns = [(detector, width) for detector in detectors for width in bits]
     head = [f'{width.upper()}' if len(detectors) == 1 else f'{detector} {width.upper()}' for detector, width in columns]
@@ -79,8 +94,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--seconds', action='store_true', help='of calibration, in brackets')
     args = parser.parse_args(argv)
     with args.csv.open(encoding='utf-8') as file:
-        print(table(list(csv.DictReader(file)), args.detectors, args.bits, args.processor, seed=args.seed,
-                    images=args.images, steps=args.steps, seconds=args.seconds), end='')
+        print(
+            table(
+                list(csv.DictReader(file)),
+                args.detectors,
+                args.bits,
+                args.processor,
+                seed=args.seed,
+                images=args.images,
+                steps=args.steps,
+                seconds=args.seconds,
+            ),
+            end='',
+        )
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ python benchmarks/zoo.py CONFIG [CONFIG ...] --out docs/results/zoo_w8a8.csv
 
 A second run with the same --work-dir takes over what is finished.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +24,9 @@ def main() -> None:
     lines = []
     for config in args.configs:
         for preset in args.presets:
-            lines.append(run(config.resolve(), preset, preset, args.work_dir.resolve() / config.stem,
-                             options=args.cfg_options))
+            lines.append(
+                run(config.resolve(), preset, preset, args.work_dir.resolve() / config.stem, options=args.cfg_options)
+            )
             write_csv(args.out, lines)
 
 

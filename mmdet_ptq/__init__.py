@@ -1,4 +1,5 @@
 """mmdet-ptq: post-training quantization for MMDetection."""
+
 from __future__ import annotations
 
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ __all__ = ['PTQError', 'PTQRunner', '__version__', 'load_quantized', 'quantize']
 # package still imports, so that the doctor can say what is missing.
 if find_spec('mmdet') and find_spec('mmengine'):
     from mmdet_ptq.compat import apply_workarounds
+
     apply_workarounds()
 
 
@@ -23,5 +25,6 @@ def __getattr__(name: str) -> object:
     # the engine imports all of mmdet: only on demand
     if name in ('PTQRunner', 'load_quantized', 'quantize'):
         from mmdet_ptq import engine
+
         return getattr(engine, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,4 +1,5 @@
 """The command lines behind tools/: arguments in, one runner, one sentence when something is wrong."""
+
 from __future__ import annotations
 
 import argparse
@@ -33,8 +34,11 @@ def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[
 def _parser(description: str, checkpoint: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='mmdet config file')
-    parser.add_argument('checkpoint', nargs='?' if checkpoint == 'optional' else None,
-                        help='checkpoint file; where it may be left out, load_from of the config is used')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?' if checkpoint == 'optional' else None,
+        help='checkpoint file; where it may be left out, load_from of the config is used',
+    )
     parser.add_argument('--work-dir', help='where results go, default: work_dirs/CONFIG_NAME')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='changes to the config')
     parser.add_argument('--device', help='cpu, cuda or cuda:N, default: cuda where there is one')
@@ -54,11 +58,13 @@ def load_config(path: str, options: list[str] | None = None):
         PTQError: The file, one of its bases or a module it imports is missing.
     """
     from mmengine.config import Config, DictAction
+
     if not Path(path).is_file():
         folder = Path(path).parent
         near = did_you_mean(Path(path).name, [p.name for p in folder.glob('*.py')]) if folder.is_dir() else ''
         raise PTQError(f'there is no config {path!r}.{near}')
     from mmdet_ptq.compat import check_pkg_resources
+
     check_pkg_resources()
     try:
         cfg = Config.fromfile(path)
@@ -92,6 +98,7 @@ def _prepare(args: argparse.Namespace):
     cfg = load_config(args.config, args.cfg_options)
     if args.device and args.device != 'cpu':
         import torch
+
         if not torch.cuda.is_available():
             raise PTQError(f'--device {args.device} was asked for, but torch sees no GPU; use --device cpu.')
     cfg.launcher = args.launcher
@@ -121,8 +128,7 @@ def _change_block(cfg, args: argparse.Namespace, changes: dict) -> None:
         raise PTQError(f'`ptq` must be a dict, got {cfg.ptq!r}.')
     cfg.ptq.setdefault('calibration', {})
     if not isinstance(cfg.ptq.calibration, dict):
-        raise PTQError("`ptq.calibration` must be a dict, as dict(images='data/images'), got "
-                       f'{cfg.ptq.calibration!r}.')
+        raise PTQError(f"`ptq.calibration` must be a dict, as dict(images='data/images'), got {cfg.ptq.calibration!r}.")
     cfg.merge_from_dict(dict(ptq=changes))
     if args.checkpoint:
         cfg.load_from = args.checkpoint
@@ -134,8 +140,11 @@ def _ptq(argv: list[str] | None = None) -> None:
     parser.add_argument('--preset', help='replaces ptq.preset')
     parser.add_argument('--resume', action='store_true', help='take over finished stages of an interrupted run')
     parser.add_argument('--seed', type=int, help='replaces ptq.calibration.seed')
-    parser.add_argument('--fast', action='store_true',
-                        help=f'a first look: ranges of at most {FAST_IMAGES} images, nothing is searched or trained')
+    parser.add_argument(
+        '--fast',
+        action='store_true',
+        help=f'a first look: ranges of at most {FAST_IMAGES} images, nothing is searched or trained',
+    )
     args = parser.parse_args(argv)
     cfg = _prepare(args)
     changes = {}
@@ -147,18 +156,28 @@ def _ptq(argv: list[str] | None = None) -> None:
         images = cfg.ptq.calibration.get('num_images', FAST_IMAGES)
         # what is no number is refused with the rest of the block
         images = min(images, FAST_IMAGES) if isinstance(images, int) else images
-        cfg.merge_from_dict(dict(ptq=dict(
-            calibration=dict(num_images=images), protect=None, reconstruct=None, bias_correction=False,
-            global_loss=None)))
+        cfg.merge_from_dict(
+            dict(
+                ptq=dict(
+                    calibration=dict(num_images=images),
+                    protect=None,
+                    reconstruct=None,
+                    bias_correction=False,
+                    global_loss=None,
+                )
+            )
+        )
     cfg.resume = args.resume
     from mmdet_ptq.engine import PTQRunner
+
     PTQRunner.from_cfg(cfg).run()
 
 
 def _analyze(argv: list[str] | None = None) -> None:
     """tools/analyze.py."""
-    parser = _parser('Rank tensors and parts of a detector by what their quantization costs, and find better formats.',
-                     'optional')
+    parser = _parser(
+        'Rank tensors and parts of a detector by what their quantization costs, and find better formats.', 'optional'
+    )
     parser.add_argument('--preset', help='replaces ptq.preset')
     parser.add_argument('--images', type=int, default=16, help='calibration images to measure on, default: 16')
     args = parser.parse_args(argv)
@@ -167,21 +186,25 @@ def _analyze(argv: list[str] | None = None) -> None:
     cfg = _prepare(args)
     _change_block(cfg, args, {})
     from mmdet_ptq.engine.analyze import analyze
+
     analyze(cfg, args.images)
 
 
 def _test(argv: list[str] | None = None) -> None:
     """tools/test.py."""
-    args = _parser("Evaluate a quantized checkpoint or an exported model with mmdet's own evaluator.",
-                   'required').parse_args(argv)
+    args = _parser(
+        "Evaluate a quantized checkpoint or an exported model with mmdet's own evaluator.", 'required'
+    ).parse_args(argv)
     cfg = _prepare(args)
     from mmdet_ptq.analysis import print_results, result_row
     from mmdet_ptq.engine import evaluate, load_quantized
+
     path = Path(args.checkpoint)
     if path.suffix == '.pth':
         name, detector, size, remark = 'simulated', load_quantized(path, cfg), path.stat().st_size, ''
     else:
         from mmdet_ptq.deploy import model_bytes, open_model, runtime_detector
+
         model = open_model(path)
         name, detector, size, remark = model.name, runtime_detector(cfg, model), model_bytes(path), model.remark()
     print_results(dict(rows=[result_row(name, evaluate(cfg, detector), size, None, remark=remark)]))
@@ -189,24 +212,44 @@ def _test(argv: list[str] | None = None) -> None:
 
 def _export(argv: list[str] | None = None) -> None:
     """tools/export.py."""
+    from mmdet_ptq.registry import runtime_names
+
     parser = argparse.ArgumentParser(description='Write a quantized checkpoint as a model that a runtime executes.')
     parser.add_argument('checkpoint', help='the quantized.pth of a run')
-    parser.add_argument('--to', nargs='+', required=True, metavar='RUNTIME', help='onnxruntime, openvino, ...')
+    parser.add_argument('--to', nargs='+', required=True, metavar='RUNTIME', help=', '.join(runtime_names()))
     parser.add_argument('--out', help='folder, each runtime gets one in it; default: where the checkpoint is')
-    parser.add_argument('--input-shape', nargs=2, type=int, metavar=('HEIGHT', 'WIDTH'),
-                        help='size of the image tensor, default: what the test pipeline gave when it was calibrated')
+    parser.add_argument(
+        '--input-shape',
+        nargs=2,
+        type=int,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the image tensor, default: what the test pipeline gave when it was calibrated',
+    )
     parser.add_argument('--dynamic-batch', action='store_true', help='leave the number of images open')
-    parser.add_argument('--end2end', action='store_true',
-                        help='add decoding and NMS: the model gives boxes, scores and labels')
-    parser.add_argument('--unpacked', action='store_true',
-                        help='store weights of 4 bits and less as int8 instead of 4-bit codes with a table')
-    parser.add_argument('--compare', metavar='IMAGE',
-                        help='image file: compare the codes of every quantized tensor with the simulation '
-                             '(onnxruntime, openvino, ncnn)')
+    parser.add_argument(
+        '--end2end', action='store_true', help='add decoding and NMS: the model gives boxes, scores and labels'
+    )
+    parser.add_argument(
+        '--unpacked',
+        action='store_true',
+        help='store weights of 4 bits and less as int8 instead of 4-bit codes with a table',
+    )
+    parser.add_argument(
+        '--compare', metavar='IMAGE', help='image file: compare the codes of every quantized tensor with the simulation'
+    )
     args = parser.parse_args(argv)
     from mmdet_ptq.engine.export_again import export_checkpoint
-    export_checkpoint(args.checkpoint, args.to, args.out, args.input_shape, args.dynamic_batch, not args.unpacked,
-                      args.compare, args.end2end)
+
+    export_checkpoint(
+        args.checkpoint,
+        args.to,
+        args.out,
+        args.input_shape,
+        args.dynamic_batch,
+        not args.unpacked,
+        args.compare,
+        args.end2end,
+    )
 
 
 ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --resume to go on.')

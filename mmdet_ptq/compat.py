@@ -3,6 +3,7 @@
 ``apply_workarounds`` mends what can be mended once per process; ``replace_sync_bn`` and ``check_pkg_resources`` are
 called where their fault bites.
 """
+
 from __future__ import annotations
 
 import functools
@@ -26,12 +27,13 @@ class Workaround:
     """A fault and its repair.
 
     Args:
-        name (str): What the fault is about.
-        versions (str): The versions known to have it.
-        why (str): What goes wrong without the repair.
-        applies (Callable[[], bool]): Whether the fault is there, found by looking rather than by version.
-        apply (Callable[[], None]): Repairs it; afterwards ``applies`` is false.
+        name: What the fault is about.
+        versions: The versions known to have it.
+        why: What goes wrong without the repair.
+        applies: Whether the fault is there, found by looking rather than by version.
+        apply: Repairs it; afterwards ``applies`` is false.
     """
+
     name: str
     versions: str
     why: str
@@ -43,7 +45,7 @@ def apply_workarounds() -> list[str]:
     """Repairs what is broken in the installed stack; calling it again changes nothing.
 
     Returns:
-        list[str]: Names of the workarounds applied by this call.
+        Names of the workarounds applied by this call.
     """
     applied = []
     for workaround in WORKAROUNDS:
@@ -52,11 +54,17 @@ def apply_workarounds() -> list[str]:
                 continue
             workaround.apply()
         except (ImportError, AssertionError) as error:  # mmdet asserts the version of mmcv at import
-            print_log(f"Workaround '{workaround.name}' is left out, because its package fails to import: {error}",
-                      logger='current', level=logging.WARNING)
+            print_log(
+                f"Workaround '{workaround.name}' is left out, because its package fails to import: {error}",
+                logger='current',
+                level=logging.WARNING,
+            )
             continue
-        print_log(f"Workaround '{workaround.name}' ({workaround.versions}): {workaround.why}",
-                  logger='current', level=logging.DEBUG)
+        print_log(
+            f"Workaround '{workaround.name}' ({workaround.versions}): {workaround.why}",
+            logger='current',
+            level=logging.DEBUG,
+        )
         applied.append(workaround.name)
     return applied
 
@@ -66,11 +74,13 @@ def apply_workarounds() -> list[str]:
 
 def _ssd_head_lacks_loss_cls() -> bool:
     from mmdet.models import SSDHead
+
     return 'loss_cls' not in SSDHead.__init__.__code__.co_names
 
 
 def _give_ssd_head_loss_cls() -> None:
     from mmdet.models import SSDHead
+
     init = SSDHead.__init__
 
     # on the instance, after __init__: a class attribute would hide a submodule that a subclass registers
@@ -98,12 +108,16 @@ def _mmengine_globals() -> list[Any]:
     array_from_pickle, scalar_from_pickle = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     kinds = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
     return [
-        HistoryBuffer, np.ndarray, np.dtype,
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
         *sorted({type(np.dtype(kind)) for kind in kinds}, key=lambda cls: cls.__name__),
         # numpy 2 renamed `numpy.core`; a checkpoint names whichever its writer had
-        *[(function, f'{module}.{name}')
-          for function, name in ((array_from_pickle, '_reconstruct'), (scalar_from_pickle, 'scalar'))
-          for module in ('numpy.core.multiarray', 'numpy._core.multiarray')],
+        *[
+            (function, f'{module}.{name}')
+            for function, name in ((array_from_pickle, '_reconstruct'), (scalar_from_pickle, 'scalar'))
+            for module in ('numpy.core.multiarray', 'numpy._core.multiarray')
+        ],
         (_history_statistic, 'builtins.getattr'),
     ]
 
@@ -124,13 +138,15 @@ WORKAROUNDS: tuple[Workaround, ...] = (
         why='BaseDenseHead._predict_by_feat_single reads self.loss_cls, which SSDHead does not have, so that every '
         'SSD detector crashes at inference',
         applies=_ssd_head_lacks_loss_cls,
-        apply=_give_ssd_head_loss_cls),
+        apply=_give_ssd_head_loss_cls,
+    ),
     Workaround(
         name='mmengine checkpoints with weights_only',
         versions='torch >= 2.6 with mmengine <= 0.10.7',
         why="torch.load refuses the HistoryBuffer and numpy values of mmengine's own checkpoints",
         applies=_weights_only_refuses_history,
-        apply=_allow_history),
+        apply=_allow_history,
+    ),
 )
 
 
@@ -144,17 +160,18 @@ def replace_sync_bn(model_cfg: Any) -> int:
     without a process group, nor can torch's ``SyncBN`` run on a CPU in older versions.
 
     Args:
-        model_cfg (ConfigDict | dict | list): A model config, changed in place.
+        model_cfg: A model config, changed in place.
 
     Returns:
-        int: How many norm configs were rewritten.
+        How many norm configs were rewritten.
     """
     if is_distributed():
         return 0
     count = _replace_sync_bn(model_cfg)
     if count:
-        print_log(f'Replaced {count} synchronized batch norm configs by BN: there is no process group.',
-                  logger='current')
+        print_log(
+            f'Replaced {count} synchronized batch norm configs by BN: there is no process group.', logger='current'
+        )
     return count
 
 
@@ -177,5 +194,7 @@ def check_pkg_resources() -> None:
         PTQError: setuptools is missing or too new (82 removed ``pkg_resources``).
     """
     if find_spec('pkg_resources') is None:
-        raise PTQError("pkg_resources is missing, which mmengine needs to resolve `_base_ = 'mmdet::...'`; "
-                       "install it with: pip install 'setuptools<82'.")
+        raise PTQError(
+            "pkg_resources is missing, which mmengine needs to resolve `_base_ = 'mmdet::...'`; "
+            "install it with: pip install 'setuptools<82'."
+        )

@@ -1,4 +1,5 @@
 """The one exception type that a user's mistake raises: a single sentence that names the cause and the fix."""
+
 from __future__ import annotations
 
 import difflib

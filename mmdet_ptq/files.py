@@ -1,4 +1,5 @@
 """Reading and writing files so that a run is never left with half of one."""
+
 from __future__ import annotations
 
 import errno
@@ -40,8 +41,10 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
             raise
     except OSError as error:
         what = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise PTQError(f'cannot write {path}: {what}; free some space, or choose another folder: --work-dir, then '
-                       '--resume; for tools/export.py --out.') from error
+        raise PTQError(
+            f'cannot write {path}: {what}; free some space, or choose another folder: --work-dir, then '
+            '--resume; for tools/export.py --out.'
+        ) from error
 
 
 def remove(path: str | os.PathLike) -> None:
@@ -112,5 +115,7 @@ def check_space(folder: str | os.PathLike, needed: int, option: str = '--work-di
     if not os.access(folder, os.W_OK):
         raise PTQError(f'the folder {folder} cannot be written; choose another {option}.')
     if free < needed:
-        raise PTQError(f'the folder {folder} has {free >> 20} MiB free and this run writes about {needed >> 20} MiB; '
-                       f'free some space or choose another {option}.')
+        raise PTQError(
+            f'the folder {folder} has {free >> 20} MiB free and this run writes about {needed >> 20} MiB; '
+            f'free some space or choose another {option}.'
+        )

@@ -2,6 +2,7 @@
 
 ``locations`` makes every scoped name (``type='mmdet_ptq.X'``) resolve without ``custom_imports``.
 """
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
@@ -18,11 +19,27 @@ OBSERVERS = Registry('observer', scope=SCOPE, locations=['mmdet_ptq.quantizers']
 # local reconstruction methods
 RECONSTRUCTIONS = Registry('reconstruction', scope=SCOPE, locations=['mmdet_ptq.calibration'])
 # inference runtimes that execute an exported detector
-RUNTIMES = Registry('runtime', scope=SCOPE, locations=['mmdet_ptq.deploy'])
+RUNTIMES = Registry(
+    'runtime',
+    scope=SCOPE,
+    locations=[
+        'mmdet_ptq.deploy.ncnn.runtime',
+        'mmdet_ptq.deploy.onnxruntime.runtime',
+        'mmdet_ptq.deploy.openvino.runtime',
+        'mmdet_ptq.deploy.tensorrt.runtime',
+    ],
+)
 
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope=SCOPE, locations=['mmdet_ptq.engine'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_ptq.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope=SCOPE, locations=['mmdet_ptq.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor', parent=MMENGINE_CONSTRUCTORS, scope=SCOPE, locations=['mmdet_ptq.engine'])
+    'optimizer wrapper constructor', parent=MMENGINE_CONSTRUCTORS, scope=SCOPE, locations=['mmdet_ptq.engine']
+)
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_ptq.datasets'])
+
+
+def runtime_names() -> list[str]:
+    """Names of all runtimes, as they stand in ``ptq.export``."""
+    RUNTIMES.import_from_location()
+    return sorted(RUNTIMES.module_dict)

@@ -1,4 +1,5 @@
 """What every test shares: few threads, fixed seeds, and the detector zoo where there is one."""
+
 from __future__ import annotations
 
 import logging
@@ -40,13 +41,15 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope='session')
 def on_processor() -> Callable[..., str]:
     """Runs Python code in a process of its own, here or where it finds no VNNI; returns what it prints."""
+
     def run(processor: str, code: str, *arguments: str) -> str:
         if processor != 'here' and (reason := cannot_emulate()):
             pytest.skip(reason)
         env = dict(os.environ) if processor == 'here' else environment(processor)
         env['OMP_NUM_THREADS'] = '1'
-        done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=280,
-                              env=env)
+        done = subprocess.run(
+            [sys.executable, '-c', code, *arguments], capture_output=True, text=True, timeout=280, env=env
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

@@ -1,4 +1,5 @@
 """The benchmarks' own parts on tiny detectors: command lines, CSV columns, what other tools make of a float graph."""
+
 import copy
 import csv
 import importlib
@@ -47,7 +48,7 @@ def detector():
 @pytest.fixture(scope='module')
 def images(detector):
     inputs = detector.data_preprocessor(tiny_batch(6), False)['inputs']
-    return [inputs[i:i + 1].numpy() for i in range(len(inputs))]
+    return [inputs[i : i + 1].numpy() for i in range(len(inputs))]
 
 
 @pytest.fixture(scope='module')
@@ -79,6 +80,7 @@ def raw(detector, image):
 
 # ------------------------------------------------------------------ other tools' models
 
+
 @pytest.mark.parametrize('method', ['MinMax', 'Percentile'])
 def test_quantize_static_runs_in_our_runtime_class(float_onnx, images, tmp_path, method):
     out = tmp_path / 'static' / 'model.onnx'
@@ -104,8 +106,11 @@ def test_nncf_runs_in_our_runtime_class(float_openvino, images, tmp_path):
 def test_torch_ao_computes_in_integers_and_leaves_the_detector_alone(detector, images):
     before = copy.deepcopy(detector.state_dict())
     quantized, integer, total = module('peer_models').quantize_torch(detector, images)
-    convolutions = [m for m in quantized.modules() if type(m).__module__.startswith('torch.ao.nn.quantized')
-                    and hasattr(m, 'weight')]
+    convolutions = [
+        m
+        for m in quantized.modules()
+        if type(m).__module__.startswith('torch.ao.nn.quantized') and hasattr(m, 'weight')
+    ]
     assert len(convolutions) == integer == total == sum(isinstance(m, nn.Conv2d) for m in detector.modules())
     assert all(conv.weight().dtype == torch.qint8 for conv in convolutions)
     assert_close(raw(quantized, images[0]), raw(detector, images[0]))
@@ -138,6 +143,7 @@ def test_the_reader_gives_each_image_once_and_ranges_of_them():
 
 # ------------------------------------------------------------------ peers.py
 
+
 @pytest.fixture
 def config(tmp_path):
     cfg = tiny_config('retinanet', tmp_path)
@@ -147,8 +153,18 @@ def config(tmp_path):
 
 
 def peers_arguments(config, tmp_path, *more):
-    return [str(config), '--out', str(tmp_path / 'out.csv'), '--work-dir', str(tmp_path / 'work'), '--images', '4',
-            '--pairs', '1', *more]
+    return [
+        str(config),
+        '--out',
+        str(tmp_path / 'out.csv'),
+        '--work-dir',
+        str(tmp_path / 'work'),
+        '--images',
+        '4',
+        '--pairs',
+        '1',
+        *more,
+    ]
 
 
 def read(path):
@@ -216,9 +232,12 @@ def test_each_of_several_detectors_has_its_own_process(config, tmp_path, monkeyp
 
     def run(command):
         commands.append(command)
-        measured = ('float', 'torch_ao')[:1 + (Path(command[2]) == config)]
-        peers.write_csv(Path(command[command.index('--out') + 1]), [
-            dict(detector=Path(command[2]).stem, peer=peer, note='') for peer in measured], peers.FIELDS)
+        measured = ('float', 'torch_ao')[: 1 + (Path(command[2]) == config)]
+        peers.write_csv(
+            Path(command[command.index('--out') + 1]),
+            [dict(detector=Path(command[2]).stem, peer=peer, note='') for peer in measured],
+            peers.FIELDS,
+        )
         return SimpleNamespace(returncode=-11)  # NNCF may end the process behind the last line
 
     monkeypatch.setattr(peers.subprocess, 'run', run)
@@ -227,14 +246,18 @@ def test_each_of_several_detectors_has_its_own_process(config, tmp_path, monkeyp
         peers.main([str(config.with_name('other.py')), *peers_arguments(config, tmp_path, *more)])
     assert {'--seed', '--preset', '--images', '--pairs', 'a.b=1'} <= set(commands[0])
     assert [(line['detector'], line['peer'], line['note']) for line in read(tmp_path / 'out.csv')] == [
-        ('other', 'float', ''), ('other', 'torch_ao', 'failed: its process ended with -11'), ('tiny', 'float', ''),
-        ('tiny', 'torch_ao', '')]
+        ('other', 'float', ''),
+        ('other', 'torch_ao', 'failed: its process ended with -11'),
+        ('tiny', 'float', ''),
+        ('tiny', 'torch_ao', ''),
+    ]
 
 
 def test_the_images_are_those_that_a_run_draws(config, tmp_path):
     peers = module('peers')
     from mmdet_ptq.cli import load_config
     from mmdet_ptq.engine import PTQRunner
+
     args = SimpleNamespace(work_dir=tmp_path / 'work', cfg_options=[], images=4, seed=3, preset='w8a8_observe')
     subject = peers.Subject(config, args)
     cfg = load_config(str(config), ['ptq.calibration.num_images=4', 'ptq.calibration.seed=3'])
@@ -247,10 +270,15 @@ def test_the_images_are_those_that_a_run_draws(config, tmp_path):
 
 def test_ours_gives_a_line_per_row_of_the_results(config, tmp_path, monkeypatch):
     peers = module('peers')
-    rows = [dict(model=name, metrics={'coco/bbox_mAP': ap}, size_bytes=12, latency_ratio=ratio)
-            for name, ap, ratio in (('float', 0.5, None), ('simulated', 0.49, None), ('onnxruntime', 0.48, 1.234))]
-    results = dict(rows=rows, stages=dict(observe=dict(seconds=2.4), evaluate_float=dict(seconds=9)),
-                   runtimes=dict(onnxruntime=dict(integer=['a', 'b'], float=['c'])))
+    rows = [
+        dict(model=name, metrics={'coco/bbox_mAP': ap}, size_bytes=12, latency_ratio=ratio)
+        for name, ap, ratio in (('float', 0.5, None), ('simulated', 0.49, None), ('onnxruntime', 0.48, 1.234))
+    ]
+    results = dict(
+        rows=rows,
+        stages=dict(observe=dict(seconds=2.4), evaluate_float=dict(seconds=9)),
+        runtimes=dict(onnxruntime=dict(integer=['a', 'b'], float=['c'])),
+    )
     given = []
     monkeypatch.setattr(peers, 'run_ptq', lambda *a: (given.append(a), ([], results))[1])
     args = SimpleNamespace(work_dir=tmp_path / 'work', cfg_options=['a=1'], images=4, seed=3, preset='w4a8')
@@ -258,7 +286,7 @@ def test_ours_gives_a_line_per_row_of_the_results(config, tmp_path, monkeypatch)
     assert (simulated['runtime'], simulated['AP'], simulated['integer_convolutions']) == ('simulated', 0.49, None)
     assert (exported['integer_convolutions'], exported['convolutions'], exported['latency_ratio']) == (2, 3, 1.23)
     assert exported['calibration_seconds'] == 2
-    (_, preset, _, options, arguments), = given
+    ((_, preset, _, options, arguments),) = given
     assert preset == 'w4a8' and arguments == ['--seed', '3']
     assert options == ['ptq.calibration.num_images=4', 'ptq.export=[onnxruntime,openvino]', 'a=1']
     lines = peers.ours('fast', ('b=2',), ('--fast',))(peers.Subject(config, args))
@@ -283,16 +311,26 @@ def test_peers_knows_its_peers(capsys):
 
 # ------------------------------------------------------------------ runtimes.py
 
+
 def test_sizes_are_of_all_files_of_a_model(tmp_path, monkeypatch):
     runtimes = module('runtimes')
     for folder in ('openvino', 'openvino/float'):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / 'model.bin').write_bytes(bytes(100 if 'float' in folder else 25))
         (tmp_path / folder / 'model.xml').write_bytes(bytes(20 if 'float' in folder else 35))
-    rows = [dict(model=name, metrics={'coco/bbox_mAP': ap}, size_bytes=size, latency_ratio=None)
-            for name, ap, size in (('float', 0.5, 110), ('openvino', 0.49, 60))]
-    results = dict(rows=rows, runtimes=dict(openvino=dict(integer=['a'], float=[])), recipe=dict(dataflow=None),
-                   calibration=dict(num_images=3), seed=0, date='2026-01-01T00:00', versions={})
+    rows = [
+        dict(model=name, metrics={'coco/bbox_mAP': ap}, size_bytes=size, latency_ratio=None)
+        for name, ap, size in (('float', 0.5, 110), ('openvino', 0.49, 60))
+    ]
+    results = dict(
+        rows=rows,
+        runtimes=dict(openvino=dict(integer=['a'], float=[])),
+        recipe=dict(dataflow=None),
+        calibration=dict(num_images=3),
+        seed=0,
+        date='2026-01-01T00:00',
+        versions={},
+    )
     monkeypatch.setattr(runtimes, 'run_ptq', lambda *args: (['python', 'ptq.py', '--preset', 'w8a8'], results))
     _, line = runtimes.lines_of(tmp_path / 'config.py', 'w8a8', tmp_path, [], [])
     assert (line['bytes'], line['float_bytes'], line['bytes_ratio']) == (60, 120, 0.5)
@@ -300,6 +338,7 @@ def test_sizes_are_of_all_files_of_a_model(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------ latency.py
+
 
 def test_a_size_stands_behind_the_path(tmp_path):
     parse = module('latency').parse_subject
@@ -313,6 +352,7 @@ def test_a_size_stands_behind_the_path(tmp_path):
 
 def test_the_size_of_the_test_pipeline(config):
     from mmdet_ptq.cli import load_config
+
     detectors, cfg = module('float_detectors'), load_config(str(config))
     assert detectors.pipeline_size(cfg) == (64, 64)
     cfg.test_dataloader.dataset.pipeline[2].scale = (1333, 800)
@@ -341,12 +381,31 @@ def test_random_weights_get_statistics_that_fit():
 def test_latency_of_a_random_detector(config, tmp_path, capsys):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     latency, out = module('latency'), tmp_path / 'latency.csv'
-    latency.main([f'{config}@64x64', '--random-weights', '--threads', '1', '--pairs', '2', '--images', '2',
-                  '--runtimes', 'onnxruntime', '--profile', '--out', str(out), '--work-dir', str(tmp_path / 'latency')])
+    latency.main(
+        [
+            f'{config}@64x64',
+            '--random-weights',
+            '--threads',
+            '1',
+            '--pairs',
+            '2',
+            '--images',
+            '2',
+            '--runtimes',
+            'onnxruntime',
+            '--profile',
+            '--out',
+            str(out),
+            '--work-dir',
+            str(tmp_path / 'latency'),
+        ]
+    )
     lines = read(out)
     assert tuple(lines[0]) == latency.FIELDS
     assert [(line['runtime'], line['model']) for line in lines] == [
-        ('onnxruntime', 'ours'), ('onnxruntime', 'quantize_static')]
+        ('onnxruntime', 'ours'),
+        ('onnxruntime', 'quantize_static'),
+    ]
     for line in lines:
         assert float(line['float_ms']) > 0 and float(line['int8_ms']) > 0 and float(line['ratio']) > 0
         assert int(line['file_bytes']) < int(line['float_bytes'])
@@ -395,15 +454,26 @@ def test_finished_lines_are_json(config, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ reevaluate.py
 
+
 def test_finished_runs_are_evaluated_on_other_images(tmp_path):
     cfg, run, other = tiny_config('retinanet', tmp_path), tmp_path / 'w8a8' / 'observed', tmp_path / 'other'
     run.mkdir(parents=True)
     save_quantized(run / 'quantized.pth', quantized_state(*tiny_quantized('retinanet'), cfg.to_dict(), None))
     cfg.dump(tmp_path / 'tiny.py')
     annotations = tiny_coco(other, num_images=5, seed=3)['val']
-    module('reevaluate').main([
-        str(tmp_path / 'tiny.py'), str(run), '--work-dir', str(tmp_path / 'logs'), '--out', str(tmp_path / 'out.csv'),
-        '--cfg-options', f'test_dataloader.dataset.data_root={other}', f'test_evaluator.ann_file={annotations}'])
+    module('reevaluate').main(
+        [
+            str(tmp_path / 'tiny.py'),
+            str(run),
+            '--work-dir',
+            str(tmp_path / 'logs'),
+            '--out',
+            str(tmp_path / 'out.csv'),
+            '--cfg-options',
+            f'test_dataloader.dataset.data_root={other}',
+            f'test_evaluator.ann_file={annotations}',
+        ]
+    )
     lines = read(tmp_path / 'out.csv')
     assert [line['run'] for line in lines] == ['float', 'w8a8/observed']
     assert {line['images'] for line in lines} == {'5'}
@@ -423,10 +493,13 @@ def test_runs_that_are_not_finished_are_refused(tmp_path):
 
 # ------------------------------------------------------------------ ablation.py
 
+
 def test_recipes_share_what_precedes_the_global_loss(tmp_path):
     ablation = module('ablation')
-    local, trained, other = (ablation.before_global(ablation.RECIPES[name]) for name in (
-        'ours, best format a layer, local', 'ours', 'ours, uniform, local'))
+    local, trained, other = (
+        ablation.before_global(ablation.RECIPES[name])
+        for name in ('ours, best format a layer, local', 'ours', 'ours, uniform, local')
+    )
     assert local == trained != other
     first, second, third = (tmp_path / name for name in ('first', 'second', 'third'))
     finished = {}
@@ -447,11 +520,33 @@ def test_recipes_share_what_precedes_the_global_loss(tmp_path):
 def test_a_seed_is_of_the_images_and_of_the_training(tmp_path, monkeypatch):
     runs, given = module('runs'), []
     row = dict(metrics={'coco/bbox_mAP': 0.5}, size_bytes=1)
-    results = dict(rows=[dict(row, model='float'), dict(row, model='simulated')], stages={}, seed=2, date='2026-01-01',
-                   coverage=dict(integer_mac_share=1.0), calibration=dict(num_images=3), versions={})
+    results = dict(
+        rows=[dict(row, model='float'), dict(row, model='simulated')],
+        stages={},
+        seed=2,
+        date='2026-01-01',
+        coverage=dict(integer_mac_share=1.0),
+        calibration=dict(num_images=3),
+        versions={},
+    )
     monkeypatch.setattr(runs, 'run_ptq', lambda *args: (given.append(args), (['', '', '--preset', 'w4a4'], results))[1])
-    module('ablation').main([str(tmp_path / 'tiny.py'), '--bits', 'w4a4', '--recipes', 'ours', 'rounding', '--seeds',
-                             '0', '2', '--out', str(tmp_path / 'out.csv'), '--work-dir', str(tmp_path / 'work')])
+    module('ablation').main(
+        [
+            str(tmp_path / 'tiny.py'),
+            '--bits',
+            'w4a4',
+            '--recipes',
+            'ours',
+            'rounding',
+            '--seeds',
+            '0',
+            '2',
+            '--out',
+            str(tmp_path / 'out.csv'),
+            '--work-dir',
+            str(tmp_path / 'work'),
+        ]
+    )
     assert [list(args[4]) for args in given] == [[], [], ['--seed', '2'], ['--seed', '2']]
     assert len({args[2] for args in given}) == 4
     assert '--preset w4a4 --seed 2 --cfg-options ptq.reconstruct=None' in read(tmp_path / 'out.csv')[3]['command']
@@ -474,8 +569,22 @@ def test_cost_of_simulation_is_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / 'quantized.pth'
     detector, structure = tiny_quantized('retinanet')
     save_quantized(path, quantized_state(detector, structure, dict(model=tiny_model_cfg('retinanet')), None))
-    monkeypatch.setattr('sys.argv', [str(BENCHMARKS / 'overhead.py'), str(path), '--size', '512', '512', '--batch-size',
-                                     '4', '--pairs', '1', '--threads', '1'])
+    monkeypatch.setattr(
+        'sys.argv',
+        [
+            str(BENCHMARKS / 'overhead.py'),
+            str(path),
+            '--size',
+            '512',
+            '512',
+            '--batch-size',
+            '4',
+            '--pairs',
+            '1',
+            '--threads',
+            '1',
+        ],
+    )
     capsys.readouterr()  # what the preparation logged
     module('overhead').main()
     measured = json.loads(capsys.readouterr().out)

@@ -1,4 +1,5 @@
 """The command lines: one sentence for every mistake, before anything that takes long."""
+
 from __future__ import annotations
 
 import json
@@ -47,7 +48,9 @@ def sandbox(tmp_path, monkeypatch):
 @pytest.fixture
 def no_long_work(monkeypatch):
     """Fails when a mistake is found only after the detector has run."""
-    monkeypatch.setattr('mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun'))
+    monkeypatch.setattr(
+        'mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun')
+    )
 
 
 @pytest.fixture
@@ -74,19 +77,22 @@ def test_no_ptq_block(refused, config_file, tmp_path):
     assert 'no `ptq` block' in refused(config=tmp_path / 'plain.py')
 
 
-@pytest.mark.parametrize('option, words', [
-    ('ptq.wieghts.bits=8', "no key 'wieghts'. Did you mean 'weights'?"),
-    ('ptq.weights.bitz=8', "no key 'bitz'. Did you mean 'bits'?"),
-    ('ptq.weights.bits=9', '`ptq.weights.bits` must be one of'),
-    ('ptq.preset=w8a9', "'w8a9', which is unknown. Did you mean 'w8a8'?"),
-    ('ptq=w8a8', '`ptq` must be a dict'),
-    ('ptq.weights.bits', 'KEY=VALUE'),
-    ('ptq.weights.bits=[1,2', 'cannot be applied'),
-    ('test_evaluator.ann_file=missing.json', "'missing.json', which does not exist"),
-    ('test_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
-    ('train_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
-    ('train_dataloader.dataset.ann_file=annotations/instances_none.json', 'check `data_root` and `ann_file`'),
-])
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        ('ptq.wieghts.bits=8', "no key 'wieghts'. Did you mean 'weights'?"),
+        ('ptq.weights.bitz=8', "no key 'bitz'. Did you mean 'bits'?"),
+        ('ptq.weights.bits=9', '`ptq.weights.bits` must be one of'),
+        ('ptq.preset=w8a9', "'w8a9', which is unknown. Did you mean 'w8a8'?"),
+        ('ptq=w8a8', '`ptq` must be a dict'),
+        ('ptq.weights.bits', 'KEY=VALUE'),
+        ('ptq.weights.bits=[1,2', 'cannot be applied'),
+        ('test_evaluator.ann_file=missing.json', "'missing.json', which does not exist"),
+        ('test_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
+        ('train_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
+        ('train_dataloader.dataset.ann_file=annotations/instances_none.json', 'check `data_root` and `ann_file`'),
+    ],
+)
 def test_a_wrong_value(refused, option, words):
     assert words in refused('--cfg-options', option)
 
@@ -104,8 +110,9 @@ def test_a_calibration_that_is_no_section(refused, config_file, tmp_path, argume
     assert '`ptq.calibration` must be a dict, as dict(images=' in refused(*arguments, config=tmp_path / 'slip.py')
 
 
-@pytest.mark.parametrize('visible, device, taken', [
-    ('', 'cuda:1', '1'), ('2,3', 'cuda:1', '3'), ('GPU-a, GPU-b', 'cuda:0', 'GPU-a')])
+@pytest.mark.parametrize(
+    'visible, device, taken', [('', 'cuda:1', '1'), ('2,3', 'cuda:1', '3'), ('GPU-a, GPU-b', 'cuda:0', 'GPU-a')]
+)
 def test_a_gpu_is_one_of_those_that_are_visible(refused, monkeypatch, visible, device, taken):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
     assert 'torch sees no GPU' in refused('--device', device)
@@ -187,8 +194,11 @@ def test_a_damaged_checkpoint(refused, tmp_path, content):
 
 
 def test_calibration_images_that_are_evaluation_images(refused):
-    sentence = refused('--cfg-options', 'train_dataloader.dataset.ann_file=annotations/instances_val.json',
-                       'train_dataloader.dataset.data_prefix.img=val/')
+    sentence = refused(
+        '--cfg-options',
+        'train_dataloader.dataset.ann_file=annotations/instances_val.json',
+        'train_dataloader.dataset.data_prefix.img=val/',
+    )
     assert '3 calibration images are also evaluation images' in sentence
 
 
@@ -233,10 +243,12 @@ def test_a_custom_detector_and_a_seed(config_file, tmp_path, monkeypatch, capfd,
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'users_detector.py').write_text(
         'from mmdet.models import RetinaNet\nfrom mmdet.registry import MODELS\n\n\n'
-        '@MODELS.register_module(force=True)\nclass UsersDetector(RetinaNet):\n    pass\n')
+        '@MODELS.register_module(force=True)\nclass UsersDetector(RetinaNet):\n    pass\n'
+    )
     (tmp_path / 'custom.py').write_text(
         f"_base_ = '{config_file}'\ncustom_imports = dict(imports=['users_detector'])\n"
-        "model = dict(type='UsersDetector')\n")
+        "model = dict(type='UsersDetector')\n"
+    )
     cli.ptq([str(tmp_path / 'custom.py'), '--seed', '7', '--work-dir', str(tmp_path / 'out'), '--device', 'cpu'])
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['seed'] == 7 and results['recipe']['calibration']['seed'] == 7
@@ -253,8 +265,12 @@ def test_fast_searches_and_trains_nothing(config_file, tmp_path, monkeypatch, im
     seen = []
     monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.run', lambda runner: seen.append(runner.ptq))
     cfg = Config.fromfile(config_file)
-    cfg.ptq = dict(preset='w4a8', protect=dict(), bias_correction=True,
-                   **({} if images is None else dict(calibration=dict(num_images=images))))
+    cfg.ptq = dict(
+        preset='w4a8',
+        protect=dict(),
+        bias_correction=True,
+        **({} if images is None else dict(calibration=dict(num_images=images))),
+    )
     cfg.dump(tmp_path / 'thorough.py')
     for arguments in ([], ['--fast', '--seed', '7']):
         cli.ptq([str(tmp_path / 'thorough.py'), '--work-dir', str(tmp_path / 'out'), *arguments])
@@ -274,7 +290,8 @@ def test_a_pure_python_config(config_file, tmp_path):
         'model.update(dict(type=RetinaNet))\n'
         # as mmdet's own new-style configs have it
         'default_scope = None\n'
-        'ptq.update(dict(weights=dict(quantizer=dict(type=AffineQuantizer))))\n')
+        'ptq.update(dict(weights=dict(quantizer=dict(type=AffineQuantizer))))\n'
+    )
     cli.ptq([str(tmp_path / 'lazy.py'), '--work-dir', str(tmp_path / 'out')])
     cli.test([str(tmp_path / 'lazy.py'), str(tmp_path / 'out' / 'quantized.pth')])
     detector = load_quantized(tmp_path / 'out' / 'quantized.pth')

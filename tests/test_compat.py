@@ -1,4 +1,5 @@
 """Each workaround: the fault is there without it, and gone with it."""
+
 from __future__ import annotations
 
 import pickle
@@ -30,7 +31,7 @@ def test_package_that_fails_to_import_is_announced(monkeypatch):
 
     told = []
     monkeypatch.setattr(compat, 'print_log', lambda message, **kwargs: told.append((message, kwargs['level'])))
-    monkeypatch.setattr(compat, 'WORKAROUNDS', (compat.Workaround('some fault', 'all', 'it fails', broken, broken), ))
+    monkeypatch.setattr(compat, 'WORKAROUNDS', (compat.Workaround('some fault', 'all', 'it fails', broken, broken),))
     assert compat.apply_workarounds() == []
     assert len(told) == 1 and 'some fault' in told[0][0] and told[0][1] >= 30
 
@@ -40,17 +41,22 @@ def test_package_that_fails_to_import_is_announced(monkeypatch):
 
 def _ssd_head(cls=None):
     from mmdet.models import SSDHead
+
     return (cls or SSDHead)(
-        num_classes=2, in_channels=(4, ),
-        anchor_generator=dict(type='SSDAnchorGenerator', scale_major=False, strides=[8], ratios=[[2]],
-                              min_sizes=[8], max_sizes=[16]),
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.] * 4, target_stds=[1.] * 4),
-        test_cfg=Config(dict(nms_pre=10, nms=dict(type='nms', iou_threshold=0.5), min_bbox_size=0, score_thr=0.0,
-                             max_per_img=5)))
+        num_classes=2,
+        in_channels=(4,),
+        anchor_generator=dict(
+            type='SSDAnchorGenerator', scale_major=False, strides=[8], ratios=[[2]], min_sizes=[8], max_sizes=[16]
+        ),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4),
+        test_cfg=Config(
+            dict(nms_pre=10, nms=dict(type='nms', iou_threshold=0.5), min_bbox_size=0, score_thr=0.0, max_per_img=5)
+        ),
+    )
 
 
 def _predict(head) -> int:
-    scores, boxes = head((torch.randn(1, 4, 4, 4), ))
+    scores, boxes = head((torch.randn(1, 4, 4, 4),))
     meta = dict(img_shape=(32, 32), scale_factor=(1.0, 1.0))
     return len(head.predict_by_feat(scores, boxes, batch_img_metas=[meta])[0].bboxes)
 
@@ -69,7 +75,6 @@ def test_ssd_head_subclass_keeps_its_own_loss():
     from mmdet.models import SSDHead
 
     class WithLoss(SSDHead):
-
         def __init__(self, **kwargs) -> None:
             super().__init__(**kwargs)
             self.loss_cls = nn.CrossEntropyLoss()
@@ -83,7 +88,6 @@ def test_ssd_head_subclass_keeps_its_own_loss():
 
 
 class _Model(BaseModel):
-
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 1)
@@ -95,11 +99,22 @@ class _Model(BaseModel):
 
 def _train(work_dir, epochs: int, resume: bool) -> Runner:
     runner = Runner(
-        _Model(), work_dir=str(work_dir), experiment_name=f'{work_dir.parent.name}-{epochs}-{resume}', resume=resume,
-        train_dataloader=dict(dataset=list(torch.ones(4, 2)), batch_size=2, num_workers=0,
-                              sampler=dict(type='DefaultSampler', shuffle=True)),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        param_scheduler=dict(type='StepLR', step_size=1), default_scope='mmengine', log_level='ERROR')
+        _Model(),
+        work_dir=str(work_dir),
+        experiment_name=f'{work_dir.parent.name}-{epochs}-{resume}',
+        resume=resume,
+        train_dataloader=dict(
+            dataset=list(torch.ones(4, 2)),
+            batch_size=2,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        param_scheduler=dict(type='StepLR', step_size=1),
+        default_scope='mmengine',
+        log_level='ERROR',
+    )
     runner.message_hub.update_scalar('val/ap', np.float32(0.5))
     runner.message_hub.update_info('best', np.float64(0.25))
     runner.train()
@@ -130,7 +145,6 @@ def test_mmengine_checkpoint_loads_and_resumes(tmp_path):
 
 
 class _Evil:
-
     def __reduce__(self):
         return getattr, ('any object', 'upper')
 
@@ -152,10 +166,15 @@ def test_history_attributes_beyond_statistics_stay_refused():
 
 
 def test_sync_bn_becomes_bn():
-    cfg = Config(dict(model=dict(
-        backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
-        necks=[dict(norm_cfg=dict(type='MMSyncBN')), dict(norm_cfg=dict(type='GN', num_groups=2))],
-        head=dict(norm_cfg=dict(type=nn.SyncBatchNorm), act_cfg=dict(type='ReLU'))))).model
+    cfg = Config(
+        dict(
+            model=dict(
+                backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
+                necks=[dict(norm_cfg=dict(type='MMSyncBN')), dict(norm_cfg=dict(type='GN', num_groups=2))],
+                head=dict(norm_cfg=dict(type=nn.SyncBatchNorm), act_cfg=dict(type='ReLU')),
+            )
+        )
+    ).model
     assert compat.replace_sync_bn(cfg) == 3
     assert cfg.backbone.norm_cfg == dict(type='BN', requires_grad=True)
     assert cfg.necks[0].norm_cfg.type == 'BN' and cfg.necks[1].norm_cfg.type == 'GN'
@@ -172,6 +191,7 @@ def test_sync_bn_stays_in_a_process_group(monkeypatch):
 def test_sync_bn_fault_is_there_without_the_rewrite():
     import mmcv.ops  # noqa: F401, registers MMSyncBN
     from mmcv.cnn import ConvModule
+
     cfg = dict(norm_cfg=dict(type='MMSyncBN'))
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises((RuntimeError, ValueError)):

@@ -12,76 +12,92 @@ from mmdet_ptq.quantizers import LogAffineQuantizer
 PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob('*.py'))
 
 
-@pytest.mark.parametrize('block, words', [
-    (dict(weigths={}), ['`ptq`', 'weigths', "Did you mean 'weights'"]),
-    (dict(calibration=dict(num_image=4)), ['`ptq.calibration`', "Did you mean 'num_images'"]),
-    (dict(weights=dict(bit=4)), ['`ptq.weights`', "Did you mean 'bits'"]),
-    (dict(activations=dict(observr={})), ['`ptq.activations`', "Did you mean 'observer'"]),
-    (dict(global_loss=dict(iter=4)), ['`ptq.global_loss`', "Did you mean 'iters'"]),
-    (dict(head=dict(weigths={})), ['`ptq.head`', "Did you mean 'weights'"]),
-    (dict(head=dict(weights=dict(bit=4))), ['`ptq.head.weights`', "Did you mean 'bits'"]),
-    (dict(first=dict(last={})), ['`ptq.first`', "'last'"]),
-    (dict(overrides={'neck': dict(weight={})}), ["overrides['neck']", "Did you mean 'weights'"]),
-    (dict(overrides={'neck': 'affine'}), ["overrides['neck']", "'float'"]),
-    (dict(preset='w8a9'), ['`ptq.preset`', "Did you mean 'w8a8"]),
-    (dict(preset=['w8a8']), ['`ptq.preset`']),
-    (dict(head='log_afine'), ['`ptq.head`', "Did you mean 'log_affine'"]),
-    (dict(head=3), ['`ptq.head`', '3']),
-    (dict(weights=8), ['`ptq.weights`', 'dict']),
-    (dict(overrides=['neck']), ['`ptq.overrides`', 'dict']),
-    (dict(overrides={'neck': dict(weights=4)}), ["overrides['neck']", 'dict']),
-    (dict(head=dict(weights=4)), ['`ptq.head.weights`', 'dict']),
-    (dict(head=dict(last=4)), ['`ptq.head.last`', 'dict']),
-    (dict(head=dict(last=dict(weigths={}))), ['`ptq.head.last`', "Did you mean 'weights'"]),
-    (dict(weights=dict(bits='4')), ['`ptq.weights.bits`', 'int']),
-    (dict(weights=dict(bits=True)), ['`ptq.weights.bits`']),
-    (dict(weights=dict(bits=1)), ['`ptq.weights.bits`', '2..8 or 16']),
-    (dict(weights=dict(bits=9)), ['`ptq.weights.bits`', '2..8 or 16']),
-    (dict(activations=dict(bits=32)), ['`ptq.activations.bits`', '2..8 or 16']),
-    (dict(last=dict(activations=dict(bits=12))), ['`ptq.last.activations.bits`', '2..8 or 16']),
-    (dict(weights=dict(float=1)), ['`ptq.weights.float`', 'bool']),
-    (dict(weights=dict(quantizer='Affine')), ['`ptq.weights.quantizer`', 'dict']),
-    (dict(weights=dict(observer=dict(type=None))), ['`ptq.weights.observer`', 'type']),
-    (dict(calibration=dict(num_images=0)), ['`ptq.calibration.num_images`', 'positive']),
-    (dict(calibration=dict(seed=0.5)), ['`ptq.calibration.seed`', 'int']),
-    (dict(calibration=dict(images='a', dataset=dict(type='b'))), ['`ptq.calibration`', '`images` and `dataset`']),
-    (dict(global_loss=dict(combine='xor')), ['`ptq.global_loss.combine`', 'and, or']),
-    (dict(global_loss=dict(iou_thr=1.5)), ['`ptq.global_loss.iou_thr`', 'between 0 and 1']),
-    (dict(global_loss=dict(holdout=1.0)), ['`ptq.global_loss.holdout`']),
-    (dict(global_loss=dict(lr=-1.0)), ['`ptq.global_loss.lr`', 'positive']),
-    (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type`', 'FilteredGlobalLoss']),
-    (dict(reconstruct=dict(type='BlockReconstructon')), ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"]),
-    (dict(equalize='weight'), ['`ptq.equalize`', "Did you mean 'weights'"]),
-    (dict(equalize=True), ['`ptq.equalize`', 'str | None']),
-    (dict(dataflow='ful'), ['`ptq.dataflow`', "Did you mean 'full'"]),
-    (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),
-    (dict(bias_correction='yes'), ['`ptq.bias_correction`', 'bool']),
-    (dict(protect=True), ['`ptq.protect`', 'dict']),
-    (dict(export=['onnxruntime', 'onnxruntime']), ['`ptq.export`', 'different runtime names']),
-    (dict(export=[3]), ['`ptq.export`', 'runtime names', '[3]']),
-    (dict(export=3), ['`ptq.export`', 'list']),
-    (dict(weights=dict(quantizer=dict(bits=4))), ['`ptq.weights.quantizer.bits`', '`ptq.weights.bits`']),
-    (dict(activations=dict(observer=dict(bits=4))), ['`ptq.activations.observer.bits`']),
-    (dict(head=dict(activations=dict(quantizer=dict(num_channels=3)))),
-     ['`ptq.head.activations.quantizer.num_channels`', 'remove it']),
-    (dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantiser'))),
-     ['`ptq.weights.quantizer`', "Did you mean 'AffineQuantizer'"]),
-    (dict(head=dict(weights=dict(quantizer=dict(simetric=True)))), ['`ptq.head.weights.quantizer`', "'symmetric'"]),
-    (dict(preset='w4a8', last=dict(weights=dict(bits=16, quantizer=dict(type='mmdet_ptq.LogAffineQuantizer')))),
-     ['`ptq.last.weights.quantizer`', '2..8']),
-    (dict(activations=dict(observer=dict(type='mmdet_ptq.PercentileObserver', percentile='99'))),
-     ['`ptq.activations.observer`', 'above 50', "'99'"]),
-    (dict(activations=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer'))),
-     ['`ptq.activations.quantizer`', 'a format of weights']),
-    (dict(last='float_outputs'), ['`ptq.last`', 'float_outputs', 'log_affine']),
-    (dict(first='float_outputs'), ['`ptq.first`']),
-    (dict(head=dict(last=dict(last='float'))), ['`ptq.head.last`', "no key 'last'"]),
-    (dict(global_loss=dict(lr=math.nan)), ['`ptq.global_loss.lr`', 'finite']),
-    (dict(protect=dict(bops_ratio=math.inf)), ['`ptq.protect.bops_ratio`', 'finite']),
-    (dict(protect=dict(size_ratio=2)), ['`ptq.protect.size_ratio`', 'at most 1']),
-    (['w8a8'], ['`ptq` must be a dict']),
-    (None, ['no `ptq` block', "preset='w8a8'"]),
-])
+@pytest.mark.parametrize(
+    'block, words',
+    [
+        (dict(weigths={}), ['`ptq`', 'weigths', "Did you mean 'weights'"]),
+        (dict(calibration=dict(num_image=4)), ['`ptq.calibration`', "Did you mean 'num_images'"]),
+        (dict(weights=dict(bit=4)), ['`ptq.weights`', "Did you mean 'bits'"]),
+        (dict(activations=dict(observr={})), ['`ptq.activations`', "Did you mean 'observer'"]),
+        (dict(global_loss=dict(iter=4)), ['`ptq.global_loss`', "Did you mean 'iters'"]),
+        (dict(head=dict(weigths={})), ['`ptq.head`', "Did you mean 'weights'"]),
+        (dict(head=dict(weights=dict(bit=4))), ['`ptq.head.weights`', "Did you mean 'bits'"]),
+        (dict(first=dict(last={})), ['`ptq.first`', "'last'"]),
+        (dict(overrides={'neck': dict(weight={})}), ["overrides['neck']", "Did you mean 'weights'"]),
+        (dict(overrides={'neck': 'affine'}), ["overrides['neck']", "'float'"]),
+        (dict(preset='w8a9'), ['`ptq.preset`', "Did you mean 'w8a8"]),
+        (dict(preset=['w8a8']), ['`ptq.preset`']),
+        (dict(head='log_afine'), ['`ptq.head`', "Did you mean 'log_affine'"]),
+        (dict(head=3), ['`ptq.head`', '3']),
+        (dict(weights=8), ['`ptq.weights`', 'dict']),
+        (dict(overrides=['neck']), ['`ptq.overrides`', 'dict']),
+        (dict(overrides={'neck': dict(weights=4)}), ["overrides['neck']", 'dict']),
+        (dict(head=dict(weights=4)), ['`ptq.head.weights`', 'dict']),
+        (dict(head=dict(last=4)), ['`ptq.head.last`', 'dict']),
+        (dict(head=dict(last=dict(weigths={}))), ['`ptq.head.last`', "Did you mean 'weights'"]),
+        (dict(weights=dict(bits='4')), ['`ptq.weights.bits`', 'int']),
+        (dict(weights=dict(bits=True)), ['`ptq.weights.bits`']),
+        (dict(weights=dict(bits=1)), ['`ptq.weights.bits`', '2..8 or 16']),
+        (dict(weights=dict(bits=9)), ['`ptq.weights.bits`', '2..8 or 16']),
+        (dict(activations=dict(bits=32)), ['`ptq.activations.bits`', '2..8 or 16']),
+        (dict(last=dict(activations=dict(bits=12))), ['`ptq.last.activations.bits`', '2..8 or 16']),
+        (dict(weights=dict(float=1)), ['`ptq.weights.float`', 'bool']),
+        (dict(weights=dict(quantizer='Affine')), ['`ptq.weights.quantizer`', 'dict']),
+        (dict(weights=dict(observer=dict(type=None))), ['`ptq.weights.observer`', 'type']),
+        (dict(calibration=dict(num_images=0)), ['`ptq.calibration.num_images`', 'positive']),
+        (dict(calibration=dict(seed=0.5)), ['`ptq.calibration.seed`', 'int']),
+        (dict(calibration=dict(images='a', dataset=dict(type='b'))), ['`ptq.calibration`', '`images` and `dataset`']),
+        (dict(global_loss=dict(combine='xor')), ['`ptq.global_loss.combine`', 'and, or']),
+        (dict(global_loss=dict(iou_thr=1.5)), ['`ptq.global_loss.iou_thr`', 'between 0 and 1']),
+        (dict(global_loss=dict(holdout=1.0)), ['`ptq.global_loss.holdout`']),
+        (dict(global_loss=dict(lr=-1.0)), ['`ptq.global_loss.lr`', 'positive']),
+        (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type`', 'FilteredGlobalLoss']),
+        (
+            dict(reconstruct=dict(type='BlockReconstructon')),
+            ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"],
+        ),
+        (dict(equalize='weight'), ['`ptq.equalize`', "Did you mean 'weights'"]),
+        (dict(equalize=True), ['`ptq.equalize`', 'str | None']),
+        (dict(dataflow='ful'), ['`ptq.dataflow`', "Did you mean 'full'"]),
+        (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),
+        (dict(bias_correction='yes'), ['`ptq.bias_correction`', 'bool']),
+        (dict(protect=True), ['`ptq.protect`', 'dict']),
+        (dict(export=['onnxruntime', 'onnxruntime']), ['`ptq.export`', 'different runtime names']),
+        (dict(export=[3]), ['`ptq.export`', 'runtime names', '[3]']),
+        (dict(export=3), ['`ptq.export`', 'list']),
+        (dict(weights=dict(quantizer=dict(bits=4))), ['`ptq.weights.quantizer.bits`', '`ptq.weights.bits`']),
+        (dict(activations=dict(observer=dict(bits=4))), ['`ptq.activations.observer.bits`']),
+        (
+            dict(head=dict(activations=dict(quantizer=dict(num_channels=3)))),
+            ['`ptq.head.activations.quantizer.num_channels`', 'remove it'],
+        ),
+        (
+            dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantiser'))),
+            ['`ptq.weights.quantizer`', "Did you mean 'AffineQuantizer'"],
+        ),
+        (dict(head=dict(weights=dict(quantizer=dict(simetric=True)))), ['`ptq.head.weights.quantizer`', "'symmetric'"]),
+        (
+            dict(preset='w4a8', last=dict(weights=dict(bits=16, quantizer=dict(type='mmdet_ptq.LogAffineQuantizer')))),
+            ['`ptq.last.weights.quantizer`', '2..8'],
+        ),
+        (
+            dict(activations=dict(observer=dict(type='mmdet_ptq.PercentileObserver', percentile='99'))),
+            ['`ptq.activations.observer`', 'above 50', "'99'"],
+        ),
+        (
+            dict(activations=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer'))),
+            ['`ptq.activations.quantizer`', 'a format of weights'],
+        ),
+        (dict(last='float_outputs'), ['`ptq.last`', 'float_outputs', 'log_affine']),
+        (dict(first='float_outputs'), ['`ptq.first`']),
+        (dict(head=dict(last=dict(last='float'))), ['`ptq.head.last`', "no key 'last'"]),
+        (dict(global_loss=dict(lr=math.nan)), ['`ptq.global_loss.lr`', 'finite']),
+        (dict(protect=dict(bops_ratio=math.inf)), ['`ptq.protect.bops_ratio`', 'finite']),
+        (dict(protect=dict(size_ratio=2)), ['`ptq.protect.size_ratio`', 'at most 1']),
+        (['w8a8'], ['`ptq` must be a dict']),
+        (None, ['no `ptq` block', "preset='w8a8'"]),
+    ],
+)
 def test_bad_input_is_one_sentence_that_names_the_key(block, words):
     with pytest.raises(PTQError) as error:
         PTQConfig.from_dict(block)
@@ -139,12 +155,15 @@ def test_new_type_replaces_the_inherited_dict():
     assert other.observer == dict(type='mmdet_ptq.MinMaxObserver')
 
 
-@pytest.mark.parametrize('policy, head, last', [
-    ('float', dict(weights=dict(float=True), activations=dict(float=True)), {}),
-    ('affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer'))), {}),
-    ('log_affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p'))), {}),
-    ('float_outputs', None, dict(weights=dict(float=True), activations=dict(float=True))),
-])
+@pytest.mark.parametrize(
+    'policy, head, last',
+    [
+        ('float', dict(weights=dict(float=True), activations=dict(float=True)), {}),
+        ('affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer'))), {}),
+        ('log_affine', dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p'))), {}),
+        ('float_outputs', None, dict(weights=dict(float=True), activations=dict(float=True))),
+    ],
+)
 def test_named_head_policies(policy, head, last):
     cfg = PTQConfig.from_dict(dict(preset='w8a8', head=policy))
     assert head is None or cfg.head == head
@@ -158,8 +177,9 @@ def test_the_outputs_of_a_head_may_have_a_named_policy():
 
 def test_the_scope_of_a_type_is_no_other_type():
     base = dict(type='mmdet_ptq.AffineQuantizer', symmetric=True)
-    changed = apply_policy(TensorConfig(quantizer=base), dict(
-        quantizer=dict(type='AffineQuantizer', learn_scale=False)), 'ptq.overrides')
+    changed = apply_policy(
+        TensorConfig(quantizer=base), dict(quantizer=dict(type='AffineQuantizer', learn_scale=False)), 'ptq.overrides'
+    )
     assert changed.quantizer == dict(type='AffineQuantizer', symmetric=True, learn_scale=False)
 
 
@@ -190,16 +210,22 @@ def test_every_preset_has_its_file():
     assert {path.stem for path in PRESET_FILES} == set(PRESETS)
 
 
-@pytest.mark.parametrize('block,wanted', [
-    (dict(export=['onnxruntime', 'openvino']), {}),
-    (dict(export=['onnxruntime', 'tensorrt']), dict(symmetric=True)),
-    (dict(export=['onnxruntime', 'openvino', 'tensorrt', 'ncnn']), dict(symmetric=True, narrow_range=True)),
-    # 4-bit codes fit ncnn's int8 with a zero point, too
-    (dict(preset='w4a4', export=['ncnn']), {}),
-    (dict(preset='w4a4', export=['tensorrt', 'ncnn']), dict(symmetric=True)),
-    # what the block says stands, and is told of before any long work where a runtime cannot take it
-    (dict(export=['ncnn'], activations=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=False))),
-     dict(symmetric=False, narrow_range=True))])
+@pytest.mark.parametrize(
+    'block,wanted',
+    [
+        (dict(export=['onnxruntime', 'openvino']), {}),
+        (dict(export=['onnxruntime', 'tensorrt']), dict(symmetric=True)),
+        (dict(export=['onnxruntime', 'openvino', 'tensorrt', 'ncnn']), dict(symmetric=True, narrow_range=True)),
+        # 4-bit codes fit ncnn's int8 with a zero point, too
+        (dict(preset='w4a4', export=['ncnn']), {}),
+        (dict(preset='w4a4', export=['tensorrt', 'ncnn']), dict(symmetric=True)),
+        # what the block says stands, and is told of before any long work where a runtime cannot take it
+        (
+            dict(export=['ncnn'], activations=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=False))),
+            dict(symmetric=False, narrow_range=True),
+        ),
+    ],
+)
 def test_runtimes_without_zero_points_get_symmetric_activations(block, wanted):
     quantizer = PTQConfig.from_dict(block).activations.quantizer
     assert quantizer == dict(type='mmdet_ptq.AffineQuantizer', **wanted)

@@ -1,4 +1,5 @@
 """Every config loads, every recipe builds from the stock mmdet config and wraps completely, without downloads."""
+
 from __future__ import annotations
 
 import functools
@@ -127,7 +128,7 @@ def test_folder_readme_lists_the_recipe(path):
     text = (path.parent / 'README.md').read_text()
     row = next(line for line in text.splitlines() if line.startswith('|') and path.name in line)
     if 'Float box AP' in entry['Metadata']:
-        assert f"| {entry['Metadata']['Float box AP']} |" in row
+        assert f'| {entry["Metadata"]["Float box AP"]} |' in row
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=names(RECIPES))
@@ -139,10 +140,12 @@ def test_recipe_wraps_completely(path):
     detector = MODELS.build(model).eval()
     # min-max scales: which layers are covered does not depend on how well their scales are chosen
     block = PTQConfig.from_dict(
-        dict(weights=dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))), preset='w8a8_observe')
+        dict(weights=dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))), preset='w8a8_observe'
+    )
     size = (160, 160)
-    sample = DetDataSample(metainfo=dict(
-        img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.)))
+    sample = DetDataSample(
+        metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
+    )
     image = torch.randn(1, 3, *size)
     with torch.no_grad():
         structure = prepare_detector(detector, block, lambda: detector(image, [sample.clone()], mode='predict'))

@@ -2,7 +2,11 @@
 
 ``old_files/schema_3``: a tiny RetinaNet, W8A8 with ``dataflow='full'``, by the commit before sums of
 neighbouring weights were bounded; and what its integer kernels returned on :func:`image`.
+``old_files/half_finished.tar.xz``: the work directory of a run that was stopped in its global stage, by the commit
+before the rooms were moved, with its data; and the checkpoint to which that commit finished it.
 """
+
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,12 @@ from mmdet_ptq.deploy import (
     read_quantized,
 )
 from mmdet_ptq.deploy import runtime as base
+from mmdet_ptq.deploy.checkpoint.packing import unflatten_tensors
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
-from mmdet_ptq.testing import tiny_detector, tiny_model_cfg
+from mmdet_ptq.engine import PTQRunner
+from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop
+from mmdet_ptq.engine.stage_store import StageStore
+from mmdet_ptq.testing import tiny_config, tiny_detector, tiny_model_cfg
 from mmdet_ptq.wrapping import Structure
 
 FOLDER = Path(__file__).resolve().parent / 'old_files' / 'schema_3'
@@ -90,3 +98,31 @@ def test_an_old_checkpoint_exported_again_names_the_layers_that_saturate(detecto
     assert len(model.meta['saturating']) > 3
     assert f'the products of {len(model.meta["saturating"])} of its layers saturate' in warned[0]
     assert "calibrate again with this version of mmdet-ptq and `ptq.saturation='safe'`" in warned[0]
+
+
+def test_a_half_finished_run_goes_on(tmp_path, monkeypatch):
+    cfg = tiny_config('retinanet', tmp_path / 'data')
+    with tarfile.open(FOLDER.parent / 'half_finished.tar.xz') as archive:
+        archive.extractall(tmp_path, filter='data')
+    cfg.ptq.head = dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')))
+    cfg.ptq.reconstruct = None
+    cfg.work_dir, cfg.resume = str(tmp_path / 'work_dir'), True
+    taken_over, run, started = {}, StageStore.run, []
+
+    def spy(store, name, inputs, work):
+        state, taken_over[name] = run(store, name, inputs, work)
+        return state, taken_over[name]
+
+    run_iter = GlobalCalibrationLoop.run_iter
+    monkeypatch.setattr(StageStore, 'run', spy)
+    monkeypatch.setattr(
+        GlobalCalibrationLoop, 'run_iter', lambda loop, batch: started.append(loop.iter) or run_iter(loop, batch)
+    )
+    PTQRunner.from_cfg(cfg).calibrate()
+    assert taken_over == dict(prepare=True, observe=True) | {'global': False}
+    assert started == [2, 3]
+    found, expected = (read_quantized(tmp_path / folder / 'quantized.pth') for folder in ('work_dir', 'expected'))
+    assert found['structure'] == expected['structure']
+    ours, theirs = (unflatten_tensors(state['codes']) for state in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(codes, theirs[name]) for name, codes in ours.items())

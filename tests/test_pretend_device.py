@@ -1,4 +1,5 @@
 """The calibration on a pretend accelerator: it must do what it does on the CPU, and mix no devices."""
+
 from __future__ import annotations
 
 import copy
@@ -65,24 +66,36 @@ def assert_same(found: Tensor, expected: Tensor, device: torch.device) -> None:
 
 # ---------------------------------------------------------------- the device itself
 
-@pytest.mark.parametrize('mix', [
-    lambda here, there: here + there, lambda here, there: there.clone().add_(here), lambda here, there: here @ there,
-    lambda here, there: torch.cat([here, there]), lambda here, there: torch.stack([here.sum(), there.sum()]),
-    lambda here, there: torch.where(here > 0, here, there), lambda here, there: here.gather(1, there.long()),
-    lambda here, there: F.conv2d(here[None, None], there[None, None]), lambda here, there: there[here.long()],
-    lambda here, there: torch.maximum(there, here.sum()), lambda here, there: here.masked_fill(there > 0, 0),
-    lambda here, there: F.linear(here, here, there[0]), lambda here, there: F.mse_loss(here, there),
-    lambda here, there: compiled(mmcv._ext.nms)(here, there[0], iou_threshold=0.5, offset=0)])
+
+@pytest.mark.parametrize(
+    'mix',
+    [
+        lambda here, there: here + there,
+        lambda here, there: there.clone().add_(here),
+        lambda here, there: here @ there,
+        lambda here, there: torch.cat([here, there]),
+        lambda here, there: torch.stack([here.sum(), there.sum()]),
+        lambda here, there: torch.where(here > 0, here, there),
+        lambda here, there: here.gather(1, there.long()),
+        lambda here, there: F.conv2d(here[None, None], there[None, None]),
+        lambda here, there: there[here.long()],
+        lambda here, there: torch.maximum(there, here.sum()),
+        lambda here, there: here.masked_fill(there > 0, 0),
+        lambda here, there: F.linear(here, here, there[0]),
+        lambda here, there: F.mse_loss(here, there),
+        lambda here, there: compiled(mmcv._ext.nms)(here, there[0], iou_threshold=0.5, offset=0),
+    ],
+)
 def test_mixed_devices_raise_as_with_cuda(device, mix):
     with pytest.raises(RuntimeError, match='same device'):
         mix(torch.zeros(4, 4, device=device), torch.zeros(4, 4))
 
 
 def test_what_cuda_takes_from_the_cpu_is_taken(device):
-    here = torch.arange(6., device=device).view(2, 3)
-    assert_same(here * torch.tensor(2.), torch.arange(0., 12, 2).view(2, 3), device)
-    assert_same(here[torch.tensor([1])], torch.tensor([[3., 4, 5]]), device)
-    here[:, 0].copy_(torch.tensor([7., 8]))
+    here = torch.arange(6.0, device=device).view(2, 3)
+    assert_same(here * torch.tensor(2.0), torch.arange(0.0, 12, 2).view(2, 3), device)
+    assert_same(here[torch.tensor([1])], torch.tensor([[3.0, 4, 5]]), device)
+    here[:, 0].copy_(torch.tensor([7.0, 8]))
     assert here.tolist() == [[7, 1, 2], [8, 4, 5]] and here[0, 1].item() == 1
 
 
@@ -99,8 +112,9 @@ def test_a_generator_of_the_cpu_is_refused(device, draw):
 
 
 def test_a_network_trains_moves_and_is_saved_as_on_the_cpu(device, tmp_path):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                        nn.Linear(4, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
     images, ours = torch.randn(2, 3, 8, 8), copy.deepcopy(net).to(device)
     for model in (net, ours):
         place = next(model.parameters()).device
@@ -121,8 +135,13 @@ def test_a_network_trains_moves_and_is_saved_as_on_the_cpu(device, tmp_path):
 # ---------------------------------------------------------------- the parts of the calibration
 
 QUANTIZERS = [
-    AffineQuantizer(4, True, 3, 0), AffineQuantizer(8, False), LogAffineQuantizer(4, 3),
-    LogAffineQuantizer(4, 3, 'exact'), LogAffineQuantizer(3, 3, 'shift'), LogAffineQuantizer(8, 3, location='median')]
+    AffineQuantizer(4, True, 3, 0),
+    AffineQuantizer(8, False),
+    LogAffineQuantizer(4, 3),
+    LogAffineQuantizer(4, 3, 'exact'),
+    LogAffineQuantizer(3, 3, 'shift'),
+    LogAffineQuantizer(8, 3, location='median'),
+]
 
 
 @pytest.mark.parametrize('quantizer', QUANTIZERS, ids=lambda q: f'{type(q).__name__}-{q.spec().get("mode", q.bits)}')
@@ -138,8 +157,17 @@ def test_quantizers(device, quantizer):
         codes = quantizer.encode(weight)
         quantizer.rescale(torch.tensor(0.9))
         more = (quantizer.table(), quantizer.table_scale()) if isinstance(quantizer, LogAffineQuantizer) else ()
-        return [out.detach(), leaf.grad, h.grad, codes, quantizer.decode(codes), quantizer.code_position(weight), *more,
-                *(p.grad for p in quantizer.learnable().values()), *quantizer.state_dict().values()]
+        return [
+            out.detach(),
+            leaf.grad,
+            h.grad,
+            codes,
+            quantizer.decode(codes),
+            quantizer.code_position(weight),
+            *more,
+            *(p.grad for p in quantizer.learnable().values()),
+            *quantizer.state_dict().values(),
+        ]
 
     expected = run(copy.deepcopy(quantizer), weight, importance, rounding)
     ours = copy.deepcopy(quantizer).to(device)
@@ -150,16 +178,25 @@ def test_quantizers(device, quantizer):
 
 
 def test_the_choice_between_formats(device):
-    weight, cfg = torch.randn(3, 20)**3, dict(type='LogAffineQuantizer', mode='auto', num_channels=3)
+    weight, cfg = torch.randn(3, 20) ** 3, dict(type='LogAffineQuantizer', mode='auto', num_channels=3)
     expected, found = resolve_auto(cfg, weight), resolve_auto(cfg, weight.to(device))
     assert found.spec() == expected.spec()
     for name, value in expected.state_dict().items():
         assert_same(found.state_dict()[name], value, device)
 
 
-@pytest.mark.parametrize('kind, channels', [
-    ('MinMax', None), ('MovingAverage', 3), ('Percentile', None), ('Percentile', 3), ('KL', 3), ('MSE', None),
-    ('MSE', 3)])
+@pytest.mark.parametrize(
+    'kind, channels',
+    [
+        ('MinMax', None),
+        ('MovingAverage', 3),
+        ('Percentile', None),
+        ('Percentile', 3),
+        ('KL', 3),
+        ('MSE', None),
+        ('MSE', 3),
+    ],
+)
 def test_observers(device, kind, channels):
     first, second = torch.randn(2, 3, 64), torch.randn(2, 3, 64) * 2
 
@@ -177,6 +214,7 @@ def test_observers(device, kind, channels):
 
 
 # ---------------------------------------------------------------- whole detectors
+
 
 def test_preparing_observing_and_the_global_loss(device):
     """A two-stage detector: region proposals, compiled operators, boxes of the float detector as reference."""
@@ -199,23 +237,33 @@ def test_preparing_observing_and_the_global_loss(device):
     expected, expected_gradients = run(tiny_detector('faster_rcnn'))
     found, gradients = run(tiny_detector('faster_rcnn').to(device))
     assert gradients.keys() == expected_gradients.keys() and len(gradients) > 30
-    for ours, value in (*zip(found, expected, strict=True),
-                        *((gradients[name], value) for name, value in expected_gradients.items())):
+    for ours, value in (
+        *zip(found, expected, strict=True),
+        *((gradients[name], value) for name, value in expected_gradients.items()),
+    ):
         assert_same(ours, value, device)
 
 
 STAGES = {
-    'ptq.calibration': dict(num_images=4, batch_size=2), 'ptq.weights': dict(bits=3), 'ptq.head': 'log_affine',
-    'ptq.activations': OBSERVE['activations'], 'ptq.protect': dict(images=2, max_tensors=1, candidates=['8bit']),
+    'ptq.calibration': dict(num_images=4, batch_size=2),
+    'ptq.weights': dict(bits=3),
+    'ptq.head': 'log_affine',
+    'ptq.activations': OBSERVE['activations'],
+    'ptq.protect': dict(images=2, max_tensors=1, candidates=['8bit']),
     'ptq.reconstruct': dict(iters=4, skip_below=0, rounding='adaround', fisher=0.5, drop=0.5, input_drop=0.5),
-    'ptq.bias_correction': True, 'ptq.global_loss.iters': 2, 'ptq.global_loss.weight_lr': 1e-2}
+    'ptq.bias_correction': True,
+    'ptq.global_loss.iters': 2,
+    'ptq.global_loss.weight_lr': 1e-2,
+}
 
 
 @pytest.fixture(scope='module')
 def finished(device, tmp_path_factory) -> dict[str, PTQRunner]:
     """Runs of all stages up to the integer checkpoint: on the CPU and on the device."""
-    return {name: run_stages(tmp_path_factory.mktemp(name), place)
-            for name, place in (('cpu', torch.device('cpu')), ('device', device))}
+    return {
+        name: run_stages(tmp_path_factory.mktemp(name), place)
+        for name, place in (('cpu', torch.device('cpu')), ('device', device))
+    }
 
 
 def run_stages(folder, place: torch.device, resume: bool = False) -> PTQRunner:
@@ -241,8 +289,9 @@ def assert_same_detector(found: nn.Module, expected: nn.Module, device: torch.de
 
 
 def test_all_stages_of_a_run(device, finished):
-    assert {'prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global'} \
-        <= finished['device'].stages.seconds.keys()
+    assert {'prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global'} <= finished[
+        'device'
+    ].stages.seconds.keys()
     assert [u['outcome'] for u in finished['device'].units] == [u['outcome'] for u in finished['cpu'].units]
     assert_same_detector(finished['device'].detector, finished['cpu'].detector, device)
 

@@ -1,4 +1,5 @@
 """The benchmarks of processors without VNNI, on a tiny detector."""
+
 import csv
 import importlib
 from pathlib import Path
@@ -32,7 +33,7 @@ def read(path):
 def test_the_cost_of_the_bound_is_measured(module, config, tmp_path):
     bound, out = module('bound'), tmp_path / 'bound.csv'
     bound.main([str(config), '--draws', '2', '--out', str(out), '--work-dir', str(tmp_path / 'work')])
-    line, = read(out)
+    (line,) = read(out)
     assert tuple(line) == bound.FIELDS and all(line[name] for name in bound.FIELDS)
     aps = {name: [float(ap) for ap in line[f'{name}_APs'].split()] for name in bound.SETTINGS}
     assert all(len(values) == 2 for values in aps.values())
@@ -45,12 +46,16 @@ def test_models_are_measured_on_other_processors(module, config, tmp_path):
     processors, out = module('processors'), tmp_path / 'processors.csv'
     if processors.cannot_emulate():
         pytest.skip(processors.cannot_emulate())
-    processors.main([str(config), '--processors', 'avx2', '--images', '4', '--out', str(out), '--work-dir',
-                     str(tmp_path / 'work')])
+    processors.main(
+        [str(config), '--processors', 'avx2', '--images', '4', '--out', str(out), '--work-dir', str(tmp_path / 'work')]
+    )
     lines = read(out)
     assert {(line['saturation'], line['runtime'], line['without_vnni']) for line in lines} == {
-        (saturation, runtime, processor) for saturation in ('safe', 'ignore') for runtime in processors.RUNTIMES
-        for processor in ('', 'avx2')}
+        (saturation, runtime, processor)
+        for saturation in ('safe', 'ignore')
+        for runtime in processors.RUNTIMES
+        for processor in ('', 'avx2')
+    }
     for line in lines:
         assert (line['marked'] == 'True') >= (line['without_vnni'] == 'avx2' and line['saturation'] == 'ignore')
         if line['saturation'] == 'safe' and line['runtime'] == 'onnxruntime':

@@ -1,4 +1,5 @@
 """The set-up: which environment it takes, what it would do, and what stops it."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -32,8 +33,10 @@ def dry_run(folder: Path, **variables: str) -> tuple[int, str]:
 
 
 def test_options_after_the_set_up_belong_to_python(tmp_path):
-    code = ('import sys; sys.argv = ["setup_env.py", "-c", "print(40 + 2)"]; import setup_env as s; '
-            's.foreign_environment = lambda *_: sys.executable; sys.exit(s.main())')
+    code = (
+        'import sys; sys.argv = ["setup_env.py", "-c", "print(40 + 2)"]; import setup_env as s; '
+        's.foreign_environment = lambda *_: sys.executable; sys.exit(s.main())'
+    )
     done = subprocess.run([sys.executable, '-c', code], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == '42'
@@ -61,7 +64,7 @@ def test_bare_python_gets_an_environment_of_its_own(tmp_path, bare_python, setup
     assert 'MAX_JOBS=3' in out
     for pin in setup_env.extra('openmmlab'):
         assert pin in out
-    assert out.index('torch==') < out.index('mmcv==') < out.index('mmdet==')    # mmcv is built against torch
+    assert out.index('torch==') < out.index('mmcv==') < out.index('mmdet==')  # mmcv is built against torch
     assert not (tmp_path / 'venv').exists()
 
 
@@ -71,10 +74,13 @@ def test_maintained_fork(tmp_path, bare_python, setup_env):
     assert all(pin in out for pin in setup_env.extra('onedl'))
 
 
-@pytest.mark.parametrize(('variables', 'sentence'), [
-    ({'PYTHON': '/no/such/python'}, 'PYTHON=/no/such/python does not run'),
-    ({'STACK': 'other'}, 'STACK=other is not known; it is one of openmmlab, onedl'),
-])
+@pytest.mark.parametrize(
+    ('variables', 'sentence'),
+    [
+        ({'PYTHON': '/no/such/python'}, 'PYTHON=/no/such/python does not run'),
+        ({'STACK': 'other'}, 'STACK=other is not known; it is one of openmmlab, onedl'),
+    ],
+)
 def test_bad_request(tmp_path, variables, sentence):
     code, out = dry_run(tmp_path, **variables)
     assert code == 1

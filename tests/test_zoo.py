@@ -1,4 +1,5 @@
 """Real detectors on real images: everything in integers, and close to float on the same images."""
+
 from __future__ import annotations
 
 import copy
@@ -38,11 +39,15 @@ def quantized_row(zoo, tmp_path, monkeypatch):
     def run(name: str, num_images: int) -> dict:
         cfg = load_config(str(zoo / 'configs' / f'{name}.py'))
         subset = _first_images(cfg.test_evaluator.ann_file, tmp_path / 'subset.json')
-        cfg.merge_from_dict({
-            'ptq': dict(preset='w8a8_observe', calibration=dict(num_images=num_images, batch_size=4)),
-            'test_dataloader.dataset.ann_file': subset, 'test_evaluator.ann_file': subset,
-            'test_dataloader.num_workers': 0,
-            'test_dataloader.persistent_workers': False})
+        cfg.merge_from_dict(
+            {
+                'ptq': dict(preset='w8a8_observe', calibration=dict(num_images=num_images, batch_size=4)),
+                'test_dataloader.dataset.ann_file': subset,
+                'test_evaluator.ann_file': subset,
+                'test_dataloader.num_workers': 0,
+                'test_dataloader.persistent_workers': False,
+            }
+        )
         cfg.work_dir = str(tmp_path)
         return PTQRunner.from_cfg(cfg).run()
 
@@ -52,12 +57,15 @@ def quantized_row(zoo, tmp_path, monkeypatch):
 # Few images make AP jump when one box changes places (SSDLite on 24 images, 16 for calibration: 2.2 points, on all
 # of them 0.4). The bounds refuse a collapse; the committed figures on all images are the measurement.
 @pytest.mark.slow
-@pytest.mark.parametrize('name, num_images, float_at_least, points', [
-    ('ssdlite_mbv2_person', 48, 0.1, 2.0),
-    ('retinanet_r18_bccd', 8, 0.3, 2.0),
-    # plain per-tensor 8-bit loses 8 points and more here, through one tensor alone
-    ('yolox_nano_coco', 16, 0.2, 5.0),
-])
+@pytest.mark.parametrize(
+    'name, num_images, float_at_least, points',
+    [
+        ('ssdlite_mbv2_person', 48, 0.1, 2.0),
+        ('retinanet_r18_bccd', 8, 0.3, 2.0),
+        # plain per-tensor 8-bit loses 8 points and more here, through one tensor alone
+        ('yolox_nano_coco', 16, 0.2, 5.0),
+    ],
+)
 def test_eight_bits_from_observers_stay_close_to_float(quantized_row, name, num_images, float_at_least, points):
     results = quantized_row(name, num_images)
     assert results['coverage']['integer_mac_share'] == 1.0
@@ -71,8 +79,12 @@ def test_eight_bits_from_observers_stay_close_to_float(quantized_row, name, num_
 def test_protection_finds_and_mends_the_stage_1_depthwise_input_of_yolox(zoo, tmp_path):
     cfg = load_config(str(zoo / 'configs' / 'yolox_nano_coco.py'))
     # with a scale per channel, which is the default, there would be nothing to find
-    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=8, batch_size=4),
-                   activations=dict(depthwise_per_channel=False), protect=dict(images=8, max_tensors=1))
+    cfg.ptq = dict(
+        preset='w8a8_observe',
+        calibration=dict(num_images=8, batch_size=4),
+        activations=dict(depthwise_per_channel=False),
+        protect=dict(images=8, max_tensors=1),
+    )
     cfg.work_dir = str(tmp_path)
     runner = PTQRunner.from_cfg(cfg)
     detector = runner.detector
@@ -82,7 +94,7 @@ def test_protection_finds_and_mends_the_stage_1_depthwise_input_of_yolox(zoo, tm
     structure = prepare_detector(detector, runner.ptq, lambda: detector(**copy.deepcopy(one), mode='predict'))
     observe_activations(detector, copy.deepcopy(batches), structure)
     protection = protect_detector(detector, structure, runner.ptq, batches, copy.deepcopy(batches))
-    choice, = protection.choices
+    (choice,) = protection.choices
     assert choice.layers == ('backbone.stage1.0.depthwise_conv.conv',)
     assert choice.kind == 'activation' and choice.float_macs == 0
     assert choice.loss_before > 0.5 * protection.before.loss

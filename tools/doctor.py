@@ -1,4 +1,5 @@
 """Says what is wrong with the environment and how to mend it; exits with 1 on a real problem."""
+
 import runpy
 from pathlib import Path
 

@@ -9,6 +9,7 @@ Every finished step leaves a stamp, so an interrupted set-up goes on where it st
 is all that this file needs. Environment variables: PYTHON, STACK (openmmlab | onedl), TORCH (a version),
 VENV (the folder), MAX_JOBS and CFLAGS for the build of mmcv; pip reads its own as always.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -101,11 +102,12 @@ def stop_group(child: subprocess.Popen) -> None:
             os.killpg(child.pid, 0)
             time.sleep(0.2)
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:    # the group is empty
+    except ProcessLookupError:  # the group is empty
         pass
 
 
 # ---- an environment that is already there
+
 
 def candidates() -> list[str]:
     """Returns the interpreters that may hold the user's own stack, the most explicit first."""
@@ -135,8 +137,10 @@ def foreign_environment(venv: Path, dry_run: bool) -> str | None:
             tried = subprocess.run([python, '-c', STACK_IMPORTS], capture_output=True, text=True)
             if tried.returncode:
                 reason = (tried.stderr.strip().splitlines() or ['it crashed'])[-1]
-                say(f'{python} does not import its stack ({reason}); it is left alone, and {venv.name} is '
-                    f'used. `{python} tools/doctor.py` says how to mend it.')
+                say(
+                    f'{python} does not import its stack ({reason}); it is left alone, and {venv.name} is '
+                    f'used. `{python} tools/doctor.py` says how to mend it.'
+                )
                 continue
         say(f'Using the environment of {python} (Python {".".join(map(str, info["version"]))}) as it is')
         if complete_foreign(python, info, dry_run):
@@ -172,6 +176,7 @@ def complete_foreign(python: str, info: dict, dry_run: bool) -> bool:
 
 # ---- our own environment
 
+
 class Venv:
     """The environment that the set-up makes: steps with stamps, one log file per step."""
 
@@ -193,8 +198,7 @@ class Venv:
     def is_ready(self) -> bool:
         """Tells whether the last set-up finished with the same request."""
         stamp = self.state / 'ready'
-        return (self.python.exists() and stamp.exists() and stamp.read_text() == self.key()
-                and self.has_wanted_python())
+        return self.python.exists() and stamp.exists() and stamp.read_text() == self.key() and self.has_wanted_python()
 
     def has_wanted_python(self) -> bool:
         """Tells whether the environment is of the same Python version as PYTHON, if that is given."""
@@ -218,27 +222,43 @@ class Venv:
             stamp.unlink(missing_ok=True)
         action()
         if not self.dry_run:
-            stamp.write_text(digest(inputs()))    # what is installed is an input too, and has just changed
+            stamp.write_text(digest(inputs()))  # what is installed is an input too, and has just changed
             say(f'{name}: done in {clock(time.monotonic() - start)}')
 
-    def run(self, what: str, command: Sequence[str | Path], log_name: str, *,
-            env: dict[str, str] | None = None, progress: Callable[[], str] | None = None) -> None:
+    def run(
+        self,
+        what: str,
+        command: Sequence[str | Path],
+        log_name: str,
+        *,
+        env: dict[str, str] | None = None,
+        progress: Callable[[], str] | None = None,
+    ) -> None:
         """Runs a command into a log file and shows that it is alive.
 
         Raises:
             SetupError: when it fails, after the end of its log was shown.
         """
         command = list(map(str, command))
-        say(f'{what}\n        + {" ".join(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items())}'
-            f'{" " if env else ""}{shlex.join(command)}')
+        say(
+            f'{what}\n        + {" ".join(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items())}'
+            f'{" " if env else ""}{shlex.join(command)}'
+        )
         if self.dry_run:
             return
         log, start, told = self.state / f'{log_name}.log', time.monotonic(), time.monotonic()
         with log.open('wb') as out:
             # the lock goes along: a child that outlives us must keep a second set-up away from the folder
-            child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=out,
-                                     stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-                                     start_new_session=True, pass_fds=[self.lock])
+            child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+                stdout=out,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self.lock],
+            )
             try:
                 while child.poll() is None:
                     time.sleep(0.2)
@@ -270,8 +290,7 @@ class Venv:
 
     def dists(self, *names: str) -> list[str]:
         """Returns the installed distributions (`torch-2.13.0`) of the given names."""
-        found = [p.name.removesuffix('.dist-info')
-                 for p in self.path.glob('lib/python*/site-packages/*.dist-info')]
+        found = [p.name.removesuffix('.dist-info') for p in self.path.glob('lib/python*/site-packages/*.dist-info')]
         return sorted(d for d in found if d.split('-')[0] in names)
 
     # ---- the steps
@@ -283,38 +302,54 @@ class Venv:
         before = [p for n, p in pins.items() if n.endswith('mmengine')]
         after = [p for n, p in pins.items() if 'mmdet' in n]
         self.step('venv', lambda: self.python.exists(), self.make_venv)
-        self.step('tools', lambda: BUILD_TOOLS,
-                  lambda: self.pip('the build tools', '--upgrade', *BUILD_TOOLS))
+        self.step('tools', lambda: BUILD_TOOLS, lambda: self.pip('the build tools', '--upgrade', *BUILD_TOOLS))
         self.step('torch', lambda: [self.torch, self.dists('torch')], self.install_torch)
-        self.step('mmengine', lambda: [before, self.dists('mmengine', 'onedl_mmengine')],
-                  lambda: self.pip('mmengine', *before))
-        self.step('mmcv', lambda: [mmcv, self.dists('torch', 'mmcv', 'onedl_mmcv')],
-                  lambda: self.install_mmcv(mmcv))
+        self.step(
+            'mmengine',
+            lambda: [before, self.dists('mmengine', 'onedl_mmengine')],
+            lambda: self.pip('mmengine', *before),
+        )
+        self.step('mmcv', lambda: [mmcv, self.dists('torch', 'mmcv', 'onedl_mmcv')], lambda: self.install_mmcv(mmcv))
         self.step('opencv', lambda: self.dists('opencv_python', 'opencv_python_headless'), self.mend_opencv)
         self.step('operators', lambda: self.dists('torch', 'mmcv', 'onedl_mmcv'), self.check_operators)
-        self.step('mmdet', lambda: [after, self.dists('mmdet', 'onedl_mmdetection')],
-                  lambda: self.pip('mmdet', '--no-build-isolation', *after))
-        self.step('mmdet-ptq', lambda: [self.project_files(), self.dists('mmdet_ptq')],
-                  lambda: self.pip('mmdet-ptq', '--no-build-isolation', '-e', f'{ROOT}[dev]'))
+        self.step(
+            'mmdet',
+            lambda: [after, self.dists('mmdet', 'onedl_mmdetection')],
+            lambda: self.pip('mmdet', '--no-build-isolation', *after),
+        )
+        self.step(
+            'mmdet-ptq',
+            lambda: [self.project_files(), self.dists('mmdet_ptq')],
+            lambda: self.pip('mmdet-ptq', '--no-build-isolation', '-e', f'{ROOT}[dev]'),
+        )
         if self.dry_run:
             return
         if error := self.imports(STACK_IMPORTS + ', mmdet_ptq'):
-            raise SetupError(f'The environment was made but does not work ({error}); '
-                             f'`{self.python} tools/doctor.py` says what is wrong.')
+            raise SetupError(
+                f'The environment was made but does not work ({error}); '
+                f'`{self.python} tools/doctor.py` says what is wrong.'
+            )
         (self.state / 'ready').write_text(self.key())
 
     def make_venv(self) -> None:
         """Makes an empty environment, of a Python that works."""
-        names = [os.environ['PYTHON']] if os.environ.get('PYTHON') else [
-            sys.executable, 'python3.11', 'python3.12', 'python3.10', 'python3']
+        names = (
+            [os.environ['PYTHON']]
+            if os.environ.get('PYTHON')
+            else [sys.executable, 'python3.11', 'python3.12', 'python3.10', 'python3']
+        )
         base = next((n for n in names if tuple((probe(n) or {}).get('version', ())[:2]) in SUPPORTED), None)
         if base is None:
-            raise SetupError(f'None of {", ".join(names)} is a working Python 3.10 to 3.12; install one, or '
-                             'name it with PYTHON=/path/to/python.')
+            raise SetupError(
+                f'None of {", ".join(names)} is a working Python 3.10 to 3.12; install one, or '
+                'name it with PYTHON=/path/to/python.'
+            )
         modules = [base, '-c', 'import ensurepip, venv']
         if subprocess.run(modules, capture_output=True).returncode:
-            raise SetupError(f'{base} cannot make virtual environments; install its venv module '
-                             '(Debian, Ubuntu: apt install python3-venv).')
+            raise SetupError(
+                f'{base} cannot make virtual environments; install its venv module '
+                '(Debian, Ubuntu: apt install python3-venv).'
+            )
         self.check_compiler(base)
         self.run(f'Making {self.path.name}', [base, '-m', 'venv', self.path], 'venv')
         if not self.dry_run:
@@ -325,13 +360,17 @@ class Venv:
         compilers = [os.environ.get('CC', 'gcc'), os.environ.get('CXX', 'g++')]
         absent = [c for c in compilers if shutil.which(shlex.split(c)[0]) is None]
         if absent:
-            raise SetupError(f'mmcv is compiled here and {" and ".join(absent)} cannot be found; install a '
-                             'C++ compiler (Debian, Ubuntu: apt install build-essential).')
+            raise SetupError(
+                f'mmcv is compiled here and {" and ".join(absent)} cannot be found; install a '
+                'C++ compiler (Debian, Ubuntu: apt install build-essential).'
+            )
         ask = 'import sysconfig; print(sysconfig.get_path("include"))'
         include = subprocess.run([base, '-c', ask], capture_output=True, text=True).stdout.strip()
         if not Path(include, 'Python.h').exists():
-            raise SetupError(f'mmcv is compiled here and the headers of {base} cannot be found; install them '
-                             '(Debian, Ubuntu: apt install python3-dev).')
+            raise SetupError(
+                f'mmcv is compiled here and the headers of {base} cannot be found; install them '
+                '(Debian, Ubuntu: apt install python3-dev).'
+            )
 
     def install_torch(self) -> None:
         """Installs torch, unless the environment has one and none was asked for."""
@@ -362,8 +401,10 @@ class Venv:
         if not self.dry_run and (error := self.imports('import mmcv.ops')):
             shutil.rmtree(self.wheel_cache(), ignore_errors=True)
             (self.state / 'mmcv').unlink(missing_ok=True)
-            raise SetupError(f'mmcv was built without working operators ({error}); repeat the command to '
-                             f'build it again, the log of the build is {self.state / "mmcv-build.log"}.')
+            raise SetupError(
+                f'mmcv was built without working operators ({error}); repeat the command to '
+                f'build it again, the log of the build is {self.state / "mmcv-build.log"}.'
+            )
 
     def build_mmcv(self, pin: str) -> None:
         """Compiles in a folder that is kept, so that ninja goes on where an interrupted build stopped."""
@@ -371,21 +412,40 @@ class Venv:
         name = pin.replace('==', '-').replace('onedl-', 'onedl_')
         tree = source / name
         if not tree.exists():
-            self.run('Fetching the source of mmcv', [
-                self.python, '-m', 'pip', 'download', '--no-deps', '--no-build-isolation',
-                '--no-binary', ':all:', '-d', source, pin], 'mmcv-source')
+            self.run(
+                'Fetching the source of mmcv',
+                [
+                    self.python,
+                    '-m',
+                    'pip',
+                    'download',
+                    '--no-deps',
+                    '--no-build-isolation',
+                    '--no-binary',
+                    ':all:',
+                    '-d',
+                    source,
+                    pin,
+                ],
+                'mmcv-source',
+            )
             if not self.dry_run:
                 with tarfile.open(next(source.glob('*.tar.gz'))) as archive:
                     archive.extractall(source / 'unpacking')
                 (source / 'unpacking' / name).rename(tree)
         jobs = os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0)))
-        env = {'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs,
-               # operators are a small share of a detector's time; -O1 without symbols halves the build
-               'CFLAGS': os.environ.get('CFLAGS', '-O1 -g0')}
+        env = {
+            'MMCV_WITH_OPS': '1',
+            'MAX_JOBS': jobs,
+            # operators are a small share of a detector's time; -O1 without symbols halves the build
+            'CFLAGS': os.environ.get('CFLAGS', '-O1 -g0'),
+        }
         gpu = not self.dry_run and not self.imports('import torch; assert torch.cuda.is_available()')
         if gpu and shutil.which('nvcc') is None and 'CUDA_HOME' not in os.environ:
-            say('A GPU is there but no nvcc: mmcv gets CPU operators only, so NMS on the GPU will not work. '
-                'Install the CUDA toolkit of your torch and remove .venv to have both.')
+            say(
+                'A GPU is there but no nvcc: mmcv gets CPU operators only, so NMS on the GPU will not work. '
+                'Install the CUDA toolkit of your torch and remove .venv to have both.'
+            )
             env |= {'FORCE_CUDA': '0', 'CUDA_VISIBLE_DEVICES': ''}
             gpu = False
         csrc = tree / 'mmcv' / 'ops' / 'csrc' / 'pytorch'
@@ -396,9 +456,24 @@ class Venv:
             return f'{sum(1 for _ in tree.glob("build/temp*/**/*.o"))} of {total} files compiled'
 
         say('mmcv publishes no wheel for this torch: it is compiled now, once (7 to 15 minutes on 2 cores).')
-        self.run('Compiling mmcv', [self.python, '-m', 'pip', 'wheel', '--verbose', '--no-deps',
-                                    '--no-build-isolation', '-w', source / 'wheel', tree],
-                 'mmcv-build', env=env, progress=progress)
+        self.run(
+            'Compiling mmcv',
+            [
+                self.python,
+                '-m',
+                'pip',
+                'wheel',
+                '--verbose',
+                '--no-deps',
+                '--no-build-isolation',
+                '-w',
+                source / 'wheel',
+                tree,
+            ],
+            'mmcv-build',
+            env=env,
+            progress=progress,
+        )
         if not self.dry_run:
             cache = self.wheel_cache()
             cache.mkdir(parents=True, exist_ok=True)
@@ -414,8 +489,9 @@ class Venv:
         if not error:
             return
         say(f'opencv-python does not load ({error}); taking its headless build')
-        self.run('Removing opencv-python', [self.python, '-m', 'pip', 'uninstall', '-y', 'opencv-python'],
-                 'opencv-python')
+        self.run(
+            'Removing opencv-python', [self.python, '-m', 'pip', 'uninstall', '-y', 'opencv-python'], 'opencv-python'
+        )
         self.pip('opencv-python-headless', '--force-reinstall', '--no-deps', 'opencv-python-headless')
         if error := self.imports('import cv2'):
             raise SetupError(f'cv2 does not import ({error}).')
@@ -426,7 +502,7 @@ def own_environment(venv: Venv) -> str:
     if not venv.is_ready():
         if not venv.dry_run:
             venv.state.mkdir(parents=True, exist_ok=True)
-        venv.lock = os.open(ROOT, os.O_RDONLY)    # a lock on the folder itself leaves no lock file behind
+        venv.lock = os.open(ROOT, os.O_RDONLY)  # a lock on the folder itself leaves no lock file behind
         try:
             fcntl.flock(venv.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -449,7 +525,7 @@ def own_environment(venv: Venv) -> str:
 
 def main() -> int:
     """Sets up, then becomes the command."""
-    command = sys.argv[1:]    # not argparse: everything after our one option belongs to `python`
+    command = sys.argv[1:]  # not argparse: everything after our one option belongs to `python`
     if command[:1] in (['-h'], ['--help']):
         print(__doc__)
         return 0

@@ -1,4 +1,5 @@
 """Trains a float detector with mmengine's own loop, and writes a slim checkpoint: weights and plain values only."""
+
 from __future__ import annotations
 
 import argparse
@@ -27,9 +28,14 @@ def main() -> None:
     runner.train()
     if args.export:
         weights = {name: value.cpu().contiguous() for name, value in runner.model.state_dict().items()}
-        meta = dict(dataset_meta={key: list(value) for key, value in runner.train_dataloader.dataset.metainfo.items()},
-                    config=Path(args.config).name, epoch=runner.epoch, seed=runner.seed,
-                    torch_version=str(torch.__version__), mmengine_version=mmengine.__version__)
+        meta = dict(
+            dataset_meta={key: list(value) for key, value in runner.train_dataloader.dataset.metainfo.items()},
+            config=Path(args.config).name,
+            epoch=runner.epoch,
+            seed=runner.seed,
+            torch_version=str(torch.__version__),
+            mmengine_version=mmengine.__version__,
+        )
         args.export.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(state_dict=weights, meta=meta), args.export)
 

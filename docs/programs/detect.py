@@ -1,4 +1,5 @@
 """Detects with a model of `tools/export.py --to onnxruntime --end2end`, without mmdet. python detect.py MODEL IMAGE"""
+
 import json
 import sys
 
@@ -17,7 +18,7 @@ if meta['input']['channels'] == 'RGB':
     resized = resized[..., ::-1]
 pixels = (resized - np.float32(meta['input'].get('mean', 0))) / np.float32(meta['input'].get('std', 1))
 tensor = np.full((1, 3, height, width), meta['input']['pad_value'], np.float32)
-tensor[0, :, :pixels.shape[0], :pixels.shape[1]] = pixels.transpose(2, 0, 1)
+tensor[0, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
 
 boxes, scores, labels = (output[0] for output in session.run(None, {'input': tensor}))
 for box, score, label in zip(boxes / scale, scores, labels, strict=True):

@@ -47,9 +47,7 @@ def bops(structure: Structure) -> int:
     Args:
         structure: The structure of the quantized detector.
     """
-    layers = sum(
-        layer.macs * weight_bits(layer) * activation_bits(layer, structure) for layer in structure.layers
-    )
+    layers = sum(layer.macs * weight_bits(layer) * activation_bits(layer, structure) for layer in structure.layers)
     return layers + FLOAT_BITS**2 * sum(operation['macs'] for operation in structure.uncovered)
 
 

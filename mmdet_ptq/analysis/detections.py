@@ -11,8 +11,8 @@ import torch
 from mmdet.structures.bbox import get_box_tensor
 from torch import nn
 
-from mmdet_ptq.analysis.drift import in_mode
 from mmdet_ptq.calibration.global_loss import box_iou
+from mmdet_ptq.wrapping import quantization_mode
 
 MATCH_IOU = 0.5
 
@@ -97,7 +97,7 @@ def detect_both(
         found = []
         for model, mode in ((float_detector, 'float'), (detector, 'quantize')):
             data = model.data_preprocessor(batch, False)
-            with in_mode(model, mode):
+            with quantization_mode(model, mode):
                 found.append([_detections(sample) for sample in model(**data, mode='predict')])
         for inputs, sample, before, after in zip(batch['inputs'], batch['data_samples'], *found, strict=True):
             yield DetectionPair(_image(inputs, sample.metainfo), before, after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.calibration.global_loss import box_iou
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
-from mmdet_ptq.wrapping import is_quantized, quantization_mode
+from mmdet_ptq.wrapping import quantization_mode
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE, channel_axis
 
 # positions of a layer's output that are kept per call: bounds memory, and is plenty for a ratio of energies
@@ -95,11 +95,7 @@ def layer_errors(
     errors = []
     for name, outputs in after.items():
         part = name.split('.')[0]
-        if (
-            part == 'roi_head'
-            and unpaired
-            or [t.shape for t in before.get(name, [])] != [t.shape for t in outputs]
-        ):
+        if part == 'roi_head' and unpaired or [t.shape for t in before.get(name, [])] != [t.shape for t in outputs]:
             continue
         errors.append(LayerError(name, part, *_compare(torch.cat(before[name], 1), torch.cat(outputs, 1))))
     return errors
@@ -121,9 +117,7 @@ def _compare(signal: Tensor, quantized: Tensor) -> tuple[float, float | None]:
 
 
 @contextmanager
-def _recorded(
-    detector: nn.Module, names: dict[str, str], axes: dict[str, int]
-) -> Iterator[dict[str, list[Tensor]]]:
+def _recorded(detector: nn.Module, names: dict[str, str], axes: dict[str, int]) -> Iterator[dict[str, list[Tensor]]]:
     """Collects outputs as (channels, positions), one per call; the same positions for the same shape.
 
     Args:
@@ -164,20 +158,12 @@ def predict(
         reference: The float detector's predictions, which two-stage detectors pair with. Defaults to None.
     """
     data = detector.data_preprocessor(batch, False)
-    with in_mode(detector, mode):
+    with quantization_mode(detector, mode):
         return predict_aligned(detector, data['inputs'], data['data_samples'], reference).detach()
 
 
-def in_mode(detector: nn.Module, mode: str):
-    """:func:`mmdet_ptq.wrapping.quantization_mode`, which also takes a detector that was never wrapped."""
-    return quantization_mode(detector, mode) if is_quantized(detector) else nullcontext()
-
-
 def score_drift(
-    float_detector: nn.Module,
-    detector: nn.Module,
-    batches: Sequence[dict[str, Any]],
-    score_thr: float = SCORE_THR,
+    float_detector: nn.Module, detector: nn.Module, batches: Sequence[dict[str, Any]], score_thr: float = SCORE_THR
 ) -> ScoreDrift:
     """Pairs the predictions of both detectors prior by prior, before NMS.
 
@@ -191,9 +177,7 @@ def score_drift(
     for batch in batches:
         before = predict(float_detector, batch, 'float')
         if before.raw is not None:
-            return ScoreDrift(
-                reason='the head has no adapter, so its raw outputs do not tell scores and boxes apart'
-            )
+            return ScoreDrift(reason='the head has no adapter, so its raw outputs do not tell scores and boxes apart')
         after = predict(detector, batch, 'quantize', before)
         pair = torch.stack([before.confidence(), after.confidence()])
         keep = (pair >= score_thr).any(0)
@@ -204,7 +188,5 @@ def score_drift(
         return ScoreDrift(reason='there were no images to predict on')
     before, after = torch.cat(scores, 1)
     if len(before) == 0:
-        return ScoreDrift(
-            reason=f'neither detector is more than {score_thr} confident of any box in these images'
-        )
+        return ScoreDrift(reason=f'neither detector is more than {score_thr} confident of any box in these images')
     return ScoreDrift(before, after, torch.cat(ious) if ious else torch.zeros(0))

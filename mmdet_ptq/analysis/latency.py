@@ -1,4 +1,5 @@
 """Latency as a ratio: two models in turn, so that what else the machine does meets both."""
+
 from __future__ import annotations
 
 import statistics
@@ -27,8 +28,9 @@ class LatencyRatio:
     pairs: int
 
 
-def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: int = 40,
-                  pause: float = 0.) -> LatencyRatio:
+def latency_ratio(
+    first: Callable[[], Any], second: Callable[[], Any], pairs: int = 40, pause: float = 0.0
+) -> LatencyRatio:
     """Times two functions in interleaved pairs, the order within a pair changing each time.
 
     Args:
@@ -50,7 +52,8 @@ def latency_ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: in
         ratio=statistics.median(a / b for a, b in times),
         first_ms=1e3 * statistics.median(a for a, _ in times),
         second_ms=1e3 * statistics.median(b for _, b in times),
-        pairs=pairs)
+        pairs=pairs,
+    )
 
 
 def _seconds(run: Callable[[], Any], pause: float) -> float:

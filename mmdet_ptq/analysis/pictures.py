@@ -67,9 +67,7 @@ def detections_picture(
             ax.imshow(pair.image)
             ax.set_axis_off()
             alone = len(found) - len(matched)
-            ax.set_title(
-                f'{side}: {_count(len(found), "object")}' + (f', {alone} without a partner' if alone else '')
-            )
+            ax.set_title(f'{side}: {_count(len(found), "object")}' + (f', {alone} without a partner' if alone else ''))
             for i in range(len(found)):
                 label = int(found.labels[i])
                 name = classes[label] if label < len(classes) else f'class {label}'
@@ -113,10 +111,7 @@ def class_colours(pairs: Sequence[DetectionPair], score_thr: float = 0.3) -> dic
         score_thr: Least score that is drawn. Defaults to 0.3.
     """
     seen = Counter(
-        int(label)
-        for pair in pairs
-        for side in (pair.before, pair.after)
-        for label in side.above(score_thr).labels
+        int(label) for pair in pairs for side in (pair.before, pair.after) for label in side.above(score_thr).labels
     )
     return {label: PALETTE[i % len(PALETTE)] for i, (label, _) in enumerate(seen.most_common())}
 
@@ -233,10 +228,7 @@ def errors_finding(errors: Sequence[LayerError]) -> str:
     Args:
         errors: At least one layer.
     """
-    named = (
-        f'({rank}) {errors[i].layer}, {errors[i].sqnr_db:.1f} dB'
-        for rank, i in enumerate(_noisiest(errors), 1)
-    )
+    named = (f'({rank}) {errors[i].layer}, {errors[i].sqnr_db:.1f} dB' for rank, i in enumerate(_noisiest(errors), 1))
     return f'Noisiest: {"; ".join(named)}.'
 
 
@@ -256,9 +248,7 @@ def drift_picture(drift: ScoreDrift) -> bytes:
         axes = figure.subplots(1, 2 if len(ious) else 1, squeeze=False)[0]
         scores = axes[0]
         scores.plot((0, 1), (0, 1), color=FAINT, linewidth=0.8, zorder=1)
-        scores.scatter(
-            before, after, s=9, color=QUANTIZED, alpha=min(0.7, max(0.08, 150 / len(before))), linewidths=0
-        )
+        scores.scatter(before, after, s=9, color=QUANTIZED, alpha=min(0.7, max(0.08, 150 / len(before))), linewidths=0)
         scores.set(
             xlim=(0, 1),
             ylim=(0, 1),
@@ -274,9 +264,7 @@ def drift_picture(drift: ScoreDrift) -> bytes:
             overlap = axes[1]
             counts, edges = np.histogram(ious.clip(0, 1), bins=40, range=(0, 1))
             overlap.stairs(100 * counts / counts.sum(), edges, fill=True, color=FLOAT, alpha=0.75)
-            overlap.set(
-                xlim=(0, 1), xlabel='IoU of the float and the quantized box', ylabel='share of the boxes, %'
-            )
+            overlap.set(xlim=(0, 1), xlabel='IoU of the float and the quantized box', ylabel='share of the boxes, %')
             overlap.set_title(f'{100 * (ious >= 0.9).mean():.0f} % of the boxes keep an IoU of 0.9 or more')
         return _file(figure)
 

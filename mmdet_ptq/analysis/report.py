@@ -194,17 +194,13 @@ def headlines(results: dict[str, Any], structure: Structure) -> list[Headline]:
     if None not in values:
         change = round(points(*values), 1) + 0.0
         found.append(Headline(name, f'{values[0]:.3f} → {values[1]:.3f}', 'float → quantized'))
-        found.append(
-            Headline('change', f'{change:+.1f} points', f'{after["model"]} against {before["model"]}')
-        )
+        found.append(Headline('change', f'{change:+.1f} points', f'{after["model"]} against {before["model"]}'))
     else:
         found.append(Headline('accuracy', 'not measured', 'the evaluator gave no figure for both detectors'))
     for label, key, show in (('size', 'size_bytes', format_bytes), ('bit operations', 'bops', format_count)):
         costs = [row[key] if row else None for row in (before, after)]
         if all(costs):
-            found.append(
-                Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}')
-            )
+            found.append(Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}'))
     share = integer_mac_share(structure)
     found.append(Headline('in integers', _percent(share), 'of the multiply-accumulates'))
     return found
@@ -223,9 +219,7 @@ def _chapter(title: str, draw: Callable[[], Section | str]) -> Section:
     return Section(title, section) if isinstance(section, str) else section
 
 
-def _detections(
-    reference: nn.Module, detector: nn.Module, batches: Sequence[dict], classes: Sequence[str]
-) -> Section:
+def _detections(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], classes: Sequence[str]) -> Section:
     pairs = list(detect_both(reference, detector, batches, NUM_IMAGES))
     colours = pictures.class_colours(pairs)
     drawn = [
@@ -255,9 +249,7 @@ def _drift(reference: nn.Module, detector: nn.Module, batches: Sequence[dict]) -
     )
 
 
-def _errors(
-    reference: nn.Module, detector: nn.Module, batches: Sequence[dict], structure: Structure
-) -> Section | str:
+def _errors(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], structure: Structure) -> Section | str:
     if not batches:
         return 'Not drawn: there were no images to run on.'
     errors = layer_errors(reference, detector, batches[0], structure.folds)
@@ -268,10 +260,7 @@ def _errors(
         f'where the bars fall, the error enters. {pictures.errors_finding(errors)}'
     )
     return Section(
-        'Error by layer',
-        text,
-        [Picture('Signal to noise by layer.', pictures.errors_picture(errors))],
-        errors,
+        'Error by layer', text, [Picture('Signal to noise by layer.', pictures.errors_picture(errors))], errors
     )
 
 

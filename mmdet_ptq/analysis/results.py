@@ -19,6 +19,7 @@ from torch import Tensor
 from mmdet_ptq.doctor import processor
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
+from mmdet_ptq.registry import runtime_names
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
@@ -33,7 +34,7 @@ def versions() -> dict[str, str]:
         ``'missing'`` for what is not installed.
     """
     found = {'mmdet_ptq': __version__, 'python': platform.python_version()}
-    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'onnx', 'onnxruntime', 'openvino', 'ncnn'):
+    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'onnx', *runtime_names()):
         try:
             found[name] = str(import_module(name).__version__)
         except ImportError:
@@ -142,16 +143,12 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise PTQError(f'{path} cannot be read ({error.strerror}); run tools/ptq.py first.') from error
     except ValueError as error:
-        raise PTQError(
-            f'{path} is no valid JSON file ({error}); delete it and run tools/ptq.py again.'
-        ) from error
+        raise PTQError(f'{path} is no valid JSON file ({error}); delete it and run tools/ptq.py again.') from error
     missing = [key for key in KEYS if not isinstance(results, dict) or key not in results]
     if missing:
         raise PTQError(f'{path} is no results file of mmdet-ptq: it lacks {", ".join(missing)}.')
     if results['schema'] != SCHEMA:
-        raise PTQError(
-            f'{path} has schema {results["schema"]!r}, this version reads {SCHEMA}; run tools/ptq.py again.'
-        )
+        raise PTQError(f'{path} has schema {results["schema"]!r}, this version reads {SCHEMA}; run tools/ptq.py again.')
     return results
 
 

@@ -1,4 +1,5 @@
 """Sensitivity for people: the ranking as tables, the lines to paste, and ``sensitivity.json``."""
+
 from __future__ import annotations
 
 import textwrap
@@ -29,8 +30,11 @@ def groups_table(sensitivities: Sensitivities) -> Table:
     Args:
         sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
     """
-    table = _table(f'sensitivity of parts, each quantized alone ({sensitivities.num_images} calibration images)',
-                   ('part', 'left'), ('tensors', 'right'))
+    table = _table(
+        f'sensitivity of parts, each quantized alone ({sensitivities.num_images} calibration images)',
+        ('part', 'left'),
+        ('tensors', 'right'),
+    )
     for group in sensitivities.groups:
         table.add_row(group.name, str(group.tensors), *_damage_cells(group.damage))
     table.add_section()
@@ -46,14 +50,25 @@ def tensors_table(sensitivities: Sensitivities, top: int = TOP) -> Table:
         top: Number of rows. Defaults to 20.
     """
     total = len(sensitivities.tensors)
-    table = _table(f'sensitivity of tensors, each quantized alone (the first {min(top, total)} of {total})',
-                   ('tensor', 'left'), ('part', 'left'), ('level', 'right'), ('bits', 'right'))
+    table = _table(
+        f'sensitivity of tensors, each quantized alone (the first {min(top, total)} of {total})',
+        ('tensor', 'left'),
+        ('part', 'left'),
+        ('level', 'right'),
+        ('bits', 'right'),
+    )
     table.add_column('output\nerror', justify='right', no_wrap=True)
     for tensor in sensitivities.tensors[:top]:
         error = tensor.damage.output_error
         told = ABSENT if error is None else f'{100 * error:.2g} %'
-        table.add_row(tensor.label, tensor.part, ABSENT if tensor.level is None else str(tensor.level),
-                      str(tensor.bits), *_damage_cells(tensor.damage), told)
+        table.add_row(
+            tensor.label,
+            tensor.part,
+            ABSENT if tensor.level is None else str(tensor.level),
+            str(tensor.bits),
+            *_damage_cells(tensor.damage),
+            told,
+        )
     return table
 
 
@@ -71,9 +86,16 @@ def protection_table(protection: Protection) -> Table:
         table.add_column(heading, justify='right', no_wrap=True)
     for choice in protection.choices:
         sign = '-' if choice.size_bytes < 0 else '+'
-        table.add_row(choice.tensor, choice.was, choice.now, f'{choice.loss_before:.3g}', f'{choice.loss_after:.3g}',
-                      sign + format_bytes(abs(choice.size_bytes)), f'{choice.bops / max(protection.bops, 1):+.1%}',
-                      str(choice.float_macs))
+        table.add_row(
+            choice.tensor,
+            choice.was,
+            choice.now,
+            f'{choice.loss_before:.3g}',
+            f'{choice.loss_after:.3g}',
+            sign + format_bytes(abs(choice.size_bytes)),
+            f'{choice.bops / max(protection.bops, 1):+.1%}',
+            str(choice.float_macs),
+        )
     return table
 
 
@@ -157,8 +179,11 @@ def _print_table(table: Table, console: Console) -> None:
     for name, *figures in zip(*(column.cells for column in table.columns), strict=True):
         console.print(Text(name), soft_wrap=True)
         # a figure stays with its name and its unit
-        facts = [f'{heading} {figure}'.replace(' ', NO_BREAK)
-                 for heading, figure in zip(headings[1:], figures, strict=True) if figure != ABSENT]
+        facts = [
+            f'{heading} {figure}'.replace(' ', NO_BREAK)
+            for heading, figure in zip(headings[1:], figures, strict=True)
+            if figure != ABSENT
+        ]
         for line in textwrap.wrap(', '.join(facts), console.width - 4):
             console.print(Text('    ' + line.replace(NO_BREAK, ' ')), soft_wrap=True)
 

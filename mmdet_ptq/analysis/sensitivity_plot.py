@@ -1,4 +1,5 @@
 """The picture of a sensitivity analysis: which part and which tensor cost the detections most."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,27 +34,45 @@ def sensitivity_picture(sensitivities: Sensitivities, top: int = 20) -> bytes:
     with matplotlib.rc_context({**STYLE, 'hatch.linewidth': 0.8}):
         figure = Figure(figsize=(10, 1.9 + 0.25 * sum(rows)))
         above, below = figure.subplots(2, 1, height_ratios=rows, sharex=True)
-        _bars(above, ['everything', *(group.name for group in groups)],
-              [sensitivities.total, *(group.damage for group in groups)],
-              [FAINT, *(colours.get(group.name, FAINT) for group in groups)])
+        _bars(
+            above,
+            ['everything', *(group.name for group in groups)],
+            [sensitivities.total, *(group.damage for group in groups)],
+            [FAINT, *(colours.get(group.name, FAINT) for group in groups)],
+        )
         above.set_title('Parts of the detector, each quantized alone', fontweight='bold')
-        bars = _bars(below, [_label(tensor.label) for tensor in tensors], [tensor.damage for tensor in tensors],
-                     [colours[tensor.part] for tensor in tensors])
+        bars = _bars(
+            below,
+            [_label(tensor.label) for tensor in tensors],
+            [tensor.damage for tensor in tensors],
+            [colours[tensor.part] for tensor in tensors],
+        )
         for bar, tensor in zip(bars, tensors, strict=True):
             if tensor.kind != ACTIVATION:
                 bar.set(hatch=WEIGHT_HATCH, edgecolor='white')
-        below.set_title(f'The {len(tensors)} most sensitive of {len(sensitivities.tensors)} tensors, each quantized '
-                        'alone', fontweight='bold')
-        below.set_xlabel('filtered global loss against the float detector, '
-                         f'{sensitivities.num_images} calibration images (0: detections unchanged)')
+        below.set_title(
+            f'The {len(tensors)} most sensitive of {len(sensitivities.tensors)} tensors, each quantized alone',
+            fontweight='bold',
+        )
+        below.set_xlabel(
+            'filtered global loss against the float detector, '
+            f'{sensitivities.num_images} calibration images (0: detections unchanged)'
+        )
         figure.suptitle(finding(sensitivities), x=0.01, ha='left', fontsize=11, fontweight='bold')
-        shown = [part for part in parts if any(tensor.part == part for tensor in tensors)
-                 or any(group.name == part for group in groups)]
+        shown = [
+            part
+            for part in parts
+            if any(tensor.part == part for tensor in tensors) or any(group.name == part for group in groups)
+        ]
         figure.legend(
-            handles=[*(Patch(color=colours[part], label=part) for part in shown),
-                     Patch(facecolor=FAINT, label='activation'),
-                     Patch(facecolor=FAINT, edgecolor='white', hatch=WEIGHT_HATCH, label='weight')],
-            loc='outside lower left', ncols=5)
+            handles=[
+                *(Patch(color=colours[part], label=part) for part in shown),
+                Patch(facecolor=FAINT, label='activation'),
+                Patch(facecolor=FAINT, edgecolor='white', hatch=WEIGHT_HATCH, label='weight'),
+            ],
+            loc='outside lower left',
+            ncols=5,
+        )
         return _file(figure)
 
 
@@ -82,11 +101,26 @@ def _bars(axes: Axes, labels: Sequence[str], damages: Sequence[Damage], colours:
     axes.margins(x=0.02)
     for column, heading in enumerate(('loss', '1 - IoU', 'scores')):
         x = 1.07 + 0.09 * column
-        axes.annotate(heading, (x, 1), xytext=(0, 4), xycoords='axes fraction', textcoords='offset points', ha='right',
-                      color=FAINT, fontsize=8)
+        axes.annotate(
+            heading,
+            (x, 1),
+            xytext=(0, 4),
+            xycoords='axes fraction',
+            textcoords='offset points',
+            ha='right',
+            color=FAINT,
+            fontsize=8,
+        )
         for place, damage in zip(places, damages, strict=True):
-            axes.text(x, place, _figures(damage)[column], transform=axes.get_yaxis_transform(), ha='right',
-                      va='center_baseline', fontsize=8)
+            axes.text(
+                x,
+                place,
+                _figures(damage)[column],
+                transform=axes.get_yaxis_transform(),
+                ha='right',
+                va='center_baseline',
+                fontsize=8,
+            )
     return bars
 
 

@@ -140,14 +140,22 @@ def closing_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [f'{model_name(row)}: {row["remark"]}' for row in results['rows'] if row.get('remark')]
     timed = {row['model']: row['latency_ratio'] for row in results['rows'] if row['latency_ratio'] is not None}
     slow = {model: ratio for model, ratio in timed.items() if ratio < 1}
-    right = {row['model']: timed[row['model']] for row in results['rows']
-             if timed.get(row['model'], 0) >= 1 and not row.get('remark')}
+    right = {
+        row['model']: timed[row['model']]
+        for row in results['rows']
+        if timed.get(row['model'], 0) >= 1 and not row.get('remark')
+    }
     if slow:
         told = ' and '.join(f'{model} ({ratio:.2f}x)' for model, ratio in slow.items())
         best = max(right, key=right.get) if right else None
-        lines.append(f'on this processor int8 is slower than float in {told}; ' + (
-            f'{best} is faster here ({right[best]:.2f}x).' if best else
-            'no exported runtime whose figures are right is faster here.'))
+        lines.append(
+            f'on this processor int8 is slower than float in {told}; '
+            + (
+                f'{best} is faster here ({right[best]:.2f}x).'
+                if best
+                else 'no exported runtime whose figures are right is faster here.'
+            )
+        )
     return lines
 
 
@@ -188,11 +196,15 @@ def models_table(results: Mapping[str, Any]) -> Table:
     speeds = lines.get('speed against float')
     for place, row in enumerate(results['rows']):
         coverage = results.get('runtimes', {}).get(row['model'])
-        done = f"{len(coverage['integer'])} of {len(coverage['integer']) + len(coverage['float'])}" if coverage else ''
+        done = f'{len(coverage["integer"])} of {len(coverage["integer"]) + len(coverage["float"])}' if coverage else ''
         table.add_row(
-            model_name(row), lines[metric].values[place] if metric else ABSENT,
-            lines[metric].changes[place] if metric else ABSENT, lines['size'].values[place],
-            speeds.values[place] if speeds else ABSENT, done)
+            model_name(row),
+            lines[metric].values[place] if metric else ABSENT,
+            lines[metric].changes[place] if metric else ABSENT,
+            lines['size'].values[place],
+            speeds.values[place] if speeds else ABSENT,
+            done,
+        )
     return table
 
 
@@ -204,9 +216,7 @@ def coverage_table(structure: Structure) -> Table:
     """
     rows = coverage_rows(structure)
     total = sum(row.macs for row in rows) or 1
-    table = Table(
-        title=f'coverage: {100 * integer_mac_share(structure):.2f} % of the multiply-accumulates in integers'
-    )
+    table = Table(title=f'coverage: {100 * integer_mac_share(structure):.2f} % of the multiply-accumulates in integers')
     for heading, justify in (
         ('layer', 'left'),
         ('kind', 'left'),

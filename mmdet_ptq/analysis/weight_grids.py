@@ -50,13 +50,10 @@ def weight_grids(detector: nn.Module, structure: Structure, count: int = 6) -> l
     found = {name: q for name, q in quantized_weights(detector).items() if name in formats}
     losses = {name: _sqnr(detector.get_submodule(name), q) for name, q in found.items()}
     # a layer of a few weights makes no histogram
-    large = [name for name in found if float_weight(detector.get_submodule(name)).numel() >= 256] or list(
-        found
-    )
+    large = [name for name in found if float_weight(detector.get_submodule(name)).numel() >= 256] or list(found)
     large.sort(key=lambda name: ('log' not in formats[name], losses[name]))
     return [
-        _grid(name, formats[name], losses[name], detector.get_submodule(name), found[name])
-        for name in large[:count]
+        _grid(name, formats[name], losses[name], detector.get_submodule(name), found[name]) for name in large[:count]
     ]
 
 

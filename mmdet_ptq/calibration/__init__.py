@@ -1,4 +1,5 @@
 """How quantization parameters are found."""
+
 from mmdet_ptq.calibration.bias_correction import BiasCorrection, correct_biases
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
 from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
@@ -8,6 +9,20 @@ from mmdet_ptq.calibration.protection.protect import Protection, protect_detecto
 from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_sensitivity
 from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
 
-__all__ = ['BiasCorrection', 'BlockReconstruction', 'CalibrationDataset', 'FilteredGlobalLoss', 'LoadedSamples',
-           'Protection', 'Sensitivities', 'check_no_overlap', 'correct_biases', 'measure_sensitivity',
-           'observe_activations', 'protect_detector', 'score_layers', 'source_datasets', 'with_overrides']
+__all__ = [
+    'BiasCorrection',
+    'BlockReconstruction',
+    'CalibrationDataset',
+    'FilteredGlobalLoss',
+    'LoadedSamples',
+    'Protection',
+    'Sensitivities',
+    'check_no_overlap',
+    'correct_biases',
+    'measure_sensitivity',
+    'observe_activations',
+    'protect_detector',
+    'score_layers',
+    'source_datasets',
+    'with_overrides',
+]

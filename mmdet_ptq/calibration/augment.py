@@ -1,4 +1,5 @@
 """Versions of the calibration images for training: more images where the float detector tells the targets."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -43,6 +44,6 @@ def _enlarged_part(image: Tensor, random: np.random.Generator) -> Tensor:
     share = random.uniform(SMALLEST_CROP, 1)
     height, width = (max(round(share * side), 1) for side in size)
     top, left = (int(random.integers(full - part + 1)) for full, part in zip(size, (height, width), strict=True))
-    part = image[:, top:top + height, left:left + width]
+    part = image[:, top : top + height, left : left + width]
     out = F.interpolate(part[None].float(), size, mode='bilinear')[0]
     return (out if image.is_floating_point() else out.round()).to(image.dtype)

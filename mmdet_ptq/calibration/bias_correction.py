@@ -1,10 +1,11 @@
 """Bias correction: what quantization shifts on average, the biases take back."""
+
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import AlignedPredictions, needs_reference, predict_aligned
-from mmdet_ptq.wrapping import Structure, is_quantized, quantization_mode
+from mmdet_ptq.wrapping import Structure, quantization_mode
 from mmdet_ptq.wrapping.watching.layers import add_bias, channel_axis, out_channels
 
 
@@ -36,9 +37,13 @@ class BiasCorrection:
 
 
 @torch.no_grad()
-def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Structure,
-                   reference: nn.Module | None = None, exclude: Collection[str] = ()
-                   ) -> BiasCorrection:
+def correct_biases(
+    detector: nn.Module,
+    batches: Iterable[Any],
+    structure: Structure,
+    reference: nn.Module | None = None,
+    exclude: Collection[str] = (),
+) -> BiasCorrection:
     """Adds to every quantized layer's bias the mean of (float output - quantized output), in place.
 
     Empirical bias correction (Nagel et al., ICCV 2019, section 4.2 and appendix D): sequential, with everything
@@ -66,8 +71,11 @@ def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Struc
     Raises:
         PTQError: No batch came.
     """
-    layers = {layer.name: detector.get_submodule(layer.name) for layer in structure.layers
-              if (layer.weight is not None or any(layer.inputs)) and layer.name not in exclude}
+    layers = {
+        layer.name: detector.get_submodule(layer.name)
+        for layer in structure.layers
+        if (layer.weight is not None or any(layer.inputs)) and layer.name not in exclude
+    }
     created = [name for name, layer in layers.items() if layer.bias is None]
     for name in created:
         add_bias(layers[name])
@@ -80,7 +88,7 @@ def correct_biases(detector: nn.Module, batches: Iterable[Any], structure: Struc
     for batch in track(batches, description='correcting biases'):
         empty = False
         predictions, means = _float_means(float_detector, layers, batch)
-        with _corrected(layers, meters, means), _in_mode(detector, 'quantize'):
+        with _corrected(layers, meters, means), quantization_mode(detector, 'quantize'):
             _forward(detector, batch, predictions)
     if empty:
         raise PTQError('bias correction got no calibration image; raise `ptq.calibration.num_images`.')
@@ -138,8 +146,9 @@ class _Meter:
             self.sums, self.positions, self.uneven = total[:-2], int(total[-2]), bool(total[-1])
 
 
-def _float_means(detector: nn.Module, layers: Iterable[str], batch: Any
-                 ) -> tuple[AlignedPredictions | None, dict[str, list[tuple[Tensor, int]]]]:
+def _float_means(
+    detector: nn.Module, layers: Iterable[str], batch: Any
+) -> tuple[AlignedPredictions | None, dict[str, list[tuple[Tensor, int]]]]:
     """A two-stage detector's float predictions (or None), and layer to (mean per channel, positions) of every call."""
     means = defaultdict(list)
 
@@ -150,18 +159,21 @@ def _float_means(detector: nn.Module, layers: Iterable[str], batch: Any
         for name in layers:
             layer = detector.get_submodule(name)
             stack.callback(layer.register_forward_hook(listen(name, channel_axis(layer))).remove)
-        stack.enter_context(_in_mode(detector, 'float'))
+        stack.enter_context(quantization_mode(detector, 'float'))
         return _forward(detector, batch, None), means
 
 
 @contextmanager
-def _corrected(layers: dict[str, nn.Module], meters: dict[str, _Meter],
-               means: dict[str, list[tuple[Tensor, int]]]) -> Iterator[None]:
+def _corrected(
+    layers: dict[str, nn.Module], meters: dict[str, _Meter], means: dict[str, list[tuple[Tensor, int]]]
+) -> Iterator[None]:
     """While a batch runs, every layer's output is measured, and corrected before the next layer reads it."""
+
     def listen(meter: _Meter, targets: Iterator[tuple[Tensor, int]]) -> Callable:
         def hook(module, args, output):
             meter.update(output, next(targets, None))
             return meter.moved(output)
+
         return hook
 
     with ExitStack() as stack:
@@ -169,11 +181,6 @@ def _corrected(layers: dict[str, nn.Module], meters: dict[str, _Meter],
             hook = listen(meter, iter(means.get(name, ())))
             stack.callback(layers[name].register_forward_hook(hook).remove)
         yield
-
-
-def _in_mode(detector: nn.Module, mode: str):
-    # a detector that was never wrapped is float already
-    return quantization_mode(detector, mode) if is_quantized(detector) else nullcontext()
 
 
 def _mean(output: Tensor, axis: int) -> tuple[Tensor, int]:

@@ -32,22 +32,22 @@ class FilteredGlobalLoss(nn.Module):
     The mask carries no gradient. An image of which no box is kept adds zero, and is counted.
 
     Args:
-        score_thr (float): Lowest confidence of the float detector, in [0, 1]. Defaults to 2e-4.
-        iou_thr (float): Lowest overlap of the two boxes, in [0, 1]. Defaults to 0.1.
-        box_weight (float): Weight of the box term (lambda in the paper). Defaults to 1.0.
-        cls_weight (float): Weight of the classification term. Defaults to 1.0.
-        combine (str): ``'and'`` keeps a box that passes both filters (the paper's product of masks), ``'or'``
+        score_thr: Lowest confidence of the float detector, in [0, 1]. Defaults to 2e-4.
+        iou_thr: Lowest overlap of the two boxes, in [0, 1]. Defaults to 0.1.
+        box_weight: Weight of the box term (lambda in the paper). Defaults to 1.0.
+        cls_weight: Weight of the classification term. Defaults to 1.0.
+        combine: ``'and'`` keeps a box that passes both filters (the paper's product of masks), ``'or'``
             one that passes either (the patent's wording can be read so). Defaults to ``'and'``.
-        box_loss (str): ``'l1'``: mean over x1, y1, x2, y2 of ``|difference / side| ** p``; ``'giou'``: 1 -
+        box_loss: ``'l1'``: mean over x1, y1, x2, y2 of ``|difference / side| ** p``; ``'giou'``: 1 -
             GIoU; ``'deltas'``: the same p-norm of centre shift and log size ratio. Defaults to ``'l1'``.
-        p (float): Exponent of ``'l1'`` and ``'deltas'``, at least 1. Defaults to 1.
-        quality_weight (float): Weight of objectness, centerness or predicted IoU. Defaults to 1.0.
-        distribution_weight (float): Weight of the side distributions of GFL heads. Defaults to 0.25.
-        target (str): ``'float'``, or ``'ground_truth'``: priors whose float box overlaps an annotated box
+        p: Exponent of ``'l1'`` and ``'deltas'``, at least 1. Defaults to 1.
+        quality_weight: Weight of objectness, centerness or predicted IoU. Defaults to 1.0.
+        distribution_weight: Weight of the side distributions of GFL heads. Defaults to 0.25.
+        target: ``'float'``, or ``'ground_truth'``: priors whose float box overlaps an annotated box
             with an IoU of 0.5 or more are kept with that box and its label, others are background and kept if
             they pass ``score_thr``. Quality and distributions keep the float detector as target. Defaults to
             ``'float'``.
-        max_boxes (int | None): Only the most confident priors of each image enter at all; bounds the memory.
+        max_boxes: Only the most confident priors of each image enter at all; bounds the memory.
             Defaults to None.
 
     Raises:
@@ -83,9 +83,7 @@ class FilteredGlobalLoss(nn.Module):
         ):
             _check_number(key, weight, 0)
         if max_boxes is not None and (type(max_boxes) is not int or max_boxes < 1):
-            raise PTQError(
-                f'global_loss.max_boxes must be None or a whole number of at least 1, got {max_boxes!r}'
-            )
+            raise PTQError(f'global_loss.max_boxes must be None or a whole number of at least 1, got {max_boxes!r}')
         self.score_thr = score_thr
         self.iou_thr = iou_thr
         self.box_weight = box_weight
@@ -113,13 +111,13 @@ class FilteredGlobalLoss(nn.Module):
         """Compares the quantized detector's predictions with the float detector's on the same N images.
 
         Args:
-            student (AlignedPredictions): Of the quantized detector, with gradients.
-            teacher (AlignedPredictions): Of the float detector.
-            batch_gt (list[InstanceData] | None): N items with ``bboxes`` (G, 4) in pixels of the network
+            student: Of the quantized detector, with gradients.
+            teacher: Of the float detector.
+            batch_gt: N items with ``bboxes`` (G, 4) in pixels of the network
                 input and ``labels`` (G,); needed by ``target='ground_truth'``. Defaults to None.
 
         Returns:
-            dict[str, Tensor]: Weighted terms ``loss_cls``, ``loss_box``, ``loss_quality``,
+            Weighted terms ``loss_cls``, ``loss_box``, ``loss_quality``,
             ``loss_distribution`` as far as the head has them (``loss_raw`` alone for raw outputs), and for
             the log ``kept`` (boxes per image), ``kept_share`` (of all priors) and ``images_without_boxes``.
             The region proposal network of a two-stage detector adds the same with ``rpn_`` in the name.
@@ -166,9 +164,7 @@ class FilteredGlobalLoss(nn.Module):
         )
         return losses
 
-    def _terms(
-        self, student: AlignedPredictions, teacher: AlignedPredictions, target: _Target
-    ) -> dict[str, Tensor]:
+    def _terms(self, student: AlignedPredictions, teacher: AlignedPredictions, target: _Target) -> dict[str, Tensor]:
         keep, keep_box = target.keep, target.keep_box
         count, count_box = keep.sum().clamp(min=1), keep_box.sum().clamp(min=1)
         # sums over an empty selection are zero and differentiable: an empty mask needs no case of its own
@@ -201,9 +197,7 @@ class FilteredGlobalLoss(nn.Module):
     @torch.no_grad()
     def _ground_truth_target(self, teacher: AlignedPredictions, batch_gt) -> _Target:
         if teacher.boxes is None:
-            raise PTQError(
-                "global_loss.target='ground_truth' needs a head that predicts boxes: use target='float'"
-            )
+            raise PTQError("global_loss.target='ground_truth' needs a head that predicts boxes: use target='float'")
         labels = torch.zeros_like(teacher.cls_logits)
         if teacher.activation == 'softmax':
             labels[..., -1] = 1
@@ -220,9 +214,7 @@ class FilteredGlobalLoss(nn.Module):
             boxes[i, rows] = annotated[match[rows]]
             labels[i, rows] = 0
             # a region proposal network knows one class, whatever the object
-            classes = (
-                instances.labels.to(match.device)[match[rows]] if num_classes > 1 else torch.zeros_like(rows)
-            )
+            classes = instances.labels.to(match.device)[match[rows]] if num_classes > 1 else torch.zeros_like(rows)
             labels[i, rows, classes] = 1
         keep = positive | (teacher.confidence() >= self.score_thr)
         return _Target(keep, positive, boxes, labels)
@@ -283,9 +275,7 @@ def _cross_entropy(logits: Tensor, probabilities: Tensor, activation: str) -> Te
 def _divergence(logits: Tensor, target_logits: Tensor, activation: str) -> Tensor:
     """Returns the cross entropy less the target's entropy: exactly zero for equal logits."""
     probabilities = target_logits.sigmoid() if activation == 'sigmoid' else target_logits.softmax(-1)
-    return _cross_entropy(logits, probabilities, activation) - _cross_entropy(
-        target_logits, probabilities, activation
-    )
+    return _cross_entropy(logits, probabilities, activation) - _cross_entropy(target_logits, probabilities, activation)
 
 
 def _raw_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -308,8 +298,7 @@ def _raw_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise PTQError(
-            f'global_loss.{key} must be one of {", ".join(known)}, got {value!r}.'
-            + did_you_mean(value, known)
+            f'global_loss.{key} must be one of {", ".join(known)}, got {value!r}.' + did_you_mean(value, known)
         )
 
 

@@ -1,8 +1,10 @@
 """Calibration images: drawn from the training set, read through the test pipeline, never from the evaluation set."""
+
 from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +94,7 @@ def _with_annotations(pipeline: list[dict]) -> list[dict]:
     steps = _without_annotations(pipeline)
     loads = [step for step in pipeline if step not in steps] or [dict(type='LoadAnnotations', with_bbox=True)]
     images = [i for i, step in enumerate(steps) if 'Load' in str(step['type'])]
-    return steps[:images[-1] + 1] + loads + steps[images[-1] + 1:] if images else loads + steps
+    return steps[: images[-1] + 1] + loads + steps[images[-1] + 1 :] if images else loads + steps
 
 
 def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool = False) -> list[Dataset]:
@@ -107,11 +109,14 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
         PTQError: A file or folder is missing, there is no training set, or images of a folder need annotations.
     """
     from mmdet.registry import DATASETS
+
     pipeline = test_pipeline(cfg)
     if annotated:
         if calibration.images is not None:
-            raise PTQError("`ptq.global_loss.target='ground_truth'` needs annotations, which the folder "
-                           "`ptq.calibration.images` has not; use target='float' or set `ptq.calibration.dataset`.")
+            raise PTQError(
+                "`ptq.global_loss.target='ground_truth'` needs annotations, which the folder "
+                "`ptq.calibration.images` has not; use target='float' or set `ptq.calibration.dataset`."
+            )
         pipeline = _with_annotations(pipeline)
     if calibration.images is not None:
         return [FolderDataset(calibration.images, _without_annotations(pipeline))]
@@ -120,8 +125,9 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
     elif cfg.get('train_dataloader'):
         key, sources = 'train_dataloader.dataset', inner_dataset_cfgs(cfg['train_dataloader']['dataset'])
     else:
-        raise PTQError('the config has no `train_dataloader` to calibrate on; set `ptq.calibration.images` to a '
-                       'folder of images.')
+        raise PTQError(
+            'the config has no `train_dataloader` to calibrate on; set `ptq.calibration.images` to a folder of images.'
+        )
     datasets = []
     for source in sources:
         # test mode: nothing is filtered and an unreadable image is not replaced by another in silence
@@ -146,13 +152,15 @@ def build_dataset(registry, cfg: dict, key: str) -> Dataset:
         return dataset
     except (FileNotFoundError, NotADirectoryError) as error:
         path = error.filename or error
-        raise PTQError(f'`{key}` needs the file {str(path)!r}, which does not exist; check `data_root` and '
-                       '`ann_file`.') from error
+        raise PTQError(
+            f'`{key}` needs the file {str(path)!r}, which does not exist; check `data_root` and `ann_file`.'
+        ) from error
     except ValueError as error:
         if 'need at least one array' not in str(error):  # mmengine joining the records of no image
             raise
-        raise PTQError(f'the calibration set is empty: `{key}` names no image; check `data_root` and `ann_file`.'
-                       ) from error
+        raise PTQError(
+            f'the calibration set is empty: `{key}` names no image; check `data_root` and `ann_file`.'
+        ) from error
 
 
 def image_path(info: dict) -> str:
@@ -175,7 +183,8 @@ def check_no_overlap(chosen: Sequence[dict], evaluation: Dataset) -> None:
     if both:
         raise PTQError(
             f'{len(both)} calibration images are also evaluation images (first: {Path(both[0]).name}); '
-            'calibrate on the training set: set `ptq.calibration.dataset` or `train_dataloader` to other images.')
+            'calibrate on the training set: set `ptq.calibration.dataset` or `train_dataloader` to other images.'
+        )
 
 
 def content_hash(digest: Any, sample: dict) -> None:
@@ -213,16 +222,20 @@ class CalibrationDataset(Dataset):
         PTQError: There is no image, all are unreadable, or one is an evaluation image.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], num_images: int, seed: int,
-                 evaluation: Dataset | None = None) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], num_images: int, seed: int, evaluation: Dataset | None = None
+    ) -> None:
         self.datasets = list(datasets)
         index = [(d, i) for d, dataset in enumerate(self.datasets) for i in range(len(dataset))]
         if not index:
-            raise PTQError('the calibration set is empty; check `train_dataloader.dataset` or '
-                           '`ptq.calibration`.')
+            raise PTQError('the calibration set is empty; check `train_dataloader.dataset` or `ptq.calibration`.')
         if len(index) < num_images:
-            print_log(f'only {len(index)} calibration images exist, {num_images} were asked for '
-                      '(`ptq.calibration.num_images`)', 'current', level=30)
+            print_log(
+                f'only {len(index)} calibration images exist, {num_images} were asked for '
+                '(`ptq.calibration.num_images`)',
+                'current',
+                level=logging.WARNING,
+            )
         order = np.random.default_rng(seed).permutation(len(index))[:num_images]
         chosen = [index[i] for i in order]
         infos = [self.datasets[d].get_data_info(i) for d, i in chosen]
@@ -244,8 +257,12 @@ class CalibrationDataset(Dataset):
                     raise OSError('the pipeline returned nothing')
             except Exception as error:  # any decoder or transform may fail in its own way; the image is named
                 self.skipped.append(image_path(info))
-                print_log(f'calibration image {image_path(info)} cannot be read and is skipped: '
-                          f'{type(error).__name__}: {error}', 'current', level=30)
+                print_log(
+                    f'calibration image {image_path(info)} cannot be read and is skipped: '
+                    f'{type(error).__name__}: {error}',
+                    'current',
+                    level=logging.WARNING,
+                )
                 continue
             content_hash(digest, sample)
             self.sizes.setdefault(tuple(sample['inputs'].shape[-2:]), len(self.index))
@@ -261,7 +278,11 @@ class CalibrationDataset(Dataset):
         if not self.index:
             raise PTQError(f'none of the {len(chosen)} calibration images can be read (first: {self.skipped[0]}).')
         if self.skipped:
-            print_log(f'{len(self.skipped)} of {len(chosen)} calibration images were skipped', 'current', level=30)
+            print_log(
+                f'{len(self.skipped)} of {len(chosen)} calibration images were skipped',
+                'current',
+                level=logging.WARNING,
+            )
 
     @property
     def metainfo(self) -> dict:
@@ -281,7 +302,8 @@ class CalibrationDataset(Dataset):
         if self._samples is not None:
             # detectors write predictions into the data samples they are given
             return copy.copy(self._samples[position]) | {
-                'data_samples': copy.deepcopy(self._samples[position]['data_samples'])}
+                'data_samples': copy.deepcopy(self._samples[position]['data_samples'])
+            }
         d, i = self.index[position]
         return self.datasets[d][i]
 

@@ -1,4 +1,5 @@
 """Observing: calibration images through the float detector, ranges out, scales set."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -30,12 +31,17 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
     """
     state = getattr(detector, STATE)
     # the range of a sigmoid is known beforehand
-    observed = {name: quantizer for name, quantizer in state.activations.items()
-                if 'range' not in structure.activations[name]}
+    observed = {
+        name: quantizer for name, quantizer in state.activations.items() if 'range' not in structure.activations[name]
+    }
     for name, quantizer in observed.items():
         state.observers[name] = build_observer(
-            {**structure.activations[name]['observer'], 'num_channels': quantizer.num_channels,
-             'channel_axis': quantizer.channel_axis})
+            {
+                **structure.activations[name]['observer'],
+                'num_channels': quantizer.num_channels,
+                'channel_axis': quantizer.channel_axis,
+            }
+        )
     try:
         with quantization_mode(detector, 'observe'):
             for batch in track(batches, description='observing activation ranges'):

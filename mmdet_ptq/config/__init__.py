@@ -1,13 +1,24 @@
 """The ``ptq`` block of a config: typed sections, presets resolved, validated with did-you-mean."""
+
 from mmdet_ptq.config.block import KEYS, POLICY_KEYS, PTQConfig, apply_policy
 from mmdet_ptq.config.formats import check_format
 from mmdet_ptq.config.sections import (
-           CalibrationConfig,
-           GlobalLossConfig,
-           ProtectConfig,
-           ReconstructConfig,
-           TensorConfig,
+    CalibrationConfig,
+    GlobalLossConfig,
+    ProtectConfig,
+    ReconstructConfig,
+    TensorConfig,
 )
 
-__all__ = ['KEYS', 'POLICY_KEYS', 'CalibrationConfig', 'GlobalLossConfig', 'PTQConfig', 'ProtectConfig',
-           'ReconstructConfig', 'TensorConfig', 'apply_policy', 'check_format']
+__all__ = [
+    'KEYS',
+    'POLICY_KEYS',
+    'CalibrationConfig',
+    'GlobalLossConfig',
+    'PTQConfig',
+    'ProtectConfig',
+    'ReconstructConfig',
+    'TensorConfig',
+    'apply_policy',
+    'check_format',
+]

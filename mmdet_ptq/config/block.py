@@ -1,4 +1,5 @@
 """The ``ptq`` block of a config as typed dataclasses: defaults, presets, validation with did-you-mean."""
+
 from __future__ import annotations
 
 import copy
@@ -18,11 +19,28 @@ from mmdet_ptq.config.sections import (
     TensorConfig,
 )
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.registry import RUNTIMES, runtime_names
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
 POLICY_KEYS = ('weights', 'activations')
-KEYS = ('preset', 'calibration', 'equalize', 'weights', 'activations', 'saturation', 'dataflow', 'head', 'first',
-        'last', 'overrides', 'protect', 'reconstruct', 'bias_correction', 'global_loss', 'export')
+KEYS = (
+    'preset',
+    'calibration',
+    'equalize',
+    'weights',
+    'activations',
+    'saturation',
+    'dataflow',
+    'head',
+    'first',
+    'last',
+    'overrides',
+    'protect',
+    'reconstruct',
+    'bias_correction',
+    'global_loss',
+    'export',
+)
 EQUALIZATIONS = ('weights', 'activations')
 DATAFLOWS = ('auto', 'full', 'per_channel')
 
@@ -102,8 +120,13 @@ class PTQConfig:
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
         choice('ptq.preset', name, tuple(PRESETS))
-        for key, kind in (('equalize', 'str | None'), ('dataflow', 'str | None'), ('overrides', 'dict'),
-                          ('bias_correction', 'bool'), ('export', 'list')):
+        for key, kind in (
+            ('equalize', 'str | None'),
+            ('dataflow', 'str | None'),
+            ('overrides', 'dict'),
+            ('bias_correction', 'bool'),
+            ('export', 'list'),
+        ):
             if key in block:
                 check_type(f'ptq.{key}', block[key], kind)
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
@@ -124,9 +147,13 @@ class PTQConfig:
             dataflow=merged.get('dataflow', _needed_dataflow(merged.get('export', []))),
             bias_correction=merged.get('bias_correction', False),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
-            export=list(merged.get('export', [])))
-        for name, section in (('protect', ProtectConfig), ('reconstruct', ReconstructConfig),
-                              ('global_loss', GlobalLossConfig)):
+            export=list(merged.get('export', [])),
+        )
+        for name, section in (
+            ('protect', ProtectConfig),
+            ('reconstruct', ReconstructConfig),
+            ('global_loss', GlobalLossConfig),
+        ):
             if merged.get(name) is not None:
                 setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
         if cfg.equalize is not None:
@@ -155,21 +182,27 @@ class PTQConfig:
         return asdict(self)
 
 
+def _runtimes(export: Any) -> list:
+    """The runtimes of ``ptq.export``; wrong ones are told of where they are checked."""
+    known = runtime_names()
+    return [RUNTIMES.get(name) for name in export if isinstance(name, str) and name in known]
+
+
 def _needed_dataflow(export: list) -> str | None:
-    """ONNX Runtime computes a convolution in integers only if its output is quantized, too."""
-    return 'auto' if 'onnxruntime' in export else None
+    """What the first runtime that needs any says."""
+    return next((runtime.dataflow for runtime in _runtimes(export) if runtime.dataflow), None)
 
 
 def _add_needed_formats(merged: dict) -> None:
-    """TensorRT and ncnn know no zero points; ncnn's int8 has no code -128 either. Fewer bits fit ncnn as they are."""
-    export, activations = merged.get('export', []), merged.get('activations', {})
+    """Gives the activations' quantizer what the formats of the runtimes take, where the block says nothing."""
+    activations = merged.get('activations', {})
     if not isinstance(activations, dict) or not isinstance(activations.get('quantizer', {}), dict):
         return  # told of where it is checked
-    narrow = 'ncnn' in export and activations.get('bits', TensorConfig().bits) == 8
-    if narrow or 'tensorrt' in export:
-        quantizer = {**dict(symmetric=True, **(dict(narrow_range=True) if narrow else {})),
-                     **activations.get('quantizer', {})}
-        merged['activations'] = {**activations, 'quantizer': quantizer}
+    needed: dict = {}
+    for runtime in _runtimes(merged.get('export', [])):
+        needed.update(runtime.needed_activations(activations.get('bits', TensorConfig().bits)))
+    if needed:
+        merged['activations'] = {**activations, 'quantizer': {**needed, **activations.get('quantizer', {})}}
 
 
 def _with_method(section: Any) -> Any:

@@ -1,4 +1,5 @@
 """Checks of config values: one sentence that names the key and the fix."""
+
 from __future__ import annotations
 
 import copy
@@ -22,8 +23,15 @@ def build(cls, key: str, values: Any):
     return built
 
 
-_TYPES = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'dict': dict, 'list': (list, tuple),
-          'None': type(None)}
+_TYPES = {
+    'int': int,
+    'float': (int, float),
+    'str': str,
+    'bool': bool,
+    'dict': dict,
+    'list': (list, tuple),
+    'None': type(None),
+}
 
 
 def check_type(key: str, value: Any, annotation: str) -> None:
@@ -43,8 +51,9 @@ def known_keys(key: str, values: Mapping, known) -> None:
 
 def choice(key: str, value: Any, choices: tuple) -> None:
     if value not in choices:
-        raise PTQError(f'`{key}` is {value!r}, which is unknown.{did_you_mean(value, choices)} '
-                       f'Known: {", ".join(choices)}.')
+        raise PTQError(
+            f'`{key}` is {value!r}, which is unknown.{did_you_mean(value, choices)} Known: {", ".join(choices)}.'
+        )
 
 
 def positive(key: str, obj: Any, *names: str) -> None:

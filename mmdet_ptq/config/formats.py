@@ -1,4 +1,5 @@
 """Whether the formats that a policy names exist and take its options: told before anything runs."""
+
 from __future__ import annotations
 
 import inspect
@@ -37,7 +38,10 @@ def _channels(policy: TensorConfig, part: str) -> dict:
         return dict(num_channels=1)
     kind = QUANTIZERS.get(policy.quantizer['type'])
     options = inspect.signature(kind).parameters if kind is not None else {}
-    if kind is not None and 'channel_axis' not in options and not any(
-            option.kind is option.VAR_KEYWORD for option in options.values()):
+    if (
+        kind is not None
+        and 'channel_axis' not in options
+        and not any(option.kind is option.VAR_KEYWORD for option in options.values())
+    ):
         raise PTQError(f'{kind.__name__} is a format of weights; activations take mmdet_ptq.AffineQuantizer.')
     return dict(num_channels=None, channel_axis=1)

@@ -1,4 +1,5 @@
 """Named ``ptq`` blocks. ``configs/_ptq_/*.py`` give the same by relative ``_base_``."""
+
 from __future__ import annotations
 
 _LOG_AFFINE = dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')
@@ -15,7 +16,8 @@ HEAD_POLICIES = {
 }
 
 _PLAIN = dict(
-    search_scales=False, compensate=False, fisher=0, iters=20000, rounding='adaround', skip_below=0, rounding_lr=1e-3)
+    search_scales=False, compensate=False, fisher=0, iters=20000, rounding='adaround', skip_below=0, rounding_lr=1e-3
+)
 
 # Published ways to reconstruct, by name: ptq = dict(reconstruct='qdrop'). The settings are those of the public codes;
 # docs/method.md lists what differs.
@@ -30,17 +32,25 @@ RECONSTRUCTION_METHODS = {
 
 _EIGHT_BIT_ENDS = dict(
     first=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)),
-    last=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)))
+    last=dict(weights=dict(bits=8, quantizer=_AFFINE), activations=dict(bits=8, scale_migration=0)),
+)
 
 
 def _low_bit(weights: int, activations: int) -> dict:
     # what few levels of activations cost, longer and faster training brings back; with 8 bits the loss is small from
     # the start
-    migration, training = ({}, dict(iters=200, lr=1e-4, weight_lr=1e-3)) if activations >= 8 else (
-        dict(scale_migration=1.0), dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3))
+    migration, training = (
+        ({}, dict(iters=200, lr=1e-4, weight_lr=1e-3))
+        if activations >= 8
+        else (dict(scale_migration=1.0), dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3))
+    )
     return dict(
-        weights=dict(bits=weights, quantizer=_AUTO), activations=dict(bits=activations, **migration),
-        reconstruct=dict(), global_loss=dict(**training, grid_lr=0), **_EIGHT_BIT_ENDS)
+        weights=dict(bits=weights, quantizer=_AUTO),
+        activations=dict(bits=activations, **migration),
+        reconstruct=dict(),
+        global_loss=dict(**training, grid_lr=0),
+        **_EIGHT_BIT_ENDS,
+    )
 
 
 def _paper(weights: int, activations: int) -> dict:

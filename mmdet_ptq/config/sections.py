@@ -1,4 +1,5 @@
 """The sections of the ``ptq`` block, one dataclass each."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -125,12 +126,16 @@ class ProtectConfig:
         for name in ('min_share', 'max_float_macs'):
             if not 0 <= getattr(self, name) <= 1:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
-        positive(key, self, *(n for n in ('size_bytes', 'size_ratio', 'bops_ratio', 'max_loss')
-                              if getattr(self, n) is not None))
+        positive(
+            key,
+            self,
+            *(n for n in ('size_bytes', 'size_ratio', 'bops_ratio', 'max_loss') if getattr(self, n) is not None),
+        )
         for name in ('size_ratio', 'bops_ratio'):
             if (getattr(self, name) or 0) > 1:
-                raise PTQError(f'`{key}.{name}` is a share of the float detector, at most 1, got '
-                               f'{getattr(self, name)!r}.')
+                raise PTQError(
+                    f'`{key}.{name}` is a share of the float detector, at most 1, got {getattr(self, name)!r}.'
+                )
         if self.size_bytes is not None and self.size_ratio is not None:
             raise PTQError(f'`{key}` names both `size_bytes` and `size_ratio`; keep one of them.')
         for name in self.candidates:
@@ -204,14 +209,26 @@ class GlobalLossConfig:
     param_scheduler: list | None = None
     hooks: list = field(default_factory=list)
 
-    LOSS_KEYS = ('score_thr', 'iou_thr', 'box_weight', 'cls_weight', 'quality_weight', 'distribution_weight',
-                 'combine', 'box_loss', 'p', 'target', 'max_boxes')
+    LOSS_KEYS = (
+        'score_thr',
+        'iou_thr',
+        'box_weight',
+        'cls_weight',
+        'quality_weight',
+        'distribution_weight',
+        'combine',
+        'box_loss',
+        'p',
+        'target',
+        'max_boxes',
+    )
 
     def check(self, key: str) -> None:
         if self.type.rpartition('.')[2] != 'FilteredGlobalLoss':
             raise PTQError(f"`{key}.type` is {self.type!r}; only 'mmdet_ptq.FilteredGlobalLoss' is known.")
-        positive(key, self, 'iters', 'batch_size', 'lr', 'augment', 'val_interval', 'checkpoint_interval',
-                 'log_interval')
+        positive(
+            key, self, 'iters', 'batch_size', 'lr', 'augment', 'val_interval', 'checkpoint_interval', 'log_interval'
+        )
         choice(f'{key}.combine', self.combine, ('and', 'or'))
         choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou', 'deltas'))
         choice(f'{key}.target', self.target, ('float', 'ground_truth'))
@@ -318,7 +335,15 @@ class ReconstructConfig:
         for name in ('warmup', 'drop', 'input_drop', 'holdout'):
             if not 0 <= getattr(self, name) < 1:
                 raise PTQError(f'`{key}.{name}` must lie in [0, 1), got {getattr(self, name)!r}.')
-        for name in ('iters', 'rounding_weight', 'weight_lr', 'weight_scale_lr', 'activation_lr', 'bias_lr',
-                     'cache_gib', 'skip_below'):
+        for name in (
+            'iters',
+            'rounding_weight',
+            'weight_lr',
+            'weight_scale_lr',
+            'activation_lr',
+            'bias_lr',
+            'cache_gib',
+            'skip_below',
+        ):
             if getattr(self, name) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}.')

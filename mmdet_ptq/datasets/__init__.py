@@ -1,4 +1,5 @@
 """The embedded default data set, generated."""
+
 from mmdet_ptq.datasets.embedded import EmbeddedDataset
 from mmdet_ptq.datasets.generate import ensure_generated
 

@@ -1,4 +1,5 @@
 """The embedded data set as mmdet sees it: a ``CocoDataset`` that generates itself on first use."""
+
 from __future__ import annotations
 
 from mmdet.datasets import CocoDataset
@@ -16,12 +17,12 @@ class EmbeddedDataset(CocoDataset):
     and left alone afterwards.
 
     Args:
-        data_root (str): Folder of the data set, relative to the working directory. Defaults to 'data/embedded'.
-        ann_file (str): Defaults to 'annotations/instances_train.json'; the other one is 'instances_val.json'.
-        data_prefix (dict, optional): Defaults to ``dict(img='train/')``; the other one is 'val/'.
-        num_images (dict[str, int]): Images of each split. Data sets that share a ``data_root`` must agree on it.
+        data_root: Folder of the data set, relative to the working directory. Defaults to 'data/embedded'.
+        ann_file: Defaults to 'annotations/instances_train.json'; the other one is 'instances_val.json'.
+        data_prefix: Defaults to ``dict(img='train/')``; the other one is 'val/'.
+        num_images: Images of each split. Data sets that share a ``data_root`` must agree on it.
             Defaults to ``dict(train=1600, val=250)``.
-        seed (int): Seed of the generator, independent of the run's. Defaults to 0.
+        seed: Seed of the generator, independent of the run's. Defaults to 0.
         **kwargs: Further arguments of ``mmdet.datasets.CocoDataset``.
     """
 
@@ -30,13 +31,16 @@ class EmbeddedDataset(CocoDataset):
         'palette': [(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180)],
     }
 
-    def __init__(self,
-                 data_root: str = 'data/embedded',
-                 ann_file: str = 'annotations/instances_train.json',
-                 data_prefix: dict | None = None,
-                 num_images: dict[str, int] = NUM_IMAGES,
-                 seed: int = 0,
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        data_root: str = 'data/embedded',
+        ann_file: str = 'annotations/instances_train.json',
+        data_prefix: dict | None = None,
+        num_images: dict[str, int] = NUM_IMAGES,
+        seed: int = 0,
+        **kwargs,
+    ) -> None:
         ensure_generated(data_root, num_images, seed)
         super().__init__(
-            data_root=data_root, ann_file=ann_file, data_prefix=data_prefix or dict(img='train/'), **kwargs)
+            data_root=data_root, ann_file=ann_file, data_prefix=data_prefix or dict(img='train/'), **kwargs
+        )

@@ -1,4 +1,5 @@
 """Writes the embedded data set to disk in COCO layout, whole or not at all."""
+
 from __future__ import annotations
 
 import json
@@ -34,29 +35,33 @@ def ensure_generated(data_root: str | Path, num_images: Mapping[str, int] = NUM_
     generation leaves nothing that looks complete, and several processes may call this at the same time.
 
     Args:
-        data_root (str | Path): Folder of the data set.
-        num_images (Mapping[str, int]): Images of each split. Defaults to 1600 for 'train', 250 for 'val'.
-        seed (int): Seed of the generator. Defaults to 0.
+        data_root: Folder of the data set.
+        num_images: Images of each split. Defaults to 1600 for 'train', 250 for 'val'.
+        seed: Seed of the generator. Defaults to 0.
 
     Returns:
-        Path: ``data_root``.
+        ``data_root``.
 
     Raises:
         PTQError: ``num_images`` does not fit, the folder holds something else, or it cannot be written.
     """
     root = Path(data_root)
     if set(num_images) != set(SPLITS) or any(n < 1 or n > ID_OFFSET for n in num_images.values()):
-        raise PTQError(f'num_images of the embedded data set needs a positive number for each of {SPLITS}, '
-                       f'got {dict(num_images)}.')
+        raise PTQError(
+            f'num_images of the embedded data set needs a positive number for each of {SPLITS}, got {dict(num_images)}.'
+        )
     stamp = dict(version=GENERATOR_VERSION, seed=seed, num_images={split: num_images[split] for split in SPLITS})
     if _read_stamp(root) == stamp:
         return root
     if root.exists() and _read_stamp(root) is None and (not root.is_dir() or any(root.iterdir())):
-        raise PTQError(f"data_root '{root}' holds files that are not the embedded data set; "
-                       'name another data_root or move them away.')
+        raise PTQError(
+            f"data_root '{root}' holds files that are not the embedded data set; "
+            'name another data_root or move them away.'
+        )
 
-    print_log(f"Generating {sum(num_images.values())} images in '{root}' (once, about half a minute).",
-              logger='current')
+    print_log(
+        f"Generating {sum(num_images.values())} images in '{root}' (once, about half a minute).", logger='current'
+    )
     partial = root.parent / f'.{root.name}-{uuid.uuid4().hex}.partial'
     try:
         partial.mkdir(parents=True)
@@ -65,8 +70,10 @@ def ensure_generated(data_root: str | Path, num_images: Mapping[str, int] = NUM_
         (partial / STAMP).write_text(json.dumps(stamp))
         _put_in_place(partial, root, stamp)
     except OSError as error:
-        raise PTQError(f"Cannot write the embedded data set to '{root}' ({error}); "
-                       'free some space (it needs 300 MB) or name another data_root.') from error
+        raise PTQError(
+            f"Cannot write the embedded data set to '{root}' ({error}); "
+            'free some space (it needs 300 MB) or name another data_root.'
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_stale(root)
@@ -91,17 +98,26 @@ def _write(root: Path, tasks: list[tuple[str, int]], seed: int) -> None:
         scene = make_scene(seed, stream, index)
         name, image_id = f'{index:06d}.png', stream * ID_OFFSET + index + 1
         # run-length strategy: as small as the default one here, in two thirds of the time
-        encoded = cv2.imencode('.png', scene.image, [
-            cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])[1]
+        encoded = cv2.imencode(
+            '.png',
+            scene.image,
+            [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE],
+        )[1]
         (root / split / name).write_bytes(encoded.tobytes())
         height, width = scene.image.shape[:2]
         coco[split]['images'].append(dict(id=image_id, file_name=name, height=height, width=width))
         annotations = coco[split]['annotations']
-        for placement, (x1, y1, x2, y2), area in zip(
-                scene.placements, scene.boxes.tolist(), scene.areas, strict=True):
+        for placement, (x1, y1, x2, y2), area in zip(scene.placements, scene.boxes.tolist(), scene.areas, strict=True):
             annotations.append(
-                dict(id=10 * stream * ID_OFFSET + len(annotations) + 1, image_id=image_id,
-                     category_id=placement.label + 1, bbox=[x1, y1, x2 - x1, y2 - y1], area=area, iscrowd=0))
+                dict(
+                    id=10 * stream * ID_OFFSET + len(annotations) + 1,
+                    image_id=image_id,
+                    category_id=placement.label + 1,
+                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                    area=area,
+                    iscrowd=0,
+                )
+            )
     (root / 'annotations').mkdir()
     for split in SPLITS:
         (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco[split]))

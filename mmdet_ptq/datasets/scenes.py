@@ -3,6 +3,7 @@
 Only ``Generator.random`` of PCG64 is used, whose stream never changes between numpy versions, and shapes are
 rasterised in numpy from signed distances (float64, so that a box does not depend on the processor either).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -23,9 +24,9 @@ class Dice:
     """Random numbers of one image.
 
     Args:
-        seed (int): Seed of the data set.
-        stream (int): Number of the split.
-        index (int): Number of the image in its split.
+        seed: Seed of the data set.
+        stream: Number of the split.
+        index: Number of the image in its split.
     """
 
     def __init__(self, seed: int, stream: int, index: int) -> None:
@@ -33,7 +34,7 @@ class Dice:
 
     def uniform(self, low: float, high: float, power: float = 1.0) -> float:
         """A number between low and high; a power above 1 prefers low ones."""
-        return low + (high - low) * float(self._generator.random())**power
+        return low + (high - low) * float(self._generator.random()) ** power
 
     def integer(self, low: int, high: int, power: float = 1.0) -> int:
         """An integer from low to high, both included."""
@@ -53,12 +54,13 @@ class Placement:
     """Where and how a shape lies in the image.
 
     Args:
-        label (int): Index into ``CLASSES``.
-        center (tuple[float, float]): x and y of the centre, pixels.
-        radius (float): Radius of the circumscribed circle, pixels.
-        angle (float): Rotation, radians.
-        aspect (float): Second axis as a fraction of the first, in (0, 1].
+        label: Index into ``CLASSES``.
+        center: x and y of the centre, pixels.
+        radius: Radius of the circumscribed circle, pixels.
+        angle: Rotation, radians.
+        aspect: Second axis as a fraction of the first, in (0, 1].
     """
+
     label: int
     center: tuple[float, float]
     radius: float
@@ -81,13 +83,14 @@ class Scene:
     """An image and what is annotated in it.
 
     Args:
-        image (ndarray): (H, W, 3), uint8, BGR.
-        placements (list[Placement]): The annotated objects.
-        boxes (ndarray): (n, 4), int64, ``x1, y1, x2, y2``: the tight box of the whole shape, occluded parts included,
+        image: (H, W, 3), uint8, BGR.
+        placements: The annotated objects.
+        boxes: (n, 4), int64, ``x1, y1, x2, y2``: the tight box of the whole shape, occluded parts included,
             clipped to the image; ``x2`` and ``y2`` are one past the last pixel.
-        areas (list[int]): Pixels of each shape inside the image, occluded ones included.
-        visible (list[float]): Share of each shape that is inside the image and not covered.
+        areas: Pixels of each shape inside the image, occluded ones included.
+        visible: Share of each shape that is inside the image and not covered.
     """
+
     image: ndarray
     placements: list[Placement] = field(default_factory=list)
     boxes: ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
@@ -99,9 +102,9 @@ def make_scene(seed: int, stream: int, index: int) -> Scene:
     """Generates one image.
 
     Args:
-        seed (int): Seed of the data set.
-        stream (int): Number of the split; splits share no random numbers.
-        index (int): Number of the image in its split.
+        seed: Seed of the data set.
+        stream: Number of the split; splits share no random numbers.
+        index: Number of the image in its split.
     """
     dice = Dice(seed, stream, index)
     width, height = dice.integer(224, 288), dice.integer(192, 256)
@@ -122,8 +125,11 @@ def make_scene(seed: int, stream: int, index: int) -> Scene:
         placements.append(placement)
         full.append(int(silhouette.sum()))
         areas.append(int(inside.sum()))
-        boxes.append((columns[0] + window.x1, rows[0] + window.y1, columns[-1] + 1 + window.x1,
-                      rows[-1] + 1 + window.y1) if areas[-1] else (0, 0, 0, 0))
+        boxes.append(
+            (columns[0] + window.x1, rows[0] + window.y1, columns[-1] + 1 + window.x1, rows[-1] + 1 + window.y1)
+            if areas[-1]
+            else (0, 0, 0, 0)
+        )
     if dice.chance(0.35):
         covered, line_window = _paint_line(dice, canvas)
         owner[line_window.outer][covered] = -2
@@ -136,12 +142,14 @@ def make_scene(seed: int, stream: int, index: int) -> Scene:
         placements=[placements[i] for i in kept],
         boxes=np.array([boxes[i] for i in kept], np.int64).reshape(-1, 4),
         areas=[areas[i] for i in kept],
-        visible=[float(visible[i]) for i in kept])
+        visible=[float(visible[i]) for i in kept],
+    )
 
 
 @dataclass(frozen=True)
 class _Window:
     """A rectangle of pixels that may stick out of the image; ``x1..y2`` is the part inside."""
+
     left: int
     top: int
     right: int
@@ -160,15 +168,19 @@ class _Window:
     @property
     def outer(self) -> tuple[slice, slice]:
         """The inside part as an index into the image."""
-        return (slice(self.y1, min(max(self.bottom, 0), self.height)),
-                slice(self.x1, min(max(self.right, 0), self.width)))
+        return (
+            slice(self.y1, min(max(self.bottom, 0), self.height)),
+            slice(self.x1, min(max(self.right, 0), self.width)),
+        )
 
     @property
     def inner(self) -> tuple[slice, slice]:
         """The inside part as an index into the window."""
         rows, columns = self.outer
-        return (slice(rows.start - self.top, rows.stop - self.top),
-                slice(columns.start - self.left, columns.stop - self.left))
+        return (
+            slice(rows.start - self.top, rows.stop - self.top),
+            slice(columns.start - self.left, columns.stop - self.left),
+        )
 
     def grid(self) -> tuple[ndarray, ndarray]:
         """Pixel centres, broadcastable x (1, w) and y (h, 1)."""
@@ -222,7 +234,7 @@ def _place(dice: Dice, height: int, width: int) -> list[Placement]:
     placed: list[Placement] = []
     for _ in range(dice.integer(1, MAX_OBJECTS, power=1.3)):
         label = dice.integer(0, len(CLASSES) - 1)
-        radius = 0.5 * MIN_SIZE * (MAX_SIZE / MIN_SIZE)**dice.uniform(0, 1, power=0.8)
+        radius = 0.5 * MIN_SIZE * (MAX_SIZE / MIN_SIZE) ** dice.uniform(0, 1, power=0.8)
         angle, aspect = dice.uniform(0, 2 * np.pi), dice.uniform(1, 0.75, power=1.5)
         for _ in range(PLACEMENT_TRIALS):
             margin = 0.5 * radius
@@ -235,9 +247,10 @@ def _place(dice: Dice, height: int, width: int) -> list[Placement]:
 
 def _overlap(center: tuple[float, float], radius: float, other: Placement) -> float:
     """Overlap of two bounding squares as a share of the smaller one."""
-    reach = [min(radius + other.radius - abs(center[i] - other.center[i]), 2 * min(radius, other.radius))
-             for i in range(2)]
-    return max(reach[0], 0.0) * max(reach[1], 0.0) / (2 * min(radius, other.radius))**2
+    reach = [
+        min(radius + other.radius - abs(center[i] - other.center[i]), 2 * min(radius, other.radius)) for i in range(2)
+    ]
+    return max(reach[0], 0.0) * max(reach[1], 0.0) / (2 * min(radius, other.radius)) ** 2
 
 
 def _blend(canvas: ndarray, window: _Window, alpha: ndarray, colour: ndarray) -> None:
@@ -320,7 +333,7 @@ def _paint_blob(dice: Dice, canvas: ndarray) -> None:
     cx, cy, radius = dice.uniform(0, width), dice.uniform(0, height), dice.uniform(10, 60)
     window = _window(canvas, cx - radius, cy - radius, cx + radius, cy + radius)
     x, y = window.grid()
-    alpha = np.clip(1 - ((x - cx)**2 + (y - cy)**2) / radius**2, 0, 1)**2
+    alpha = np.clip(1 - ((x - cx) ** 2 + (y - cy) ** 2) / radius**2, 0, 1) ** 2
     base = _mean_colour(canvas, window)
     _blend(canvas, window, alpha, _contrasting(dice, base, dice.uniform(20, 100)))
 

@@ -4,6 +4,7 @@ Every function takes unit coordinates ``x``, ``y`` (equally shaped arrays; the s
 an array of the same shape: negative inside, positive outside, zero on the outline, and near the outline the Euclidean
 distance. Some pairs look alike on purpose (disk / ring, square / cross, triangle / star).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

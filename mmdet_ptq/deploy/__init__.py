@@ -1,4 +1,5 @@
 """Integers out."""
+
 from mmdet_ptq.deploy.checkpoint.packing import pack_codes, unpack_codes
 from mmdet_ptq.deploy.checkpoint.state import (
     is_quantized_checkpoint,
@@ -15,9 +16,31 @@ from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable
 from mmdet_ptq.deploy.network.runtime_detector import runtime_detector, with_runtime
 from mmdet_ptq.deploy.onnx.export import export_onnx
-from mmdet_ptq.deploy.runtimes import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, runtime_names
+from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model
+from mmdet_ptq.registry import runtime_names
 
-__all__ = ['IntegerCoverage', 'IntegerWeight', 'Runtime', 'build_detector', 'check_exportable', 'export_onnx',
-           'get_runtime', 'integer_arithmetic', 'integer_weight', 'is_quantized_checkpoint', 'load_quantized_state',
-           'model_bytes', 'open_model', 'pack_codes', 'quantized_state', 'read_quantized', 'runtime_detector',
-           'runtime_names', 'save_quantized', 'settle_biases', 'stored_bytes', 'unpack_codes', 'with_runtime']
+__all__ = [
+    'IntegerCoverage',
+    'IntegerWeight',
+    'Runtime',
+    'build_detector',
+    'check_exportable',
+    'export_onnx',
+    'get_runtime',
+    'integer_arithmetic',
+    'integer_weight',
+    'is_quantized_checkpoint',
+    'load_quantized_state',
+    'model_bytes',
+    'open_model',
+    'pack_codes',
+    'quantized_state',
+    'read_quantized',
+    'runtime_detector',
+    'runtime_names',
+    'save_quantized',
+    'settle_biases',
+    'stored_bytes',
+    'unpack_codes',
+    'with_runtime',
+]

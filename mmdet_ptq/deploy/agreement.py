@@ -1,39 +1,62 @@
-"""A runtime against the simulation by what layers read: how many integer codes are the same.
+"""A runtime against the simulation: how many integer codes are the same, and the first tensor that diverges."""
 
-For runtimes that leave out the quantizers between the layers: what both have is what the layers read.
-"""
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
-from mmdet_ptq.deploy.onnxruntime.compare import TensorAgreement
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.inputs import QuantizedInput
 from mmdet_ptq.wrapping.state import STATE, with_input
+from mmdet_ptq.wrapping.watching.tensors import walk_back
+
+# a model with ReLU activations agrees at least so far
+AGREEMENT = 0.999
+INPUT = 'the input of '
 
 
-def compare_layer_inputs(detector: nn.Module, inputs: Mapping[str, np.ndarray | None], image: Tensor,
-                         follow: bool = False, within: Callable[[nn.Module], AbstractContextManager] = nullcontext
-                         ) -> list[TensorAgreement]:
+@dataclass
+class TensorAgreement:
+    """One quantized tensor.
+
+    Attributes:
+        name: Name of the activation, ``@k`` marks its further calls; or of the layer that reads it, with ``#k``.
+        identical: Share of the codes that are the same.
+        largest: Largest difference, in codes.
+    """
+
+    name: str
+    identical: float
+    largest: int
+
+
+def compare_layer_inputs(
+    detector: nn.Module,
+    inputs: Mapping[str, np.ndarray | None],
+    image: Tensor,
+    follow: bool = False,
+    within: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+) -> list[TensorAgreement]:
     """Compares the codes that every layer reads between the simulation and a runtime.
+
+    For runtimes that leave out the quantizers between the layers: what both have is what the layers read.
 
     Args:
         detector: The quantized detector the runtime's model was exported from.
-        inputs: What every call of a layer reads in the runtime, before it is quantized; None where it is not:
-            :func:`mmdet_ptq.deploy.openvino.layer_inputs.openvino_inputs` or
-            :func:`mmdet_ptq.deploy.ncnn.layer_inputs.ncnn_inputs`.
+        inputs: What every call of a layer reads in the runtime, before it is quantized; None where it is not.
         image: (N, 3, H, W), normalized, which the runtime read.
         follow: Whether the simulation goes on with what the runtime's layer reads, so that each is compared for
             itself. Defaults to False.
         within: What surrounds the simulation, given the detector: :func:`mmdet_ptq.wrapping.state.only_read_tensors`
-            makes it do what OpenVINO is given, :func:`mmdet_ptq.wrapping.flow.without_dataflow` what ncnn is given.
+            and :func:`mmdet_ptq.wrapping.flow.without_dataflow` make it do what such runtimes are given.
             Defaults to nothing: it quantizes between the layers as it was calibrated.
 
     Returns:
@@ -61,24 +84,24 @@ def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             nodes[output.grad_fn] = f'{layer}#{calls[layer]}' if calls[layer] else layer
             calls[layer] += 1
+
         return hook
 
     with ExitStack() as stack, torch.enable_grad():
         for layer in {hook.layer for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)}:
             stack.callback(detector.get_submodule(layer).register_forward_hook(note(layer)).remove)
         outputs = RawOutputs(detector)(image.detach().clone().requires_grad_())
-    seen, todo = set(), [output.grad_fn for output in outputs]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-    return {label for node, label in nodes.items() if node in seen}
+    return {nodes[node] for node, _ in walk_back(outputs, stop=()) if node in nodes}
 
 
 @contextmanager
-def _compared(detector: nn.Module, found: Mapping[str, np.ndarray | None], follow: bool,
-              agreements: list[TensorAgreement], missing: set[str]) -> Iterator[None]:
+def _compared(
+    detector: nn.Module,
+    found: Mapping[str, np.ndarray | None],
+    follow: bool,
+    agreements: list[TensorAgreement],
+    missing: set[str],
+) -> Iterator[None]:
     """Every layer notes, in one forward pass, how far it reads what the runtime's layer read, or that it has none."""
     state, calls = getattr(detector, STATE), Counter()
 
@@ -99,24 +122,101 @@ def _compared(detector: nn.Module, found: Mapping[str, np.ndarray | None], follo
                 theirs = torch.from_numpy(_like(found[label], simulated.shape, label)).to(simulated)
                 difference = (quantizer.encode(theirs) - quantizer.encode(simulated)).abs()
                 agreements.append(
-                    TensorAgreement(label, float((difference == 0).double().mean()), int(difference.max())))
+                    TensorAgreement(label, float((difference == 0).double().mean()), int(difference.max()))
+                )
                 return quantizer(theirs) if follow else simulated
 
             return with_input(args, kwargs, compared)
+
         return compare
 
     with ExitStack() as stack:
         for quantized in state.hooks:
             if isinstance(quantized, QuantizedInput):
                 # behind the quantizer's own hook
-                stack.callback(detector.get_submodule(quantized.layer).register_forward_pre_hook(
-                    hook(quantized.layer, quantized.names), with_kwargs=True).remove)
+                stack.callback(
+                    detector.get_submodule(quantized.layer)
+                    .register_forward_pre_hook(hook(quantized.layer, quantized.names), with_kwargs=True)
+                    .remove
+                )
         yield
 
 
 def _like(values: np.ndarray, shape: tuple[int, ...], label: str) -> np.ndarray:
     """A tensor in the shape that the detector's layer reads: matrix products may have theirs flattened."""
     if values.size != np.prod(shape):
-        raise PTQError(f'the layer {label} of the exported model reads an input of {values.shape}, that of '
-                       f'the detector {tuple(shape)}; export it again.')
+        raise PTQError(
+            f'the layer {label} of the exported model reads an input of {values.shape}, that of '
+            f'the detector {tuple(shape)}; export it again.'
+        )
     return np.ascontiguousarray(values.reshape(shape))
+
+
+def report_inputs(
+    logger: MMLogger,
+    detector: nn.Module,
+    inputs: Mapping[str, np.ndarray | None],
+    image: Tensor,
+    runtime: str,
+    given: Callable[[nn.Module], AbstractContextManager],
+) -> None:
+    """Logs how far the codes that layers read are the simulation's, with and without what the runtime leaves out.
+
+    Args:
+        logger: Where.
+        detector: The quantized detector that the model was exported from.
+        inputs: What every call of a layer reads in the runtime, see :func:`compare_layer_inputs`.
+        image: (N, 3, H, W), normalized, which the runtime read.
+        runtime: What the runtime is called.
+        given: What the runtime is given, as ``within`` of :func:`compare_layer_inputs`.
+    """
+    for call, value in inputs.items():
+        if value is None:
+            logger.info(f'{runtime} reads the input of {call} in float, so that it cannot be compared')
+    _log_shares(
+        logger,
+        compare_layer_inputs(detector, inputs, image),
+        f'inputs of layers compared with {runtime}: from the image to the outputs',
+    )
+    name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True), INPUT)
+    left_out = sum(not count for count in getattr(detector, STATE).readers.values())
+    if left_out:
+        logger.info(
+            f'{left_out} quantizers between the layers are not in the model for {runtime}; the simulation without them:'
+        )
+        name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, within=given), INPUT)
+
+
+def _log_shares(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:
+    if not found:
+        raise PTQError('--compare compares quantized tensors, and the model has none; leave it out.')
+    shares = [entry.identical for entry in found]
+    logger.info(
+        f'{len(found)} {what}, {sum(shares) / len(shares):.3%} of the codes are the same on average, '
+        f'{min(shares):.3%} in the worst'
+    )
+
+
+def name_first(
+    logger: MMLogger,
+    found: list[TensorAgreement],
+    kind: str = '',
+    what: str = 'compared each for itself, computed from the same codes',
+) -> None:
+    """Logs how many codes are the same, and names the first tensor that diverges.
+
+    Args:
+        logger: Where.
+        found: From the image to the outputs.
+        kind: What stands before the name.
+        what: How they were compared.
+    """
+    _log_shares(logger, found, what)
+    first = next((entry for entry in found if entry.identical < AGREEMENT), None)
+    if first is None:
+        logger.info(f'every tensor has at least {AGREEMENT:.1%} of its codes in common')
+    else:
+        logger.warning(
+            f'the first that diverges is {kind}{first.name}: {first.identical:.3%} of its codes are the '
+            f'same, the largest difference is {first.largest}'
+        )

@@ -1,4 +1,5 @@
 """Optional packages: whether they are installed, and new enough for what we write and read."""
+
 from __future__ import annotations
 
 import importlib
@@ -8,31 +9,30 @@ from mmengine.utils import digit_version
 
 from mmdet_ptq.errors import PTQError
 
-# The oldest versions that pyproject.toml takes, by module. ONNX Runtime 1.20 is the first with 4-bit initializers and
-# opset 21; TensorRT's parser comes with ONNX 1.17, that is with opset 21, since 10.6.
-OLDEST = {'onnx': '1.18', 'onnxscript': '0.5', 'onnxruntime': '1.20', 'openvino': '2025.0', 'ncnn': '1.0.20250503',
-          'tensorrt': '10.6'}
+# what writes ONNX files
+ONNX = ('onnx>=1.18', 'onnxscript>=0.5')
 
 
-def require(*modules: str, extra: str) -> None:
+def require(*requirements: str, extra: str | None = None) -> None:
     """Refuses to go on without an optional package.
 
     Args:
-        modules: What must be importable.
-        extra: The extra of this package that brings them.
+        requirements: What must be importable, with the oldest version that will do: ``'onnx>=1.18'``, ``'pnnx'``.
+        extra: The extra of this package that brings them. Defaults to None: they are installed by themselves.
 
     Raises:
-        PTQError: A package is missing or too old; names the extra to install.
+        PTQError: A package is missing or too old; says what to install.
     """
-    for name in modules:
+    for requirement in requirements:
+        name, _, oldest = requirement.partition('>=')
+        source = f'mmdet-ptq[{extra}]' if extra else requirement
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            raise PTQError(f"the package {name} is not installed; pip install 'mmdet-ptq[{extra}]'.") from error
+            raise PTQError(f"the package {name} is not installed; pip install '{source}'.") from error
         found = _version(name, module)
-        if name in OLDEST and found and digit_version(found) < digit_version(OLDEST[name]):
-            raise PTQError(f'{name} {found} is too old, exported models need {OLDEST[name]}; '
-                           f"pip install -U 'mmdet-ptq[{extra}]'.")
+        if oldest and found and digit_version(found) < digit_version(oldest):
+            raise PTQError(f"{name} {found} is too old, exported models need {oldest}; pip install -U '{source}'.")
 
 
 def _version(name: str, module) -> str | None:

@@ -1,4 +1,5 @@
 """What every runtime offers: export into a folder, a session, which convolutions it runs in integers."""
+
 from __future__ import annotations
 
 import functools
@@ -8,15 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from mmengine.logging import print_log
-from torch import nn
+from mmengine.logging import MMLogger, print_log
+from torch import Tensor, nn
 
+from mmdet_ptq.deploy.onnx.dialect import Dialect
+from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError, did_you_mean
-from mmdet_ptq.registry import RUNTIMES
+from mmdet_ptq.registry import RUNTIMES, runtime_names
 from mmdet_ptq.wrapping import Structure
-
-# models whose weights lie in a file beside them
-_WITH_WEIGHTS = ('.xml', '.param')
 
 
 @dataclass
@@ -40,13 +40,29 @@ class Runtime:
         threads: Threads of a run. Defaults to None: as many as the runtime takes.
 
     Attributes:
+        name: As it stands in ``ptq.export``; also the extra that installs it.
+        suffix: Of the model's file.
+        weights: Suffix of the file beside it that holds its weights; None where they are inside.
+        packages: What running takes, as requirements.
+        export_packages: What exporting takes.
+        evidence: What :meth:`coverage` reads.
+        dataflow: ``ptq.dataflow`` that its integers take, where the config says nothing.
+        end2end: Whether its models can decode and suppress, too.
+        packs: Whether it stores fewer than 8 bits a weight.
+        compares: Whether :meth:`report_agreement` works.
         meta: What the model says about itself, see :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
     """
 
     name: str
     suffix: str
-    # what coverage() reads
+    weights: str | None = None
+    packages: tuple[str, ...] = ()
+    export_packages: tuple[str, ...] = ()
     evidence: str = 'its own optimized graph'
+    dataflow: str | None = None
+    end2end: bool = False
+    packs: bool = False
+    compares: bool = False
     meta: dict
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
@@ -57,9 +73,9 @@ class Runtime:
         """Refuses an environment without this runtime.
 
         Raises:
-            PTQError: The package is missing or too old.
+            PTQError: A package is missing or too old.
         """
-        raise NotImplementedError
+        require(*cls.packages, extra=cls.name)
 
     @staticmethod
     def saturates() -> bool:
@@ -81,10 +97,15 @@ class Runtime:
             return ''
         where = 'its 8-bit products' if layers is None else f'the products of {len(layers)} of its layers'
         may = 'may saturate' if layers is None else 'saturate'
-        how = ('export its checkpoint again' if layers is None else
-               "calibrate again with this version of mmdet-ptq and `ptq.saturation='safe'`")
-        return (f'{self.name}: this processor adds products of bytes in 16 bits (it lacks VNNI), in which {where} '
-                f'{may}, so that its results are wrong here; {how}.')
+        how = (
+            'export its checkpoint again'
+            if layers is None
+            else "calibrate again with this version of mmdet-ptq and `ptq.saturation='safe'`"
+        )
+        return (
+            f'{self.name}: this processor adds products of bytes in 16 bits (it lacks VNNI), in which {where} '
+            f'{may}, so that its results are wrong here; {how}.'
+        )
 
     @classmethod
     def check_export(cls) -> None:
@@ -93,7 +114,16 @@ class Runtime:
         Raises:
             PTQError: A package is missing or too old.
         """
-        cls.check()
+        require(*cls.export_packages, extra=cls.name)
+
+    @classmethod
+    def needed_activations(cls, bits: int) -> dict:
+        """Arguments of the activations' quantizer that its number formats take, where the config says nothing.
+
+        Args:
+            bits: Of the activations.
+        """
+        return {}
 
     @classmethod
     def check_formats(cls, structure: Structure) -> None:
@@ -108,9 +138,32 @@ class Runtime:
         raise NotImplementedError
 
     @classmethod
-    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
-               **options) -> Path:
+    def export(
+        cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int], **options
+    ) -> Path:
         """Writes the model into a folder and returns its path."""
+        raise NotImplementedError
+
+    @classmethod
+    def dialect(cls) -> Dialect:
+        """How an ONNX file is written for it, by :func:`mmdet_ptq.deploy.export_onnx`."""
+        raise PTQError(f'{cls.name} reads no ONNX files; export to it with `mmdet-ptq-export --to {cls.name}`.')
+
+    @classmethod
+    def explain_float(cls, structure: Structure) -> str:
+        """Why layers of a model stay float, where the detector's structure tells, and the way out; '' otherwise."""
+        return ''
+
+    @classmethod
+    def report_agreement(cls, logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
+        """Logs how far a model's integers are the simulation's, and names the first tensor that diverges.
+
+        Args:
+            logger: Where.
+            detector: The quantized detector that the model was exported from.
+            path: The model.
+            image: (N, 3, H, W), normalized.
+        """
         raise NotImplementedError
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
@@ -124,11 +177,6 @@ class Runtime:
     def coverage(self) -> IntegerCoverage:
         """Which convolutions run in integers, by the runtime's own optimized graph."""
         raise NotImplementedError
-
-
-def runtime_names() -> list[str]:
-    """Names of all runtimes, as they stand in ``ptq.export``."""
-    return sorted(RUNTIMES.module_dict)
 
 
 def get_runtime(name: str, key: str = 'ptq.export') -> type[Runtime]:
@@ -155,21 +203,29 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
     """
     if not Path(path).is_file():
         raise PTQError(f'there is no model {str(path)!r}; check the path.')
-    for name in runtime_names():
-        runtime = RUNTIMES.get(name)
-        if runtime.suffix == Path(path).suffix:
-            model = runtime(path, threads)
-            if remark := model.remark():
-                warn_once(remark)
-            return model
-    known = ', '.join(sorted(RUNTIMES.get(name).suffix for name in runtime_names()))
-    raise PTQError(f'{str(path)!r} is no model of a known runtime; their suffixes are {known}.')
+    model = runtime_of(path)(path, threads)
+    if remark := model.remark():
+        warn_once(remark)
+    return model
+
+
+def runtime_of(path: str | os.PathLike) -> type[Runtime]:
+    """The runtime that reads a file, by its suffix.
+
+    Raises:
+        PTQError: No runtime reads such files.
+    """
+    known = {RUNTIMES.get(name).suffix: RUNTIMES.get(name) for name in runtime_names()}
+    if Path(path).suffix not in known:
+        raise PTQError(f'{str(path)!r} is no model of a known runtime; their suffixes are {", ".join(sorted(known))}.')
+    return known[Path(path).suffix]
 
 
 def model_bytes(path: str | os.PathLike) -> int:
     """Size of an exported model, all its files together."""
     path = Path(path)
-    files = [path, path.with_suffix('.bin')] if path.suffix in _WITH_WEIGHTS else [path]
+    beside = {runtime.suffix: runtime.weights for runtime in map(RUNTIMES.get, runtime_names())}.get(path.suffix)
+    files = [path, path.with_suffix(beside)] if beside else [path]
     return sum(file.stat().st_size for file in files)
 
 
@@ -180,8 +236,11 @@ def worst_case() -> tuple[np.ndarray, np.ndarray, int]:
         The input, (1, 16, 1, 1), uint8, the weight, (16, 16, 1, 1), int8, and each of the sums.
     """
     channels, code, weight = 16, 255, 127
-    return (np.full((1, channels, 1, 1), code, np.uint8), np.full((channels, channels, 1, 1), weight, np.int8),
-            channels * code * weight)
+    return (
+        np.full((1, channels, 1, 1), code, np.uint8),
+        np.full((channels, channels, 1, 1), weight, np.int8),
+        channels * code * weight,
+    )
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 """How a run goes."""
+
 from mmdet_ptq.engine.api import load_quantized, quantize
 from mmdet_ptq.engine.evaluation import evaluate
 from mmdet_ptq.engine.global_stage.hooks import FilteredGlobalLossHook
@@ -6,5 +7,13 @@ from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop, HeldOutLo
 from mmdet_ptq.engine.global_stage.optim import QuantizationParamsConstructor
 from mmdet_ptq.engine.runner import PTQRunner
 
-__all__ = ['FilteredGlobalLossHook', 'GlobalCalibrationLoop', 'HeldOutLossLoop', 'PTQRunner',
-           'QuantizationParamsConstructor', 'evaluate', 'load_quantized', 'quantize']
+__all__ = [
+    'FilteredGlobalLossHook',
+    'GlobalCalibrationLoop',
+    'HeldOutLossLoop',
+    'PTQRunner',
+    'QuantizationParamsConstructor',
+    'evaluate',
+    'load_quantized',
+    'quantize',
+]

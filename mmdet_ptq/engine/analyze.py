@@ -1,4 +1,5 @@
 """What tools/analyze.py does: prepare and observe as a run would, then measure tensor by tensor."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -38,8 +39,14 @@ def analyze(cfg: Config, images: int = 16) -> tuple[Sensitivities, Protection]:
     batches, measurements = list(runner.first_images(images)), folder / 'measurements.json'
     sensitivities = measure_sensitivity(runner.detector, runner.structure, batches, measurements)
     protection = protect_detector(
-        runner.detector, runner.structure, runner.ptq, batches, runner.calibration_loader(),
-        runner.stored_bytes(), measurements)
+        runner.detector,
+        runner.structure,
+        runner.ptq,
+        batches,
+        runner.calibration_loader(),
+        runner.stored_bytes(),
+        measurements,
+    )
     if is_main_process():
         write_sensitivity(cfg.work_dir, sensitivities, protection)
         print_sensitivity(sensitivities, protection)

@@ -1,4 +1,5 @@
 """Quantizing and loading from Python, without the command line."""
+
 from __future__ import annotations
 
 import copy
@@ -19,8 +20,14 @@ from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.errors import PTQError
 
 
-def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 'w8a8', *,
-             ptq: dict | None = None, work_dir: str | None = None) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    calibration_loader: Iterable[Any],
+    preset: str = 'w8a8',
+    *,
+    ptq: dict | None = None,
+    work_dir: str | None = None,
+) -> nn.Module:
     """Quantizes a trained mmdet detector.
 
     Args:
@@ -44,13 +51,19 @@ def quantize(model: nn.Module, calibration_loader: Iterable[Any], preset: str = 
     samples = LoadedSamples(calibration_loader)
     with tempfile.TemporaryDirectory() as temporary:
         runner = PTQRunner(
-            model=copy.deepcopy(model), work_dir=work_dir or temporary, ptq=block, calibration=samples,
-            default_scope='mmdet', cfg=getattr(model, 'cfg', None),
-            log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False))
+            model=copy.deepcopy(model),
+            work_dir=work_dir or temporary,
+            ptq=block,
+            calibration=samples,
+            default_scope='mmdet',
+            cfg=getattr(model, 'cfg', None),
+            log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
+        )
         detector = runner.calibrate()
         for name in block.export:
             path = get_runtime(name).export(
-                copy.deepcopy(detector).cpu(), Path(runner.work_dir) / name, runner.input_shape)
+                copy.deepcopy(detector).cpu(), Path(runner.work_dir) / name, runner.input_shape
+            )
             print_log(f'{name}: {path}', 'current')
     for name in ('cfg', 'dataset_meta'):
         if hasattr(model, name):
@@ -84,5 +97,3 @@ def load_quantized(path: str | os.PathLike, config: Config | str | None = None, 
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']
     return detector.to(device).eval()
-
-

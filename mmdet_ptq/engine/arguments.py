@@ -1,4 +1,5 @@
 """From an mmdet config with a ``ptq`` block to the arguments of the runner."""
+
 from __future__ import annotations
 
 import copy
@@ -27,22 +28,32 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
         raise PTQError('no float checkpoint is named; give CHECKPOINT on the command line or set `load_from`.')
     cfg = copy.deepcopy(cfg)
     replace_sync_bn(cfg['model'])
-    dropped = [hook['type'] if isinstance(hook, dict) else type(hook).__name__
-               for hook in cfg.get('custom_hooks') or []]
+    dropped = [
+        hook['type'] if isinstance(hook, dict) else type(hook).__name__ for hook in cfg.get('custom_hooks') or []
+    ]
     if dropped:
         print_log(f'custom_hooks belong to training and are not used: {", ".join(map(str, dropped))}', 'current')
     for key in ('test_dataloader', 'test_evaluator'):
         if cfg.get(key) is None:
             raise PTQError(f'the config has no `{key}`, which the report is made with.')
     return dict(
-        model=cfg['model'], work_dir=cfg['work_dir'], ptq=ptq,
-        test_dataloader=cfg['test_dataloader'], test_evaluator=cfg['test_evaluator'],
+        model=cfg['model'],
+        work_dir=cfg['work_dir'],
+        ptq=ptq,
+        test_dataloader=cfg['test_dataloader'],
+        test_evaluator=cfg['test_evaluator'],
         test_cfg=test_loop_cfg(cfg),
         default_hooks=evaluation_hooks(cfg.get('default_hooks')),
-        data_preprocessor=cfg.get('data_preprocessor'), load_from=cfg['load_from'], resume=cfg.get('resume', False),
-        launcher=cfg.get('launcher', 'none'), env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
+        data_preprocessor=cfg.get('data_preprocessor'),
+        load_from=cfg['load_from'],
+        resume=cfg.get('resume', False),
+        launcher=cfg.get('launcher', 'none'),
+        env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
-        log_level=cfg.get('log_level', 'INFO'), visualizer=cfg.get('visualizer'),
+        log_level=cfg.get('log_level', 'INFO'),
+        visualizer=cfg.get('visualizer'),
         default_scope=cfg.get('default_scope') or 'mmdet',
         randomness=cfg.get('randomness'),
-        experiment_name=cfg.get('experiment_name'), cfg=cfg)
+        experiment_name=cfg.get('experiment_name'),
+        cfg=cfg,
+    )

@@ -1,7 +1,9 @@
 """Evaluating a detector with the config's own test dataloader and evaluator."""
+
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,8 +25,10 @@ from mmdet_ptq.files import check_space
 from mmdet_ptq.wrapping import is_quantized
 
 _CHECK = 'check `test_dataloader.dataset` and `test_evaluator.ann_file`.'
-NOTHING_FOUND = ('the float detector found nothing on the evaluation images, so that there are no figures; check '
-                 '`load_from`, the classes and the test pipeline.')
+NOTHING_FOUND = (
+    'the float detector found nothing on the evaluation images, so that there are no figures; check '
+    '`load_from`, the classes and the test pipeline.'
+)
 # settings of a dataloader that change no image
 LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
 
@@ -47,13 +51,20 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
             raise PTQError(f'the config has no `{key}`, which detectors are evaluated with.')
     check_space(cfg['work_dir'], 0)
     runner = Runner(
-        model=detector, work_dir=cfg['work_dir'], test_dataloader=cfg['test_dataloader'],
-        test_evaluator=cfg['test_evaluator'], test_cfg=test_loop_cfg(cfg),
-        default_hooks=evaluation_hooks(cfg.get('default_hooks')), launcher=cfg.get('launcher', 'none'),
+        model=detector,
+        work_dir=cfg['work_dir'],
+        test_dataloader=cfg['test_dataloader'],
+        test_evaluator=cfg['test_evaluator'],
+        test_cfg=test_loop_cfg(cfg),
+        default_hooks=evaluation_hooks(cfg.get('default_hooks')),
+        launcher=cfg.get('launcher', 'none'),
         env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
-        log_level=cfg.get('log_level', 'INFO'), visualizer=cfg.get('visualizer'),
-        default_scope=cfg.get('default_scope') or 'mmdet', cfg=cfg)
+        log_level=cfg.get('log_level', 'INFO'),
+        visualizer=cfg.get('visualizer'),
+        default_scope=cfg.get('default_scope') or 'mmdet',
+        cfg=cfg,
+    )
     with evaluation_files():
         loop = runner.test_loop
     check_evaluation(loop, detector)
@@ -82,9 +93,13 @@ def evaluation_inputs(cfg: Config, dataset: Dataset) -> str:
     """
     loader = {key: value for key, value in (cfg.get('test_dataloader') or {}).items() if key not in LOADING}
     count = len(dataset) if hasattr(dataset, 'get_data_info') else 0
-    return fingerprint(str(loader), str(cfg.get('test_cfg')), str(cfg.get('test_evaluator')),
-                       [file_hash(path) for path in _named_files(cfg.get('test_evaluator'))],
-                       [_record(dataset.get_data_info(index)) for index in range(count)])
+    return fingerprint(
+        str(loader),
+        str(cfg.get('test_cfg')),
+        str(cfg.get('test_evaluator')),
+        [file_hash(path) for path in _named_files(cfg.get('test_evaluator'))],
+        [_record(dataset.get_data_info(index)) for index in range(count)],
+    )
 
 
 def _named_files(value: object) -> list[str]:
@@ -112,8 +127,9 @@ def evaluation_files() -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise PTQError(f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; {_CHECK}'
-                       ) from error
+        raise PTQError(
+            f'the evaluation needs the file {str(error.filename or error)!r}, which does not exist; {_CHECK}'
+        ) from error
     except json.JSONDecodeError as error:
         raise PTQError(f'an annotation file of the evaluation is no valid JSON ({error}); {_CHECK}') from error
     except ValueError as error:
@@ -142,17 +158,33 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
         except (FileNotFoundError, NotADirectoryError):
             raise
         except Exception as error:  # of any step of the pipeline
-            raise PTQError(f'the first evaluation image cannot be read: {type(error).__name__}: {error}; check '
-                           '`test_dataloader.dataset`.') from error
+            raise PTQError(
+                f'the first evaluation image cannot be read: {type(error).__name__}: {error}; check '
+                '`test_dataloader.dataset`.'
+            ) from error
     classes = dataset_meta(dataset).get('classes')
-    known = next((module.num_classes for module in detector.modules() if isinstance(module, BaseDenseHead | BBoxHead)
-                  and hasattr(module, 'num_classes')), None)
+    known = next(
+        (
+            module.num_classes
+            for module in detector.modules()
+            if isinstance(module, BaseDenseHead | BBoxHead) and hasattr(module, 'num_classes')
+        ),
+        None,
+    )
     if classes is not None and known is not None and len(classes) < known:
-        print_log(f'the detector has {known} classes, `test_dataloader.dataset.metainfo.classes` names {len(classes)}; '
-                  'evaluators that look for the others fail.', 'current', level=30)
+        print_log(
+            f'the detector has {known} classes, `test_dataloader.dataset.metainfo.classes` names {len(classes)}; '
+            'evaluators that look for the others fail.',
+            'current',
+            level=logging.WARNING,
+        )
     metrics = loop.evaluator.metrics
     if _only_writes_files(loop):
-        print_log('`test_evaluator.format_only` writes detections to files and gives no figures.', 'current', level=30)
+        print_log(
+            '`test_evaluator.format_only` writes detections to files and gives no figures.',
+            'current',
+            level=logging.WARNING,
+        )
     # MultiDatasetsEvaluator gives each metric the images of its own part
     parts = dataset.datasets if isinstance(loop.evaluator, MultiDatasetsEvaluator) else [dataset] * len(metrics)
     for metric, part in zip(metrics, parts, strict=False):
@@ -169,7 +201,7 @@ def _only_writes_files(loop: TestLoop) -> bool:
 def check_figures(found: dict[str, float], loop: TestLoop) -> None:
     """Warns where the float detector's evaluation gave no figures and should have."""
     if not found and not _only_writes_files(loop):
-        print_log(NOTHING_FOUND, 'current', level=30)
+        print_log(NOTHING_FOUND, 'current', level=logging.WARNING)
 
 
 def _check_annotations(annotations: COCO, dataset: Dataset) -> None:
@@ -177,17 +209,21 @@ def _check_annotations(annotations: COCO, dataset: Dataset) -> None:
     names = [category['name'] for category in annotations.cats.values()]
     missing = [name for name in classes if name not in names]
     if missing:
-        raise PTQError(f'`test_dataloader.dataset.metainfo.classes` names {", ".join(map(repr, missing[:3]))}'
-                       f'{", ..." * (len(missing) > 3)}, which `test_evaluator.ann_file` does not have; its '
-                       f'categories are {", ".join(names[:10])}{", ..." * (len(names) > 10)}.')
+        raise PTQError(
+            f'`test_dataloader.dataset.metainfo.classes` names {", ".join(map(repr, missing[:3]))}'
+            f'{", ..." * (len(missing) > 3)}, which `test_evaluator.ann_file` does not have; its '
+            f'categories are {", ".join(names[:10])}{", ..." * (len(names) > 10)}.'
+        )
     if hasattr(dataset, 'get_data_info'):
         images = set(annotations.getImgIds())
         strange = [dataset.get_data_info(index).get('img_id') for index in range(len(dataset))]
         strange = [name for name in strange if name not in images]
         if strange:
-            raise PTQError(f'{len(strange)} of {len(dataset)} evaluation images, the first with the id '
-                           f'{strange[0]!r}, are not in `test_evaluator.ann_file`; it must be the annotation file '
-                           'of `test_dataloader.dataset`.')
+            raise PTQError(
+                f'{len(strange)} of {len(dataset)} evaluation images, the first with the id '
+                f'{strange[0]!r}, are not in `test_evaluator.ann_file`; it must be the annotation file '
+                'of `test_dataloader.dataset`.'
+            )
 
 
 def dataset_meta(dataset: Dataset | None) -> dict:
@@ -203,12 +239,15 @@ def figures(metrics: dict) -> dict[str, float]:
         try:
             numbers[key] = float(value)
         except (TypeError, ValueError):
-            print_log(f'{key} of the evaluator is no number and is left out: {str(value)[:80]}', 'current', level=30)
+            print_log(
+                f'{key} of the evaluator is no number and is left out: {str(value)[:80]}',
+                'current',
+                level=logging.WARNING,
+            )
     return numbers
 
 
 def evaluation_hooks(hooks: dict | None) -> dict:
     """The user's default hooks without those that only training needs."""
     training = ('checkpoint', 'param_scheduler')
-    return {**{name: hook for name, hook in (hooks or {}).items() if name not in training},
-            **dict.fromkeys(training)}
+    return {**{name: hook for name, hook in (hooks or {}).items() if name not in training}, **dict.fromkeys(training)}

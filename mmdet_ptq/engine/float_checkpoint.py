@@ -1,6 +1,8 @@
 """Loading the trained float detector, and refusing what does not belong to it."""
+
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from pathlib import Path
 
@@ -27,13 +29,16 @@ def load_float_checkpoint(detector: nn.Module, path: str) -> None:
     """
     checkpoint = _read(path)
     if is_quantized_checkpoint(checkpoint):
-        raise PTQError(f'{path!r} is already quantized; give the float checkpoint it was made from '
-                       '(tools/test.py evaluates a quantized one).')
+        raise PTQError(
+            f'{path!r} is already quantized; give the float checkpoint it was made from '
+            '(tools/test.py evaluates a quantized one).'
+        )
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise PTQError(f'{path!r} holds no `state_dict`; give a checkpoint written by mmdet.')
-    tensors = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items()
-                          if isinstance(value, Tensor))
+    tensors = OrderedDict(
+        (key.removeprefix('module.'), value) for key, value in state.items() if isinstance(value, Tensor)
+    )
     # tells layers of which version of theirs the tensors are: mmdet's rename those of early ones
     tensors._metadata = {key.removeprefix('module.'): value for key, value in getattr(state, '_metadata', {}).items()}
     _check_finite(tensors, path)
@@ -47,15 +52,19 @@ def _read(path: str) -> object:
     try:
         return CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except Exception as error:  # network, cache and file back ends raise their own kinds
-        raise PTQError(f'the checkpoint {path!r} cannot be fetched ({type(error).__name__}: {error}); download it '
-                       'and give the local file.') from error
+        raise PTQError(
+            f'the checkpoint {path!r} cannot be fetched ({type(error).__name__}: {error}); download it '
+            'and give the local file.'
+        ) from error
 
 
 def _check_finite(state: dict[str, Tensor], path: str) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise PTQError(f'the weight {key} of {Path(path).name} holds NaN or infinity; the checkpoint is '
-                           'damaged, train or load it again.')
+            raise PTQError(
+                f'the weight {key} of {Path(path).name} holds NaN or infinity; the checkpoint is '
+                'damaged, train or load it again.'
+            )
 
 
 def _load(detector: nn.Module, state: dict[str, Tensor], path: str) -> None:
@@ -66,17 +75,23 @@ def _load(detector: nn.Module, state: dict[str, Tensor], path: str) -> None:
     except RuntimeError as error:
         shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
         first = shapes[0] if shapes else None
-        told = (f'{first} is {tuple(state[first].shape)}, not {tuple(own[first].shape)}' if shapes
-                else ' '.join(str(error).splitlines()[-1].split()).rstrip('.'))
+        told = (
+            f'{first} is {tuple(state[first].shape)}, not {tuple(own[first].shape)}'
+            if shapes
+            else ' '.join(str(error).splitlines()[-1].split()).rstrip('.')
+        )
         missing = [key for key in own if key not in state and not key.startswith('data_preprocessor.')]
-        raise _misfit(path, len(shapes or (1, )) + len(missing), len(own), told) from error
+        raise _misfit(path, len(shapes or (1,)) + len(missing), len(own), told) from error
     missing = [key for key in missing if not _is_counter(key) and not key.startswith('data_preprocessor.')]
     if missing:
         raise _misfit(path, len(missing), len(own), f'{missing[0]} is missing')
     extra = [key for key in extra if not _is_counter(key)]
     if extra:
-        print_log(f'{len(extra)} tensors of the checkpoint are not in the model and are ignored (first: {extra[0]})',
-                  'current', level=30)
+        print_log(
+            f'{len(extra)} tensors of the checkpoint are not in the model and are ignored (first: {extra[0]})',
+            'current',
+            level=logging.WARNING,
+        )
 
 
 def _is_counter(key: str) -> bool:
@@ -84,5 +99,7 @@ def _is_counter(key: str) -> bool:
 
 
 def _misfit(path: str, wrong: int, count: int, first: str) -> PTQError:
-    return PTQError(f'the checkpoint {Path(path).name} does not fit the model: {wrong} of {count} tensors do not match '
-                    f'(first: {first}); give the checkpoint of this config.')
+    return PTQError(
+        f'the checkpoint {Path(path).name} does not fit the model: {wrong} of {count} tensors do not match '
+        f'(first: {first}); give the checkpoint of this config.'
+    )

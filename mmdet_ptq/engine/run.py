@@ -1,4 +1,5 @@
 """What a run has loaded, and where it stores it."""
+
 from __future__ import annotations
 
 import copy
@@ -16,29 +17,12 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmdet_ptq.analysis import (
-    result_row,
-    write_results,
-)
-from mmdet_ptq.calibration import (
-    CalibrationDataset,
-    Protection,
-    source_datasets,
-)
+from mmdet_ptq.analysis import result_row, write_results
+from mmdet_ptq.calibration import CalibrationDataset, Protection, source_datasets
 from mmdet_ptq.config import PTQConfig
-from mmdet_ptq.deploy import (
-    get_runtime,
-    quantized_state,
-    stored_bytes,
-)
+from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.engine.arguments import runner_arguments
-from mmdet_ptq.engine.evaluation import (
-    check_evaluation,
-    dataset_meta,
-    evaluation_files,
-    evaluation_inputs,
-    figures,
-)
+from mmdet_ptq.engine.evaluation import check_evaluation, dataset_meta, evaluation_files, evaluation_inputs, figures
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
 from mmdet_ptq.files import check_space, load_tensors
@@ -72,8 +56,14 @@ class Run(Runner):
         results: What ``results.json`` holds.
     """
 
-    def __init__(self, model: nn.Module | dict, work_dir: str, ptq: PTQConfig | dict,
-                 calibration: Dataset | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        model: nn.Module | dict,
+        work_dir: str,
+        ptq: PTQConfig | dict,
+        calibration: Dataset | None = None,
+        **kwargs,
+    ) -> None:
         self.ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
         self._calibration = calibration
         resume, load_from = kwargs.pop('resume', False), kwargs.pop('load_from', None)
@@ -118,7 +108,8 @@ class Run(Runner):
             cfg, loss = self.ptq.calibration, self.ptq.global_loss
             annotated = loss is not None and loss.target == 'ground_truth'
             self._calibration = CalibrationDataset(
-                source_datasets(self.cfg, cfg, annotated), cfg.num_images, cfg.seed, self.evaluation_dataset())
+                source_datasets(self.cfg, cfg, annotated), cfg.num_images, cfg.seed, self.evaluation_dataset()
+            )
         return self._calibration
 
     def load(self) -> None:
@@ -129,8 +120,12 @@ class Run(Runner):
             self.check_evaluation()
         self.float_detector = copy.deepcopy(self.detector)
         self.inputs = stage_inputs(
-            self.ptq.to_dict(), self.model_inputs(), [str(i) for i in self.calibration.ids], self.calibration.content,
-            self.seed)
+            self.ptq.to_dict(),
+            self.model_inputs(),
+            [str(i) for i in self.calibration.ids],
+            self.calibration.content,
+            self.seed,
+        )
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -193,8 +188,15 @@ class Run(Runner):
         self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), detector)
         return figures(self.test())
 
-    def add_row(self, model: str, metrics: dict, size: int, operations: int, latency_ratio: float | None = None,
-             remark: str = '') -> None:
+    def add_row(
+        self,
+        model: str,
+        metrics: dict,
+        size: int,
+        operations: int,
+        latency_ratio: float | None = None,
+        remark: str = '',
+    ) -> None:
         """Adds a row to the results."""
         self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio, remark))
         self.write_results()
@@ -223,8 +225,11 @@ class Run(Runner):
     def model_inputs(self) -> list[str]:
         """What the float detector depends on."""
         known = self.checkpoint is not None and Path(self.checkpoint).is_file()
-        return [str(self.cfg.get('model')), str(self.cfg.get('data_preprocessor')),
-                file_hash(self.checkpoint) if known else str(self.checkpoint)]
+        return [
+            str(self.cfg.get('model')),
+            str(self.cfg.get('data_preprocessor')),
+            file_hash(self.checkpoint) if known else str(self.checkpoint),
+        ]
 
     def quantized_inputs(self) -> str:
         """Hash of the quantized detector and of what it is evaluated on."""
@@ -264,7 +269,6 @@ class Run(Runner):
     def device(self) -> torch.device:
         """The device of the model."""
         return next(self.model.parameters()).device
-
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

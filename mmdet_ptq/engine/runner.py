@@ -1,15 +1,11 @@
 """PTQRunner: a stock mmengine Runner that quantizes its detector and reports what it cost."""
+
 from __future__ import annotations
 
 from torch import nn
 
-from mmdet_ptq.analysis import (
-    float_size_bytes,
-)
-from mmdet_ptq.deploy import (
-    check_exportable,
-    get_runtime,
-)
+from mmdet_ptq.analysis import float_size_bytes
+from mmdet_ptq.deploy import check_exportable, get_runtime
 from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, check_one_size, rehearse_global
 from mmdet_ptq.engine.run import Run

@@ -1,8 +1,10 @@
 """Stages of a run: what each left in the work directory, and whether it still holds."""
+
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +24,12 @@ from mmdet_ptq.version import __version__
 
 STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global', 'evaluate', 'export', 'report')
 # calibration stages after observe, in their order: stage -> key of the `ptq` block that it alone depends on
-_OWN_KEYS = {'protect': 'protect', 'reconstruct': 'reconstruct', 'bias_correction': 'bias_correction',
-             'global': 'global_loss'}
+_OWN_KEYS = {
+    'protect': 'protect',
+    'reconstruct': 'reconstruct',
+    'bias_correction': 'bias_correction',
+    'global': 'global_loss',
+}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -74,6 +80,7 @@ def latest_checkpoint(folder: str | Path) -> str | None:
     Args:
         folder: Holds ``iter_N.pth``.
     """
+
     def iteration(path: Path) -> int:
         return int(path.stem.removeprefix('iter_'))
 
@@ -81,7 +88,7 @@ def latest_checkpoint(folder: str | Path) -> str | None:
         # an archive's directory stands at its end
         if zipfile.is_zipfile(path):
             return str(path)
-        print_log(f'the checkpoint {path} is incomplete, the one before it is taken', 'current', level=30)
+        print_log(f'the checkpoint {path} is incomplete, the one before it is taken', 'current', level=logging.WARNING)
     return None
 
 
@@ -122,7 +129,9 @@ class StageStore:
         try:
             record = StageRecord(**load_tensors(self.path(name)))
         except (PTQError, TypeError) as error:
-            print_log(f'stage {name}: its file cannot be used ({error}); it runs again', 'current', level=30)
+            print_log(
+                f'stage {name}: its file cannot be used ({error}); it runs again', 'current', level=logging.WARNING
+            )
             return None
         if record.inputs != inputs:
             print_log(f'stage {name}: config, checkpoint, images, seed or version changed; it runs again', 'current')

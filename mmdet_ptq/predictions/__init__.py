@@ -5,5 +5,12 @@ from mmdet_ptq.predictions.aligned import AlignedPredictions
 from mmdet_ptq.predictions.dispatch import adapter, align_head, align_raw
 from mmdet_ptq.predictions.forward import needs_reference, predict_aligned, raw_predictions
 
-__all__ = ['AlignedPredictions', 'adapter', 'align_head', 'align_raw', 'needs_reference', 'predict_aligned',
-           'raw_predictions']
+__all__ = [
+    'AlignedPredictions',
+    'adapter',
+    'align_head',
+    'align_raw',
+    'needs_reference',
+    'predict_aligned',
+    'raw_predictions',
+]

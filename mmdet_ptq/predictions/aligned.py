@@ -19,11 +19,11 @@ class Regions:
     """Where the stages behind the region proposal network looked, or a decoder whose queries are chosen.
 
     Args:
-        proposals (list[InstanceData] | None): What the network proposed for each of the N images; None where they
+        proposals: What the network proposed for each of the N images; None where they
             come from elsewhere.
-        rois (list[Tensor]): (M, 5) RoIs (image index, then the box), one tensor for each time that RoIs were read
+        rois: (M, 5) RoIs (image index, then the box), one tensor for each time that RoIs were read
             out of the features: stage after stage of a cascade, then masks.
-        queries (list[Tensor]): Positions that became queries, (N, Q), choice after choice.
+        queries: Positions that became queries, (N, Q), choice after choice.
     """
 
     proposals: list[InstanceData] | None = None
@@ -39,19 +39,19 @@ class AlignedPredictions:
     Either ``cls_logits`` or ``raw`` is set.
 
     Args:
-        cls_logits (Tensor | None): (N, P, C) for sigmoid heads; (N, P, C + 1) for softmax heads, background
+        cls_logits: (N, P, C) for sigmoid heads; (N, P, C + 1) for softmax heads, background
             last.
-        boxes (Tensor | None): (N, P, 4) decoded ``x1, y1, x2, y2`` in pixels of the network input,
+        boxes: (N, P, 4) decoded ``x1, y1, x2, y2`` in pixels of the network input,
             differentiable and not clipped to the image (clipping stops gradients). None for heads without
             boxes.
-        activation (str): ``'sigmoid'`` or ``'softmax'``. Defaults to ``'sigmoid'``.
-        quality_logits (Tensor | None): (N, P) objectness, centerness or predicted IoU. Defaults to None.
-        distributions (Tensor | None): (N, P, 4, reg_max + 1) logits over the sides' distances (GFL). Defaults
+        activation: ``'sigmoid'`` or ``'softmax'``. Defaults to ``'sigmoid'``.
+        quality_logits: (N, P) objectness, centerness or predicted IoU. Defaults to None.
+        distributions: (N, P, 4, reg_max + 1) logits over the sides' distances (GFL). Defaults
             to None.
-        level_sizes (tuple[int, ...]): Priors per level; sums to P. Defaults to ``()``.
-        raw (list[Tensor] | None): The flat raw outputs of a head that no adapter knows. Defaults to None.
-        regions (Regions | None): What a two-stage detector's second stage was evaluated on. Defaults to None.
-        proposal_stage (AlignedPredictions | None): The region proposal network's own predictions. Defaults to
+        level_sizes: Priors per level; sums to P. Defaults to ``()``.
+        raw: The flat raw outputs of a head that no adapter knows. Defaults to None.
+        regions: What a two-stage detector's second stage was evaluated on. Defaults to None.
+        proposal_stage: The region proposal network's own predictions. Defaults to
             None.
     """
 
@@ -68,9 +68,7 @@ class AlignedPredictions:
     def confidence(self) -> Tensor:
         """Returns the score that filters boxes, (N, P): best class without background, times the quality."""
         if self.cls_logits is None:
-            raise PTQError(
-                'raw outputs have no confidence: register an adapter for the head with align_head.register'
-            )
+            raise PTQError('raw outputs have no confidence: register an adapter for the head with align_head.register')
         if self.activation == 'softmax':
             best = self.cls_logits.softmax(-1)[..., :-1].amax(-1)
         else:
@@ -99,7 +97,7 @@ class AlignedPredictions:
         """Returns the priors named by ``index``, image by image; ``level_sizes`` becomes the one size K.
 
         Args:
-            index (Tensor): (N, K) integer positions along the prior axis.
+            index: (N, K) integer positions along the prior axis.
         """
         changes = {}
         for name in ('cls_logits', 'boxes', 'quality_logits', 'distributions'):

@@ -15,13 +15,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.aligned import AlignedPredictions
 
 # A head decodes in these methods, in mmdet and in whatever inherits from it.
-DECODING_METHODS = (
-    'predict',
-    'predict_by_feat',
-    '_predict_by_feat_single',
-    '_bbox_decode',
-    '_bbox_post_process',
-)
+DECODING_METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_decode', '_bbox_post_process')
 
 
 @functools.singledispatch
@@ -32,12 +26,12 @@ def align_head(head: Any, outputs: Any, batch_img_metas: list[dict]) -> AlignedP
     outputs.
 
     Args:
-        head (nn.Module): The head; its class selects the adapter.
-        outputs (tuple): What ``head.forward`` returned in eval mode.
-        batch_img_metas (list[dict]): Meta information of the N images.
+        head: The head; its class selects the adapter.
+        outputs: What ``head.forward`` returned in eval mode.
+        batch_img_metas: Meta information of the N images.
 
     Returns:
-        AlignedPredictions: Differentiable with respect to ``outputs``.
+        Differentiable with respect to ``outputs``.
 
     Example:
         >>> @align_head.register(MyHead)
@@ -51,9 +45,9 @@ def align_raw(head: Any, outputs: Any, reason: str) -> AlignedPredictions:
     """Keeps all floating-point outputs as they are, and says once per class that it does so.
 
     Args:
-        head (nn.Module): The head (or detector) named in the message.
-        outputs (Any): Tensors in nested lists, tuples and mappings.
-        reason (str): Why no adapter could be used.
+        head: The head (or detector) named in the message.
+        outputs: Tensors in nested lists, tuples and mappings.
+        reason: Why no adapter could be used.
     """
     name = type(head).__name__
     announce(
@@ -94,7 +88,7 @@ def adapter(*classes: type) -> Callable:
     written for, and goes to the raw fallback until an adapter is registered for it.
 
     Args:
-        classes (type): Head classes that the decorated function aligns.
+        classes: Head classes that the decorated function aligns.
     """
 
     def register(func: Callable) -> Callable:
@@ -105,9 +99,7 @@ def adapter(*classes: type) -> Callable:
     return register
 
 
-def _checked(
-    cls: type, func: Callable, head: Any, outputs: Any, batch_img_metas: list[dict]
-) -> AlignedPredictions:
+def _checked(cls: type, func: Callable, head: Any, outputs: Any, batch_img_metas: list[dict]) -> AlignedPredictions:
     redefined = own_decoding(type(head), cls)
     if redefined:
         return align_raw(head, outputs, f'it redefines {", ".join(redefined)} of {cls.__name__}')

@@ -21,9 +21,9 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
     The root module itself is called, never its parts: quantized detectors reset their per-call state there.
 
     Args:
-        detector (nn.Module): Float or quantized detector, or its data parallel wrapper.
-        batch_inputs (Tensor): (N, 3, H, W) preprocessed images.
-        batch_data_samples (list[DetDataSample]): Meta information of the N images.
+        detector: Float or quantized detector, or its data parallel wrapper.
+        batch_inputs: (N, 3, H, W) preprocessed images.
+        batch_data_samples: Meta information of the N images.
     """
     return detector(batch_inputs, batch_data_samples, mode='tensor')
 
@@ -34,18 +34,15 @@ def needs_reference(detector: nn.Module) -> bool:
 
 
 def predict_aligned(
-    detector: nn.Module,
-    batch_inputs: Tensor,
-    batch_data_samples: list,
-    reference: AlignedPredictions | None = None,
+    detector: nn.Module, batch_inputs: Tensor, batch_data_samples: list, reference: AlignedPredictions | None = None
 ) -> AlignedPredictions:
     """Runs the detector (in eval mode) and aligns its predictions before NMS.
 
     Args:
-        detector (nn.Module): Float or quantized detector, or its data parallel wrapper.
-        batch_inputs (Tensor): (N, 3, H, W) preprocessed images.
-        batch_data_samples (list[DetDataSample]): Meta information of the N images.
-        reference (AlignedPredictions | None): The float detector's predictions on the same images. Two-stage
+        detector: Float or quantized detector, or its data parallel wrapper.
+        batch_inputs: (N, 3, H, W) preprocessed images.
+        batch_data_samples: Meta information of the N images.
+        reference: The float detector's predictions on the same images. Two-stage
             detectors need them: the quantized second stage is evaluated on the float detector's proposals and
             classes, the decoder of a two-stage DETR on its queries. Ignored by all others. Defaults to None.
 

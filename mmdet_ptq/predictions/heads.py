@@ -85,9 +85,7 @@ def align_yolov3(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPr
     sizes = level_sizes(maps, head.num_attrib)
     deltas = torch.cat([values[..., :2].sigmoid(), values[..., 2:4]], -1)
     priors = torch.cat(head.prior_generator.grid_priors([m.shape[-2:] for m in maps], device=values.device))
-    strides = torch.cat(
-        [values.new_full((size, 1), s) for size, s in zip(sizes, head.featmap_strides, strict=True)]
-    )
+    strides = torch.cat([values.new_full((size, 1), s) for size, s in zip(sizes, head.featmap_strides, strict=True)])
     return AlignedPredictions(
         cls_logits=values[..., 5:],
         boxes=get_box_tensor(head.bbox_coder.decode(priors, deltas, strides)),
@@ -117,9 +115,7 @@ def align_reppoints(head, outputs: tuple, batch_img_metas: list[dict]) -> Aligne
     channels = head.cls_out_channels
     sizes = level_sizes(cls_maps, channels)
     offsets = flatten_levels(box_maps, 4)
-    strides = torch.cat(
-        [offsets.new_full((size, 1), s) for size, s in zip(sizes, head.point_strides, strict=True)]
-    )
+    strides = torch.cat([offsets.new_full((size, 1), s) for size, s in zip(sizes, head.point_strides, strict=True)])
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
         boxes=offsets * strides + _priors(head, cls_maps)[:, :2].repeat(1, 2),
@@ -135,9 +131,7 @@ def align_fovea(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     channels = head.cls_out_channels
     sizes = level_sizes(cls_maps, channels)
     exponents = flatten_levels(box_maps, 4)
-    lengths = torch.cat(
-        [exponents.new_full((size, 1), s) for size, s in zip(sizes, head.base_edge_list, strict=True)]
-    )
+    lengths = torch.cat([exponents.new_full((size, 1), s) for size, s in zip(sizes, head.base_edge_list, strict=True)])
     distances = exponents.exp() * lengths
     points = _priors(head, cls_maps)[:, :2]
     return AlignedPredictions(

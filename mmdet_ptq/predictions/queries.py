@@ -26,8 +26,8 @@ def chosen_queries(model: nn.Module, given: list[Tensor] | None) -> Iterator[lis
     """Collects the indices that a forward pass chooses by ``torch.topk``; puts the given ones in their place, if any.
 
     Args:
-        model (nn.Module): A detector that :func:`chooses_queries`.
-        given (list[Tensor] | None): What the float detector chose, choice after choice.
+        model: A detector that :func:`chooses_queries`.
+        given: What the float detector chose, choice after choice.
     """
     choices = _Choices(given)
     with choices:

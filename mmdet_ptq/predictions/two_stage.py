@@ -46,8 +46,10 @@ def predict_two_stage(
     regions = Regions(seen.get('proposals'), seen['rois'])
     first = align_head(model.rpn_head, seen['rpn'], metas) if 'rpn' in seen else None
     if model.with_rpn and first is None:
-        announce(f'{type(model.rpn_head).__name__} proposes without calling its own forward, so only the second stage '
-                 'enters the global loss.')
+        announce(
+            f'{type(model.rpn_head).__name__} proposes without calling its own forward, so only the second stage '
+            'enters the global loss.'
+        )
     if problem is not None and first is None:
         return replace(align_raw(model.roi_head, outputs, problem), regions=regions)
     if problem is not None:
@@ -100,9 +102,7 @@ def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
         if isinstance(module, BaseRoIExtractor):
             handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
     if second_stage:
-        handles.append(
-            model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out))
-        )
+        handles.append(model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out)))
     try:
         yield seen
     finally:
@@ -129,9 +129,7 @@ def _align_rois(
     fill = cls_score.new_zeros(num_images, size, cls_score.shape[1])
     fill[..., -1] = PADDING_LOGIT
     aligned = AlignedPredictions(
-        cls_logits=fill.index_put((image, position), cls_score),
-        activation='softmax',
-        level_sizes=(size,),
+        cls_logits=fill.index_put((image, position), cls_score), activation='softmax', level_sizes=(size,)
     )
     if bbox_pred is None:
         return aligned

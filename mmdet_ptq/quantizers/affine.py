@@ -1,4 +1,5 @@
 """Uniform affine quantization, in the arithmetic of ONNX QuantizeLinear and DequantizeLinear."""
+
 from __future__ import annotations
 
 import math
@@ -124,28 +125,33 @@ class AffineQuantizer(Quantizer):
     float32.
 
     Args:
-        bits (int): 2 to 8, or 16. Defaults to 8.
-        symmetric (bool): Signed codes with zero point 0; otherwise unsigned codes. Defaults to False.
-        num_channels (int | None): Channels with their own scale; None for one per tensor. Defaults to None.
-        channel_axis (int): Axis of the channels. Defaults to 1.
-        narrow_range (bool): Leave out the lowest code, as some int8 kernels want. Defaults to False.
-        shared_zero_point (bool): One zero point for all channels, as kernels want it of activations: their padding is
+        bits: 2 to 8, or 16. Defaults to 8.
+        symmetric: Signed codes with zero point 0; otherwise unsigned codes. Defaults to False.
+        num_channels: Channels with their own scale; None for one per tensor. Defaults to None.
+        channel_axis: Axis of the channels. Defaults to 1.
+        narrow_range: Leave out the lowest code, as some int8 kernels want. Defaults to False.
+        shared_zero_point: One zero point for all channels, as kernels want it of activations: their padding is
             one code. Defaults to False.
-        learn_scale (bool): Offer the scale for training. Defaults to True.
-        neighbours (dict | None): Of weights, rows (C, K): arguments of
+        learn_scale: Offer the scale for training. Defaults to True.
+        neighbours: Of weights, rows (C, K): arguments of
             :class:`mmdet_ptq.quantizers.saturation.Neighbours`. Two levels that are neighbours never exceed the sum
             that integer kernels add in 16 bits; what would is treated as clipped. Defaults to None: no bound.
     """
 
-    def __init__(self,
-                 bits: int = 8,
-                 symmetric: bool = False,
-                 num_channels: int | None = None,
-                 channel_axis: int = 1,
-                 narrow_range: bool = False,
-                 shared_zero_point: bool = False,
-                 learn_scale: bool = True,
-                 neighbours: Mapping[str, Any] | None = None) -> None:
+    style = 'affine'
+    uniform = True
+
+    def __init__(
+        self,
+        bits: int = 8,
+        symmetric: bool = False,
+        num_channels: int | None = None,
+        channel_axis: int = 1,
+        narrow_range: bool = False,
+        shared_zero_point: bool = False,
+        learn_scale: bool = True,
+        neighbours: Mapping[str, Any] | None = None,
+    ) -> None:
         check_bits(bits, (2, 3, 4, 5, 6, 7, 8, 16), '2..8 or 16')
         super().__init__(bits, num_channels, channel_axis)
         self.symmetric = bool(symmetric)
@@ -159,7 +165,7 @@ class AffineQuantizer(Quantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        half = 2**(self.bits - 1)
+        half = 2 ** (self.bits - 1)
         low, high = (-half, half - 1) if self.symmetric else (0, 2 * half - 1)
         return low + self.narrow_range, high
 
@@ -173,9 +179,13 @@ class AffineQuantizer(Quantizer):
     def learnable(self) -> dict[str, nn.Parameter]:
         return {'scale': self.scale} if self.learn_scale else {}
 
+    @property
+    def has_zero_point(self) -> bool:
+        return not self.symmetric
+
     def spec(self) -> dict[str, Any]:
         return dict(
-            type='mmdet_ptq.AffineQuantizer',
+            type=self.type_name(),
             bits=self.bits,
             symmetric=self.symmetric,
             num_channels=self.num_channels,
@@ -183,18 +193,19 @@ class AffineQuantizer(Quantizer):
             narrow_range=self.narrow_range,
             shared_zero_point=self.shared_zero_point,
             learn_scale=self.learn_scale,
-            **({} if self.neighbours is None else dict(neighbours=self.neighbours.spec())))
+            **({} if self.neighbours is None else dict(neighbours=self.neighbours.spec())),
+        )
 
     def forward(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
         """Simulated quantization.
 
         Args:
-            x (Tensor): The tensor to quantize.
-            rounding (Tensor | None): Learned rounding h in [0, 1], of the shape of ``x``: the level is
+            x: The tensor to quantize.
+            rounding: Learned rounding h in [0, 1], of the shape of ``x``: the level is
                 floor(x / scale) + h. Defaults to None, which rounds to the nearest.
 
         Returns:
-            Tensor: Quantized values, of the shape and type of ``x``.
+            Quantized values, of the shape and type of ``x``.
         """
         if x.numel() == 0:
             return x
@@ -214,7 +225,7 @@ class AffineQuantizer(Quantizer):
             y = self._bound(y, None if rounding is not None else x, scale, zero, factor)
         return y.to(dtype)
 
-    def _bound(self, y: Tensor, x: Tensor | None, scale: Tensor, zero: Tensor, factor: float = 1.) -> Tensor:
+    def _bound(self, y: Tensor, x: Tensor | None, scale: Tensor, zero: Tensor, factor: float = 1.0) -> Tensor:
         """Quantized values within the bound of :class:`Neighbours`.
 
         Args:
@@ -245,11 +256,11 @@ class AffineQuantizer(Quantizer):
         """Integer codes.
 
         Args:
-            x (Tensor): The tensor to quantize.
-            rounding (Tensor | None): Learned rounding; up where it is 1/2 or more. Defaults to None.
+            x: The tensor to quantize.
+            rounding: Learned rounding; up where it is 1/2 or more. Defaults to None.
 
         Returns:
-            Tensor: Codes within ``code_range``, torch.int32.
+            Codes within ``code_range``, torch.int32.
 
         Raises:
             PTQError: If ``x`` is empty or holds NaN or infinity.
@@ -312,8 +323,10 @@ class AffineQuantizer(Quantizer):
         for step in (256, 1):  # the cost is convex: the best of all codes lies around the best of every 256th
             zero = torch.arange(start, stop + 1, step, dtype=low.dtype, device=low.device)[:, None]
             # no codes on a side that holds values: an infinite step
-            below, above = (torch.where(end == 0, 0, end / codes) for end, codes in (
-                (-low_live, zero - first), (high_live, last - zero)))
+            below, above = (
+                torch.where(end == 0, 0, end / codes)
+                for end, codes in ((-low_live, zero - first), (high_live, last - zero))
+            )
             scales = torch.maximum(below, above)
             best = int((scales / (high_live - low_live)).square().mean(1).argmin())
             start, stop = max(first, int(zero[best]) - step), min(last, int(zero[best]) + step)
@@ -326,8 +339,8 @@ class AffineQuantizer(Quantizer):
         """Sets scale and zero point so that the codes cover [low, high], widened to contain zero.
 
         Args:
-            low (Tensor): Lower end, of shape () or (C,).
-            high (Tensor): Upper end, of the same shape.
+            low: Lower end, of shape () or (C,).
+            high: Upper end, of the same shape.
 
         Raises:
             PTQError: If an end is not finite, or the lower one is above the upper one.
@@ -340,8 +353,10 @@ class AffineQuantizer(Quantizer):
         try:
             low, high = low.clamp_max(0).expand(self.param_shape), high.clamp_min(0).expand(self.param_shape)
         except RuntimeError:
-            raise PTQError(f'A range of shape {tuple(low.shape)} does not fit a quantizer whose scale has shape '
-                           f'{self.param_shape}.') from None
+            raise PTQError(
+                f'A range of shape {tuple(low.shape)} does not fit a quantizer whose scale has shape '
+                f'{self.param_shape}.'
+            ) from None
         scale, zero = self._params_of_range(low.double(), high.double())
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
@@ -355,7 +370,7 @@ class AffineQuantizer(Quantizer):
         if the range ends at 6.
 
         Args:
-            observer (Observer): Has seen the calibration images.
+            observer: Has seen the calibration images.
 
         Raises:
             PTQError: If the observer saw nothing, or values that are not finite.
@@ -369,8 +384,10 @@ class AffineQuantizer(Quantizer):
             self.scale.copy_(torch.where(dead, self.scale[~dead].max(), self.scale))
         first, last = (code - self.zero_point for code in self.code_range)
         # a zero point at an end leaves no codes on that side
-        ends = [torch.where(codes != 0, end / codes, 0) for end, codes in (
-            (low.clamp_max(0), first), (high.clamp_min(0), last))]
+        ends = [
+            torch.where(codes != 0, end / codes, 0)
+            for end, codes in ((low.clamp_max(0), first), (high.clamp_min(0), last))
+        ]
         self.scale_limit.copy_(torch.maximum(torch.maximum(*ends), self.scale))
 
     @torch.no_grad()
@@ -378,10 +395,10 @@ class AffineQuantizer(Quantizer):
         """Sets the range from a weight.
 
         Args:
-            weight (Tensor): Weight with the channels on ``channel_axis``.
-            observer (Observer | None): Gives the range from its statistics of the weight. Defaults to None, which
+            weight: Weight with the channels on ``channel_axis``.
+            observer: Gives the range from its statistics of the weight. Defaults to None, which
                 searches clip ratios for the least squared error on the weight itself.
-            importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+            importance: Factor of the squared error, broadcastable to ``weight``. Defaults to None.
 
         Raises:
             PTQError: If the weight holds NaN or infinity, or a shape does not fit.
@@ -438,8 +455,9 @@ class AffineQuantizer(Quantizer):
                     rounded = self._bound(rounded[rows], matrix[rows], s[rows, None], z[rows, None])
                     error[rows] = _row_errors(rounded, matrix[rows], None if factor is None else factor[rows])
                     better = error < best
-                best, scale, zero = (torch.where(better, new, old)
-                                     for new, old in ((error, best), (s, scale), (z, zero)))
+                best, scale, zero = (
+                    torch.where(better, new, old) for new, old in ((error, best), (s, scale), (z, zero))
+                )
                 ratios = torch.where(better, trial, ratios)
         return scale, zero
 

@@ -1,4 +1,5 @@
 """What every number format offers: a tensor in, integer codes and a simulated tensor out."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.registry import QUANTIZERS, SCOPE
 
 # scales below this are treated as this: small enough for any trained layer, large enough that 1 / scale is finite
 SCALE_FLOOR = 2.0**-40
@@ -19,9 +21,9 @@ class Quantizer(nn.Module):
     ``build_quantizer(q.spec()).load_state_dict(q.state_dict())`` reproduces a quantizer.
 
     Args:
-        bits (int): Bits of a stored code.
-        num_channels (int | None): Channels with their own parameters; None for one set per tensor. Defaults to None.
-        channel_axis (int): Axis of the input that holds the channels: 0 for weights, 1 for NCHW activations, -1 for
+        bits: Bits of a stored code.
+        num_channels: Channels with their own parameters; None for one set per tensor. Defaults to None.
+        channel_axis: Axis of the input that holds the channels: 0 for weights, 1 for NCHW activations, -1 for
             inputs of linear layers. Defaults to 0.
     """
 
@@ -32,6 +34,22 @@ class Quantizer(nn.Module):
         self.bits = int(bits)
         self.num_channels = None if num_channels is None else int(num_channels)
         self.channel_axis = int(channel_axis)
+
+    # how tables call the format
+    style = 'own format'
+    # whether its values are multiples of one scale, or one per channel
+    uniform = False
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether the code of zero may be another than 0."""
+        return False
+
+    @classmethod
+    def type_name(cls) -> str:
+        """The name by which the class is registered, with its scope."""
+        name = next((name for name, kind in QUANTIZERS.module_dict.items() if kind is cls), cls.__name__)
+        return f'{SCOPE}.{name}'
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -94,8 +112,10 @@ class Quantizer(nn.Module):
             return param
         axis = self.channel_axis
         if not -x.dim() <= axis < x.dim() or x.shape[axis] != self.num_channels:
-            raise PTQError(f'The quantizer holds {self.num_channels} channels on axis {axis}, '
-                           f'but the tensor has shape {tuple(x.shape)}.')
+            raise PTQError(
+                f'The quantizer holds {self.num_channels} channels on axis {axis}, '
+                f'but the tensor has shape {tuple(x.shape)}.'
+            )
         shape = [1] * x.dim()
         shape[axis] = self.num_channels
         return param.view(shape)
@@ -120,8 +140,10 @@ class Quantizer(nn.Module):
         try:
             full = importance.detach().float().expand_as(weight)
         except RuntimeError:
-            raise PTQError(f'`importance` of shape {tuple(importance.shape)} does not broadcast to the weight of '
-                           f'shape {tuple(weight.shape)}.') from None
+            raise PTQError(
+                f'`importance` of shape {tuple(importance.shape)} does not broadcast to the weight of '
+                f'shape {tuple(weight.shape)}.'
+            ) from None
         return self.as_matrix(full)
 
 
@@ -138,8 +160,9 @@ def check_finite(x: Tensor, what: str) -> None:
 def check_choice(key: str, value: Any, known: tuple[str, ...]) -> None:
     """Raises ``PTQError`` with a suggestion unless ``value`` is one of ``known``."""
     if value not in known:
-        raise PTQError(f"`{key}` must be one of {', '.join(map(repr, known))}, got {value!r}."
-                       f'{did_you_mean(value, known)}')
+        raise PTQError(
+            f'`{key}` must be one of {", ".join(map(repr, known))}, got {value!r}.{did_you_mean(value, known)}'
+        )
 
 
 def check_bits(bits: Any, allowed: tuple[int, ...], told: str) -> None:

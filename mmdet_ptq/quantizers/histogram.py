@@ -1,4 +1,5 @@
 """A streaming histogram per channel whose range grows by doubling, so that no count is ever split."""
+
 from __future__ import annotations
 
 import torch
@@ -27,12 +28,12 @@ class StreamingHistogram:
     growing the range and merging two histograms are exact. The range always contains zero.
 
     Args:
-        channels (int): Number of histograms.
-        device (torch.device | str): Where the counts live. Defaults to 'cpu'.
+        channels: Number of histograms.
+        device: Where the counts live. Defaults to 'cpu'.
     """
 
     def __init__(self, channels: int, device: torch.device | str = 'cpu') -> None:
-        self.exponent = torch.full((channels, ), _LEAST_EXPONENT, dtype=torch.long, device=device)
+        self.exponent = torch.full((channels,), _LEAST_EXPONENT, dtype=torch.long, device=device)
         # absolute index of the first bin
         self.first = torch.zeros(channels, dtype=torch.long, device=device)
         self.counts = torch.zeros(channels, NUM_BINS, dtype=torch.float64, device=device)

@@ -1,4 +1,5 @@
 """Log-affine quantization of weights: fine steps near the location, wide steps in the tails, one int8 table a layer."""
+
 from __future__ import annotations
 
 import math
@@ -111,8 +112,18 @@ class _LogFakeQuantize(torch.autograd.Function):
             return torch.stack([total.sum() - below, below])
 
         grad_rounding = in_units * slope * inside if ctx.needs_input_grad[5] else None
-        return (grad_x, (grad - grad_x).sum(1, keepdim=True), grad_s, per_side(in_units * dk),
-                per_side(in_units * doff), grad_rounding, None, None, None, None)
+        return (
+            grad_x,
+            (grad - grad_x).sum(1, keepdim=True),
+            grad_s,
+            per_side(in_units * dk),
+            per_side(in_units * doff),
+            grad_rounding,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @QUANTIZERS.register_module()
@@ -132,23 +143,27 @@ class LogAffineQuantizer(Quantizer):
     except in a channel of a single value: its s_c is 0 and its output mu_c, so an all-zero channel stays exactly zero.
 
     Args:
-        bits (int): 2 to 8; 2 to 4 in mode 'shift'. Defaults to 4.
-        num_channels (int | None): Output channels, on axis 0, with their own mu and s. Defaults to None.
-        mode (str): 'log1p', 'exact', 'shift', or 'auto', which ``resolve_auto`` replaces. Defaults to 'log1p'.
-        location (str): 'zero' fixes mu at 0, 'median' learns it, 'auto' learns it where it takes more than 2 % off the
+        bits: 2 to 8; 2 to 4 in mode 'shift'. Defaults to 4.
+        num_channels: Output channels, on axis 0, with their own mu and s. Defaults to None.
+        mode: 'log1p', 'exact', 'shift', or 'auto', which ``resolve_auto`` replaces. Defaults to 'log1p'.
+        location: 'zero' fixes mu at 0, 'median' learns it, 'auto' learns it where it takes more than 2 % off the
             squared error when the weight is fitted (``spec`` then tells 'median' or 'zero'). Defaults to 'auto'.
-        learn (bool): Offer the parameters for training. Defaults to True.
-        table_max (int): The largest integer of the table, 64 or 127. No sum of two products with integers up to 64
+        learn: Offer the parameters for training. Defaults to True.
+        table_max: The largest integer of the table, 64 or 127. No sum of two products with integers up to 64
             leaves 16 bits, see :mod:`mmdet_ptq.quantizers.saturation`. Defaults to 127.
     """
 
-    def __init__(self,
-                 bits: int = 4,
-                 num_channels: int | None = None,
-                 mode: str = 'log1p',
-                 location: str = 'auto',
-                 learn: bool = True,
-                 table_max: int = log_grid.TABLE_MAX) -> None:
+    style = 'log-affine'
+
+    def __init__(
+        self,
+        bits: int = 4,
+        num_channels: int | None = None,
+        mode: str = 'log1p',
+        location: str = 'auto',
+        learn: bool = True,
+        table_max: int = log_grid.TABLE_MAX,
+    ) -> None:
         check_choice('mode', mode, _MODES)
         check_choice('location', location, _LOCATIONS)
         check_bits(bits, (2, 3, 4, 5, 6, 7, 8), '2..8 for a log-affine quantizer')
@@ -159,14 +174,14 @@ class LogAffineQuantizer(Quantizer):
             raise PTQError(f'`table_max` must be {SUM_LIMIT // 2} or {log_grid.TABLE_MAX}, got {table_max!r}.')
         self.mode, self.requested_location, self.learn = mode, location, bool(learn)
         self.table_max = int(table_max)
-        self.count = 2**(bits - 1)
+        self.count = 2 ** (bits - 1)
         self.s = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn)
         self._set_location(location)
         k, offset = log_grid.initial_side('log1p' if mode == 'auto' else mode, bits)
-        self.log_k = nn.Parameter(torch.full((2, ), math.log(k)), requires_grad=self.learn)
+        self.log_k = nn.Parameter(torch.full((2,), math.log(k)), requires_grad=self.learn)
         # 'log1p' keeps eps positive through its logarithm, a may have any sign
         self._offset_name = 'a' if mode in ('exact', 'shift') else 'log_eps'
-        start = torch.full((2, ), offset if self._offset_name == 'a' else math.log(offset))
+        start = torch.full((2,), offset if self._offset_name == 'a' else math.log(offset))
         setattr(self, self._offset_name, nn.Parameter(start, requires_grad=self.learn))
 
     def _set_location(self, location: str) -> None:
@@ -196,19 +211,21 @@ class LogAffineQuantizer(Quantizer):
 
     def spec(self) -> dict[str, Any]:
         return dict(
-            type='mmdet_ptq.LogAffineQuantizer',
+            type=self.type_name(),
             bits=self.bits,
             num_channels=self.num_channels,
             mode=self.mode,
             location=self.location,
             learn=self.learn,
-            **({} if self.table_max == log_grid.TABLE_MAX else dict(table_max=self.table_max)))
+            **({} if self.table_max == log_grid.TABLE_MAX else dict(table_max=self.table_max)),
+        )
 
     def side_params(self) -> tuple[Tensor, Tensor]:
         """Slopes k and offsets (eps or a) of both sides, each of shape (2,)."""
         if self.mode == 'auto':
-            raise PTQError("A quantizer with `mode='auto'` must be resolved with `resolve_auto(cfg, weight)` before "
-                           'use.')
+            raise PTQError(
+                "A quantizer with `mode='auto'` must be resolved with `resolve_auto(cfg, weight)` before use."
+            )
         offset = getattr(self, self._offset_name)
         return self.log_k.exp(), offset.exp() if self._offset_name == 'log_eps' else offset
 
@@ -233,7 +250,7 @@ class LogAffineQuantizer(Quantizer):
         """What integer kernels compute with: w_hat = scale * levels[code].
 
         Returns:
-            tuple[Tensor, Tensor]: Levels of shape (1, 2^bits), the table, or with a location (C, 2^bits), torch.int32
+            Levels of shape (1, 2^bits), the table, or with a location (C, 2^bits), torch.int32
             from -table_max to table_max; and their scale, of shape (C,).
         """
         if self.location == 'zero':
@@ -253,17 +270,26 @@ class LogAffineQuantizer(Quantizer):
         """Simulated quantization with the rounded table.
 
         Args:
-            x (Tensor): Weight of shape (C, ...).
-            rounding (Tensor | None): Learned rounding h in [0, 1], of the shape of ``x``: the code is
+            x: Weight of shape (C, ...).
+            rounding: Learned rounding h in [0, 1], of the shape of ``x``: the code is
                 clip(floor(y - 1/2) + h). Defaults to None, which takes floor(y).
 
         Returns:
-            Tensor: Quantized weight, of the shape and type of ``x``.
+            Quantized weight, of the shape and type of ``x``.
         """
         k, offset = self.side_params()
         rounding = None if rounding is None else self._rows(rounding)
-        y = _LogFakeQuantize.apply(self._rows(x), *self._columns(), k, offset, rounding, self.mode, self.count,
-                                   self.location != 'zero', self.table_max)
+        y = _LogFakeQuantize.apply(
+            self._rows(x),
+            *self._columns(),
+            k,
+            offset,
+            rounding,
+            self.mode,
+            self.count,
+            self.location != 'zero',
+            self.table_max,
+        )
         return y.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
@@ -271,11 +297,11 @@ class LogAffineQuantizer(Quantizer):
         """Integer codes, see ``table`` for their order.
 
         Args:
-            x (Tensor): Weight of shape (C, ...).
-            rounding (Tensor | None): Learned rounding; up where it is 1/2 or more. Defaults to None.
+            x: Weight of shape (C, ...).
+            rounding: Learned rounding; up where it is 1/2 or more. Defaults to None.
 
         Returns:
-            Tensor: Codes from 0 to 2^bits - 1, torch.int32.
+            Codes from 0 to 2^bits - 1, torch.int32.
 
         Raises:
             PTQError: If ``x`` is empty or holds NaN or infinity.
@@ -325,9 +351,9 @@ class LogAffineQuantizer(Quantizer):
         """Searches mu, s, k and eps (or a) for the least squared error.
 
         Args:
-            weight (Tensor): Weight of shape (C, ...).
-            observer (Observer | None): Not used: a log-affine grid has no clipping range. Defaults to None.
-            importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+            weight: Weight of shape (C, ...).
+            observer: Not used: a log-affine grid has no clipping range. Defaults to None.
+            importance: Factor of the squared error, broadcastable to ``weight``. Defaults to None.
 
         Raises:
             PTQError: If the weight holds NaN or infinity, or a shape does not fit.
@@ -336,8 +362,7 @@ class LogAffineQuantizer(Quantizer):
         check_finite(weight, 'weight')
         matrix = self.as_matrix(weight)
         factor = self.importance_matrix(importance, weight)
-        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits, self.requested_location,
-                                          self.table_max)
+        mu, s, k, offset = fit_log_affine(matrix, factor, self.mode, self.bits, self.requested_location, self.table_max)
         self._set_location('zero' if mu is None else 'median')
         if mu is not None:
             self.mu.copy_(mu.view(self.param_shape))

@@ -1,4 +1,5 @@
 """Initial values of log-affine quantizers: method of moments, then a search for the least squared error."""
+
 from __future__ import annotations
 
 import torch
@@ -13,15 +14,19 @@ _LOCATION_BITS = 4
 # rows are compared in blocks of about this many elements: bounds the memory and stays in a CPU's cache
 _BLOCK = 2**18
 # half-widths (in log) of the grids for k and eps, and the factors tried on every channel's scale, round by round
-_ROUNDS = ((0.7, torch.exp(torch.linspace(-0.5, 0.5, 9)).tolist()), (0.25, (0.9, 0.95, 1.05, 1.1)),
-           (0.08, (0.97, 1.03)))
+_ROUNDS = (
+    (0.7, torch.exp(torch.linspace(-0.5, 0.5, 9)).tolist()),
+    (0.25, (0.9, 0.95, 1.05, 1.1)),
+    (0.08, (0.97, 1.03)),
+)
 
 
 class _Problem:
     """A weight around a fixed location: errors and statistics, computed in blocks of rows."""
 
-    def __init__(self, matrix: Tensor, factor: Tensor | None, mu: Tensor, mode: str, count: int,
-                 table_max: int) -> None:
+    def __init__(
+        self, matrix: Tensor, factor: Tensor | None, mu: Tensor, mode: str, count: int, table_max: int
+    ) -> None:
         self.matrix, self.factor, self.mu, self.mode, self.count = matrix, factor, mu, mode, count
         self.table_max = table_max
         rows = max(1, _BLOCK // matrix.shape[1])
@@ -67,14 +72,16 @@ def _search(problem: _Problem, bits: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     """Least error of each channel, scales, k and offsets."""
     mode, count = problem.mode, problem.count
     k0, offset0 = log_grid.initial_side(mode, bits)
-    k = torch.full((2, ), k0, dtype=torch.float64, device=problem.matrix.device)
+    k = torch.full((2,), k0, dtype=torch.float64, device=problem.matrix.device)
     offset = torch.full_like(k, offset0)
     s = problem.scale()
     error, fitted = problem.compare(problem.grid(k, offset), s)
     best = error, s, k, offset
     for width, ratios in _ROUNDS:
-        sides = [log_grid.refine_side(mode, m, w, float(k[i]), float(offset[i]), count, width)
-                 for i, (m, w) in enumerate(problem.side_histograms(s))]
+        sides = [
+            log_grid.refine_side(mode, m, w, float(k[i]), float(offset[i]), count, width)
+            for i, (m, w) in enumerate(problem.side_histograms(s))
+        ]
         k, offset = k.new_tensor([side[0] for side in sides]), k.new_tensor([side[1] for side in sides])
         grid = problem.grid(k, offset)
         start, (error, fitted) = s, problem.compare(grid, s)
@@ -83,31 +90,32 @@ def _search(problem: _Problem, bits: int) -> tuple[Tensor, Tensor, Tensor, Tenso
             trial = fitted if ratio is None else start * ratio
             trial_error, trial_fitted = problem.compare(grid, trial)
             better = trial_error < error
-            error, s, fitted = (torch.where(better, new, old) for new, old in (
-                (trial_error, error), (trial, s), (trial_fitted, fitted)))
+            error, s, fitted = (
+                torch.where(better, new, old) for new, old in ((trial_error, error), (trial, s), (trial_fitted, fitted))
+            )
         if error.sum() < best[0].sum():
             best = error, s, k, offset
     return best
 
 
-def fit_log_affine(matrix: Tensor, factor: Tensor | None, mode: str, bits: int,
-                   location: str, table_max: int = log_grid.TABLE_MAX
-                   ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+def fit_log_affine(
+    matrix: Tensor, factor: Tensor | None, mode: str, bits: int, location: str, table_max: int = log_grid.TABLE_MAX
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Finds the parameters with the least (weighted) squared error.
 
     Args:
-        matrix (Tensor): Weight of shape (C, K), float32.
-        factor (Tensor | None): Factor of the squared error, of the same shape.
-        mode (str): 'log1p', 'exact' or 'shift'.
-        bits (int): Bits of a code.
-        location (str): 'auto' (up to 4 bits the better one, beyond that 'zero'), 'zero' or 'median'.
-        table_max (int): The largest integer of the table. Defaults to 127.
+        matrix: Weight of shape (C, K), float32.
+        factor: Factor of the squared error, of the same shape.
+        mode: 'log1p', 'exact' or 'shift'.
+        bits: Bits of a code.
+        location: 'auto' (up to 4 bits the better one, beyond that 'zero'), 'zero' or 'median'.
+        table_max: The largest integer of the table. Defaults to 127.
 
     Returns:
         tuple: mu of shape (C,) or None where it stays at zero; s of shape (C,); k and the offsets, of shape (2,).
     """
     found = {}
-    count = 2**(bits - 1)
+    count = 2 ** (bits - 1)
     if location == 'auto' and bits > _LOCATION_BITS:
         location = 'zero'
     zero = torch.zeros(len(matrix), device=matrix.device)

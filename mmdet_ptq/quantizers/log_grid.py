@@ -5,14 +5,22 @@ A side is one half of the number line around the location: index 0 holds d >= 0,
 units of the channel's scale. Everything that decides a bin or a table entry is computed in float64, so that it does not
 depend on the device.
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 # least-error (eps, ln 2 / k) on ideal Laplace and Gaussian weights, from 5 bits on for both at once
-_INITIAL = {2: (2.2, .51), 3: (1.6, .37), 4: (1.24, .236), 5: (1.02, .131), 6: (.905, .0729), 7: (.811, .0396),
-            8: (.767, .0205)}
+_INITIAL = {
+    2: (2.2, 0.51),
+    3: (1.6, 0.37),
+    4: (1.24, 0.236),
+    5: (1.02, 0.131),
+    6: (0.905, 0.0729),
+    7: (0.811, 0.0396),
+    8: (0.767, 0.0205),
+}
 _LN2 = 0.6931471805599453
 TABLE_MAX = 127
 # log-spaced bins for the search of k and eps: 64 an octave over 2^-20 .. 2^20
@@ -55,13 +63,13 @@ def edges(mode: str, k: Tensor, offset: Tensor, level: Tensor) -> Tensor:
     does not invert psi: its bins stay as published.
 
     Args:
-        mode (str): 'log1p', 'exact' or 'shift'.
-        k (Tensor): Slopes of shape (2,).
-        offset (Tensor): Offsets of shape (2,).
-        level (Tensor): Magnitudes as in the rounded table, float64 of shape (2, count).
+        mode: 'log1p', 'exact' or 'shift'.
+        k: Slopes of shape (2,).
+        offset: Offsets of shape (2,).
+        level: Magnitudes as in the rounded table, float64 of shape (2, count).
 
     Returns:
-        Tensor: Float32 of shape (2, count - 1).
+        Float32 of shape (2, count - 1).
     """
     y = torch.arange(1, level.shape[1], dtype=torch.float64, device=k.device)
     # psi, and not the decoder, decides the bin: in mode 'shift' the two differ
@@ -77,11 +85,11 @@ def int8_table(level: Tensor, table_max: int = TABLE_MAX) -> tuple[Tensor, Tenso
     """Rounds the levels to one int8 table.
 
     Args:
-        level (Tensor): Magnitudes of shape (2, count).
-        table_max (int): What the largest becomes. Defaults to 127.
+        level: Magnitudes of shape (2, count).
+        table_max: What the largest becomes. Defaults to 127.
 
     Returns:
-        tuple[Tensor, Tensor]: The table of 2 * count entries in ascending order (negative side first, largest
+        The table of 2 * count entries in ascending order (negative side first, largest
         magnitude first), int8; and its step, float32 of shape ().
     """
     step = level.max() / table_max
@@ -97,11 +105,11 @@ class Grid:
     monotone in the weight.
 
     Args:
-        mode (str): 'log1p', 'exact' or 'shift'.
-        count (int): Magnitudes per side, 2^(bits - 1).
-        k (Tensor): Slopes of shape (2,).
-        offset (Tensor): Offsets of shape (2,).
-        table_max (int): The largest integer of the table. Defaults to 127.
+        mode: 'log1p', 'exact' or 'shift'.
+        count: Magnitudes per side, 2^(bits - 1).
+        k: Slopes of shape (2,).
+        offset: Offsets of shape (2,).
+        table_max: The largest integer of the table. Defaults to 127.
     """
 
     def __init__(self, mode: str, count: int, k: Tensor, offset: Tensor, table_max: int = TABLE_MAX) -> None:
@@ -144,11 +152,11 @@ class Grid:
         2 * table_max + 1 steps a channel it does, for 0.4 % of the channel's largest weight at most (0.8 % with 64).
 
         Args:
-            mu (Tensor): Locations of shape (C, 1).
-            size (Tensor): Scales of shape (C, 1).
+            mu: Locations of shape (C, 1).
+            size: Scales of shape (C, 1).
 
         Returns:
-            tuple[Tensor, Tensor]: Integers from -table_max to table_max of shape (C, 2 * count), and the scale of shape
+            Integers from -table_max to table_max of shape (C, 2 * count), and the scale of shape
             (C, 1); both float32.
         """
         level = mu + size * self.step * self._entries
@@ -160,9 +168,9 @@ class Grid:
         """(size * step) * table[code], or with a location see ``integer_levels``: here alone codes become values.
 
         Args:
-            code (Tensor): Indices into the table, of shape (C, K).
-            mu (Tensor | None): Locations of shape (C, 1); None where the location is zero.
-            size (Tensor): Scales of shape (C, 1).
+            code: Indices into the table, of shape (C, K).
+            mu: Locations of shape (C, 1); None where the location is zero.
+            size: Scales of shape (C, 1).
         """
         if mu is None:
             return _look_up(self._entries, code).mul_(size * self.step)
@@ -186,7 +194,7 @@ def initial_side(mode: str, bits: int) -> tuple[float, float]:
     if mode == 'log1p':
         eps, width = _INITIAL[bits]
         return _LN2 / width, eps
-    count = 2**(bits - 1)
+    count = 2 ** (bits - 1)
     k = 1.0 if mode == 'shift' else count / (bits + 1)
     return k, count - 0.5 - 2 * (k if mode == 'exact' else 1)
 
@@ -195,11 +203,11 @@ def side_histogram(d: Tensor, weight: Tensor) -> Tensor:
     """Weight, and weight times magnitude, of log-spaced bins of both sides.
 
     Args:
-        d (Tensor): Normalized weights.
-        weight (Tensor): Factor of the squared error, of the same shape.
+        d: Normalized weights.
+        weight: Factor of the squared error, of the same shape.
 
     Returns:
-        Tensor: Float64 of shape (2 sums, 2 sides, bins).
+        Float64 of shape (2 sums, 2 sides, bins).
     """
     bins = 2 * _OCTAVES * _BINS_PER_OCTAVE
     magnitude = d.abs()
@@ -209,8 +217,9 @@ def side_histogram(d: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(sums).view(2, 2, bins)
 
 
-def refine_side(mode: str, magnitude: Tensor, weight: Tensor, k: float, offset: float, count: int,
-                width: float) -> tuple[float, float]:
+def refine_side(
+    mode: str, magnitude: Tensor, weight: Tensor, k: float, offset: float, count: int, width: float
+) -> tuple[float, float]:
     """The best slope and offset on a grid around the given ones, by weighted squared error.
 
     The grid runs over the top level and, with the top level held, over eps ('log1p') or k ('exact', 'shift').
@@ -219,8 +228,9 @@ def refine_side(mode: str, magnitude: Tensor, weight: Tensor, k: float, offset: 
         return k, offset
     shape = torch.exp(torch.linspace(-width, width, 13, dtype=torch.float64, device=magnitude.device))
     old_k, old_offset = shape.new_tensor(k), shape.new_tensor(offset)
-    top, shape = torch.meshgrid(inverse(mode, shape.new_tensor(count - 0.5), old_k, old_offset) * shape, shape,
-                                indexing='ij')
+    top, shape = torch.meshgrid(
+        inverse(mode, shape.new_tensor(count - 0.5), old_k, old_offset) * shape, shape, indexing='ij'
+    )
     top, shape = top.reshape(-1, 1), shape.reshape(-1, 1)
     if mode == 'log1p':
         offsets = shape * offset

@@ -1,4 +1,5 @@
 """Observers: statistics of a tensor over the calibration images that become a quantization range."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,8 +20,8 @@ class Observer:
     """Collects statistics of a tensor and turns them into a range.
 
     Args:
-        num_channels (int | None): Channels with their own range; None for one range per tensor. Defaults to None.
-        channel_axis (int): Axis of the channels. Defaults to 1.
+        num_channels: Channels with their own range; None for one range per tensor. Defaults to None.
+        channel_axis: Axis of the channels. Defaults to 1.
     """
 
     def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
@@ -35,8 +36,10 @@ class Observer:
             return x.reshape(1, 1, -1)
         axis = self.channel_axis + (x.dim() if self.channel_axis < 0 else 0)
         if not 0 <= axis < x.dim() or x.shape[axis] != self.num_channels:
-            raise PTQError(f'The observer holds {self.num_channels} channels on axis {self.channel_axis}, but the '
-                           f'tensor has shape {tuple(x.shape)}.')
+            raise PTQError(
+                f'The observer holds {self.num_channels} channels on axis {self.channel_axis}, but the '
+                f'tensor has shape {tuple(x.shape)}.'
+            )
         return x.reshape(x.shape[:axis].numel(), self.num_channels, -1)
 
     @torch.no_grad()
@@ -44,7 +47,7 @@ class Observer:
         """Takes in one batch; an empty tensor changes nothing.
 
         Args:
-            x (Tensor): Activations of any shape that has the channels on ``channel_axis``.
+            x: Activations of any shape that has the channels on ``channel_axis``.
 
         Raises:
             PTQError: If ``x`` holds NaN or infinity, or its channels do not fit.
@@ -68,18 +71,20 @@ class Observer:
         """The range to quantize.
 
         Args:
-            bits (int): Bits of the codes.
-            symmetric (bool): Whether the range must be symmetric around zero.
+            bits: Bits of the codes.
+            symmetric: Whether the range must be symmetric around zero.
 
         Returns:
-            tuple[Tensor, Tensor]: Lower and upper end, float32 of shape () or (C,), zero included.
+            Lower and upper end, float32 of shape () or (C,), zero included.
 
         Raises:
             PTQError: If nothing was observed.
         """
         if self.low is None:
-            raise PTQError('An observer was asked for a range before it saw any data: is the layer never run, or the '
-                           'calibration set empty?')
+            raise PTQError(
+                'An observer was asked for a range before it saw any data: is the layer never run, or the '
+                'calibration set empty?'
+            )
         low, high = self._range(self.low.clamp_max(0), self.high.clamp_min(0), bits, symmetric)
         if symmetric:
             high = torch.maximum(-low, high)
@@ -98,8 +103,10 @@ class Observer:
             PTQError: If the other observer is of another kind or has other channels.
         """
         if type(other) is not type(self) or other.num_channels != self.num_channels:
-            raise PTQError(f'{type(self).__name__} with {self.num_channels} channels cannot merge '
-                           f'{type(other).__name__} with {other.num_channels}.')
+            raise PTQError(
+                f'{type(self).__name__} with {self.num_channels} channels cannot merge '
+                f'{type(other).__name__} with {other.num_channels}.'
+            )
         if other.low is None:
             return
         if self.low is None:
@@ -135,9 +142,9 @@ class MovingAverageObserver(Observer):
     """Exponential moving average of each batch's extremes.
 
     Args:
-        momentum (float): Share of the past in every update. Defaults to 0.9.
-        num_channels (int | None): Channels with their own range. Defaults to None.
-        channel_axis (int): Axis of the channels. Defaults to 1.
+        momentum: Share of the past in every update. Defaults to 0.9.
+        num_channels: Channels with their own range. Defaults to None.
+        channel_axis: Axis of the channels. Defaults to 1.
     """
 
     def __init__(self, momentum: float = 0.9, num_channels: int | None = None, channel_axis: int = 1) -> None:
@@ -172,7 +179,7 @@ class HistogramObserver(Observer):
         # an odd stride does not fall in step with the even sizes of feature maps
         stride = -(-view.numel() // MAX_SAMPLES) | 1
         inner = min(stride, view.shape[2])
-        samples = view[::-(-stride // inner), :, ::inner] if stride > 1 else view
+        samples = view[:: -(-stride // inner), :, ::inner] if stride > 1 else view
         self.histogram.add(samples.transpose(0, 1).flatten(1), low, high)
 
     def _join(self, other: Observer) -> None:
@@ -196,9 +203,9 @@ class PercentileObserver(HistogramObserver):
     """Leaves out the outermost elements at either end (symmetric: the largest magnitudes).
 
     Args:
-        percentile (float): Percentile of the upper end; 100 minus it is that of the lower end. Defaults to 99.99.
-        num_channels (int | None): Channels with their own range. Defaults to None.
-        channel_axis (int): Axis of the channels. Defaults to 1.
+        percentile: Percentile of the upper end; 100 minus it is that of the lower end. Defaults to 99.99.
+        num_channels: Channels with their own range. Defaults to None.
+        channel_axis: Axis of the channels. Defaults to 1.
     """
 
     def __init__(self, percentile: float = 99.99, num_channels: int | None = None, channel_axis: int = 1) -> None:
@@ -223,7 +230,9 @@ class KLObserver(HistogramObserver):
 
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         # codes for a magnitude: all of them if nothing is negative and the codes are unsigned, else half
-        threshold = kl_threshold(self.histogram, 2**(bits - 1), 2**bits if not symmetric else 2**(bits - 1), low < 0)
+        threshold = kl_threshold(
+            self.histogram, 2 ** (bits - 1), 2**bits if not symmetric else 2 ** (bits - 1), low < 0
+        )
         return torch.maximum(low, -threshold), torch.minimum(high, threshold)
 
 

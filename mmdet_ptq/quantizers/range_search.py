@@ -1,4 +1,5 @@
 """Quantization ranges from histograms: percentiles, KL divergence, squared error."""
+
 from __future__ import annotations
 
 import math
@@ -15,19 +16,20 @@ _COARSE, _FINE = torch.linspace(1, 0.02, 50).tolist(), torch.linspace(1.04, 0.96
 _ROWS = 2**22 // NUM_BINS
 
 
-def quantile_range(histogram: StreamingHistogram, low: Tensor, high: Tensor, share: float,
-                   symmetric: bool) -> tuple[Tensor, Tensor]:
+def quantile_range(
+    histogram: StreamingHistogram, low: Tensor, high: Tensor, share: float, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Ends that leave out ``1 - share`` of the elements on either side (symmetric: of the magnitudes).
 
     Args:
-        histogram (StreamingHistogram): Counts of C channels.
-        low (Tensor): Observed minimum, at most 0, of shape (C,).
-        high (Tensor): Observed maximum, at least 0, of shape (C,).
-        share (float): Share of the elements below the upper end, between 0.5 and 1.
-        symmetric (bool): Whether magnitudes are counted.
+        histogram: Counts of C channels.
+        low: Observed minimum, at most 0, of shape (C,).
+        high: Observed maximum, at least 0, of shape (C,).
+        share: Share of the elements below the upper end, between 0.5 and 1.
+        symmetric: Whether magnitudes are counted.
 
     Returns:
-        tuple[Tensor, Tensor]: Ends of shape (C,), linear within a bin.
+        Ends of shape (C,), linear within a bin.
     """
 
     def quantile(counts: Tensor, first: Tensor, q: float) -> Tensor:
@@ -50,12 +52,12 @@ def kl_divergence(counts: Tensor, size: Tensor, levels: int) -> Tensor:
     """KL divergence between clipped counts and the same counts quantized to ``levels`` levels.
 
     Args:
-        counts (Tensor): Counts of magnitudes of shape (C, NUM_BINS).
-        size (Tensor): Bins that are kept, int64 of shape (C,); what lies beyond joins the last of them.
-        levels (int): Levels that share the kept bins.
+        counts: Counts of magnitudes of shape (C, NUM_BINS).
+        size: Bins that are kept, int64 of shape (C,); what lies beyond joins the last of them.
+        levels: Levels that share the kept bins.
 
     Returns:
-        Tensor: Divergence in nats, of shape (C,).
+        Divergence in nats, of shape (C,).
     """
     index = torch.arange(counts.shape[1], device=counts.device)
     size = size[:, None]
@@ -77,10 +79,10 @@ def kl_threshold(histogram: StreamingHistogram, signed_levels: int, unsigned_lev
     """The magnitude to clip at, float64 of shape (C,): infinite where nothing should be clipped.
 
     Args:
-        histogram (StreamingHistogram): Counts of C channels.
-        signed_levels (int): Levels for magnitudes in channels that hold negative values.
-        unsigned_levels (int): Levels for magnitudes in the others.
-        negative (Tensor): Which channels hold negative values, of shape (C,).
+        histogram: Counts of C channels.
+        signed_levels: Levels for magnitudes in channels that hold negative values.
+        unsigned_levels: Levels for magnitudes in the others.
+        negative: Which channels hold negative values, of shape (C,).
     """
     magnitudes, width = histogram.magnitudes(), histogram.width
     # zero has a code of its own: a ReLU's spike there must not decide the clipping
@@ -106,7 +108,7 @@ def kl_threshold(histogram: StreamingHistogram, signed_levels: int, unsigned_lev
 def _squared_error(centers: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Squared error of each row of a histogram, quantized with the ends of shape (C,)."""
     if symmetric:
-        last = 2**(bits - 1) - 1
+        last = 2 ** (bits - 1) - 1
         first, scale = -last - 1, high / last
         zero = torch.zeros_like(scale)
     else:
@@ -118,19 +120,20 @@ def _squared_error(centers: Tensor, counts: Tensor, low: Tensor, high: Tensor, b
     return rounded.sub_(centers).square_().mul_(counts).sum(1)
 
 
-def mse_range(histogram: StreamingHistogram, low: Tensor, high: Tensor, bits: int,
-              symmetric: bool) -> tuple[Tensor, Tensor]:
+def mse_range(
+    histogram: StreamingHistogram, low: Tensor, high: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Ends with the least squared quantization error, found by coordinate descent on clip ratios.
 
     Args:
-        histogram (StreamingHistogram): Counts of C channels.
-        low (Tensor): Observed minimum, at most 0, of shape (C,).
-        high (Tensor): Observed maximum, at least 0, of shape (C,).
-        bits (int): Bits of the codes.
-        symmetric (bool): Whether both ends are the same, and codes signed.
+        histogram: Counts of C channels.
+        low: Observed minimum, at most 0, of shape (C,).
+        high: Observed maximum, at least 0, of shape (C,).
+        bits: Bits of the codes.
+        symmetric: Whether both ends are the same, and codes signed.
 
     Returns:
-        tuple[Tensor, Tensor]: Ends of shape (C,), within the observed ones (symmetric: within the larger of them).
+        Ends of shape (C,), within the observed ones (symmetric: within the larger of them).
     """
     if symmetric:
         high = torch.maximum(-low, high)

@@ -1,4 +1,5 @@
 """Learned rounding: whether each weight goes to the code below it or to the one above."""
+
 from __future__ import annotations
 
 import torch

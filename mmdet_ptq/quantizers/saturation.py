@@ -6,6 +6,7 @@ up to at most :data:`SUM_LIMIT`, or if their signs differ. Which weights are nei
 (docs/runtimes.md, "Processors without VNNI"): those of an output channel follow each other as the image lies in memory,
 its channels together.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -43,7 +44,7 @@ class Neighbours(nn.Module):
         place = torch.arange(self.channels * _product(self.kernel)).view(self.channels, *self.kernel)
         self.size = place.numel()
         order = place.movedim(0, -1).flatten()
-        pairings = [torch.stack([order[:len(order) // 2 * 2:2], order[1::2]])]
+        pairings = [torch.stack([order[: len(order) // 2 * 2 : 2], order[1::2]])]
         if self.channels == self.slices:
             pairings += [order[torch.tensor(pairs).T] for pairs in _round_robin(self.size) if pairs]
         elif self.slices > 1 or self.channels % 2:
@@ -54,8 +55,9 @@ class Neighbours(nn.Module):
         for number, pairing in enumerate(pairings):
             new = [pair for pair in map(tuple, pairing.sort(0).values.T.tolist()) if pair not in seen]
             seen.update(new)
-            self.register_buffer(f'pairing_{number}', torch.tensor(new, dtype=torch.int64).reshape(-1, 2).T,
-                                 persistent=False)
+            self.register_buffer(
+                f'pairing_{number}', torch.tensor(new, dtype=torch.int64).reshape(-1, 2).T, persistent=False
+            )
         self._count = len(pairings)
 
     def spec(self) -> dict[str, Any]:

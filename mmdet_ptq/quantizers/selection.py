@@ -1,4 +1,5 @@
 """Building quantizers and observers from plain descriptions, and choosing between formats by their error."""
+
 from __future__ import annotations
 
 import inspect
@@ -23,8 +24,10 @@ def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:
     cls = kind if isinstance(kind, type) else registry.get(kind)
     if cls is None:
         known = sorted(registry.module_dict)
-        raise PTQError(f"Unknown {what} type '{kind}', known are {', '.join(known)}."
-                       f"{did_you_mean(str(kind).split('.')[-1], known)}")
+        raise PTQError(
+            f"Unknown {what} type '{kind}', known are {', '.join(known)}."
+            f'{did_you_mean(str(kind).split(".")[-1], known)}'
+        )
     accepted = inspect.signature(cls).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for key in kwargs:
@@ -37,10 +40,10 @@ def build_quantizer(spec: Mapping[str, Any]) -> Quantizer:
     """Builds a quantizer from its ``spec`` or from a config dict.
 
     Args:
-        spec (Mapping): ``type`` (with or without the scope ``mmdet_ptq.``) and the arguments.
+        spec: ``type`` (with or without the scope ``mmdet_ptq.``) and the arguments.
 
     Returns:
-        Quantizer: A quantizer with the structure of the one that gave the spec, its parameters not yet set.
+        A quantizer with the structure of the one that gave the spec, its parameters not yet set.
 
     Raises:
         PTQError: If the type or an argument is unknown or invalid.
@@ -64,12 +67,12 @@ def fit_best(candidates: list[Quantizer], weight: Tensor, importance: Tensor | N
     """Fits every candidate to a weight and returns the one with the least error; the first wins a tie.
 
     Args:
-        candidates (list[Quantizer]): Quantizers for the weight, fitted in place.
-        weight (Tensor): Weight of shape (C, ...).
-        importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+        candidates: Quantizers for the weight, fitted in place.
+        weight: Weight of shape (C, ...).
+        importance: Factor of the squared error, broadcastable to ``weight``. Defaults to None.
 
     Returns:
-        Quantizer: The chosen candidate.
+        The chosen candidate.
 
     Raises:
         PTQError: If there is no candidate, or the weight holds NaN or infinity.
@@ -83,18 +86,22 @@ def fit_best(candidates: list[Quantizer], weight: Tensor, importance: Tensor | N
     return candidates[errors.index(min(errors))]
 
 
-def resolve_auto(cfg: Mapping[str, Any], weight: Tensor, importance: Tensor | None = None,
-                 neighbours: Mapping[str, Any] | None = None) -> Quantizer:
+def resolve_auto(
+    cfg: Mapping[str, Any],
+    weight: Tensor,
+    importance: Tensor | None = None,
+    neighbours: Mapping[str, Any] | None = None,
+) -> Quantizer:
     """Resolves ``LogAffineQuantizer(mode='auto')`` for one layer.
 
     Args:
-        cfg (Mapping): Config or spec of the quantizer, with ``mode='auto'``.
-        weight (Tensor): Weight of shape (C, ...).
-        importance (Tensor | None): Factor of the squared error, broadcastable to ``weight``. Defaults to None.
-        neighbours (Mapping | None): The uniform one's, see :class:`AffineQuantizer`. Defaults to None.
+        cfg: Config or spec of the quantizer, with ``mode='auto'``.
+        weight: Weight of shape (C, ...).
+        importance: Factor of the squared error, broadcastable to ``weight``. Defaults to None.
+        neighbours: The uniform one's, see :class:`AffineQuantizer`. Defaults to None.
 
     Returns:
-        Quantizer: A fitted symmetric ``AffineQuantizer`` or a fitted 'log1p' ``LogAffineQuantizer``, whichever has the
+        A fitted symmetric ``AffineQuantizer`` or a fitted 'log1p' ``LogAffineQuantizer``, whichever has the
         least error; the uniform one, which is simpler, wins a tie.
 
     Raises:
@@ -104,8 +111,14 @@ def resolve_auto(cfg: Mapping[str, Any], weight: Tensor, importance: Tensor | No
     if getattr(auto, 'mode', None) != 'auto':
         raise PTQError(f"`resolve_auto` needs a quantizer with `mode='auto'`, got {dict(cfg)!r}.")
     spec = auto.spec()
-    uniform = dict(type='mmdet_ptq.AffineQuantizer', bits=spec['bits'], symmetric=True,
-                   num_channels=spec['num_channels'], channel_axis=0, learn_scale=spec['learn'],
-                   neighbours=neighbours)
+    uniform = dict(
+        type='mmdet_ptq.AffineQuantizer',
+        bits=spec['bits'],
+        symmetric=True,
+        num_channels=spec['num_channels'],
+        channel_axis=0,
+        learn_scale=spec['learn'],
+        neighbours=neighbours,
+    )
     candidates = [build_quantizer(uniform), build_quantizer({**spec, 'mode': 'log1p'})]
     return fit_best([c.to(weight.device) for c in candidates], weight, importance)

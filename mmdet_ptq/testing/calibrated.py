@@ -1,4 +1,5 @@
 """Tiny detectors quantized from range observers alone, and the outputs tests compare."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """A tiny COCO on disk, and batches as a dataloader yields them."""
+
 from __future__ import annotations
 
 import json
@@ -38,10 +39,17 @@ def tiny_coco(folder: str | os.PathLike, num_images: int = 8, seed: int = 0) -> 
                 category = int(rng.integers(NUM_CLASSES))
                 w, h = (int(v) for v in rng.integers(10, SIZE // 2, 2))
                 x, y = int(rng.integers(SIZE - w)), int(rng.integers(SIZE - h))
-                image[y:y + h, x:x + w] = np.roll([40, 40, 230], -category)
-                annotations.append(dict(
-                    id=len(annotations) + 1, image_id=number + 1, category_id=category + 1, bbox=[x, y, w, h],
-                    area=w * h, iscrowd=0))
+                image[y : y + h, x : x + w] = np.roll([40, 40, 230], -category)
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=number + 1,
+                        category_id=category + 1,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                    )
+                )
             mmcv.imwrite(image, str(folder / split / name))
             images.append(dict(id=number + 1, file_name=name, width=SIZE, height=SIZE))
         categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
@@ -62,11 +70,13 @@ def tiny_batch(num_images: int = 2, seed: int = 0) -> dict:
         ``dict(inputs=[uint8 tensors of (3, 64, 64)], data_samples=[DetDataSample])``.
     """
     from mmdet.structures import DetDataSample
+
     generator = torch.Generator().manual_seed(seed)
     # coarse blocks and fine noise: pure noise averages out in the deeper layers
     coarse = torch.randint(0, 200, (num_images, 3, 8, 8), generator=generator).repeat_interleave(SIZE // 8, 2)
     images = coarse.repeat_interleave(SIZE // 8, 3) + torch.randint(
-        0, 56, (num_images, 3, SIZE, SIZE), generator=generator)
+        0, 56, (num_images, 3, SIZE, SIZE), generator=generator
+    )
     meta = dict(img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE), scale_factor=(1.0, 1.0))
     samples = [DetDataSample(metainfo=dict(meta, img_id=i)) for i in range(num_images)]
     return dict(inputs=list(images.to(torch.uint8)), data_samples=samples)

@@ -1,4 +1,5 @@
 """Tiny detectors that behave like trained ones: activations of order one, normalisations that do something."""
+
 from __future__ import annotations
 
 import torch
@@ -24,6 +25,7 @@ def tiny_detector(kind: str, seed: int = 0) -> nn.Module:
         A float mmdet detector for images of (3, 64, 64) and 3 classes, in eval mode.
     """
     from mmdet.registry import MODELS as MMDET_MODELS
+
     init_default_scope('mmdet')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

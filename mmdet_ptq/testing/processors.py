@@ -6,6 +6,7 @@ emulator. OpenVINO and torch take ``ONEDNN_MAX_CPU_ISA`` from the environment in
 
     python -m mmdet_ptq.testing.processors avx2 python -m pytest
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -86,8 +87,12 @@ def environment(processor: str, folder: str | os.PathLike | None = None) -> dict
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmdet-ptq' / 'processors'
     place = _copy(cache if folder is None else Path(folder))
     paths = [str(place), *filter(None, [os.environ.get('PYTHONPATH')])]
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'MMDET_PTQ_PROCESSOR': processor,
-            'ONEDNN_MAX_CPU_ISA': PROCESSORS[processor]}
+    return {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join(paths),
+        'MMDET_PTQ_PROCESSOR': processor,
+        'ONEDNN_MAX_CPU_ISA': PROCESSORS[processor],
+    }
 
 
 def _copy(folder: Path) -> Path:
@@ -104,8 +109,8 @@ def _copy(folder: Path) -> Path:
     for library in package.glob('capi/*.so'):
         content = bytearray(library.read_bytes())
         for place_of_cpuid in _cpuids(library):
-            assert content[place_of_cpuid:place_of_cpuid + 2] == _CPUID
-            content[place_of_cpuid:place_of_cpuid + 2] = _BREAKPOINT
+            assert content[place_of_cpuid : place_of_cpuid + 2] == _CPUID
+            content[place_of_cpuid : place_of_cpuid + 2] = _BREAKPOINT
         # a new file: the copy may be a link to the installed one
         library.unlink()
         library.write_bytes(content)
@@ -124,15 +129,25 @@ def _copy(folder: Path) -> Path:
 
 def _cpuids(library: Path) -> list[int]:
     """Offsets in the file of a library's CPUID instructions."""
+
     def objdump(option: str) -> str:
         return subprocess.run(['objdump', option, library], capture_output=True, text=True, check=True).stdout
 
-    sections = [tuple(int(number, 16) for number in match.groups()) for match in re.finditer(
-        r'^\s*\d+ \S+ +([0-9a-f]{8,}) +([0-9a-f]{8,}) +[0-9a-f]{8,} +([0-9a-f]{8,})', objdump('-h'), re.MULTILINE)]
-    addresses = [int(address, 16) for address in re.findall(
-        r'^\s*([0-9a-f]+):\t0f a2 \s*\tcpuid', objdump('-d'), re.MULTILINE)]
-    return [address - start + offset for address in addresses for size, start, offset in sections
-            if start <= address < start + size]
+    sections = [
+        tuple(int(number, 16) for number in match.groups())
+        for match in re.finditer(
+            r'^\s*\d+ \S+ +([0-9a-f]{8,}) +([0-9a-f]{8,}) +[0-9a-f]{8,} +([0-9a-f]{8,})', objdump('-h'), re.MULTILINE
+        )
+    ]
+    addresses = [
+        int(address, 16) for address in re.findall(r'^\s*([0-9a-f]+):\t0f a2 \s*\tcpuid', objdump('-d'), re.MULTILINE)
+    ]
+    return [
+        address - start + offset
+        for address in addresses
+        for size, start, offset in sections
+        if start <= address < start + size
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,10 @@
 """The coverage table: what computes in integers, what does not, and its share of the multiply-accumulates."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmdet_ptq.quantizers.selection import build_quantizer
 from mmdet_ptq.wrapping.structure import Structure
 
 
@@ -23,9 +25,7 @@ class CoverageRow:
 def _format(spec: dict | None) -> str:
     if spec is None:
         return 'float'
-    style = {'AffineQuantizer': 'affine', 'LogAffineQuantizer': 'log-affine'}.get(
-        spec['type'].rpartition('.')[2], spec['type'])
-    return f"{spec['bits']}-bit {style}"
+    return f'{spec["bits"]}-bit {build_quantizer(spec).style}'
 
 
 def _input_format(entry: dict) -> str:
@@ -40,11 +40,31 @@ def coverage_rows(structure: Structure) -> list[CoverageRow]:
     for layer in structure.layers:
         entries = [structure.activations[name] if name else {} for name in layer.inputs]
         formats = sorted({_input_format(entry) for entry in entries}) or ['float']
-        rows.append(CoverageRow(layer.name, layer.kind, layer.part, layer.macs, _format(layer.weight),
-                                ', '.join(formats), layer.integer, layer.reason))
+        rows.append(
+            CoverageRow(
+                layer.name,
+                layer.kind,
+                layer.part,
+                layer.macs,
+                _format(layer.weight),
+                ', '.join(formats),
+                layer.integer,
+                layer.reason,
+            )
+        )
     for op in structure.uncovered:
-        rows.append(CoverageRow(op['module'], op['operation'], op['module'].split('.')[0], op['macs'], 'float',
-                                'float', False, op['reason']))
+        rows.append(
+            CoverageRow(
+                op['module'],
+                op['operation'],
+                op['module'].split('.')[0],
+                op['macs'],
+                'float',
+                'float',
+                False,
+                op['reason'],
+            )
+        )
     return rows
 
 

@@ -4,6 +4,7 @@ Nobody's code is rewritten. A ``TorchFunctionMode`` is active during a forward p
 each operation by the module whose ``forward`` calls it, by the how-manieth call of this module it is, and by the
 how-manieth call of this function therein.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -134,8 +135,13 @@ class Dataflow:
     def works(self, name: str | None) -> bool:
         """Whether an activation quantizer is there and switched on."""
         state = self.state
-        return (self.enabled and name is not None and name in state.activations and state.mode == 'quantize'
-                and (state.only is None or name in state.only))
+        return (
+            self.enabled
+            and name is not None
+            and name in state.activations
+            and state.mode == 'quantize'
+            and (state.only is None or name in state.only)
+        )
 
     def write(self, name: str | None, x: Tensor, observes: bool, source: str) -> Tensor:
         """Quantizes, observes or passes a tensor that was just computed."""
@@ -280,8 +286,13 @@ def output_name(layer: str, call: int, calls: int) -> str:
     return layer.replace('.', '/') + ':out' + (f'#{call}' if calls > 1 else '')
 
 
-def attach_dataflow(detector: nn.Module, state: QuantizationState, outputs: dict[str, list[str | None]],
-                    sites: list[Site], calls: dict[str, int]) -> None:
+def attach_dataflow(
+    detector: nn.Module,
+    state: QuantizationState,
+    outputs: dict[str, list[str | None]],
+    sites: list[Site],
+    calls: dict[str, int],
+) -> None:
     """Puts quantizers between the layers of a detector that has its quantized weights and inputs.
 
     Args:

@@ -1,4 +1,5 @@
 """Batch normalisation folding: the convolution takes over the normalisation that follows it."""
+
 from __future__ import annotations
 
 import torch
@@ -23,8 +24,10 @@ def fold_norms(detector: nn.Module, folds: list[tuple[str, str]]) -> None:
     modules = dict(detector.named_modules())
     for conv_name, norm_name in folds:
         if conv_name not in modules or norm_name not in modules:
-            raise PTQError(f'the detector has no layer {conv_name} followed by {norm_name}; '
-                           'the config does not belong to this checkpoint.')
+            raise PTQError(
+                f'the detector has no layer {conv_name} followed by {norm_name}; '
+                'the config does not belong to this checkpoint.'
+            )
         _fold(modules[conv_name], modules[norm_name])
         identity = nn.Identity()
         # the same module object may be reachable under several names

@@ -1,4 +1,5 @@
 """Quantized inputs as forward pre-hooks: one quantizer per tensor, one range per call of a shared layer."""
+
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -78,5 +79,8 @@ def apply_to(state: QuantizationState, name: str, x: Tensor, layer: str) -> Tens
 def divisions_of(state: QuantizationState, layers: Collection[str]) -> dict[str, ChannelDivision]:
     """Layer name to the division of its input, for those of the given layers that have one."""
     # a layer that is called several times has none
-    return {hook.layer: state.divisions[hook.names[0]] for hook in state.hooks
-            if isinstance(hook, QuantizedInput) and hook.layer in layers and hook.names[0] in state.divisions}
+    return {
+        hook.layer: state.divisions[hook.names[0]]
+        for hook in state.hooks
+        if isinstance(hook, QuantizedInput) and hook.layer in layers and hook.names[0] in state.divisions
+    }

@@ -1,4 +1,5 @@
 """What a quantized detector carries: its activation quantizers, its mode, how far a forward pass has come."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,9 +40,9 @@ MODES = ('float', 'observe', 'quantize')
 
 def mixed(x: Tensor, other: Tensor, share: float) -> Tensor:
     """Takes each value from ``other`` with probability ``share``, to 1/256, else from ``x``."""
-    words = torch.randint(-2**63, 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
+    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
     # random bytes and lerp: five times as fast on a CPU as random floats and where
-    chosen = words.view(torch.uint8)[:x.numel()].view(x.shape) < round(256 * share)
+    chosen = words.view(torch.uint8)[: x.numel()].view(x.shape) < round(256 * share)
     return torch.lerp(x, other, chosen.to(x.dtype))
 
 
@@ -59,8 +60,13 @@ class QuantizationState(nn.Module):
             quantizer. Defaults to none.
     """
 
-    def __init__(self, quantizers: dict[str, Quantizer], readers: dict[str, int], moved: Collection[str] = (),
-                 divisions: Mapping[str, ChannelDivision] | None = None) -> None:
+    def __init__(
+        self,
+        quantizers: dict[str, Quantizer],
+        readers: dict[str, int],
+        moved: Collection[str] = (),
+        divisions: Mapping[str, ChannelDivision] | None = None,
+    ) -> None:
         super().__init__()
         self.activations = nn.ModuleDict(quantizers)
         self.divisions = nn.ModuleDict(divisions)
@@ -152,7 +158,10 @@ def set_mode(detector: nn.Module, mode: str) -> None:
 
 @contextmanager
 def quantization_mode(detector: nn.Module, mode: str) -> Iterator[None]:
-    """Runs a block of code with the detector in another mode (see :func:`set_mode`)."""
+    """Runs a block of code with the detector in another mode (see :func:`set_mode`); one without modes is float."""
+    if not is_quantized(detector):
+        yield
+        return
     before = getattr(detector, STATE).mode
     set_mode(detector, mode)
     try:
@@ -189,6 +198,7 @@ def only_read_tensors(detector: nn.Module) -> Iterator[None]:
     quantized.
     """
     state = getattr(detector, STATE)
-    with quantize_only(detector, [name for name in state.activations if state.readers[name]],
-                       quantized_weights(detector)):
+    with quantize_only(
+        detector, [name for name in state.activations if state.readers[name]], quantized_weights(detector)
+    ):
         yield

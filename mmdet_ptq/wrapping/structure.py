@@ -1,4 +1,5 @@
 """The structure of a quantized detector as plain data: enough to rebuild it before its numbers are loaded."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
@@ -104,8 +105,10 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     modules = dict(detector.named_modules())
     missing = [layer.name for layer in structure.layers if layer.name not in modules]
     if missing:
-        raise PTQError(f'the detector lacks {len(missing)} layers of the quantized checkpoint, first {missing[0]}; '
-                       'use the config the checkpoint was made with.')
+        raise PTQError(
+            f'the detector lacks {len(missing)} layers of the quantized checkpoint, first {missing[0]}; '
+            'use the config the checkpoint was made with.'
+        )
     for name in structure.biases:
         add_bias(modules[name])
     for layer in structure.layers:
@@ -115,8 +118,12 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
         {name: build_quantizer(entry['spec']) for name, entry in structure.activations.items()},
         {name: entry['readers'] for name, entry in structure.activations.items()},
         [name for name, entry in structure.activations.items() if entry.get('moved')],
-        {name: ChannelDivision(**entry['divided']) for name, entry in structure.activations.items()
-         if 'divided' in entry})
+        {
+            name: ChannelDivision(**entry['divided'])
+            for name, entry in structure.activations.items()
+            if 'divided' in entry
+        },
+    )
     for name, entry in structure.activations.items():
         if 'range' in entry:
             state.activations[name].set_range(*map(torch.tensor, entry['range']))

@@ -1,4 +1,5 @@
 """Quantized weights as a parametrization: whoever reads ``module.weight`` sees the quantized one."""
+
 from __future__ import annotations
 
 import torch

@@ -14,9 +14,7 @@ from mmdet_ptq.calibration import observe_activations
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.wrapping import LayerStructure, Structure, prepare_detector
 
-PREPROCESSOR = dict(
-    type='DetDataPreprocessor', mean=[128.0] * 3, std=[64.0] * 3, bgr_to_rgb=True, pad_size_divisor=32
-)
+PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[128.0] * 3, std=[64.0] * 3, bgr_to_rgb=True, pad_size_divisor=32)
 BACKBONE = dict(
     type='ResNet',
     depth=18,
@@ -61,9 +59,7 @@ def faster_rcnn():
         data_preprocessor=PREPROCESSOR,
         backbone=BACKBONE,
         neck=NECK,
-        rpn_head=dict(
-            type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=ANCHORS, bbox_coder=CODER
-        ),
+        rpn_head=dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=ANCHORS, bbox_coder=CODER),
         roi_head=dict(
             type='StandardRoIHead',
             bbox_roi_extractor=dict(
@@ -92,13 +88,9 @@ def faster_rcnn():
 def make_batch(seed, images=2):
     """What a dataloader of the test pipeline yields: (3, 60, 90) images, shrunk to half their size."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = [
-        torch.randint(0, 256, (3, 60, 90), generator=generator, dtype=torch.uint8) for _ in range(images)
-    ]
+    inputs = [torch.randint(0, 256, (3, 60, 90), generator=generator, dtype=torch.uint8) for _ in range(images)]
     samples = [
-        DetDataSample(
-            metainfo=dict(img_id=i, ori_shape=(120, 180), img_shape=(60, 90), scale_factor=(0.5, 0.5))
-        )
+        DetDataSample(metainfo=dict(img_id=i, ori_shape=(120, 180), img_shape=(60, 90), scale_factor=(0.5, 0.5)))
         for i in range(images)
     ]
     return dict(inputs=inputs, data_samples=samples)
@@ -170,21 +162,14 @@ def structure():
             ),
             LayerStructure('head.out', 'linear', 'head', macs=10, numel=30, reason='left float'),
         ],
-        activations={
-            'a8': dict(spec=dict(spec, bits=8), readers=2),
-            'a16': dict(spec=dict(spec, bits=16), readers=1),
-        },
-        uncovered=[
-            dict(module='head.attention', operation='matmul', reason='activation x activation', macs=90)
-        ],
+        activations={'a8': dict(spec=dict(spec, bits=8), readers=2), 'a16': dict(spec=dict(spec, bits=16), readers=1)},
+        uncovered=[dict(module='head.attention', operation='matmul', reason='activation x activation', macs=90)],
     )
 
 
 @pytest.fixture(scope='session')
 def whole_results(tiny):
-    results = new_results(
-        'configs/tiny.py', tiny.recipe.to_dict(), 7, tiny.structure, [3, 5, 8], ['broken.jpg']
-    )
+    results = new_results('configs/tiny.py', tiny.recipe.to_dict(), 7, tiny.structure, [3, 5, 8], ['broken.jpg'])
     results['stages'] = {'prepare': {'seconds': 1.25}, 'observe': {'seconds': 2.5}}
     size = float_size_bytes(tiny.original)
     before = {'coco/bbox_mAP': 0.412, 'coco/bbox_mAP_50': 0.6, 'coco/bbox_mAP_s': -1.0}

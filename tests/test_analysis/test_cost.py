@@ -31,12 +31,7 @@ def test_nothing_costs_nothing():
 
 def test_part_summary(structure):
     backbone, head = part_summary(structure)
-    assert (backbone.part, backbone.macs, backbone.integer_share, backbone.weights) == (
-        'backbone',
-        1000,
-        1.0,
-        {4: 100},
-    )
+    assert (backbone.part, backbone.macs, backbone.integer_share, backbone.weights) == ('backbone', 1000, 1.0, {4: 100})
     assert (head.part, head.macs, head.integer_macs, head.weights) == ('head', 600, 500, {8: 20, 32: 30})
 
 

@@ -43,12 +43,8 @@ def test_error_starts_at_the_damaged_layer(tiny, batch):
     name = 'bbox_head.retina_cls'
     with torch.no_grad():
         float_weight(detector.get_submodule(name)).neg_()
-    damaged = {
-        e.layer: e.sqnr_db for e in layer_errors(tiny.original, detector, batch(3), tiny.structure.folds)
-    }
-    sound = {
-        e.layer: e.sqnr_db for e in layer_errors(tiny.original, tiny.detector, batch(3), tiny.structure.folds)
-    }
+    damaged = {e.layer: e.sqnr_db for e in layer_errors(tiny.original, detector, batch(3), tiny.structure.folds)}
+    sound = {e.layer: e.sqnr_db for e in layer_errors(tiny.original, tiny.detector, batch(3), tiny.structure.folds)}
     assert {layer for layer in sound if abs(sound[layer] - damaged[layer]) > 0.01} == {name}
 
 

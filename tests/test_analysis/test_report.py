@@ -153,9 +153,7 @@ def test_a_head_without_adapter(tiny, results, batch, tmp_path, monkeypatch):
     monkeypatch.setattr(
         'mmdet_ptq.analysis.drift.predict_aligned', lambda *_: AlignedPredictions(None, raw=[torch.zeros(1)])
     )
-    page = build_report(
-        tmp_path, results, tiny.structure, tiny.detector, tiny.original, [batch(3)]
-    ).read_text()
+    page = build_report(tmp_path, results, tiny.structure, tiny.detector, tiny.original, [batch(3)]).read_text()
     assert 'the head has no adapter' in page
     assert 'no layer ran alike' in page
     assert len(parse(page).images) == 1 + 1
@@ -166,18 +164,14 @@ def test_a_detector_that_cannot_be_drawn(tiny, results, batch, tmp_path, monkeyp
         raise AttributeError('no <pred_instances>')
 
     monkeypatch.setattr('mmdet_ptq.analysis.report.detect_both', broken)
-    page = build_report(
-        tmp_path, results, tiny.structure, tiny.detector, tiny.original, [batch(3)]
-    ).read_text()
+    page = build_report(tmp_path, results, tiny.structure, tiny.detector, tiny.original, [batch(3)]).read_text()
     assert 'This detector does not allow it (AttributeError: no &lt;pred_instances&gt;)' in page
     assert len(parse(page).images) == 3
 
 
 def test_two_stages(tiny_two_stage, results, batch, tmp_path):
     tiny = tiny_two_stage
-    page = build_report(
-        tmp_path, results, tiny.structure, tiny.detector, tiny.original, [batch(3)]
-    ).read_text()
+    page = build_report(tmp_path, results, tiny.structure, tiny.detector, tiny.original, [batch(3)]).read_text()
     assert 'does not allow it' not in page and 'Not drawn' not in page
     assert 'roi_head.bbox_head.fc_reg' in page
     assert len(parse(page).images) == 1 + 3

@@ -49,13 +49,7 @@ def test_keys_are_written_in_the_order_of_the_schema(tmp_path, results):
 
 def test_numbers_of_numpy_and_torch_and_nan(tmp_path, results):
     results['rows'][0]['metrics'] = dict(
-        a=np.float32(0.5),
-        b=torch.tensor(2),
-        c=math.nan,
-        d=np.array([1, 2]),
-        e=(1, Path('x')),
-        f=math.inf,
-        g=True,
+        a=np.float32(0.5), b=torch.tensor(2), c=math.nan, d=np.array([1, 2]), e=(1, Path('x')), f=math.inf, g=True
     )
     write_results(tmp_path / 'r.json', results)
     assert read_results(tmp_path / 'r.json')['rows'][0]['metrics'] == dict(
@@ -86,12 +80,7 @@ def test_file_is_as_readable_as_any_other(tmp_path, results):
 
 @pytest.mark.parametrize(
     ('text', 'message'),
-    [
-        (None, 'cannot be read'),
-        ('{', 'no valid JSON'),
-        ('[]', 'lacks schema'),
-        ('{"schema": 1}', 'lacks config'),
-    ],
+    [(None, 'cannot be read'), ('{', 'no valid JSON'), ('[]', 'lacks schema'), ('{"schema": 1}', 'lacks config')],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
     path = tmp_path / 'results.json'
@@ -109,8 +98,20 @@ def test_other_schema_is_refused(tmp_path, results):
 
 def test_versions():
     assert set(versions()) == {
-        'mmdet_ptq', 'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy', 'python', 'onnx', 'onnxruntime', 'openvino', 'ncnn',
-        'processor'}
+        'mmdet_ptq',
+        'torch',
+        'mmengine',
+        'mmcv',
+        'mmdet',
+        'numpy',
+        'python',
+        'onnx',
+        'onnxruntime',
+        'openvino',
+        'ncnn',
+        'tensorrt',
+        'processor',
+    }
     assert versions()['torch'] == torch.__version__
     name, integers = processor()
     told = versions()['processor']

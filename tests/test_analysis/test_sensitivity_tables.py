@@ -13,25 +13,39 @@ from mmdet_ptq.calibration.protection.protect import Choice, Protection
 from mmdet_ptq.calibration.protection.sensitivity import GroupSensitivity, Sensitivities, TensorSensitivity
 from mmdet_ptq.config import PTQConfig
 
-OVERRIDES = {'backbone.conv': dict(activations=dict(depthwise_per_channel=True)),
-             'head.reg': dict(weights=dict(bits=8))}
+OVERRIDES = {
+    'backbone.conv': dict(activations=dict(depthwise_per_channel=True)),
+    'head.reg': dict(weights=dict(bits=8)),
+}
 
 
 @pytest.fixture
 def sensitivities():
     tensors = [
-        TensorSensitivity('activation', 'backbone/conv', ('backbone.conv',), 'backbone', None, False, 8,
-                          Damage(0.8, 0.25, 0.5, 0.03)),
+        TensorSensitivity(
+            'activation', 'backbone/conv', ('backbone.conv',), 'backbone', None, False, 8, Damage(0.8, 0.25, 0.5, 0.03)
+        ),
         TensorSensitivity('weight', 'head.reg', ('head.reg',), 'box branch', 1, True, 4, Damage(0.1, 0.02, None, 0.01)),
-        TensorSensitivity('activation', 'head/reg#1', ('head.reg',), 'box branch', 1, True, 8, Damage(0.0))]
+        TensorSensitivity('activation', 'head/reg#1', ('head.reg',), 'box branch', 1, True, 8, Damage(0.0)),
+    ]
     groups = [GroupSensitivity('backbone', 1, Damage(0.8, 0.25, 0.5)), GroupSensitivity('level 1', 2, Damage(0.1))]
     return Sensitivities(16, Damage(0.9, 0.3, 0.6), groups, tensors)
 
 
 @pytest.fixture
 def protection():
-    choice = Choice('input of backbone.conv', 'activation', ('backbone.conv',), '8-bit affine', '8-bit per channel',
-                    0.8, 0.01, 128, 0, 0)
+    choice = Choice(
+        'input of backbone.conv',
+        'activation',
+        ('backbone.conv',),
+        '8-bit affine',
+        '8-bit per channel',
+        0.8,
+        0.01,
+        128,
+        0,
+        0,
+    )
     return Protection(OVERRIDES, [choice], Damage(0.9), Damage(0.1), 1000, 2000)
 
 
@@ -39,8 +53,17 @@ def test_tables_name_tensors_parts_and_figures(sensitivities, protection):
     console = Console(file=io.StringIO(), width=200)
     print_sensitivity(sensitivities, protection, console)
     text = console.file.getvalue()
-    for words in ('input of backbone.conv', 'weight of head.reg', 'input of head.reg (call 1)', 'level 1', '25.0 %',
-                  '8-bit per channel', '+128 B', 'everything', '(16 calibration images)'):
+    for words in (
+        'input of backbone.conv',
+        'weight of head.reg',
+        'input of head.reg (call 1)',
+        'level 1',
+        '25.0 %',
+        '8-bit per channel',
+        '+128 B',
+        'everything',
+        '(16 calibration images)',
+    ):
         assert words in ' '.join(text.split()), words
     assert config_lines(OVERRIDES) in text
 

@@ -94,8 +94,7 @@ def test_coverage_table(structure):
 
 
 @pytest.mark.parametrize(
-    ('size', 'text'),
-    [(0, '0 B'), (999, '999 B'), (1000, '1.0 kB'), (999_960, '1.0 MB'), (3_700_000, '3.7 MB')],
+    ('size', 'text'), [(0, '0 B'), (999, '999 B'), (1000, '1.0 kB'), (999_960, '1.0 MB'), (3_700_000, '3.7 MB')]
 )
 def test_format_bytes(size, text):
     assert format_bytes(size) == text
@@ -125,13 +124,21 @@ def test_figures_that_the_processor_makes_wrong_are_marked(results):
     assert closing_lines(results) == []
 
 
-@pytest.mark.parametrize('ratios,told', [
-    (dict(onnxruntime=1.4, openvino=1.1), None),
-    (dict(onnxruntime=0.64, openvino=1.18, ncnn=1.02),
-     'int8 is slower than float in onnxruntime (0.64x); openvino is faster here (1.18x).'),
-    (dict(onnxruntime=0.64, openvino=0.9),
-     'int8 is slower than float in onnxruntime (0.64x) and openvino (0.90x); no exported '
-     'runtime whose figures are right is faster here.')])
+@pytest.mark.parametrize(
+    'ratios,told',
+    [
+        (dict(onnxruntime=1.4, openvino=1.1), None),
+        (
+            dict(onnxruntime=0.64, openvino=1.18, ncnn=1.02),
+            'int8 is slower than float in onnxruntime (0.64x); openvino is faster here (1.18x).',
+        ),
+        (
+            dict(onnxruntime=0.64, openvino=0.9),
+            'int8 is slower than float in onnxruntime (0.64x) and openvino (0.90x); no exported '
+            'runtime whose figures are right is faster here.',
+        ),
+    ],
+)
 def test_integers_that_do_not_pay_are_told(results, ratios, told):
     lines = closing_lines(timed(results, **ratios))
     assert lines == ([] if told is None else [f'on this processor {told}'])

@@ -1,4 +1,5 @@
 """Reconstruction of detectors whose tensors are not maps of one size: tokens, windows, regions."""
+
 from __future__ import annotations
 
 import copy
@@ -15,8 +16,11 @@ from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import quantization_mode
 
-LOW_BIT = dict(preset='w8a8_observe', weights=dict(bits=3),
-               activations=dict(bits=4, observer=dict(type='mmdet_ptq.MinMaxObserver')))
+LOW_BIT = dict(
+    preset='w8a8_observe',
+    weights=dict(bits=3),
+    activations=dict(bits=4, observer=dict(type='mmdet_ptq.MinMaxObserver')),
+)
 EIGHT_BIT = dict(preset='w8a8_observe', activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))
 
 
@@ -109,7 +113,8 @@ def test_targets_in_a_block_are_the_float_detectors_after_its_first_layer_is_sol
     assert len(layers) > 6
     for name in layers:
         untouched.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: expected.update({name: output.clone()}))
+            lambda module, args, output, name=name: expected.update({name: output.clone()})
+        )
     with torch.no_grad(), quantization_mode(untouched, 'float'):
         untouched(untouched.data_preprocessor(batch, False)['inputs'], batch['data_samples'], mode='tensor')
     for name in layers:
@@ -127,6 +132,13 @@ def test_held_out_images_are_in_no_equation(tmp_path, monkeypatch):
     monkeypatch.setattr(closed_form.LayerEquations, 'add', count)
     detector, _ = tiny_quantized('retinanet', LOW_BIT)
     # a batch of three and what is left of it: nothing else is held out with them
-    run(detector, [tiny_batch(3, seed=1)], [tiny_batch(1, seed=2)], tmp_path, granularity='layer', fisher=0,
-        search_scales=False)
+    run(
+        detector,
+        [tiny_batch(3, seed=1)],
+        [tiny_batch(1, seed=2)],
+        tmp_path,
+        granularity='layer',
+        fisher=0,
+        search_scales=False,
+    )
     assert max(counted.values()) == 3 * 32 * 32

@@ -7,11 +7,11 @@ COUNT = 3
 
 
 class Samples(torch.utils.data.Dataset):
-    metainfo = dict(classes=('disc', ))
+    metainfo = dict(classes=('disc',))
 
     def __init__(self, dtype=torch.uint8):
         # ramps: every part of one, enlarged, is a ramp again that rises less
-        ramp = torch.stack([2 * torch.arange(64.).expand(48, 64), 2 * torch.arange(48.)[:, None].expand(48, 64)])
+        ramp = torch.stack([2 * torch.arange(64.0).expand(48, 64), 2 * torch.arange(48.0)[:, None].expand(48, 64)])
         self.images = [(ramp[[0, 1, 0]] + index).to(dtype) for index in range(COUNT)]
 
     def __len__(self):

@@ -12,8 +12,7 @@ from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import Structure, quantization_mode
 from mmdet_ptq.wrapping.structure import LayerStructure
 
-W4 = dict(preset='w8a8_observe', weights=dict(bits=4),
-          activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))
+W4 = dict(preset='w8a8_observe', weights=dict(bits=4), activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))
 
 
 class Toy(nn.Module):
@@ -121,8 +120,10 @@ def test_layers_that_do_not_pair_are_named(batches, monkeypatch):
     inner = toy.features
     toy.features = lambda x: inner(x)[..., 1:]
     done = correct_biases(toy, batches, _structure('second', 'out', 'never'), reference)
-    assert done.skipped == {'out': 'it sees another number of positions in the quantized detector',
-                            'never': 'it never ran on the calibration images'}
+    assert done.skipped == {
+        'out': 'it sees another number of positions in the quantized detector',
+        'never': 'it never ran on the calibration images',
+    }
     assert set(done.shifts) == {'second'} and torch.equal(toy.out.bias, reference.out.bias)
     assert any('bias of out is not corrected: it sees another' in line for line in lines)
 

@@ -33,9 +33,7 @@ def predictions(seed, activation='sigmoid', full=True, num_images=2, num_priors=
         )
 
     parts, moved = build(), build()
-    parts = {
-        k: v if v is None else (v + noise * (moved[k] - v)).requires_grad_(True) for k, v in parts.items()
-    }
+    parts = {k: v if v is None else (v + noise * (moved[k] - v)).requires_grad_(True) for k, v in parts.items()}
     return AlignedPredictions(**parts, activation=activation, level_sizes=(num_priors,))
 
 
@@ -140,9 +138,7 @@ def test_each_filter_drops_what_it_should():
     boxes = torch.tensor([[[0.0, 0, 10, 10]] * 4])
     moved = boxes + torch.tensor([0.0, 50.0, 0.0, 50.0]).view(1, 4, 1)
     teacher, student = AlignedPredictions(logits, boxes), AlignedPredictions(logits, moved)
-    kept = {
-        c: FilteredGlobalLoss(0.5, 0.5, combine=c)(student, teacher)['kept'].item() for c in ('and', 'or')
-    }
+    kept = {c: FilteredGlobalLoss(0.5, 0.5, combine=c)(student, teacher)['kept'].item() for c in ('and', 'or')}
     assert kept == {'and': 1, 'or': 3}
 
 
@@ -154,7 +150,8 @@ def test_states_are_compared_on_the_same_boxes():
     for combine in ('and', 'or'):
         loss = FilteredGlobalLoss(score_thr=0.0, combine=combine)
         kept, near, far, gone = (
-            loss.unfiltered()(x.with_finite_boxes(), teacher)['loss_box'] for x in (teacher, moved, ruined, lost))
+            loss.unfiltered()(x.with_finite_boxes(), teacher)['loss_box'] for x in (teacher, moved, ruined, lost)
+        )
         assert kept == 0 < near < far < 1e6 and 0 < gone < 1e6
         assert (loss.iou_thr, loss.combine) == (0.1, combine)
     assert loss(ruined, teacher)['kept'] == 12 and FilteredGlobalLoss()(ruined, teacher)['loss_box'] == 0
@@ -194,8 +191,7 @@ def test_an_image_without_kept_boxes_adds_nothing():
     loss = FilteredGlobalLoss(score_thr=0.01)
     both = loss(student, teacher)
     first = [
-        replace(a, **{k: v[:1] for k, v in vars(a).items() if isinstance(v, torch.Tensor)})
-        for a in (student, teacher)
+        replace(a, **{k: v[:1] for k, v in vars(a).items() if isinstance(v, torch.Tensor)}) for a in (student, teacher)
     ]
     alone = loss(*first)
     assert both['images_without_boxes'] == 1 and alone['images_without_boxes'] == 0
@@ -231,9 +227,7 @@ def test_boxes_without_area_do_not_break_the_loss():
 
 
 COMMON = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=1)
-ANCHORS = dict(
-    type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16]
-)
+ANCHORS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16])
 GN = dict(type='GN', num_groups=2)
 
 
@@ -304,9 +298,7 @@ def test_ground_truth_as_target(activation):
         if activation == 'softmax':
             expected -= math.log(softmax(values)[2 if label is None else label])
         else:
-            expected -= sum(
-                math.log(sigmoid(v) if k == label else 1 - sigmoid(v)) for k, v in enumerate(values)
-            )
+            expected -= sum(math.log(sigmoid(v) if k == label else 1 - sigmoid(v)) for k, v in enumerate(values))
     assert got['loss_cls'].item() == pytest.approx(expected / 3, rel=1e-5)
     target = gt[0].bboxes[0].tolist()
     expected = sum(slow_box(student.boxes[0, j].tolist(), target, 'l1', 1) for j in (0, 1)) / 2
@@ -353,9 +345,7 @@ def test_predictions_that_do_not_pair_are_refused():
 
 def test_both_stages_of_a_two_stage_detector_enter():
     teacher = replace(predictions(0, 'softmax', False), proposal_stage=predictions(1, full=False))
-    student = replace(
-        predictions(0, 'softmax', False, noise=0.1), proposal_stage=predictions(1, full=False, noise=0.1)
-    )
+    student = replace(predictions(0, 'softmax', False, noise=0.1), proposal_stage=predictions(1, full=False, noise=0.1))
     loss = FilteredGlobalLoss(0.1, 0.1)
     got = loss(student, teacher)
     first, second = (

@@ -33,7 +33,8 @@ def test_ranges_equal_brute_force(quantized):
     seen = {layer.name: [] for layer in structure.layers}
     for layer in structure.layers:
         folded.get_submodule(layer.name).register_forward_pre_hook(
-            lambda _, args, name=layer.name: seen[name].append(args[0].clone()))
+            lambda _, args, name=layer.name: seen[name].append(args[0].clone())
+        )
     with torch.no_grad():
         for batch in batches:
             predict(folded, batch)
@@ -43,8 +44,12 @@ def test_ranges_equal_brute_force(quantized):
         assert len(seen[layer.name]) == calls * len(batches)
         for index, name in enumerate(layer.inputs):
             tensors = seen[layer.name][index::calls]
-            rows = [t.transpose(0, 1).flatten(1) if structure.activations[name]['spec']['num_channels']
-                    else t.reshape(1, -1) for t in tensors]
+            rows = [
+                t.transpose(0, 1).flatten(1)
+                if structure.activations[name]['spec']['num_channels']
+                else t.reshape(1, -1)
+                for t in tensors
+            ]
             low = torch.cat(rows, 1).amin(1).clamp(max=0).reshape(ranges[name][0].shape)
             high = torch.cat(rows, 1).amax(1).clamp(min=0).reshape(ranges[name][1].shape)
             assert torch.equal(ranges[name][0], low) and torch.equal(ranges[name][1], high), name

@@ -27,6 +27,7 @@ def test_scoped_type_builds_both_splits(cfg):
     from mmdet.registry import DATASETS
 
     from mmdet_ptq.datasets import EmbeddedDataset
+
     train, val = (DATASETS.build(cfg[f'{split}_dataloader'].dataset) for split in ('train', 'val'))
     assert type(train) is type(val) is EmbeddedDataset
     assert (len(train), len(val)) == (4, 3)
@@ -40,6 +41,7 @@ def test_labels_follow_the_classes(cfg):
     from mmdet.registry import DATASETS
 
     from mmdet_ptq.datasets.scenes import make_scene
+
     val = DATASETS.build(cfg.val_dataloader.dataset)
     for index in range(len(val)):
         scene, info = make_scene(0, 1, index), val.get_data_info(index)
@@ -53,6 +55,7 @@ def test_detector_trains_and_predicts(cfg):
     import mmdet.models  # noqa: F401
     from mmdet.registry import DATASETS, MODELS
     from mmengine.dataset import pseudo_collate
+
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     assert 4 * sum(value.numel() for value in model.state_dict().values()) < 10e6
@@ -67,6 +70,7 @@ def test_detector_trains_and_predicts(cfg):
 def test_shipped_checkpoint_is_plain_small_and_fits(cfg):
     import mmdet.models  # noqa: F401
     from mmdet.registry import MODELS
+
     path = Path(Config.fromfile(CONFIGS / 'ssdlite_mbv2_ptq.py').load_from)
     assert path.stat().st_size < 10e6
     allowed = torch.serialization.get_safe_globals()
@@ -78,4 +82,5 @@ def test_shipped_checkpoint_is_plain_small_and_fits(cfg):
     assert set(checkpoint) == {'state_dict', 'meta'}
     MODELS.build(cfg.model).load_state_dict(checkpoint['state_dict'], strict=True)
     from mmdet_ptq.datasets import EmbeddedDataset
+
     assert tuple(checkpoint['meta']['dataset_meta']['classes']) == EmbeddedDataset.METAINFO['classes']

@@ -14,8 +14,11 @@ FEW = dict(train=4, val=3)
 
 
 def _digest(root) -> dict[str, str]:
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(root.rglob('*')) if path.is_file()}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob('*'))
+        if path.is_file()
+    }
 
 
 def test_two_generations_are_equal_byte_for_byte(tmp_path):

@@ -20,8 +20,7 @@ def test_boxes_are_tight_around_the_whole_shape_inside_the_image(scenes):
     for scene in scenes:
         height, width = scene.image.shape[:2]
         x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-        for placement, box, area in zip(scene.placements, scene.boxes.tolist(), scene.areas,
-                                               strict=True):
+        for placement, box, area in zip(scene.placements, scene.boxes.tolist(), scene.areas, strict=True):
             mask = placement.distance(x, y) <= 0
             rows, columns = np.nonzero(mask)
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -45,6 +44,7 @@ def test_scenes_are_varied_and_within_their_limits(scenes):
 
 def test_hidden_objects_are_not_annotated(monkeypatch):
     from mmdet_ptq.datasets import scenes
+
     low = scenes.Placement(label=0, center=(100.0, 100.0), radius=20.0, angle=0.0, aspect=1.0)
     high = scenes.Placement(label=4, center=(100.0, 100.0), radius=60.0, angle=0.0, aspect=1.0)
     outside = scenes.Placement(label=0, center=(-14.0, 100.0), radius=20.0, angle=0.0, aspect=1.0)

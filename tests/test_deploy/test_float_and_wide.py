@@ -1,4 +1,5 @@
 """Layers that are left float, and activations of 16 bits, in runtimes: neither may become something else there."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -18,9 +19,15 @@ DEPTHWISE = 'backbone.layer2.0.depthwise_conv.conv'
 
 @pytest.fixture(scope='module')
 def detector():
-    detector, structure = tiny_quantized('retinanet', dict(
-        preset='w8a8_observe', dataflow='full', activations=SYMMETRIC, overrides={
-            FLOAT: 'float', COARSE: dict(weights=dict(bits=16)), WIDE: dict(activations=dict(bits=16))}))
+    detector, structure = tiny_quantized(
+        'retinanet',
+        dict(
+            preset='w8a8_observe',
+            dataflow='full',
+            activations=SYMMETRIC,
+            overrides={FLOAT: 'float', COARSE: dict(weights=dict(bits=16)), WIDE: dict(activations=dict(bits=16))},
+        ),
+    )
     settle_biases(detector, structure)
     return detector
 
@@ -58,24 +65,32 @@ def test_openvino_clips_wide_activations_and_computes_in_float(detector, image, 
     assert {FLOAT, COARSE, WIDE} <= set(model.coverage().float)
 
 
-@pytest.mark.parametrize('kind, name, options', [
-    ('retinanet', WIDE, {}),
-    ('ssd', DEPTHWISE, dict(depthwise_per_channel=True)),
-    ('ssd', DEPTHWISE, dict(depthwise_per_channel=True, quantizer=dict(symmetric=False, narrow_range=False))),
-], ids=['per-tensor', 'per-channel', 'zero-points'])
+@pytest.mark.parametrize(
+    'kind, name, options',
+    [
+        ('retinanet', WIDE, {}),
+        ('ssd', DEPTHWISE, dict(depthwise_per_channel=True)),
+        ('ssd', DEPTHWISE, dict(depthwise_per_channel=True, quantizer=dict(symmetric=False, narrow_range=False))),
+    ],
+    ids=['per-tensor', 'per-channel', 'zero-points'],
+)
 def test_ncnn_clips_wide_activations_and_computes_in_float(tmp_path, monkeypatch, kind, name, options):
     pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
-    detector, structure = tiny_quantized(kind, dict(
-        preset='w8a8_observe', activations=dict(SYMMETRIC, quantizer=dict(symmetric=True, narrow_range=True)),
-        overrides={'*': 'float', name: dict(activations=dict(options, bits=16, float=False))}))
+    detector, structure = tiny_quantized(
+        kind,
+        dict(
+            preset='w8a8_observe',
+            activations=dict(SYMMETRIC, quantizer=dict(symmetric=True, narrow_range=True)),
+            overrides={'*': 'float', name: dict(activations=dict(options, bits=16, float=False))},
+        ),
+    )
     settle_biases(detector, structure)
     image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
     model = open_model(get_runtime('ncnn').export(detector, tmp_path, tuple(image.shape)), threads=1)
     wide = detector.ptq.activations[name.replace('.', '/')]
     assert (wide.num_channels is not None) == ('depthwise_per_channel' in options)
     shape = (-1, 1, 1) if wide.num_channels else ()
-    low, high = (((code - wide.zero_point) * wide.positive_scale().detach()).reshape(shape)
-                 for code in wide.code_range)
+    low, high = (((code - wide.zero_point) * wide.positive_scale().detach()).reshape(shape) for code in wide.code_range)
     beyond = []
 
     def clip(x, rounding=None):

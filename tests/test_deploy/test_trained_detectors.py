@@ -1,4 +1,5 @@
 """Trained detectors on real images: each tensor that ONNX Runtime quantizes is the one that is simulated."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Runs of a tiny detector: one whole run for all, and a quick way to more."""
+
 from __future__ import annotations
 
 import itertools

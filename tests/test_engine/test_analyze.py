@@ -9,8 +9,11 @@ from mmdet_ptq.testing import tiny_config
 @pytest.fixture
 def config(tmp_path):
     cfg = tiny_config('retinanet', tmp_path)
-    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=2, batch_size=2), protect=dict(
-        max_tensors=1, candidates=['16bit']))
+    cfg.ptq = dict(
+        preset='w8a8_observe',
+        calibration=dict(num_images=2, batch_size=2),
+        protect=dict(max_tensors=1, candidates=['16bit']),
+    )
     path = tmp_path / 'config.py'
     cfg.dump(path)
     return path
@@ -30,10 +33,10 @@ def test_the_tool_ranks_draws_and_goes_on(config, tmp_path, capsys, monkeypatch)
     assert json.loads((tmp_path / 'out' / 'sensitivity.json').read_text()) == first
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--images', '0'], '--images must be at least 1'),
-    (['--preset', 'w8a9'], "Did you mean 'w8a8'"),
-])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [(['--images', '0'], '--images must be at least 1'), (['--preset', 'w8a9'], "Did you mean 'w8a8'")],
+)
 def test_bad_arguments_are_one_sentence(config, capsys, monkeypatch, arguments, words):
     monkeypatch.setattr('mmdet_ptq.engine.run.load_float_checkpoint', None)
     with pytest.raises(SystemExit) as stopped:

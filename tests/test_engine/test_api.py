@@ -46,8 +46,10 @@ def test_quantize_keeps_its_files_only_when_asked(quantized):
 def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import open_model
-    detector = quantize(model, [tiny_batch(2, 0)], preset='w8a8_observe', ptq=dict(export=['onnxruntime']),
-                        work_dir=str(tmp_path))
+
+    detector = quantize(
+        model, [tiny_batch(2, 0)], preset='w8a8_observe', ptq=dict(export=['onnxruntime']), work_dir=str(tmp_path)
+    )
     runtime = open_model(tmp_path / 'onnxruntime' / 'model.onnx')
     image = model.data_preprocessor(tiny_batch(1, 3), False)['inputs']
     with torch.no_grad():

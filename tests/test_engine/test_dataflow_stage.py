@@ -1,4 +1,5 @@
 """Runs that quantize between the layers, too: all stages, killed and resumed."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,8 +12,11 @@ from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop
 from mmdet_ptq.engine.stage_store import StageStore, stage_inputs
 from mmdet_ptq.testing import raw_outputs
 
-FULL = {'ptq.dataflow': 'full', 'ptq.global_loss.holdout': 0.0,
-        'ptq.reconstruct': dict(iters=2, batch_size=2, granularity='block')}
+FULL = {
+    'ptq.dataflow': 'full',
+    'ptq.global_loss.holdout': 0.0,
+    'ptq.reconstruct': dict(iters=2, batch_size=2, granularity='block'),
+}
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Two processes calibrate the same detector."""
+
 from __future__ import annotations
 
 import socket
@@ -14,9 +15,14 @@ from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.testing import tiny_config
 
 RECIPE = dict(
-    preset='w8a8_observe', weights=dict(bits=4), activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
-    calibration=dict(num_images=8, batch_size=2), reconstruct=dict(iters=2, rounding='latent', holdout=0.25),
-    bias_correction=True, global_loss=dict(iters=2, batch_size=2, holdout=0.0))
+    preset='w8a8_observe',
+    weights=dict(bits=4),
+    activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
+    calibration=dict(num_images=8, batch_size=2),
+    reconstruct=dict(iters=2, rounding='latent', holdout=0.25),
+    bias_correction=True,
+    global_loss=dict(iters=2, batch_size=2, holdout=0.0),
+)
 
 
 def calibrate(rank: int, port: int, folder: str) -> None:
@@ -52,8 +58,10 @@ def test_every_rank_ends_with_the_same_detector_reconstructed_as_by_one(tmp_path
     ranks = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
     assert all(torch.equal(value, ranks[1][key]) for key, value in ranks[0].items())
     # biases are corrected batch after batch, which two ranks do in another order
-    one, two = (torch.load(tmp_path / name / 'stages' / 'reconstruct.pth', weights_only=True)['state']
-                for name in ('one', 'two'))
+    one, two = (
+        torch.load(tmp_path / name / 'stages' / 'reconstruct.pth', weights_only=True)['state']
+        for name in ('one', 'two')
+    )
     assert any(unit['outcome'] == 'trained' for unit in one['units'])
     assert [u['name'] for u in one['units']] == [u['name'] for u in two['units']]
     for key, value in one['model'].items():

@@ -1,4 +1,5 @@
 """Mistakes in the evaluation are told before anything is calibrated."""
+
 from __future__ import annotations
 
 import copy
@@ -56,8 +57,14 @@ def test_images_that_no_reader_knows_are_told(make_runner, config_file, tmp_path
         image.write_bytes(b'no image')
     pipeline = copy.deepcopy(Config.fromfile(config_file).test_dataloader.dataset.pipeline)
     pipeline[0]['imdecode_backend'] = 'pillow'  # its error is an OSError
-    said = refused(make_runner, {'test_dataloader.dataset.data_prefix': dict(img=f'{tmp_path}/val/'),
-                                 'test_dataloader.dataset.pipeline': pipeline}, tmp_path)
+    said = refused(
+        make_runner,
+        {
+            'test_dataloader.dataset.data_prefix': dict(img=f'{tmp_path}/val/'),
+            'test_dataloader.dataset.pipeline': pipeline,
+        },
+        tmp_path,
+    )
     assert said.startswith('the first evaluation image cannot be read: UnidentifiedImageError')
 
 
@@ -107,12 +114,13 @@ def test_results_of_the_checkpoint_before_are_taken_away(make_runner, finished_c
 
 def test_fewer_classes_than_the_head_has_are_warned_of(make_runner, monkeypatch):
     said = []
-    monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log',
-                        lambda message, *args, **kwargs: said.append(message))
+    monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda message, *args, **kwargs: said.append(message))
     runner = make_runner({'test_dataloader.dataset.metainfo': dict(classes=('red', 'green'))})
     runner.begin()
-    assert said == ['the detector has 3 classes, `test_dataloader.dataset.metainfo.classes` names 2; evaluators that '
-                    'look for the others fail.']
+    assert said == [
+        'the detector has 3 classes, `test_dataloader.dataset.metainfo.classes` names 2; evaluators that '
+        'look for the others fail.'
+    ]
 
 
 @pytest.fixture
@@ -129,10 +137,13 @@ def two_parts(config_file, tmp_path):
     other.ann_file = str(tmp_path / 'second.json')
     other.metainfo = {**other.metainfo, 'palette': [(1, 2, 3)] * 3}  # the concatenation then has a list of metainfos
     metrics = [dict(type='CocoMetric', metric='bbox', ann_file=str(file)) for file in (path, tmp_path / 'second.json')]
-    return {'test_dataloader.dataset': dict(_delete_=True, type='ConcatDataset', datasets=[first, other]),
-            'test_evaluator': dict(_delete_=True, type='MultiDatasetsEvaluator', metrics=metrics,
-                                   dataset_prefixes=['one', 'two']),
-            'ptq.global_loss': None}
+    return {
+        'test_dataloader.dataset': dict(_delete_=True, type='ConcatDataset', datasets=[first, other]),
+        'test_evaluator': dict(
+            _delete_=True, type='MultiDatasetsEvaluator', metrics=metrics, dataset_prefixes=['one', 'two']
+        ),
+        'ptq.global_loss': None,
+    }
 
 
 def test_each_metric_of_several_data_sets_is_checked_against_its_own(two_parts, make_runner):

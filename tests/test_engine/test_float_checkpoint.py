@@ -1,4 +1,5 @@
 """Float checkpoints are loaded as mmengine loads them, and nothing is left out in silence."""
+
 from __future__ import annotations
 
 import copy
@@ -27,9 +28,19 @@ class AuxiliaryHead(FCOSHead):
 def fcos(head: str, seed: int) -> nn.Module:
     init_default_scope('mmdet')
     cfg = copy.deepcopy(tiny_model_cfg('retinanet'))
-    cfg.update(type='FCOS', train_cfg=None, bbox_head=dict(
-        type=head, num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1, norm_cfg=dict(type='BN'),
-        strides=(8, 16, 32)))
+    cfg.update(
+        type='FCOS',
+        train_cfg=None,
+        bbox_head=dict(
+            type=head,
+            num_classes=3,
+            in_channels=16,
+            feat_channels=16,
+            stacked_convs=1,
+            norm_cfg=dict(type='BN'),
+            strides=(8, 16, 32),
+        ),
+    )
     torch.manual_seed(seed)
     return MODELS.build(cfg)
 
@@ -45,8 +56,10 @@ def test_layers_with_names_of_early_versions_get_their_weights(tmp_path):
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_early_checkpoints_are_renamed_as_mmdet_does(tmp_path, prefix):
     trained, detector = fcos('FCOSHead', 1), fcos('FCOSHead', 2)
-    early = {prefix + key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): value
-             for key, value in trained.state_dict().items()}
+    early = {
+        prefix + key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): value
+        for key, value in trained.state_dict().items()
+    }
     torch.save(dict(state_dict=early), tmp_path / 'early.pth')
     load_float_checkpoint(detector, str(tmp_path / 'early.pth'))
     assert torch.equal(detector.bbox_head.conv_cls.weight, trained.bbox_head.conv_cls.weight)
@@ -57,8 +70,10 @@ def test_early_checkpoints_are_renamed_as_mmdet_does(tmp_path, prefix):
 
 
 def test_a_renamed_tensor_of_another_shape_is_told(tmp_path):
-    early = {key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): value
-             for key, value in fcos('FCOSHead', 1).state_dict().items()}
+    early = {
+        key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): value
+        for key, value in fcos('FCOSHead', 1).state_dict().items()
+    }
     early['bbox_head.fcos_cls.bias'] = torch.zeros(7)
     torch.save(dict(state_dict=early), tmp_path / 'early.pth')
     with pytest.raises(PTQError, match='does not fit the model.*bbox_head.conv_cls.bias.*7'):

@@ -1,4 +1,5 @@
 """A run may stop at any moment; --resume finishes it, to the same numbers."""
+
 from __future__ import annotations
 
 import json
@@ -39,8 +40,9 @@ def stages(monkeypatch) -> dict[str, bool]:
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     state = read_quantized(path)
-    return {f'{part}.{key}': value for part in ('codes', 'tensors')
-            for key, value in unflatten_tensors(state[part]).items()}
+    return {
+        f'{part}.{key}': value for part in ('codes', 'tensors') for key, value in unflatten_tensors(state[part]).items()
+    }
 
 
 def assert_same_run(work_dir: Path, finished: PTQRunner) -> None:
@@ -92,8 +94,12 @@ def test_other_images_of_the_same_ids_run_again(finished_copy, make_runner, stag
 def test_how_images_are_loaded_and_where_models_go_changes_no_calibration(finished_copy, make_runner, stages):
     finished = make_runner(work_dir=finished_copy)
     # with its effect on the formats written out
-    changes = {'test_dataloader.num_workers': 1, 'test_dataloader.persistent_workers': True,
-               'ptq.export': ['onnxruntime'], 'ptq.dataflow': finished.ptq.dataflow}
+    changes = {
+        'test_dataloader.num_workers': 1,
+        'test_dataloader.persistent_workers': True,
+        'ptq.export': ['onnxruntime'],
+        'ptq.dataflow': finished.ptq.dataflow,
+    }
     runner = make_runner(changes, work_dir=finished_copy, resume=True)
     runner.load()
     for stage in (runner.prepare, runner.observe, runner.minimise_global_loss, runner.write_quantized, runner.evaluate):
@@ -103,6 +109,7 @@ def test_how_images_are_loaded_and_where_models_go_changes_no_calibration(finish
 
 def test_another_preprocessor_runs_again(config_file, tmp_path, stages):
     """mmengine takes it from the top level of the config, too."""
+
     def cfg(mean: float, resume: bool) -> Config:
         cfg = Config.fromfile(config_file)
         cfg.data_preprocessor = {**cfg.model.pop('data_preprocessor'), 'mean': [mean] * 3}
@@ -120,8 +127,11 @@ def test_another_preprocessor_runs_again(config_file, tmp_path, stages):
 def test_a_changed_evaluation_is_evaluated_again(change, config_file, make_runner, tmp_path, stages):
     data = tmp_path / 'data'
     shutil.copytree(config_file.parent, data)
-    changes = {'test_dataloader.dataset.data_root': str(data), 'ptq.global_loss': None,
-               'test_evaluator.ann_file': str(data / 'annotations' / 'instances_val.json')}
+    changes = {
+        'test_dataloader.dataset.data_root': str(data),
+        'ptq.global_loss': None,
+        'test_evaluator.ann_file': str(data / 'annotations' / 'instances_val.json'),
+    }
     make_runner(changes).run()
     if change == 'annotations':
         path = data / 'annotations' / 'instances_val.json'
@@ -144,14 +154,17 @@ def test_a_moved_work_directory_goes_on_in_the_global_stage(make_runner, tmp_pat
     DetLocalVisualizer._instance_dict.pop('visualizer', None)  # of another process, it would write to the new folder
     make_runner(changes, tmp_path / 'after', resume=True).calibrate()
     assert not (tmp_path / 'before').exists()
-    before, after = (torch.load(tmp_path / 'after' / 'stages' / f'{name}.pth', weights_only=True)['state']
-                     for name in ('observe', 'global'))
+    before, after = (
+        torch.load(tmp_path / 'after' / 'stages' / f'{name}.pth', weights_only=True)['state']
+        for name in ('observe', 'global')
+    )
     assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
 def test_protection_asks_for_the_runtimes():
-    recipe = dict(preset='w8a8', weights=1, export=[], protect=None, reconstruct=None, bias_correction=False,
-                  global_loss=None)
+    recipe = dict(
+        preset='w8a8', weights=1, export=[], protect=None, reconstruct=None, bias_correction=False, global_loss=None
+    )
     same, other = stage_inputs(recipe), stage_inputs({**recipe, 'export': ['openvino']})
     assert same == other
     protected = [stage_inputs({**recipe, 'protect': {}, 'export': export}) for export in ([], ['openvino'])]
@@ -187,9 +200,10 @@ def in_observe(patch):
         yield next(iter(batches))
         raise KeyboardInterrupt
 
-    patch.setattr(f'{STAGES}.calibrate.observe_activations',
-                  lambda detector, batches, structure: observe_activations(
-                      detector, first_batch_only(batches), structure))
+    patch.setattr(
+        f'{STAGES}.calibrate.observe_activations',
+        lambda detector, batches, structure: observe_activations(detector, first_batch_only(batches), structure),
+    )
 
 
 def before_the_first_checkpoint(patch):
@@ -202,8 +216,11 @@ def after_a_checkpoint(patch):
 
 def at_iteration(patch, iteration):
     run_iter = GlobalCalibrationLoop.run_iter
-    patch.setattr(GlobalCalibrationLoop, 'run_iter', lambda self, batch: (
-        stop() if self.iter == iteration else run_iter(self, batch)))
+    patch.setattr(
+        GlobalCalibrationLoop,
+        'run_iter',
+        lambda self, batch: stop() if self.iter == iteration else run_iter(self, batch),
+    )
 
 
 def between_a_checkpoint_and_its_held_out_loss(patch):
@@ -230,19 +247,34 @@ def in_float_evaluation(patch):
 
 def in_evaluate(patch):
     evaluate_detector = PTQRunner.evaluate_detector
-    patch.setattr(PTQRunner, 'evaluate_detector', lambda self, detector: (
-        stop() if is_quantized(detector) else evaluate_detector(self, detector)))
+    patch.setattr(
+        PTQRunner,
+        'evaluate_detector',
+        lambda self, detector: stop() if is_quantized(detector) else evaluate_detector(self, detector),
+    )
 
 
 def in_report(patch):
     patch.setattr(f'{STAGES}.measure.build_report', stop)
 
 
-@pytest.mark.parametrize('interrupt', [
-    in_float_evaluation, in_prepare, in_observe, before_the_first_checkpoint, after_a_checkpoint,
-    between_a_checkpoint_and_its_held_out_loss, while_a_checkpoint_is_written, in_evaluate, in_report])
+@pytest.mark.parametrize(
+    'interrupt',
+    [
+        in_float_evaluation,
+        in_prepare,
+        in_observe,
+        before_the_first_checkpoint,
+        after_a_checkpoint,
+        between_a_checkpoint_and_its_held_out_loss,
+        while_a_checkpoint_is_written,
+        in_evaluate,
+        in_report,
+    ],
+)
 def test_an_interrupted_run_resumes_to_the_same_numbers(
-        interrupt, finished, config_file, tmp_path, monkeypatch, stages, capfd):
+    interrupt, finished, config_file, tmp_path, monkeypatch, stages, capfd
+):
     monkeypatch.setattr(f'{STAGES}.measure.build_report', lambda *args: None)
     late = interrupt in (in_evaluate, in_report)
     arguments = [str(config_file), '--work-dir', str(tmp_path)]
@@ -266,8 +298,11 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 def test_a_running_average_is_the_result_of_a_resumed_run_too(holdout, make_runner, tmp_path, monkeypatch):
     """mmengine's EMAHook saves the average, and swaps it with what is trained where training goes on from a file."""
     # with the bound on its weights the first state of this random detector is the best, and nothing was averaged
-    changes = {'ptq.global_loss.hooks': [dict(type='EMAHook', momentum=0.3)], 'ptq.global_loss.holdout': holdout,
-               'ptq.saturation': 'ignore'}
+    changes = {
+        'ptq.global_loss.hooks': [dict(type='EMAHook', momentum=0.3)],
+        'ptq.global_loss.holdout': holdout,
+        'ptq.saturation': 'ignore',
+    }
     states = {}
     for name in ('once', 'interrupted'):
         work_dir = tmp_path / name
@@ -278,8 +313,10 @@ def test_a_running_average_is_the_result_of_a_resumed_run_too(holdout, make_runn
         make_runner(changes, work_dir, resume=name == 'interrupted').calibrate()
         states[name] = torch.load(work_dir / 'stages' / 'global.pth', weights_only=True)['state']
         kept = torch.load(next(work_dir.glob('global/*/best_*' if holdout else 'global/*/iter_4.pth')))
-        average, trained = ({key: kept['state_dict'][f'detector.{key}'] for key in states[name]},
-                            {key: kept['ema_state_dict'][f'module.detector.{key}'] for key in states[name]})
+        average, trained = (
+            {key: kept['state_dict'][f'detector.{key}'] for key in states[name]},
+            {key: kept['ema_state_dict'][f'module.detector.{key}'] for key in states[name]},
+        )
         assert any(not torch.equal(average[key], trained[key]) for key in average)
         assert all(torch.equal(value, average[key]) for key, value in states[name].items())
     assert all(torch.equal(value, states['interrupted'][key]) for key, value in states['once'].items())

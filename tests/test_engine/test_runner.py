@@ -76,8 +76,9 @@ def test_quantizing_changes_the_detector_and_spares_the_float_one(finished, conf
     assert all(torch.equal(value, stored[key]) for key, value in finished.float_detector.state_dict().items())
     sample = next(iter(finished.test_loop.dataloader))
     with torch.no_grad():
-        before, after = (model.test_step(sample)[0].pred_instances for model in (
-            finished.float_detector, finished.detector))
+        before, after = (
+            model.test_step(sample)[0].pred_instances for model in (finished.float_detector, finished.detector)
+        )
     assert len(before) != len(after) or not torch.equal(before.bboxes, after.bboxes)
 
 

@@ -39,9 +39,7 @@ def test_take_and_detach_carry_every_part():
 
 def test_detach_reaches_raw_outputs_and_the_first_stage():
     inner = AlignedPredictions(cls_logits=torch.ones(1, 1, 1, requires_grad=True))
-    raw = AlignedPredictions(
-        cls_logits=None, raw=[torch.ones(2, requires_grad=True)], proposal_stage=inner
-    ).detach()
+    raw = AlignedPredictions(cls_logits=None, raw=[torch.ones(2, requires_grad=True)], proposal_stage=inner).detach()
     assert not raw.raw[0].requires_grad
     assert not raw.proposal_stage.cls_logits.requires_grad
 

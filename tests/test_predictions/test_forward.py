@@ -149,9 +149,7 @@ def test_two_stage_boxes_and_scores_are_those_of_mmdet(batch):
         label = result.scores[:, :-1].argmax(1)
         expected = result.bboxes.reshape(counts[i], 3, 4)[torch.arange(counts[i]), label]
         box = aligned.boxes[i, : counts[i]]
-        clipped = torch.stack([box[:, 0::2].clamp(0, IMAGE[1]), box[:, 1::2].clamp(0, IMAGE[0])], 2).flatten(
-            1
-        )
+        clipped = torch.stack([box[:, 0::2].clamp(0, IMAGE[1]), box[:, 1::2].clamp(0, IMAGE[0])], 2).flatten(1)
         torch.testing.assert_close(clipped, expected)
         torch.testing.assert_close(aligned.cls_logits[i, : counts[i]].softmax(-1), result.scores)
         assert (aligned.confidence()[i, counts[i] :] < 1e-9).all()
@@ -213,15 +211,8 @@ def test_the_student_answers_for_the_teachers_proposals_and_classes(batch):
     assert not torch.equal(answer.proposal_stage.boxes, reference.proposal_stage.boxes)
     other_classes = replace(reference, cls_logits=reference.cls_logits[..., [1, 2, 0, 3]])
     assert not torch.equal(predict_aligned(student, *batch, reference=other_classes).boxes, reference.boxes)
-    for part in (
-        answer.cls_logits,
-        answer.boxes,
-        answer.proposal_stage.cls_logits,
-        answer.proposal_stage.boxes,
-    ):
-        assert torch.autograd.grad(part.sum(), student.neck.fpn_convs[0].conv.weight, retain_graph=True)[
-            0
-        ].any()
+    for part in (answer.cls_logits, answer.boxes, answer.proposal_stage.cls_logits, answer.proposal_stage.boxes):
+        assert torch.autograd.grad(part.sum(), student.neck.fpn_convs[0].conv.weight, retain_graph=True)[0].any()
     assert not student.rpn_head._forward_hooks and not student.roi_head.bbox_roi_extractor._forward_pre_hooks
 
 

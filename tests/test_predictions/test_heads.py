@@ -63,9 +63,7 @@ HEADS = {
         bbox_coder=dict(type='TBLRBBoxCoder', normalizer=4.0),
     ),
     'rpn': dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=THREE, bbox_coder=DELTA),
-    'rpn-softmax': dict(
-        type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=THREE, loss_cls=SOFTMAX
-    ),
+    'rpn-softmax': dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=THREE, loss_cls=SOFTMAX),
     'yolof': dict(
         type='YOLOFHead',
         num_classes=3,
@@ -133,9 +131,7 @@ HEADS = {
         out_channels=[8, 8],
         featmap_strides=[8, 16],
         anchor_generator=dict(
-            type='YOLOAnchorGenerator',
-            base_sizes=[[(10, 13), (16, 30)], [(30, 61), (62, 45)]],
-            strides=[8, 16],
+            type='YOLOAnchorGenerator', base_sizes=[[(10, 13), (16, 30)], [(30, 61), (62, 45)]], strides=[8, 16]
         ),
     ),
 }
@@ -146,9 +142,7 @@ def build(name):
     torch.manual_seed(0)
     head = MODELS.build(dict(HEADS[name], test_cfg=CFG)).eval()
     if name == 'ssd' and not hasattr(head, 'loss_cls'):
-        head.loss_cls = (
-            None  # mmdet 3.3.0 reads it while decoding and never sets it (mmdetection issue 11780)
-        )
+        head.loss_cls = None  # mmdet 3.3.0 reads it while decoding and never sets it (mmdetection issue 11780)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -164,11 +158,7 @@ def probabilities(aligned):
 def pairs_in_mmdet_order(name, aligned, i):
     """Rows of (score, class, box) of image i in the order in which mmdet's method lists its candidates."""
     prob, boxes = probabilities(aligned)[i], aligned.boxes[i]
-    factor = (
-        torch.ones_like(boxes[:, 0])
-        if aligned.quality_logits is None
-        else aligned.quality_logits[i].sigmoid()
-    )
+    factor = torch.ones_like(boxes[:, 0]) if aligned.quality_logits is None else aligned.quality_logits[i].sigmoid()
     if name == 'yolox':  # the best class of every prior, in the order of the priors
         best, label = prob.max(1)
         return best * factor, label, boxes
@@ -218,9 +208,7 @@ def test_scores_and_boxes_are_those_of_mmdet(name):
         outputs = head(feats)
         aligned = align_head(head, outputs, metas)
         with_nms = name == 'paa' or name.startswith('rpn')  # these two have no way around it
-        results = head.predict_by_feat(
-            *outputs, batch_img_metas=metas, cfg=CFG, rescale=False, with_nms=with_nms
-        )
+        results = head.predict_by_feat(*outputs, batch_img_metas=metas, cfg=CFG, rescale=False, with_nms=with_nms)
     assert aligned.raw is None
     assert sum(aligned.level_sizes) == aligned.cls_logits.shape[1] == aligned.boxes.shape[1]
     assert len(aligned.level_sizes) == 2

@@ -36,8 +36,9 @@ def test_value_and_gradient_match_reference(bits, symmetric, channels, axis, lea
     scale, zero = q.scale.detach().double().view(shape).numpy(), q.zero_point.view(shape).numpy()
     low, high = q.code_range
     # the division is made in float32 by the quantizer
-    value, dx, ds, dh = affine(x.detach().double().numpy(), scale, zero, low, high,
-                               h.detach().double().numpy() if learned else None)
+    value, dx, ds, dh = affine(
+        x.detach().double().numpy(), scale, zero, low, high, h.detach().double().numpy() if learned else None
+    )
     ours = y.detach().numpy()
     ties = np.abs(ours - value) > 1e-4
     assert ties.mean() < (0.02 if bits == 16 else 1e-9)
@@ -116,13 +117,17 @@ def test_one_zero_point_for_all_channels_covers_every_range_and_no_more(ranges, 
     slack = q.scale.detach() * (last - first) * 1e-6
     assert (below <= low + slack).all() and (high <= above + slack).all()
     # every channel touches an end: no scale could be smaller with this zero point
-    live = (high - low > 2.0**-40 * 2**17)
+    live = high - low > 2.0**-40 * 2**17
     assert ((low - below < slack) & (low < 0) | (above - high < slack) & (high > 0))[live].all()
     assert (q.scale[high - low == 0] == 1).all()
 
     def cost(zero):
-        scale = torch.stack([-low.double() / (zero - first) if zero > first else torch.where(low < 0, torch.inf, 0.),
-                             high.double() / (last - zero) if zero < last else torch.where(high > 0, torch.inf, 0.)])
+        scale = torch.stack(
+            [
+                -low.double() / (zero - first) if zero > first else torch.where(low < 0, torch.inf, 0.0),
+                high.double() / (last - zero) if zero < last else torch.where(high > 0, torch.inf, 0.0),
+            ]
+        )
         used = high - low > 0
         return (scale.amax(0)[used] / (high - low)[used].double()).square().sum()
 
@@ -139,8 +144,12 @@ def test_one_zero_point_costs_nothing_where_no_channel_needs_it(bits, narrow):
     kwargs = dict(bits=bits, num_channels=3, narrow_range=narrow)
     shared, plain = AffineQuantizer(**kwargs, shared_zero_point=True), AffineQuantizer(**kwargs)
     # ReLU; what is never positive; ranges of one form; nothing at all
-    for low, high in (([0, 0, 0], [1, 5, 0]), ([-2, -3, -1e-3], [0, 0, 0]), ([-1, -2, -4], [1, 2, 4]),
-                      ([0, 0, 0], [0, 0, 0])):
+    for low, high in (
+        ([0, 0, 0], [1, 5, 0]),
+        ([-2, -3, -1e-3], [0, 0, 0]),
+        ([-1, -2, -4], [1, 2, 4]),
+        ([0, 0, 0], [0, 0, 0]),
+    ):
         for q in (shared, plain):
             q.set_range(torch.tensor(low), torch.tensor(high))
         live = torch.tensor(high) > torch.tensor(low)
@@ -191,7 +200,7 @@ def test_huge_outlier_keeps_the_bulk_when_importance_says_so():
 @pytest.mark.parametrize('bits,least', [(2, 6.7), (3, 11.2), (4, 15.6), (8, 36)])
 def test_fit_on_laplace_beats_min_max(bits, least):
     torch.manual_seed(0)
-    w = torch.distributions.Laplace(0., 1.).sample((8, 4000))
+    w = torch.distributions.Laplace(0.0, 1.0).sample((8, 4000))
     q, plain = AffineQuantizer(bits, True, 8, 0), AffineQuantizer(bits, True, 8, 0)
     q.fit_weight(w)
     plain.fit_weight(w, observer=MinMaxObserver(8, 0))
@@ -242,9 +251,15 @@ def test_non_finite_is_refused(bad):
             call(x)
 
 
-@pytest.mark.parametrize('kwargs,told', [(dict(bits=9), '`bits` must be one of 2..8 or 16, got 9'),
-                                         (dict(bits=1), 'got 1'), (dict(bits=4.0), 'got 4.0'),
-                                         (dict(num_channels=0), '`num_channels`')])
+@pytest.mark.parametrize(
+    'kwargs,told',
+    [
+        (dict(bits=9), '`bits` must be one of 2..8 or 16, got 9'),
+        (dict(bits=1), 'got 1'),
+        (dict(bits=4.0), 'got 4.0'),
+        (dict(num_channels=0), '`num_channels`'),
+    ],
+)
 def test_bad_arguments(kwargs, told):
     with pytest.raises(PTQError, match=told):
         AffineQuantizer(**kwargs)
@@ -276,7 +291,7 @@ def test_training_never_widens_a_range_beyond_what_was_seen():
     other = build_quantizer(q.spec())
     other.load_state_dict(q.state_dict())
     assert torch.equal(other.scale_limit, q.scale_limit)
-    q.set_range(torch.zeros(3), torch.full((3, ), 9.0))
+    q.set_range(torch.zeros(3), torch.full((3,), 9.0))
     assert torch.isinf(q.scale_limit).all()
 
 

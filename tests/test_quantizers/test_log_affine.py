@@ -28,7 +28,7 @@ def make(mode='log1p', bits=4, channels=3, location='median'):
 def test_value_and_every_gradient_match_reference(mode, bits, learned):
     torch.manual_seed(0)
     q = make(mode, bits)
-    x = (torch.distributions.Laplace(0., 1.).sample((3, 4, 50)) * 1.5).requires_grad_()
+    x = (torch.distributions.Laplace(0.0, 1.0).sample((3, 4, 50)) * 1.5).requires_grad_()
     h = torch.rand(x.shape).requires_grad_() if learned else None
     grad = torch.randn(x.shape)
     y = q(x, h)
@@ -38,13 +38,14 @@ def test_value_and_every_gradient_match_reference(mode, bits, learned):
     for c in range(3):
         w, g = x[c].detach().double().numpy().ravel(), grad[c].double().numpy().ravel()
         mu, s = q.mu[c].item(), q.s[c].item()
-        ref = log_affine(w, mu, s, k, off, mode, 2**(bits - 1),
-                         h[c].detach().double().numpy().ravel() if learned else None)
+        ref = log_affine(
+            w, mu, s, k, off, mode, 2 ** (bits - 1), h[c].detach().double().numpy().ravel() if learned else None
+        )
         close = dict(rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(y[c].detach().numpy().ravel(), ref['value'], **close)
         np.testing.assert_allclose(x.grad[c].numpy().ravel(), g * ref['w'], **close)
         np.testing.assert_allclose(q.mu.grad[c].item(), (g * ref['mu']).sum(), rtol=1e-3, atol=1e-3)
-        factor = 1 / np.sqrt(len(w) * 2**(bits - 1))
+        factor = 1 / np.sqrt(len(w) * 2 ** (bits - 1))
         np.testing.assert_allclose(q.s.grad[c].item(), (g * ref['s']).sum() * factor, rtol=1e-3, atol=1e-3)
         for side in (0, 1):
             here = ref['side'] == side
@@ -70,7 +71,7 @@ def test_log1p_formulas_by_finite_differences(sign, mag):
     def smooth(w, mu, s, k, eps):
         d = (w - mu) / s
         yh = k * np.log2(1 + abs(d) / eps) + shift if inside else count - 0.5
-        return mu + s * np.sign(d) * eps * (2**(yh / k) - 1)
+        return mu + s * np.sign(d) * eps * (2 ** (yh / k) - 1)
 
     at = [w, mu, s, k, eps]
     for i, name in enumerate(['w', 'mu', 's', 'k', 'off']):
@@ -104,8 +105,12 @@ def test_decode_of_encode_is_forward_bit_for_bit(mode, bits):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=30), st.sampled_from(MODES),
-       st.floats(0.1, 3), st.floats(-0.3, 0.3))
+@given(
+    st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=30),
+    st.sampled_from(MODES),
+    st.floats(0.1, 3),
+    st.floats(-0.3, 0.3),
+)
 def test_monotone_and_within_range(values, kind, s, mu):
     # above 4 bits the levels around a location are finer than an int8 grid through zero
     q = make(*kind, channels=None, location='median' if kind[1] <= 4 else 'zero')
@@ -152,7 +157,7 @@ def test_constant_tensor_and_huge_outlier():
 @pytest.mark.parametrize('name,least,uniform', [('laplace', 17.6, (15.6, 16.1)), ('gauss', 19.8, (18.9, 19.45))])
 def test_sqnr_at_4_bits(name, least, uniform):
     torch.manual_seed(0)
-    w = torch.distributions.Laplace(0., 1.).sample((4, 10000)) if name == 'laplace' else torch.randn(4, 10000)
+    w = torch.distributions.Laplace(0.0, 1.0).sample((4, 10000)) if name == 'laplace' else torch.randn(4, 10000)
 
     def sqnr(q):
         q.fit_weight(w)
@@ -174,7 +179,7 @@ def test_location_is_kept_only_where_it_helps():
 
 def test_importance_moves_the_grid():
     torch.manual_seed(0)
-    w, weight = torch.distributions.Laplace(0., 1.).sample((2, 3000)), torch.ones(2, 3000)
+    w, weight = torch.distributions.Laplace(0.0, 1.0).sample((2, 3000)), torch.ones(2, 3000)
     weight[w.abs() < 2] = 1e-3
     plain, weighted = LogAffineQuantizer(3, 2), LogAffineQuantizer(3, 2)
     plain.fit_weight(w)
@@ -213,9 +218,15 @@ def test_non_finite_is_refused_and_never_hidden(bad):
     assert torch.isnan(q(w)[1, 2]) and torch.isfinite(q(w)[0]).all()
 
 
-@pytest.mark.parametrize('kwargs,told', [(dict(mode='log1'), "Did you mean 'log1p'"), (dict(bits=16), '2..8'),
-                                         (dict(mode='shift', bits=5), r'2..4 in mode .shift'),
-                                         (dict(location='medain'), "Did you mean 'median'")])
+@pytest.mark.parametrize(
+    'kwargs,told',
+    [
+        (dict(mode='log1'), "Did you mean 'log1p'"),
+        (dict(bits=16), '2..8'),
+        (dict(mode='shift', bits=5), r'2..4 in mode .shift'),
+        (dict(location='medain'), "Did you mean 'median'"),
+    ],
+)
 def test_bad_arguments(kwargs, told):
     with pytest.raises(PTQError, match=told):
         LogAffineQuantizer(**kwargs)

@@ -1,4 +1,5 @@
 """The bound on neighbouring weights: who is a neighbour, and that nothing ever exceeds it."""
+
 import itertools
 
 import pytest
@@ -9,13 +10,35 @@ from hypothesis import strategies as st
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import SUM_LIMIT, LogAffineQuantizer, Neighbours, build_observer, build_quantizer
 
-SHAPES = [(16, (3, 3)), (15, (1, 1)), (3, (3, 3)), (1, (3, 3)), (5, (3,)), (7, ()), (2, (2, 2, 2)), (1, ()),
-          (1, (7, 7)), (4, (2, 2), 4), (12, (3, 3), 4)]
+SHAPES = [
+    (16, (3, 3)),
+    (15, (1, 1)),
+    (3, (3, 3)),
+    (1, (3, 3)),
+    (5, (3,)),
+    (7, ()),
+    (2, (2, 2, 2)),
+    (1, ()),
+    (1, (7, 7)),
+    (4, (2, 2), 4),
+    (12, (3, 3), 4),
+]
 
 
 def quantizer(rows, neighbours, **options):
-    return build_quantizer({**dict(type='AffineQuantizer', bits=8, symmetric=True, num_channels=rows, channel_axis=0,
-                                   neighbours=None if neighbours is None else neighbours.spec()), **options})
+    return build_quantizer(
+        {
+            **dict(
+                type='AffineQuantizer',
+                bits=8,
+                symmetric=True,
+                num_channels=rows,
+                channel_axis=0,
+                neighbours=None if neighbours is None else neighbours.spec(),
+            ),
+            **options,
+        }
+    )
 
 
 def all_pairs(neighbours):
@@ -80,9 +103,9 @@ def test_bound_levels_never_exceed_the_limit(shape, seed, width):
 
 def test_a_pair_goes_to_the_nearest_levels():
     neighbours = Neighbours(2)
-    position = torch.rand(500, 2) * 127 * torch.tensor([[1.], [-1.]]).repeat(250, 1)
+    position = torch.rand(500, 2) * 127 * torch.tensor([[1.0], [-1.0]]).repeat(250, 1)
     bound, _ = neighbours.bound(position.round(), position)
-    every = torch.cartesian_prod(torch.arange(0., 128), torch.arange(0., 128))
+    every = torch.cartesian_prod(torch.arange(0.0, 128), torch.arange(0.0, 128))
     every = every[every.sum(1) <= SUM_LIMIT]
     for row, found in zip(position, bound, strict=True):
         if row.round().abs().sum() > SUM_LIMIT:
@@ -90,9 +113,18 @@ def test_a_pair_goes_to_the_nearest_levels():
             torch.testing.assert_close((found - row).square().sum(), best, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('options', [
-    {}, dict(observer='MinMaxObserver'), dict(observer='PercentileObserver'), dict(symmetric=False),
-    dict(num_channels=None), dict(bits=7, symmetric=False), dict(narrow_range=True)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(observer='MinMaxObserver'),
+        dict(observer='PercentileObserver'),
+        dict(symmetric=False),
+        dict(num_channels=None),
+        dict(bits=7, symmetric=False),
+        dict(narrow_range=True),
+    ],
+)
 @pytest.mark.parametrize('channels,kernel', [(16, (3, 3)), (3, (3, 3)), (1, (3, 3))])
 def test_codes_values_and_gradients_agree(channels, kernel, options):
     options, neighbours, rows = dict(options), Neighbours(channels, kernel), 8
@@ -101,8 +133,11 @@ def test_codes_values_and_gradients_agree(channels, kernel, options):
     weight = torch.randn(rows, neighbours.size)
     weight[1] = weight[1].abs() + 1  # all of one sign, nearly alike
     weight[2] = 0
-    made.fit_weight(weight, observer and build_observer(
-        dict(type=observer, num_channels=made.num_channels, channel_axis=0)), importance=None)
+    made.fit_weight(
+        weight,
+        observer and build_observer(dict(type=observer, num_channels=made.num_channels, channel_axis=0)),
+        importance=None,
+    )
     codes = made.encode(weight)
     levels = codes - made.zero_point.reshape(-1, 1)
     assert neighbours.largest_sum(levels.float()).max() <= SUM_LIMIT
@@ -125,9 +160,9 @@ def test_what_is_bound_has_the_gradient_of_what_is_clipped():
         made.scale.fill_(0.5)
     weight = torch.tensor([[50.2, 30.4]], requires_grad=True)  # levels 100 and 61
     values = made(weight)
-    assert values.tolist() == [[42., 22.]]  # (128 + 100.4 - 60.8) / 2 = 83.8, so 84 and 44
-    values.backward(torch.tensor([[1., 2.]]))
-    assert weight.grad.tolist() == [[0., 0.]]
+    assert values.tolist() == [[42.0, 22.0]]  # (128 + 100.4 - 60.8) / 2 = 83.8, so 84 and 44
+    values.backward(torch.tensor([[1.0, 2.0]]))
+    assert weight.grad.tolist() == [[0.0, 0.0]]
     # of what is clipped the scale's gradient is the level; LSQ's factor is 1 / sqrt(weights * highest level)
     torch.testing.assert_close(made.scale.grad, torch.tensor([(84 + 2 * 44) / (2 * 127) ** 0.5]))
 
@@ -181,10 +216,11 @@ def test_the_spec_gives_the_same_again():
     assert 'neighbours' not in quantizer(4, None).spec()  # as older versions wrote it
 
 
-@pytest.mark.parametrize('bits,location', [(2, 'zero'), (3, 'auto'), (4, 'zero'), (4, 'median'), (6, 'zero'),
-                                           (8, 'zero')])
+@pytest.mark.parametrize(
+    'bits,location', [(2, 'zero'), (3, 'auto'), (4, 'zero'), (4, 'median'), (6, 'zero'), (8, 'zero')]
+)
 def test_log_affine_tables_end_where_any_two_fit(bits, location):
-    weight = torch.distributions.Laplace(0.1, 1.).sample((16, 300))
+    weight = torch.distributions.Laplace(0.1, 1.0).sample((16, 300))
     wide, safe = (LogAffineQuantizer(bits, 16, location=location, table_max=most) for most in (127, 64))
     for made in (wide, safe):
         made.fit_weight(weight)
@@ -204,7 +240,7 @@ def test_log_affine_tables_end_where_any_two_fit(bits, location):
 @pytest.mark.parametrize('table_max', [64, 127])
 def test_the_published_grid_has_no_zero(table_max):
     made = LogAffineQuantizer(4, 16, mode='shift', location='zero', table_max=table_max)
-    made.fit_weight(torch.distributions.Laplace(0., 1.).sample((16, 300)))
+    made.fit_weight(torch.distributions.Laplace(0.0, 1.0).sample((16, 300)))
     assert (made.table() != 0).all() and (made.table().int().diff() >= 0).all()
 
 

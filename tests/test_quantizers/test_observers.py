@@ -17,7 +17,7 @@ ALL = [MinMaxObserver, MovingAverageObserver, PercentileObserver, KLObserver, MS
 
 def batches(n=3):
     torch.manual_seed(0)
-    return [torch.randn(2, 3, 8, 9) * (1 + i) * torch.tensor([1., 5., .1]).view(3, 1, 1) for i in range(n)]
+    return [torch.randn(2, 3, 8, 9) * (1 + i) * torch.tensor([1.0, 5.0, 0.1]).view(3, 1, 1) for i in range(n)]
 
 
 def test_min_max_and_moving_average():
@@ -29,7 +29,7 @@ def test_min_max_and_moving_average():
     low, high = plain.range(8, False)
     assert torch.equal(low, whole.amin((0, 1, 3, 4))) and torch.equal(high, whole.amax((0, 1, 3, 4)))
     tops = [x.amax((0, 2, 3)) for x in batches()]
-    torch.testing.assert_close(average.range(8, False)[1], (tops[0] * .9 + tops[1] * .1) * .9 + tops[2] * .1)
+    torch.testing.assert_close(average.range(8, False)[1], (tops[0] * 0.9 + tops[1] * 0.1) * 0.9 + tops[2] * 0.1)
     low, high = plain.range(8, True)
     assert torch.equal(low, -high)
 
@@ -57,16 +57,16 @@ def test_percentile_against_quantile():
     o.update(x)
     low, high = o.range(8, False)
     width = o.histogram.width.item()
-    assert abs(low - x.flatten().double().quantile(.01)) < 2 * width
-    assert abs(high - x.flatten().double().quantile(.99)) < 2 * width
-    assert abs(o.range(8, True)[1] - x.abs().flatten().double().quantile(.99)) < 2 * width
+    assert abs(low - x.flatten().double().quantile(0.01)) < 2 * width
+    assert abs(high - x.flatten().double().quantile(0.99)) < 2 * width
+    assert abs(o.range(8, True)[1] - x.abs().flatten().double().quantile(0.99)) < 2 * width
 
 
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('bits', [3, 4, 8])
 def test_mse_is_near_brute_force(bits, symmetric):
     torch.manual_seed(0)
-    x = torch.distributions.Laplace(0., 1.).sample((1, 1, 100, 100))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((1, 1, 100, 100))
     if not symmetric:
         x = x.relu()
     o = MSEObserver()
@@ -74,13 +74,13 @@ def test_mse_is_near_brute_force(bits, symmetric):
 
     def error(top):
         if symmetric:
-            last = 2**(bits - 1) - 1
+            last = 2 ** (bits - 1) - 1
             s = top / last
             return ((x / s).round().clamp(-last - 1, last) * s - x).square().sum().item()
         s = top / (2**bits - 1)
         return ((x / s).round().clamp(0, 2**bits - 1) * s - x).square().sum().item()
 
-    best = min(error(x.abs().max() * r) for r in torch.linspace(.02, 1, 400))
+    best = min(error(x.abs().max() * r) for r in torch.linspace(0.02, 1, 400))
     assert error(o.range(bits, symmetric)[1]) <= 1.03 * best
 
 
@@ -111,7 +111,7 @@ def test_edge_cases(cls, channels):
     o.update(torch.full((1, 3, 4, 4), 2.5))
     for bits in (2, 8, 16):
         low, high = o.range(bits, False)
-        assert low.shape == (() if channels is None else (3, )) and (low == 0).all() and (high > 0.5).all()
+        assert low.shape == (() if channels is None else (3,)) and (low == 0).all() and (high > 0.5).all()
     x = torch.randn(1, 3, 40, 40)
     x[0, :, 3, 3] = 1e6
     o.update(x)
@@ -141,7 +141,7 @@ def test_state_and_merge(cls):
 
 
 def test_build_and_bad_arguments():
-    assert build_observer(dict(type='mmdet_ptq.PercentileObserver', percentile=99.)).percentile == 99
+    assert build_observer(dict(type='mmdet_ptq.PercentileObserver', percentile=99.0)).percentile == 99
     with pytest.raises(PTQError, match="Did you mean 'MSEObserver'"):
         build_observer(dict(type='MSEObserve'))
     with pytest.raises(PTQError, match='percentile'):

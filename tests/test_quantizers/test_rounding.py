@@ -3,15 +3,20 @@ import torch
 
 from mmdet_ptq.quantizers import AffineQuantizer, LearnedRounding, LogAffineQuantizer
 
-QUANTIZERS = [lambda: AffineQuantizer(4, True, 3, 0), lambda: AffineQuantizer(3, False, 3, 0),
-              *(lambda mode=mode, bits=bits: LogAffineQuantizer(bits, 3, mode)
-                for mode, bits in [('log1p', 4), ('log1p', 3), ('log1p', 8), ('exact', 4), ('shift', 4)])]
+QUANTIZERS = [
+    lambda: AffineQuantizer(4, True, 3, 0),
+    lambda: AffineQuantizer(3, False, 3, 0),
+    *(
+        lambda mode=mode, bits=bits: LogAffineQuantizer(bits, 3, mode)
+        for mode, bits in [('log1p', 4), ('log1p', 3), ('log1p', 8), ('exact', 4), ('shift', 4)]
+    ),
+]
 
 
 @pytest.fixture(params=QUANTIZERS)
 def fitted(request):
     torch.manual_seed(0)
-    quantizer, rows = request.param(), torch.distributions.Laplace(0., 1.).sample((3, 200)) + 0.1
+    quantizer, rows = request.param(), torch.distributions.Laplace(0.0, 1.0).sample((3, 200)) + 0.1
     quantizer.fit_weight(rows)
     return quantizer, rows
 

@@ -16,7 +16,7 @@ AUTO = dict(type='LogAffineQuantizer', bits=4, num_channels=4, mode='auto')
 
 def test_auto_follows_the_distribution():
     torch.manual_seed(0)
-    laplace, uniform = torch.distributions.Laplace(0., 1.).sample((4, 2000)), torch.rand(4, 2000) * 2 - 1
+    laplace, uniform = torch.distributions.Laplace(0.0, 1.0).sample((4, 2000)), torch.rand(4, 2000) * 2 - 1
     log = resolve_auto(AUTO, laplace)
     assert isinstance(log, LogAffineQuantizer) and log.mode == 'log1p'
     assert isinstance(resolve_auto(AUTO, uniform), AffineQuantizer)
@@ -33,9 +33,14 @@ def test_fit_best_takes_the_least_error_and_the_first_of_equals():
         fit_best([], w)
 
 
-@pytest.mark.parametrize('spec,told', [(dict(type='AffineQuantiser'), "Did you mean 'AffineQuantizer'"),
-                                       (dict(type='AffineQuantizer', symetric=True), "Did you mean 'symmetric'"),
-                                       (dict(bits=4), 'with a `type`')])
+@pytest.mark.parametrize(
+    'spec,told',
+    [
+        (dict(type='AffineQuantiser'), "Did you mean 'AffineQuantizer'"),
+        (dict(type='AffineQuantizer', symetric=True), "Did you mean 'symmetric'"),
+        (dict(bits=4), 'with a `type`'),
+    ],
+)
 def test_bad_specs(spec, told):
     with pytest.raises(PTQError, match=told):
         build_quantizer(spec)

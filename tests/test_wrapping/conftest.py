@@ -1,4 +1,5 @@
 """A hand-made detector whose every multiply-accumulate is known, and the quantized tiny detectors."""
+
 from __future__ import annotations
 
 import functools
@@ -80,8 +81,11 @@ def flowing(quantized):
     def get(kind, dataflow='full'):
         if (kind, dataflow) not in built:
             detector = tiny_detector(kind)
-            structure = prepare_detector(detector, PTQConfig.from_dict({**OBSERVE, 'dataflow': dataflow}),
-                                         lambda: predict(detector, tiny_batch(1)))
+            structure = prepare_detector(
+                detector,
+                PTQConfig.from_dict({**OBSERVE, 'dataflow': dataflow}),
+                lambda: predict(detector, tiny_batch(1)),
+            )
             observe_activations(detector, [tiny_batch(2, seed=1)], structure)
             built[kind, dataflow] = detector, structure
         return built[kind, dataflow]

@@ -1,4 +1,5 @@
 """Quantized tensors between the layers while the detector runs: that nothing else changes."""
+
 import copy
 import json
 from collections import Counter
@@ -58,16 +59,24 @@ class Check(TorchFunctionMode):
         self.seen[reader] += 1
 
 
-@pytest.mark.parametrize('kind, dataflow, functions', [
-    ('retinanet', 'full', {'add'}), ('ssd', 'full', {'add'}), ('yolox', 'full', {'add', 'cat', 'mul'}),
-    ('yolox', 'per_channel', {'add', 'cat', 'mul'}), ('rtmdet', 'full', {'add', 'cat', 'mul'})])
+@pytest.mark.parametrize(
+    'kind, dataflow, functions',
+    [
+        ('retinanet', 'full', {'add'}),
+        ('ssd', 'full', {'add'}),
+        ('yolox', 'full', {'add', 'cat', 'mul'}),
+        ('yolox', 'per_channel', {'add', 'cat', 'mul'}),
+        ('rtmdet', 'full', {'add', 'cat', 'mul'}),
+    ],
+)
 def test_every_tensor_between_layers_is_on_the_grid_of_its_quantizer(flowing, kind, dataflow, functions):
     detector, structure = copy.deepcopy(flowing(kind, dataflow))
     check = Check(detector, structure.sites)
     for layer in structure.layers:
         calls = iter(layer.inputs * 2)
         detector.get_submodule(layer.name).register_forward_pre_hook(
-            lambda m, args, calls=calls: check.see('layer', next(calls), args[0]))
+            lambda m, args, calls=calls: check.see('layer', next(calls), args[0])
+        )
     freeze_weights(detector)
     with check:
         raw_outputs(detector)
@@ -116,8 +125,11 @@ def test_deep_copy_is_independent(flowing, kind):
     before = raw_outputs(detector)
     other = copy.deepcopy(detector)
     assert same(raw_outputs(other), before)
-    name = next(site['activation'] for site in structure.sites if site['observes']) if kind == 'rtmdet' \
+    name = (
+        next(site['activation'] for site in structure.sites if site['observes'])
+        if kind == 'rtmdet'
         else 'neck/lateral_convs/0/conv:out'
+    )
     with torch.no_grad():
         other.ptq.activations[name].scale.mul_(4)
     assert not same(raw_outputs(other), before) and same(raw_outputs(detector), before)
@@ -168,15 +180,21 @@ def test_units_that_run_by_themselves_do_what_they_do_in_the_whole(flowing, kind
     data = detector.data_preprocessor(tiny_batch(2), False)
     images = data['inputs'][:1].clone().requires_grad_()
     with quantization_mode(detector, 'float'):
+
         def run():
             predict_aligned(detector, images, data['data_samples'][:1])
+
         units = find_units(detector, run)
         passages = find_passages(detector, run, units)
     streams = Streams(detector, units, ActivationStore(2**30, tmp_path), passages)
     streams.add(data, needs_reference(detector))
     seen = {}
-    handles = [detector.get_submodule(unit.name).register_forward_hook(
-        lambda m, args, out, name=unit.name: seen.setdefault(name, []).append(out.clone())) for unit in units]
+    handles = [
+        detector.get_submodule(unit.name).register_forward_hook(
+            lambda m, args, out, name=unit.name: seen.setdefault(name, []).append(out.clone())
+        )
+        for unit in units
+    ]
     with torch.no_grad():
         predict_aligned(detector, data['inputs'], data['data_samples'], reference=streams.batches[0].reference)
     for handle in handles:
@@ -234,8 +252,10 @@ def test_export(dataflow):
 # ------------------------------------------------------------------ rebuilt from data
 
 
-@pytest.mark.parametrize('kind, dataflow', [
-    ('retinanet', 'full'), ('ssd', 'full'), ('yolox', 'per_channel'), ('rtmdet', 'full'), ('faster_rcnn', 'full')])
+@pytest.mark.parametrize(
+    'kind, dataflow',
+    [('retinanet', 'full'), ('ssd', 'full'), ('yolox', 'per_channel'), ('rtmdet', 'full'), ('faster_rcnn', 'full')],
+)
 def test_state_dict_and_structure_rebuild_the_detector(flowing, kind, dataflow):
     detector, structure = flowing(kind, dataflow)
     other = tiny_detector(kind, seed=3)
@@ -281,10 +301,18 @@ def test_weights_are_quantized_once_a_pass(flowing, monkeypatch):
     assert calls == {id(w): 1 for w in quantized_weights(detector).values()}
 
 
-@pytest.mark.parametrize('act, channels, gate', [
-    (nn.SiLU(), 4, 'silu'), (nn.Hardswish(), 4, 'hardswish'), (lambda x: x * x.sigmoid(), 4, 'sigmoid'),
-    (nn.Sigmoid(), None, None), (nn.LeakyReLU(), None, None), (lambda x: x.sigmoid() + x, None, None),
-    (lambda x: F.silu(x) + x, None, None)])
+@pytest.mark.parametrize(
+    'act, channels, gate',
+    [
+        (nn.SiLU(), 4, 'silu'),
+        (nn.Hardswish(), 4, 'hardswish'),
+        (lambda x: x * x.sigmoid(), 4, 'sigmoid'),
+        (nn.Sigmoid(), None, None),
+        (nn.LeakyReLU(), None, None),
+        (lambda x: x.sigmoid() + x, None, None),
+        (lambda x: F.silu(x) + x, None, None),
+    ],
+)
 def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
     def between(self, a, b):
         self.seen = a, self.act(a)
@@ -301,8 +329,9 @@ def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
     plain = toy(between, act=act)[0]
     assert torch.equal(plain(image), detector(image)) is (channels is None)
     module = 'act' if isinstance(act, nn.Module) else ''
-    assert structure.islands == ([] if gate is None else [
-        dict(module=module, operation=gate, reason='its input has a scale per channel')])
+    assert structure.islands == (
+        [] if gate is None else [dict(module=module, operation=gate, reason='its input has a scale per channel')]
+    )
     if gate is not None:
         # computed in float between two quantizers
         assert not any('range' in entry for entry in structure.activations.values())
@@ -319,8 +348,6 @@ def test_a_float_gate_is_told_once_with_its_first_reason():
             return F.silu(x)
 
     _, structure, _ = toy(lambda self, a, b: self.twice(a) + self.twice(b), dict(dataflow='per_channel'), twice=Twice())
-    assert structure.islands == [
-        dict(module='twice', operation='silu', reason='its input has a scale per channel')]
+    assert structure.islands == [dict(module='twice', operation='silu', reason='its input has a scale per channel')]
     _, structure, _ = toy(lambda self, a, b: F.silu(a).exp() + b, dict(dataflow='per_channel'))
-    assert [(i['operation'], i['reason']) for i in structure.islands][:1] == [
-        ('silu', 'only float operations read it')]
+    assert [(i['operation'], i['reason']) for i in structure.islands][:1] == [('silu', 'only float operations read it')]

@@ -128,13 +128,17 @@ class _Net(nn.Module):
         return self.bbox_head(self.wiring(self, x))
 
 
-@pytest.mark.parametrize('wiring', [
-    lambda m, x: m.bn(m.conv(x)) + m.conv(x),
-    lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)),
-    lambda m, x: m.conv(m.bn(m.conv(x))),
-    lambda m, x: m.bn(m.conv(x).relu()),
-    lambda m, x: m.bn(x) + m.conv(x),
-], ids=['second call unnormalised', 'output read twice', 'chained', 'something between', 'no convolution before'])
+@pytest.mark.parametrize(
+    'wiring',
+    [
+        lambda m, x: m.bn(m.conv(x)) + m.conv(x),
+        lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)),
+        lambda m, x: m.conv(m.bn(m.conv(x))),
+        lambda m, x: m.bn(m.conv(x).relu()),
+        lambda m, x: m.bn(x) + m.conv(x),
+    ],
+    ids=['second call unnormalised', 'output read twice', 'chained', 'something between', 'no convolution before'],
+)
 def test_what_may_not_be_folded(wiring):
     net = _Net(wiring).eval()
     probe = probe_detector(net, lambda: net(torch.randn(1, 3, 8, 8)))
@@ -188,16 +192,20 @@ class _Tokens(nn.Sequential):
         return super().forward(x.flatten(2))
 
 
-@pytest.mark.parametrize(('net', 'reason'), [
-    (nn.Sequential(ConvAWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
-    (nn.Sequential(ConvWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
-    (nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
-    (_Tied(), 'something else reads the weight'),
-    (_Borrowed(nn.Conv2d(3, 3, 1), _norm(3)), 'something else reads the weight'),
-    (_NormTwice(nn.Conv2d(3, 3, 1), _norm(3)), 'no single convolution'),
-    (_OtherSkips(nn.Conv2d(3, 3, 1), _norm(3), nn.Conv2d(3, 3, 1)), 'no single convolution'),
-    (_Tokens(nn.Linear(64, 64), nn.BatchNorm1d(3)), 'no single convolution'),
-], ids=['standardised', 'standardised, too', 'spectral', 'tied', 'borrowed', 'norm twice', 'other skips', 'tokens'])
+@pytest.mark.parametrize(
+    ('net', 'reason'),
+    [
+        (nn.Sequential(ConvAWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
+        (nn.Sequential(ConvWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
+        (nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
+        (_Tied(), 'something else reads the weight'),
+        (_Borrowed(nn.Conv2d(3, 3, 1), _norm(3)), 'something else reads the weight'),
+        (_NormTwice(nn.Conv2d(3, 3, 1), _norm(3)), 'no single convolution'),
+        (_OtherSkips(nn.Conv2d(3, 3, 1), _norm(3), nn.Conv2d(3, 3, 1)), 'no single convolution'),
+        (_Tokens(nn.Linear(64, 64), nn.BatchNorm1d(3)), 'no single convolution'),
+    ],
+    ids=['standardised', 'standardised, too', 'spectral', 'tied', 'borrowed', 'norm twice', 'other skips', 'tokens'],
+)
 def test_what_folding_would_change_stays(net, reason):
     net.eval()
     x = torch.randn(1, 3, 8, 8)

@@ -1,4 +1,5 @@
 """Chosen formats become part of the detector, of its structure, and of the config."""
+
 from __future__ import annotations
 
 import copy

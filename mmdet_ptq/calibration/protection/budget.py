@@ -1,4 +1,5 @@
 """What a choice of formats costs, and the budget it must keep."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -47,8 +48,10 @@ def cost_of(structure: Structure, changed: Specs | None = None, integer_bits: in
     size = bops = float_macs = 0
     for layer in structure.layers:
         weight = changed.get(('weight', layer.name), layer.weight)
-        inputs = [changed.get(('activation', name), structure.activations[name]['spec']) if name else None
-                  for name in layer.inputs]
+        inputs = [
+            changed.get(('activation', name), structure.activations[name]['spec']) if name else None
+            for name in layer.inputs
+        ]
         size += _weight_bytes(layer.numel, weight)
         widest = max((spec['bits'] if spec else FLOAT_BITS for spec in inputs), default=FLOAT_BITS)
         bops += layer.macs * (weight['bits'] if weight else FLOAT_BITS) * widest
@@ -83,8 +86,9 @@ class Budget:
             the tensors it holds.
     """
 
-    def __init__(self, block: PTQConfig, detector: nn.Module, structure: Structure,
-                 stored_bytes: int | None = None) -> None:
+    def __init__(
+        self, block: PTQConfig, detector: nn.Module, structure: Structure, stored_bytes: int | None = None
+    ) -> None:
         cfg = block.protect or ProtectConfig()
         self.integer_bits = RUNTIME_BITS if block.export else 16
         macs = sum(layer.macs for layer in structure.layers) + sum(op['macs'] for op in structure.uncovered)
@@ -147,8 +151,10 @@ class Budget:
             # rounded up, so that the value told is one that can be kept
             told = f'{value}' if whole == 1 else f'{-(-value * 10000 // whole) / 10000:.4f}'
             asked = f'{limit:.0f}' if whole == 1 else f'{limit / whole:.4f}'
-            raise PTQError(f'the budget `ptq.protect.{key}` = {asked} cannot be kept: the least that can be reached is '
-                           f'{told}; raise it to that or more.')
+            raise PTQError(
+                f'the budget `ptq.protect.{key}` = {asked} cannot be kept: the least that can be reached is '
+                f'{told}; raise it to that or more.'
+            )
 
     def _total(self, cost: Cost, kind: str) -> int:
         return self.size_bytes(cost) if kind == 'size_bytes' else getattr(cost, kind)
@@ -156,6 +162,9 @@ class Budget:
 
 def _float_bytes(detector: nn.Module) -> int:
     """Size of the float detector in float32: everything but what quantization added, each tensor once."""
-    own = {id(t): t.numel() for name, t in detector.state_dict(keep_vars=True).items()
-           if t.is_floating_point() and not name.startswith('ptq.') and '.0.quantizer.' not in name}
+    own = {
+        id(t): t.numel()
+        for name, t in detector.state_dict(keep_vars=True).items()
+        if t.is_floating_point() and not name.startswith('ptq.') and '.0.quantizer.' not in name
+    }
     return FLOAT_BITS // 8 * sum(own.values())

@@ -1,4 +1,5 @@
 """Other formats for a tensor: built, ranged on the calibration images, and swapped in to be measured."""
+
 from __future__ import annotations
 
 import json
@@ -57,8 +58,9 @@ class Candidate:
         return {(tensors.kind, name): quantizer and quantizer.spec() for name, quantizer in self.quantizers.items()}
 
 
-def weight_policies(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
-                    ) -> dict[str, TensorConfig]:
+def weight_policies(
+    detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
+) -> dict[str, TensorConfig]:
     """What the config says about each layer's weight.
 
     Args:
@@ -70,13 +72,20 @@ def weight_policies(detector: nn.Module, structure: Structure, cfg: PTQConfig, r
     with quantization_mode(detector, 'float'):
         probe = probe_detector(detector, run)
     heads, first = head_names(detector), {call.layer for call in probe.calls if call.reads_image}
-    roles = [LayerRole(layer.name, layer.name.split('.')[0] in heads, layer.name in first, layer.name in probe.outputs)
-             for layer in structure.layers]
+    roles = [
+        LayerRole(layer.name, layer.name.split('.')[0] in heads, layer.name in first, layer.name in probe.outputs)
+        for layer in structure.layers
+    ]
     return {name: policy.weights for name, policy in resolve_policies(cfg, roles).items()}
 
 
-def candidates_for(detector: nn.Module, structure: Structure, tensors: TensorSet, kinds: Sequence[str],
-                   policies: dict[str, TensorConfig]) -> list[Candidate]:
+def candidates_for(
+    detector: nn.Module,
+    structure: Structure,
+    tensors: TensorSet,
+    kinds: Sequence[str],
+    policies: dict[str, TensorConfig],
+) -> list[Candidate]:
     """Builds what may replace a tensor set's format; weights are fitted, activations still need their ranges.
 
     Args:
@@ -108,7 +117,7 @@ def present(detector: nn.Module, structure: Structure, tensors: TensorSet) -> Ca
 
 def format_label(spec: dict, observer: dict | None = None) -> str:
     """A format in words, such as ``8-bit affine per channel, MSE range``."""
-    style = {'AffineQuantizer': 'affine', 'LogAffineQuantizer': 'log-affine'}.get(_name(spec), _name(spec))
+    style = build_quantizer(spec).style
     channels = ' per channel' if observer is not None and spec['num_channels'] else ''
     told = '' if observer is None else f', {_RANGES.get(_name(observer), _name(observer))}'
     return f'{spec["bits"]}-bit {style}{channels}{told}'
@@ -125,8 +134,11 @@ def _activation_changes(detector: nn.Module, structure: Structure, tensors: Tens
     depthwise = all(is_depthwise(detector.get_submodule(name)) for name in tensors.layers)
     if depthwise and not all(spec['num_channels'] for spec in specs):
         changes.append(('per_channel', dict(depthwise_per_channel=True)))
-    changes += [('range', dict(observer=dict(type=f'mmdet_ptq.{kind}'))) for kind in _RANGES
-                if any(_name(entry['observer']) != kind for entry in entries)]
+    changes += [
+        ('range', dict(observer=dict(type=f'mmdet_ptq.{kind}')))
+        for kind in _RANGES
+        if any(_name(entry['observer']) != kind for entry in entries)
+    ]
     bits = min(spec['bits'] for spec in specs)
     # weights that took over factors of the channels were quantized with them: the tensor stays in integers
     last_resort = [] if any('divided' in entry for entry in entries) else [('float', dict(float=True))]
@@ -135,7 +147,7 @@ def _activation_changes(detector: nn.Module, structure: Structure, tensors: Tens
 
 def _weight_changes(structure: Structure, tensors: TensorSet, policy: TensorConfig) -> list[tuple[str, dict]]:
     spec = next(layer.weight for layer in structure.layers if layer.name == tensors.layers[0])
-    affine = _name(spec) == 'AffineQuantizer'
+    affine = build_quantizer(spec).uniform
     changes = [('format', dict(quantizer=_LOG))] if affine and spec['bits'] <= 8 else []
     if not affine:
         changes.append(('format', dict(quantizer=_AFFINE)))
@@ -150,8 +162,9 @@ def _bit_changes(bits: int, most: int) -> list[tuple[str, dict]]:
     return changes + ([('lower', dict(bits=LOWER_BITS))] if bits > LOWER_BITS else [])
 
 
-def _activation_candidate(detector: nn.Module, structure: Structure, tensors: TensorSet, policies: dict,
-                          kind: str, change: dict) -> Candidate:
+def _activation_candidate(
+    detector: nn.Module, structure: Structure, tensors: TensorSet, policies: dict, kind: str, change: dict
+) -> Candidate:
     if kind == 'float':
         return Candidate(kind, 'float', change, dict.fromkeys(tensors.tensors), {})
     layer = detector.get_submodule(tensors.layers[0])
@@ -167,15 +180,17 @@ def _activation_candidate(detector: nn.Module, structure: Structure, tensors: Te
     return Candidate(kind, format_label(spec, observers[name]), change, quantizers, observers)
 
 
-def _weight_candidate(detector: nn.Module, structure: Structure, tensors: TensorSet, policies: dict,
-                      kind: str, change: dict) -> Candidate:
+def _weight_candidate(
+    detector: nn.Module, structure: Structure, tensors: TensorSet, policies: dict, kind: str, change: dict
+) -> Candidate:
     name = tensors.layers[0]
     if kind == 'float':
         return Candidate(kind, 'float', change, {name: None})
     module = detector.get_submodule(name)
     policy = apply_policy(policies[name], change, f'ptq.overrides[{name!r}].weights')
-    quantizer = fit_weight_quantizer(policy, RowLayout.of(module).to_rows(float_weight(module).detach()),
-                                     neighbours(module))
+    quantizer = fit_weight_quantizer(
+        policy, RowLayout.of(module).to_rows(float_weight(module).detach()), neighbours(module)
+    )
     told = f', {_RANGES[_name(change["observer"])]}' if 'observer' in change else ''
     return Candidate(kind, format_label(quantizer.spec()) + told, change, {name: quantizer})
 
@@ -245,4 +260,3 @@ def put_in(detector: nn.Module, tensors: TensorSet, candidate: Candidate) -> Non
     else:
         for name, quantizer in candidate.quantizers.items():
             quantized_weights(detector)[name].quantizer = quantizer
-

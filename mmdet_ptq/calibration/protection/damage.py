@@ -1,9 +1,11 @@
 """What quantizing some tensors does to the detections: box IoU, scores and the filtered global loss."""
+
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -72,22 +74,28 @@ class DamageStore:
             same = stored['fingerprint'] == self.fingerprint
             values = {key: Damage(**value) for key, value in stored['damage'].items()} if same else {}
         except (ValueError, KeyError, TypeError) as error:
-            print_log(f'{self.path} cannot be used ({type(error).__name__}: {error}); everything is measured again',
-                      'current', level=30)
+            print_log(
+                f'{self.path} cannot be used ({type(error).__name__}: {error}); everything is measured again',
+                'current',
+                level=logging.WARNING,
+            )
             return
         if same:
             print_log(f'{len(values)} measurements are taken over from {self.path}', 'current')
         else:
-            print_log(f'{self.path} belongs to another detector, config or images; everything is measured again',
-                      'current')
+            print_log(
+                f'{self.path} belongs to another detector, config or images; everything is measured again', 'current'
+            )
         self.values = values
 
     def put(self, key: str, damage: Damage) -> None:
         """Keeps one measurement, on disk too."""
         self.values[key] = damage
         if is_main_process():
-            write_json(self.path, dict(fingerprint=self.fingerprint,
-                                       damage={key: asdict(value) for key, value in self.values.items()}))
+            write_json(
+                self.path,
+                dict(fingerprint=self.fingerprint, damage={key: asdict(value) for key, value in self.values.items()}),
+            )
 
 
 class DamageMeter:
@@ -107,8 +115,13 @@ class DamageMeter:
         PTQError: There is no image.
     """
 
-    def __init__(self, detector: nn.Module, structure: Structure, batches: Sequence[dict[str, Any]],
-                 resume_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        detector: nn.Module,
+        structure: Structure,
+        batches: Sequence[dict[str, Any]],
+        resume_file: Path | None = None,
+    ) -> None:
         self.detector, self.structure = detector, structure
         # no IoU filter: it would leave out the boxes that a format destroys, and formats are compared on the same
         # boxes. GIoU is bounded where the distance of two decoded boxes is not
@@ -142,8 +155,9 @@ class DamageMeter:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def measure(self, activations: Collection[str], weights: Collection[str], key: str | None = None,
-                layers: Sequence[str] = ()) -> Damage:
+    def measure(
+        self, activations: Collection[str], weights: Collection[str], key: str | None = None, layers: Sequence[str] = ()
+    ) -> Damage:
         """Quantizes the named tensors and nothing else, and compares with the float predictions.
 
         Args:
@@ -185,6 +199,7 @@ class DamageMeter:
                     args, kwargs = with_input(args, kwargs, state.activations[name])
                     sums[name][0] += float((module.forward(*args, **kwargs).double() - output).square().sum())
                     sums[name][1] += float(output.double().square().sum())
+
             return hook
 
         with ExitStack() as stack:
@@ -219,8 +234,11 @@ def _joined(parts: list[tuple[int, float, Tensor]], output_error: float | None) 
     loss = sum(images * value for images, value, _ in parts) / count
     change, scores, overlap, weight = sum(sums for _, _, sums in parts).tolist()
     return Damage(
-        _finite(loss), _finite(overlap / weight) if weight else None, _finite(change / scores) if scores else None,
-        output_error)
+        _finite(loss),
+        _finite(overlap / weight) if weight else None,
+        _finite(change / scores) if scores else None,
+        output_error,
+    )
 
 
 def _ratio(error: float, signal: float) -> float:
@@ -261,6 +279,7 @@ class _OutputError:
     def _before(self, name: str):
         def hook(module, args, kwargs):
             self._inputs[name] = args, kwargs
+
         return hook
 
     def _after(self, name: str):
@@ -275,8 +294,8 @@ class _OutputError:
                 reference = module.forward(*before, **before_kwargs).double()
             self.error += float((output.double() - reference).square().sum())
             self.signal += float(reference.square().sum())
-        return hook
 
+        return hook
 
 
 @contextmanager

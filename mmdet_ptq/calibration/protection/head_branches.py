@@ -1,4 +1,5 @@
 """Which part of the detector a layer call belongs to, read from the autograd graph and not from names."""
+
 from __future__ import annotations
 
 import copy
@@ -53,7 +54,8 @@ def find_places(detector: nn.Module, structure: Structure, batch: dict[str, Any]
     reached = {
         CLASS: _depends([s.cls_logits for s in stages], outputs),
         BOX: _depends([t for s in stages for t in (s.boxes, s.distributions)], outputs),
-        QUALITY: _depends([s.quality_logits for s in stages], outputs)}
+        QUALITY: _depends([s.quality_logits for s in stages], outputs),
+    }
     levels = _levels(stages, outputs)
     feeds = _depends(inputs, outputs)
     heads = head_names(detector)
@@ -88,14 +90,21 @@ def score_layers(detector: nn.Module, structure: Structure, batch: dict[str, Any
     # the predictions need not depend on every call of a layer
     unknown = [name for name, calls in parts.items() if all(part.endswith(OTHER) for part in calls)]
     if unknown:
-        print_log('whether these layers write class scores is not known, so their biases are not corrected: '
-                  + ', '.join(unknown), 'current')
-    return [name for name, calls in parts.items()
-            if name in unknown or any(part.endswith((CLASS, QUALITY, SHARED)) for part in calls)]
+        print_log(
+            'whether these layers write class scores is not known, so their biases are not corrected: '
+            + ', '.join(unknown),
+            'current',
+        )
+    return [
+        name
+        for name, calls in parts.items()
+        if name in unknown or any(part.endswith((CLASS, QUALITY, SHARED)) for part in calls)
+    ]
 
 
-def _run(detector: nn.Module, layers: list[str], batch: dict[str, Any]
-         ) -> tuple[list[tuple[str, int]], list[Tensor], list[Tensor], AlignedPredictions]:
+def _run(
+    detector: nn.Module, layers: list[str], batch: dict[str, Any]
+) -> tuple[list[tuple[str, int]], list[Tensor], list[Tensor], AlignedPredictions]:
     """One float forward with gradients: every layer call with its output, all inputs, the predictions."""
     calls, outputs, inputs, counts, handles = [], [], [], defaultdict(int), []
 
@@ -105,6 +114,7 @@ def _run(detector: nn.Module, layers: list[str], batch: dict[str, Any]
             counts[name] += 1
             outputs.append(output)
             inputs.extend(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad)
+
         return hook
 
     with torch.enable_grad(), quantization_mode(detector, 'float'):
@@ -124,13 +134,15 @@ def _run(detector: nn.Module, layers: list[str], batch: dict[str, Any]
 def _depends(targets: list[Tensor | None], outputs: list[Tensor]) -> list[bool]:
     """Which of the outputs any of the targets is computed from."""
     # weighted: in a plain sum, the corners of a box cancel its width
-    roots = [(t * torch.linspace(1, 2, t.shape[-1], device=t.device)).sum()
-             for t in targets if t is not None and t.requires_grad]
+    roots = [
+        (t * torch.linspace(1, 2, t.shape[-1], device=t.device)).sum()
+        for t in targets
+        if t is not None and t.requires_grad
+    ]
     tracked = [i for i, output in enumerate(outputs) if output.requires_grad]
     found = [False] * len(outputs)
     if roots and tracked:
-        gradients = torch.autograd.grad(
-            roots, [outputs[i] for i in tracked], retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(roots, [outputs[i] for i in tracked], retain_graph=True, allow_unused=True)
         for i, gradient in zip(tracked, gradients, strict=True):
             # a piece of a concatenation sends zeros to what the other pieces were made of
             found[i] = gradient is not None and bool(gradient.any())
@@ -143,6 +155,7 @@ def _levels(stages: list[AlignedPredictions], outputs: list[Tensor]) -> list[lis
     if stage is None:
         return []
     targets = [t for t in (stage.cls_logits, stage.boxes, stage.quality_logits, stage.distributions) if t is not None]
-    return [_depends([t.split(stage.level_sizes, 1)[level] for t in targets], outputs)
-            for level in range(len(stage.level_sizes))]
-
+    return [
+        _depends([t.split(stage.level_sizes, 1)[level] for t in targets], outputs)
+        for level in range(len(stage.level_sizes))
+    ]

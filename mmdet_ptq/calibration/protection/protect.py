@@ -1,7 +1,9 @@
 """Automatic protection and mixed precision: better formats for the tensors that cost detections, under a budget."""
+
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -106,9 +108,15 @@ class _Case:
     candidates: list[Candidate] = field(default_factory=list)
 
 
-def protect_detector(detector: nn.Module, structure: Structure, cfg: PTQConfig, images: Sequence[dict[str, Any]],
-                     batches: Iterable[Any], stored_bytes: int | None = None, resume_file: Path | None = None
-                     ) -> Protection:
+def protect_detector(
+    detector: nn.Module,
+    structure: Structure,
+    cfg: PTQConfig,
+    images: Sequence[dict[str, Any]],
+    batches: Iterable[Any],
+    stored_bytes: int | None = None,
+    resume_file: Path | None = None,
+) -> Protection:
     """Finds the tensors whose quantization costs most detections and gives them better formats, in place.
 
     If the detector exceeds the size or the bit operations that the budget allows, weights and activations first go to
@@ -145,8 +153,16 @@ def with_overrides(cfg: PTQConfig, overrides: dict) -> PTQConfig:
 class _Protector:
     """The search; formats are swapped into the detector as they are chosen and settled at the end."""
 
-    def __init__(self, detector: nn.Module, structure: Structure, cfg: PTQConfig, images: Sequence[dict[str, Any]],
-                 batches: Iterable[Any], stored_bytes: int | None, resume_file: Path | None) -> None:
+    def __init__(
+        self,
+        detector: nn.Module,
+        structure: Structure,
+        cfg: PTQConfig,
+        images: Sequence[dict[str, Any]],
+        batches: Iterable[Any],
+        stored_bytes: int | None,
+        resume_file: Path | None,
+    ) -> None:
         self.detector, self.structure, self.batches = detector, structure, batches
         self.cfg: ProtectConfig = cfg.protect or ProtectConfig()
         self.budget = Budget(cfg, detector, structure, stored_bytes)
@@ -160,8 +176,10 @@ class _Protector:
 
     def run(self) -> Protection:
         before = self.whole()
-        print_log(f'filtered global loss of the quantized detector on {self.meter.num_images} images: '
-                  f'{before.loss:.4g}', 'current')
+        print_log(
+            f'filtered global loss of the quantized detector on {self.meter.num_images} images: {before.loss:.4g}',
+            'current',
+        )
         try:
             if self.budget.exceeded(self.cost()):
                 self.shrink()
@@ -170,7 +188,8 @@ class _Protector:
             if self.cfg.max_loss is not None and after.loss > self.cfg.max_loss:
                 raise PTQError(
                     f'the budget `ptq.protect.max_loss` = {self.cfg.max_loss:g} cannot be kept: the least that was '
-                    f'reached is {after.loss:.4g}; raise it to that or more, or allow more cost or `max_tensors`.')
+                    f'reached is {after.loss:.4g}; raise it to that or more, or allow more cost or `max_tensors`.'
+                )
         except BaseException:
             for case in self.cases.values():
                 self.take(case, case.start)
@@ -207,16 +226,18 @@ class _Protector:
         self.offer(worst, self.cfg.candidates)
         cases = [self.cases[tensors] for tensors in worst]
         for case in cases:  # what alone is too much is not worth a measurement
-            case.candidates = [c for c in case.candidates
-                               if self.budget.allows_float(self.cost({case.tensors: c}))]
+            case.candidates = [c for c in case.candidates if self.budget.allows_float(self.cost({case.tensors: c}))]
         self.measure_offers(cases, 'measuring other formats')
         for stage in _STAGES:
             target = self.cfg.min_share * self.whole().loss
             while not self.is_good_enough() and (move := self.best_move(cases, stage, target)):
                 self.take(*move)
         if self.whole().loss > start:
-            print_log('the formats chosen for protection do not help together, so none of them is taken', 'current',
-                      level=30)
+            print_log(
+                'the formats chosen for protection do not help together, so none of them is taken',
+                'current',
+                level=logging.WARNING,
+            )
             for case in cases:
                 self.take(case, shrunk.get(case.tensors, case.start))
 
@@ -245,8 +266,8 @@ class _Protector:
                 if -loss <= self.cfg.min_share * self.rest:
                     break
                 if len(group) > 1:
-                    measure(group[:len(group) // 2])
-                    measure(group[len(group) // 2:])
+                    measure(group[: len(group) // 2])
+                    measure(group[len(group) // 2 :])
                     continue
                 found.append(group[0])
                 self.case(group[0]).now.loss = -loss
@@ -286,18 +307,39 @@ class _Protector:
         cost, choices = self.cost(), []
         for tensors, case in changed.items():
             added = cost - self.cost({tensors: case.start})
-            choices.append(Choice(
-                tensors.name, tensors.kind, tensors.layers, case.start.label, case.now.label, case.start.loss,
-                case.now.loss, added.size_bytes, added.bops, added.float_macs))
+            choices.append(
+                Choice(
+                    tensors.name,
+                    tensors.kind,
+                    tensors.layers,
+                    case.start.label,
+                    case.now.label,
+                    case.start.loss,
+                    case.now.loss,
+                    added.size_bytes,
+                    added.bops,
+                    added.float_macs,
+                )
+            )
         choices.sort(key=lambda choice: -choice.loss_before)
         for tensors, case in changed.items():
             adopt(self.detector, self.structure, tensors, case.now)
         for choice in choices:
-            print_log(f'{choice.tensor}: {choice.was} -> {choice.now}, its loss {choice.loss_before:.3g} -> '
-                      f'{choice.loss_after:.3g}', 'current')
+            print_log(
+                f'{choice.tensor}: {choice.was} -> {choice.now}, its loss {choice.loss_before:.3g} -> '
+                f'{choice.loss_after:.3g}',
+                'current',
+            )
         print_log(f'{len(choices)} tensors have other formats; loss {before.loss:.4g} -> {after.loss:.4g}', 'current')
-        return Protection(overrides_for({t: case.now for t, case in changed.items()}), choices, before, after,
-                          self.budget.size_bytes(cost), cost.bops, self.budget.size_limit)
+        return Protection(
+            overrides_for({t: case.now for t, case in changed.items()}),
+            choices,
+            before,
+            after,
+            self.budget.size_bytes(cost),
+            cost.bops,
+            self.budget.size_limit,
+        )
 
     # ------------------------------------------------------------------ pieces
 
@@ -333,7 +375,8 @@ class _Protector:
             # reconstruction in closed form ranges the weights that it solves by their squared error
             undone = ('range',) if tensors.kind == WEIGHT and self.compensates else ()
             self.case(tensors).candidates = candidates_for(
-                self.detector, self.structure, tensors, [kind for kind in kinds if kind not in undone], self.policies)
+                self.detector, self.structure, tensors, [kind for kind in kinds if kind not in undone], self.policies
+            )
 
     def measure_offers(self, cases: Sequence[_Case], told: str) -> None:
         """Observes the candidates and measures each by itself."""

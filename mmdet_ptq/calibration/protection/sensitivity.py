@@ -1,4 +1,5 @@
 """Sensitivity: which tensor, and which part of the detector, costs detections when it alone is quantized."""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -73,8 +74,11 @@ class TensorSensitivity:
         call = f' (call {self.name.partition("#")[2]})' if '#' in self.name else ''
         if not self.layers:
             module, _, operation = self.name.partition(':')
-            return (f'output of {module.replace("/", ".")}{call}' if operation.partition('#')[0] == 'out'
-                    else f'result of {self.name}')
+            return (
+                f'output of {module.replace("/", ".")}{call}'
+                if operation.partition('#')[0] == 'out'
+                else f'result of {self.name}'
+            )
         return f'{"input" if self.kind == ACTIVATION else "weight"} of {self.layers[0]}{call}'
 
 
@@ -144,8 +148,9 @@ def split_kinds(sets: Sequence[TensorSet]) -> tuple[list[str], list[str]]:
     return tuple([t for s in sets if s.kind == kind for t in s.tensors] for kind in (ACTIVATION, WEIGHT))
 
 
-def measure_sensitivity(detector: nn.Module, structure: Structure, batches: Sequence[dict[str, Any]],
-                        resume_file: Path | None = None) -> Sensitivities:
+def measure_sensitivity(
+    detector: nn.Module, structure: Structure, batches: Sequence[dict[str, Any]], resume_file: Path | None = None
+) -> Sensitivities:
     """Quantizes one tensor, then one part after the other, and measures what it does to the detections.
 
     Each costs one forward pass of the images; the layer's own output error is measured on the way. The output errors of
@@ -178,7 +183,8 @@ def measure_sensitivity(detector: nn.Module, structure: Structure, batches: Sequ
     for tensor in track(tensors, description='sensitivity of tensors'):
         at_source = tensor.kind == ACTIVATION and tensor.name in written
         tensor.damage = meter.measure(
-            *_names([tensor]), key=f'{tensor.kind} {tensor.name}', layers=() if at_source else tensor.layers)
+            *_names([tensor]), key=f'{tensor.kind} {tensor.name}', layers=() if at_source else tensor.layers
+        )
         if at_source:
             tensor.damage = replace(tensor.damage, output_error=errors.get(tensor.name))
     # sorting is stable: equal losses stay in the order of the layers
@@ -210,20 +216,38 @@ def _tensors(structure: Structure, places: dict[tuple[str, int], Place]) -> list
     for (kind, name), calls in readers.items():
         at = [places[layer.name, call] for layer, call in calls if (layer.name, call) in places]
         parts, levels = dict.fromkeys(p.part for p in at), {p.level for p in at}
-        found.append(TensorSensitivity(
-            kind, name, tuple(dict.fromkeys(layer.name for layer, _ in calls)), _joint_part(list(parts)),
-            levels.pop() if len(levels) == 1 else None, bool(at) and all(p.output for p in at),
-            specs[kind, name]['bits'], Damage(0.0)))
+        found.append(
+            TensorSensitivity(
+                kind,
+                name,
+                tuple(dict.fromkeys(layer.name for layer, _ in calls)),
+                _joint_part(list(parts)),
+                levels.pop() if len(levels) == 1 else None,
+                bool(at) and all(p.output for p in at),
+                specs[kind, name]['bits'],
+                Damage(0.0),
+            )
+        )
     # what the head puts out belongs where it is written
-    written = {name: places.get((layer.name, call)) for layer in structure.layers
-               for call, name in enumerate(layer.outputs)}
+    written = {
+        name: places.get((layer.name, call)) for layer in structure.layers for call, name in enumerate(layer.outputs)
+    }
     for name in unread(structure):
         place = written.get(name)
         if place is None or not place.output:
             place = Place(BETWEEN)
-        found.append(TensorSensitivity(
-            ACTIVATION, name, (), place.part, place.level, place.output, structure.activations[name]['spec']['bits'],
-            Damage(0.0)))
+        found.append(
+            TensorSensitivity(
+                ACTIVATION,
+                name,
+                (),
+                place.part,
+                place.level,
+                place.output,
+                structure.activations[name]['spec']['bits'],
+                Damage(0.0),
+            )
+        )
     return found
 
 

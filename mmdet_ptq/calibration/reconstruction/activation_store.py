@@ -1,4 +1,5 @@
 """Cached activations: in memory as long as they fit, on disk beyond."""
+
 from __future__ import annotations
 
 import itertools

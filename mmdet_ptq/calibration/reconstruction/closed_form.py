@@ -1,7 +1,9 @@
 """Closed-form reconstruction: each layer of a unit by least squares, its rounding errors compensated."""
+
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,13 +36,17 @@ ROUNDING_SHARE = 0.01
 @torch.no_grad()
 def solve_unit(data: UnitData) -> None:
     """Solves and rounds one layer after another, each with the layers before it already quantized."""
-    float_values = [(value, value.detach().clone()) for layer in data.layers.values()
-                    for value in (float_weight(layer), layer.bias) if value is not None]
+    float_values = [
+        (value, value.detach().clone())
+        for layer in data.layers.values()
+        for value in (float_weight(layer), layer.bias)
+        if value is not None
+    ]
     for name, layer in data.layers.items():
         quantizer, weight = data.weights[name].quantizer, float_weight(layer)
         equations, reason = _equations(data, name, float_values)
         if equations is None:
-            print_log(f'{name}: {reason}, so its weights are not compensated', 'current', level=30)
+            print_log(f'{name}: {reason}, so its weights are not compensated', 'current', level=logging.WARNING)
             continue
         groups, rows = getattr(layer, 'groups', 1), data.weights[name].layout.to_rows(weight)
         start = rows.view(groups, -1, rows.shape[1])
@@ -74,8 +80,9 @@ def _importance(equations: LayerEquations, weight: Tensor, shape: torch.Size) ->
     return importance / mean if mean > 0 else None
 
 
-def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tensor]]
-               ) -> tuple[LayerEquations | None, str]:
+def _equations(
+    data: UnitData, name: str, float_values: list[tuple[Tensor, Tensor]]
+) -> tuple[LayerEquations | None, str]:
     """The normal equations of a layer from the training samples, or why there are none."""
     layer, weight = data.layers[name], data.weights[name]
     if getattr(weight.quantizer, 'mode', '') == 'shift':
@@ -91,7 +98,7 @@ def _equations(data: UnitData, name: str, float_values: list[tuple[Tensor, Tenso
                 equations = LayerEquations(*rows.shape, layer.bias is not None, rows.device)
         for (_, output), (x, _) in zip(targets, _seen_by(data, name, call, data.inputs[call][batch]), strict=True):
             y = by_group(layer, output)
-            picked = torch.randperm(y.shape[2], device=y.device)[:data.cfg.max_positions]
+            picked = torch.randperm(y.shape[2], device=y.device)[: data.cfg.max_positions]
             counts = _counts(data, call, batch, picked, len(output), y.shape[2])
             equations.add(patches(layer, x, picked), y[..., picked], counts)
     if not (torch.isfinite(equations.inputs).all() and torch.isfinite(equations.targets).all()):
@@ -183,8 +190,9 @@ def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: flo
     for factor in SCALE_FACTORS:
         quantizer.rescale(torch.tensor(factor / before))
         before = factor
-        rounded, error = round_on_grid(NearestLevel(quantizer, weight.shape[0] * weight.shape[1]),
-                                       _sums(quantizer, weight.shape[:2]))
+        rounded, error = round_on_grid(
+            NearestLevel(quantizer, weight.shape[0] * weight.shape[1]), _sums(quantizer, weight.shape[:2])
+        )
         if best_error is None:
             best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
             continue

@@ -5,6 +5,7 @@ is the expected squared gradient of the log-likelihood over labels drawn from th
 backward passes a batch give the weights of every unit at once, where BRECQ and Reg-PTQ run the whole detector for each
 unit.
 """
+
 from __future__ import annotations
 
 import math
@@ -44,8 +45,9 @@ class FisherWeight:
         self.channels += other.channels
 
 
-def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, reference: AlignedPredictions | None
-                   ) -> dict[tuple[str, int], FisherWeight]:
+def fisher_weights(
+    detector: nn.Module, units: Iterable[Unit], data: dict, reference: AlignedPredictions | None
+) -> dict[tuple[str, int], FisherWeight]:
     """Measures one batch.
 
     Args:
@@ -67,6 +69,7 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
             counts[name] += 1
             # a copy goes on: what follows may write to it
             return output.clone()
+
         return hook
 
     axes = {unit.name: unit.axis for unit in units}
@@ -78,8 +81,12 @@ def fisher_weights(detector: nn.Module, units: Iterable[Unit], data: dict, refer
             keys = list(outputs)
             weights = {key: _factors(torch.zeros_like(outputs[key]), axes[key[0]]) for key in keys}
             for draw in range(DRAWS):
-                grads = torch.autograd.grad(noisy_loss(predictions), [outputs[key] for key in keys], allow_unused=True,
-                                            retain_graph=draw < DRAWS - 1)
+                grads = torch.autograd.grad(
+                    noisy_loss(predictions),
+                    [outputs[key] for key in keys],
+                    allow_unused=True,
+                    retain_graph=draw < DRAWS - 1,
+                )
                 for key, grad in zip(keys, grads, strict=True):
                     if grad is not None:
                         weights[key].add(_factors(grad.square(), axes[key[0]]))

@@ -5,6 +5,7 @@ Alistarh, NeurIPS 2022) in the fixed order of GPTQ (Frantar et al., ICLR 2023). 
 the float layer returned on float inputs, so errors of the layers before are taken back, too; and the bias, which is not
 rounded, takes what is left of the mean.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -36,14 +37,22 @@ def patches(layer: nn.Module, x: Tensor, picked: Tensor | None = None) -> Tensor
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
         return (rows if picked is None else rows[picked]).T[None]
-    if not isinstance(layer, nn.Conv2d) or is_transposed(layer) or layer.padding_mode != 'zeros' \
-            or isinstance(layer.padding, str):
+    if (
+        not isinstance(layer, nn.Conv2d)
+        or is_transposed(layer)
+        or layer.padding_mode != 'zeros'
+        or isinstance(layer.padding, str)
+    ):
         return None
     (pad_y, pad_x), (dilation_y, dilation_x), (stride_y, stride_x) = layer.padding, layer.dilation, layer.stride
     x = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
     images, channels, height, width = x.shape
-    rows, columns = ((size - dilation * (kernel - 1) - 1) // stride + 1 for size, dilation, kernel, stride in zip(
-        (height, width), layer.dilation, layer.kernel_size, layer.stride, strict=True))
+    rows, columns = (
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, dilation, kernel, stride in zip(
+            (height, width), layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    )
     if picked is None:
         picked = torch.arange(images * rows * columns, device=x.device)
     line, image = picked // columns, picked // (rows * columns)
@@ -135,8 +144,9 @@ class LayerEquations:
 
     def best_bias(self, weight: Tensor) -> Tensor:
         """The bias that leaves no mean error, (G, R)."""
-        return ((self.targets[..., -1] - (weight.double() @ self.inputs[:, :-1, -1:])[..., 0])
-                / max(self.count, 1e-12)).to(weight.dtype)
+        return (
+            (self.targets[..., -1] - (weight.double() @ self.inputs[:, :-1, -1:])[..., 0]) / max(self.count, 1e-12)
+        ).to(weight.dtype)
 
     def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
         diagonal = self.inputs.diagonal(dim1=1, dim2=2)
@@ -161,8 +171,10 @@ class NearestLevel:
         levels = quantizer.decode(codes.expand(rows, -1)).sort(1).values
         kept = quantizer.nearest(levels) == levels
         if not kept.any(1).all():
-            raise PTQError(f'{type(quantizer).__name__} rounds none of its values to itself; choose another weight '
-                           'quantizer, or `ptq.reconstruct=None`.')
+            raise PTQError(
+                f'{type(quantizer).__name__} rounds none of its values to itself; choose another weight '
+                'quantizer, or `ptq.reconstruct=None`.'
+            )
         # one that is left out repeats the one below, or at the start the first that is kept
         place = torch.arange(len(codes), device=codes.device).expand_as(kept)
         place = torch.where(kept, place, kept.int().argmax(1, keepdim=True)).cummax(1).values
@@ -261,8 +273,9 @@ class CompensatedRounding:
         self._target = weight.double().gather(2, self._order)
         self._upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(self._hessian)), upper=True)
 
-    def __call__(self, quantize: Callable[[Tensor], Tensor], sums: NeighbourSums | None = None
-                 ) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, quantize: Callable[[Tensor], Tensor], sums: NeighbourSums | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rounds.
 
         Args:
@@ -302,7 +315,7 @@ class CompensatedRounding:
                 if beside is not None:
                     beside.put(place, rounded[:, column])
                 errors[:, column] = error = (value - rounded[:, column]) / upper[:, place, place, None]
-                left[:, column + 1:] -= upper[:, place, place + 1:end, None] * error[:, None]
+                left[:, column + 1 :] -= upper[:, place, place + 1 : end, None] * error[:, None]
             found[..., start:end] = _columns(rounded)
             rest[..., end:] -= _columns(errors) @ upper[:, start:end, end:]
         return found
@@ -320,10 +333,10 @@ class CompensatedRounding:
                 wanted = wanted if beside is None else beside.clip(place, wanted)
                 change = quantize(wanted.float()).double() - before
                 # the nearest value minimises the parabola; ties and float32 may not raise the error
-                changes[:, column] = change = torch.where(change * (2 * slope + change * scale) < 0, change, 0.)
+                changes[:, column] = change = torch.where(change * (2 * slope + change * scale) < 0, change, 0.0)
                 if beside is not None:
                     beside.put(place, before + change)
-                slopes[:, column + 1:] += hessian[:, place, place + 1:end, None] * change[:, None]
+                slopes[:, column + 1 :] += hessian[:, place, place + 1 : end, None] * change[:, None]
             found[..., start:end] += _columns(changes)
             gradient[..., end:] += _columns(changes) @ hessian[:, start:end, end:]
 

@@ -1,7 +1,9 @@
 """Local reconstruction: the quantized detector is brought back to the float one unit by unit."""
+
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Collection
@@ -41,8 +43,15 @@ class BlockReconstruction:
     def __init__(self, cfg: ReconstructConfig) -> None:
         self.cfg = cfg
 
-    def run(self, detector: nn.Module, batches: Collection[dict], held_out: Collection[dict], folder: Path, seed: int,
-            resume: bool) -> list[dict]:
+    def run(
+        self,
+        detector: nn.Module,
+        batches: Collection[dict],
+        held_out: Collection[dict],
+        folder: Path,
+        seed: int,
+        resume: bool,
+    ) -> list[dict]:
         """Reconstructs a quantized detector whose activation ranges are set, in place.
 
         Args:
@@ -73,8 +82,11 @@ class BlockReconstruction:
         # the Fisher weights are drawn: a run that is resumed here draws the same
         with torch.random.fork_rng(devices=devices_of(streams.device)):
             torch.manual_seed(seed)
-            for batch in track(itertools.chain([first], data), total=count,
-                               description='weighing outputs' if self.cfg.fisher else 'float outputs'):
+            for batch in track(
+                itertools.chain([first], data),
+                total=count,
+                description='weighing outputs' if self.cfg.fisher else 'float outputs',
+            ):
                 streams.add(batch, needs_reference(detector), self.cfg.fisher > 0)
         samples = [(b, i) for b, batch in enumerate(streams.batches) for i in range(len(batch.samples))]
         train = [(b, i) for b, i in samples if b < trained]
@@ -86,8 +98,9 @@ class BlockReconstruction:
             float_inputs = streams.collect(unit, FLOAT)
             inputs = streams.collect(unit, QUANTIZED)
             with quantization_mode(detector, QUANTIZED):
-                trainer = UnitTrainer(UnitData(
-                    streams, unit, inputs, float_inputs, self.cfg, train, samples[len(train):]), taken)
+                trainer = UnitTrainer(
+                    UnitData(streams, unit, inputs, float_inputs, self.cfg, train, samples[len(train) :]), taken
+                )
                 result = self._taken_over(trainer, path) if resume else None
                 if result is None:
                     self._check_images(trainer.data, len(train))
@@ -127,7 +140,9 @@ class BlockReconstruction:
         try:
             saved = load_tensors(path)
         except PTQError as error:
-            print_log(f'{error}; the unit {trainer.data.unit.name} is reconstructed again', 'current', level=30)
+            print_log(
+                f'{error}; the unit {trainer.data.unit.name} is reconstructed again', 'current', level=logging.WARNING
+            )
             return None
         trainer.restore(saved['state'])
         return UnitResult(**saved['result'])
@@ -139,14 +154,23 @@ class BlockReconstruction:
             fan_in = weight.layout.to_rows(data.layers[name].parametrizations.weight.original).shape[1]
             needed = math.ceil(fan_in / positions)
             if images < needed:
-                print_log(f'{images} calibration images are few for {name}, which has {fan_in} weights per output '
-                          f'channel: {needed} are needed (`ptq.calibration.num_images`)', 'current', level=30)
+                print_log(
+                    f'{images} calibration images are few for {name}, which has {fan_in} weights per output '
+                    f'channel: {needed} are needed (`ptq.calibration.num_images`)',
+                    'current',
+                    level=logging.WARNING,
+                )
 
     def _log(self, index: int, count: int, result: UnitResult, seconds: float) -> None:
         left = seconds / (index + 1) * (count - index - 1)
-        end = {'restored': '; training did not help, the state before is restored',
-               'diverged': '; training diverged, the best state before is kept',
-               'good enough': '; good enough as it is'}.get(result.outcome, '')
-        print_log(f'reconstruct [{index + 1}/{count}] {result.name}: held-out error {result.before:.4g} -> '
-                  f'{result.after:.4g}, {result.seconds:.1f} s, eta {int(left) // 60} min {int(left) % 60:02d} s{end}',
-                  'current', level=30 if result.outcome in ('restored', 'diverged') else 20)
+        end = {
+            'restored': '; training did not help, the state before is restored',
+            'diverged': '; training diverged, the best state before is kept',
+            'good enough': '; good enough as it is',
+        }.get(result.outcome, '')
+        print_log(
+            f'reconstruct [{index + 1}/{count}] {result.name}: held-out error {result.before:.4g} -> '
+            f'{result.after:.4g}, {result.seconds:.1f} s, eta {int(left) // 60} min {int(left) % 60:02d} s{end}',
+            'current',
+            level=logging.WARNING if result.outcome in ('restored', 'diverged') else logging.INFO,
+        )

@@ -4,6 +4,7 @@ An error where an object is, or in a channel with large weights, costs more than
 meanwhile: theirs are solved afterwards, for the scales found here. PTQ4ViT (Yuan et al., ECCV 2022) chooses scales by
 their weighted output error, too.
 """
+
 from __future__ import annotations
 
 import math
@@ -48,7 +49,7 @@ def search_scales(data: UnitData, activations: Iterable[Quantizer]) -> None:
 
 
 def _error(data: UnitData, samples: list[tuple]) -> Tensor:
-    batches = (samples[start:start + data.batch_size] for start in range(0, len(samples), data.batch_size))
+    batches = (samples[start : start + data.batch_size] for start in range(0, len(samples), data.batch_size))
     total = torch.stack([error for batch in batches for error, _ in data.errors(batch, mix=False)]).sum()
     # no scale would be better than one that gives NaN
     return total.nan_to_num(nan=math.inf, posinf=math.inf)

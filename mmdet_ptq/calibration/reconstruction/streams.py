@@ -4,6 +4,7 @@ The detector's own forward is run again for every unit, but finished units retur
 and other modules that do not matter return zeros, so that each unit computes once. The float stream, which no
 calibration changes, is run for several units at a time. No code of the user is traced or rewritten.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -107,8 +108,9 @@ class Streams:
         passages: Other modules that need not run where their output does not matter. Defaults to none.
     """
 
-    def __init__(self, detector: nn.Module, units: list[Unit], store: ActivationStore,
-                 passages: Iterable[Passage] = ()) -> None:
+    def __init__(
+        self, detector: nn.Module, units: list[Unit], store: ActivationStore, passages: Iterable[Passage] = ()
+    ) -> None:
         self.detector = detector
         self.state = getattr(detector, STATE)
         self.store = store
@@ -139,10 +141,13 @@ class Streams:
             def hook(module, args, output):
                 shapes[name, counts[name]] = output.shape, output.dtype
                 counts[name] += 1
+
             return hook
 
-        handles = [self.detector.get_submodule(name).register_forward_hook(note(name))
-                   for name in (*self.units, *self.passages)]
+        handles = [
+            self.detector.get_submodule(name).register_forward_hook(note(name))
+            for name in (*self.units, *self.passages)
+        ]
         try:
             with quantization_mode(self.detector, FLOAT):
                 reference = predict_aligned(self.detector, data['inputs'], data['data_samples'])
@@ -232,7 +237,7 @@ class Streams:
         """The unit and those after it whose float inputs and outputs fit in memory, too."""
         names = list(self.units)
         coming, size = [unit], self._float_bytes(unit)
-        for name in names[names.index(unit.name) + 1:]:
+        for name in names[names.index(unit.name) + 1 :]:
             size += self._float_bytes(self.units[name])
             if size > AHEAD * self.store.limit_bytes:
                 break
@@ -255,6 +260,7 @@ class Streams:
                 set_unit(self.state, unit.name, unit.layers, call, unit.calls)
                 if unit.name in found:
                     found[unit.name][call].append(self._keep_inputs(args, kwargs))
+
             return hook
 
         def instead(unit: Unit, forward: Callable) -> Callable:
@@ -273,6 +279,7 @@ class Streams:
                     number = self._outputs[stream, unit.name, call][now.index]
                     return self.store.get(number).to(self.device, copy=True)
                 return forward(*args, **kwargs)
+
             return run
 
         def around(passage: Passage, forward: Callable) -> Callable:
@@ -282,6 +289,7 @@ class Streams:
                 if call < len(passage.made_of) and not passage.made_of[call] <= needed:
                     return self._zeros(now.index, passage.name, call)
                 return forward(*args, **kwargs)
+
             return run
 
         forwards = {name: instead(unit, self._forward(name)) for name, unit in self.units.items()}
@@ -294,8 +302,10 @@ class Streams:
                 self._run_batch(batch)
                 if now.left:
                     short = next(unit.name for unit in targets if now.counts[unit.name] < unit.calls)
-                    raise PTQError(f'the unit {short} ran less often than in the first pass; name other modules in '
-                                   '`ptq.reconstruct.units`.')
+                    raise PTQError(
+                        f'the unit {short} ran less often than in the first pass; name other modules in '
+                        '`ptq.reconstruct.units`.'
+                    )
         return found
 
     def _forward(self, name: str) -> Callable:
@@ -307,8 +317,12 @@ class Streams:
 
     def _run_batch(self, batch: Batch) -> None:
         try:
-            predict_aligned(self.detector, self.store.get(batch.inputs).to(self.device, copy=True), batch.samples,
-                            reference=batch.reference)
+            predict_aligned(
+                self.detector,
+                self.store.get(batch.inputs).to(self.device, copy=True),
+                batch.samples,
+                reference=batch.reference,
+            )
         except _Reached:
             self.state.reset()
 
@@ -324,8 +338,9 @@ class Streams:
     def _keep_inputs(self, args: tuple, kwargs: dict) -> CallInputs:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        return CallInputs([self.store.put(leaf) if i in tensors else leaf for i, leaf in enumerate(leaves)], spec,
-                          tensors)
+        return CallInputs(
+            [self.store.put(leaf) if i in tensors else leaf for i, leaf in enumerate(leaves)], spec, tensors
+        )
 
     def _needed(self, targets: list[Unit]) -> set[tuple[str, int]] | None:
         """Unit calls whose true outputs the targets' inputs are made of; None if that is not known."""
@@ -349,8 +364,9 @@ class Streams:
             for name, module in modules.items():
                 if name in self.units:
                     # first of all hooks: inputs are kept before they are quantized
-                    handles.append(module.register_forward_pre_hook(before(self.units[name]), prepend=True,
-                                                                    with_kwargs=True))
+                    handles.append(
+                        module.register_forward_pre_hook(before(self.units[name]), prepend=True, with_kwargs=True)
+                    )
                 module.forward = forwards[name]
             yield
         finally:

@@ -1,4 +1,5 @@
 """One reconstruction unit, its cached inputs and targets, and its error against the float unit."""
+
 from __future__ import annotations
 
 import math
@@ -30,15 +31,23 @@ class UnitData:
         held_out: Those to judge by.
     """
 
-    def __init__(self, streams: Streams, unit: Unit, inputs: list[list[CallInputs]],
-                 float_inputs: list[list[CallInputs]], cfg: ReconstructConfig, train: list[tuple],
-                 held_out: list[tuple]) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        unit: Unit,
+        inputs: list[list[CallInputs]],
+        float_inputs: list[list[CallInputs]],
+        cfg: ReconstructConfig,
+        train: list[tuple],
+        held_out: list[tuple],
+    ) -> None:
         self.streams, self.unit, self.cfg = streams, unit, cfg
         self.inputs, self.float_inputs = inputs, float_inputs
         self.train_samples, self.held_out = train, held_out or train
         self.module = streams.detector.get_submodule(unit.name)
-        self.weights = {name: weight for name, weight in quantized_weights(streams.detector).items()
-                        if name in unit.layers}
+        self.weights = {
+            name: weight for name, weight in quantized_weights(streams.detector).items() if name in unit.layers
+        }
         self.layers = {name: streams.detector.get_submodule(name) for name in unit.layers}
         self.state = getattr(streams.detector, STATE)
         fitting = cfg.max_positions // max(self.positions(), 1)
@@ -61,7 +70,7 @@ class UnitData:
         size = self.batch_size
         total = count = 0.0
         for start in range(0, len(self.held_out), size):
-            for error, numel in self.errors(self.held_out[start:start + size], mix=False):
+            for error, numel in self.errors(self.held_out[start : start + size], mix=False):
                 total += float(error)
                 count += numel
         error = total / max(count, 1)
@@ -91,8 +100,10 @@ class UnitData:
                 groups.setdefault(('whole', batch), [(batch, None)])
                 continue
             # sizes may stand beside the tensors: windows are cut by them
-            key = tuple(tuple(self.streams.store.get(leaf).shape[1:]) if i in inputs.tensors else leaf
-                        for i, leaf in enumerate(inputs.leaves))
+            key = tuple(
+                tuple(self.streams.store.get(leaf).shape[1:]) if i in inputs.tensors else leaf
+                for i, leaf in enumerate(inputs.leaves)
+            )
             groups.setdefault(key, []).append((batch, image))
         return list(groups.values())
 
@@ -120,11 +131,12 @@ class UnitData:
             parts = []
             for batch, image in group:
                 tensor = streams.store.get(number_of(batch))
-                parts.append(tensor if image is None else tensor[image:image + 1])
+                parts.append(tensor if image is None else tensor[image : image + 1])
             return torch.cat(parts).to(device)
 
         tensors = []
         for place in range(len(self.inputs[call][group[0][0]].tensors)):
+
             def number(source: list[list[CallInputs]], batch: int, place: int = place) -> int:
                 inputs = source[call][batch]
                 return inputs.leaves[inputs.tensors[place]]
@@ -134,8 +146,13 @@ class UnitData:
                 clean = rows(lambda batch: number(self.float_inputs, batch))
                 x = mixed(x, clean, self.cfg.input_drop)
             tensors.append(x)
-        target = torch.cat([t if image is None else t[image:image + 1] for batch, image in group
-                            for t in [streams.target(self.unit, call, batch)]]).to(device)
+        target = torch.cat(
+            [
+                t if image is None else t[image : image + 1]
+                for batch, image in group
+                for t in [streams.target(self.unit, call, batch)]
+            ]
+        ).to(device)
         return tensors, target
 
     def _variance(self, call: int) -> float:
@@ -147,8 +164,10 @@ class UnitData:
             total += float((target - target.mean(axes, keepdim=True)).square().sum())
             count += target.numel()
         if not math.isfinite(total):
-            raise PTQError(f'the unit {self.unit.name} returns NaN, infinity or too large values in the float '
-                           'detector; leave its layers in float.')
+            raise PTQError(
+                f'the unit {self.unit.name} returns NaN, infinity or too large values in the float '
+                'detector; leave its layers in float.'
+            )
         return max(total / max(count, 1), 1e-12)
 
     def _energy(self) -> float:
@@ -178,5 +197,5 @@ class UnitData:
         if self.importance is None:
             return squares
         by_batch, channels = self.importance[call]
-        positions = torch.cat([by_batch[b] if image is None else by_batch[b][image:image + 1] for b, image in group])
+        positions = torch.cat([by_batch[b] if image is None else by_batch[b][image : image + 1] for b, image in group])
         return squares * ((1 - self.cfg.fisher) + self.cfg.fisher * positions * channels)

@@ -1,4 +1,5 @@
 """One unit against its float self: rounding, weights and scales that give back what the float unit returned."""
+
 from __future__ import annotations
 
 import math
@@ -82,9 +83,11 @@ class UnitTrainer:
                     best, best_error = self.snapshot(), error
         self.restore(best)
         if math.isinf(best_error):
-            raise PTQError(f'the quantized unit {self.data.unit.name} has no finite error: NaN or infinity is among '
-                           'its inputs or outputs, and its reconstruction does not mend that; give its layers, or '
-                           'those before it, more bits, or leave them in float.')
+            raise PTQError(
+                f'the quantized unit {self.data.unit.name} has no finite error: NaN or infinity is among '
+                'its inputs or outputs, and its reconstruction does not mend that; give its layers, or '
+                'those before it, more bits, or leave them in float.'
+            )
         if best_error < before and self.cfg.rounding == 'latent':
             for name, weight in self.data.weights.items():
                 weight.settle(float_weight(self.data.layers[name]))
@@ -94,8 +97,10 @@ class UnitTrainer:
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Copies of the unit's tensors and of its activation quantizers."""
         parts = {'unit': self.data.module, **{f'activation {n}': q for n, q in self.activations.items()}}
-        return {name: {key: value.detach().clone() for key, value in part.state_dict().items()}
-                for name, part in parts.items()}
+        return {
+            name: {key: value.detach().clone() for key, value in part.state_dict().items()}
+            for name, part in parts.items()
+        }
 
     def restore(self, snapshot: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of :meth:`snapshot`."""
@@ -173,7 +178,8 @@ class UnitTrainer:
             beta = cfg.beta_end + (cfg.beta_start - cfg.beta_end) * (1 - done)
             # the published weight is one against squared errors summed over the channels
             loss = loss + cfg.rounding_weight / self.data.energy * sum(
-                weight.rounding.regularizer(beta) for weight in self.data.weights.values())
+                weight.rounding.regularizer(beta) for weight in self.data.weights.values()
+            )
         return loss
 
 

@@ -1,4 +1,5 @@
 """Reconstruction units: the parts of a detector that are calibrated one after another, found from its module tree."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -13,14 +14,28 @@ from torch.utils._pytree import tree_leaves
 
 from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.wrapping.watching.layers import channel_axis, matches
+from mmdet_ptq.wrapping.watching.tensors import gradients_everywhere
 from mmdet_ptq.wrapping.weights import quantized_weights
 
 GRANULARITIES = ('block', 'layer', 'paper')
 # a larger module is no block but a stage: its own children are looked at
 MAX_LAYERS = 16
 # how values leave tensors for Python, where nothing tells what they are used for
-TO_PYTHON = {'item', 'tolist', 'numpy', '__array__', '__bool__', '__int__', '__float__', '__index__', '__complex__',
-             '__contains__', 'equal', 'allclose', 'is_nonzero'}
+TO_PYTHON = {
+    'item',
+    'tolist',
+    'numpy',
+    '__array__',
+    '__bool__',
+    '__int__',
+    '__float__',
+    '__index__',
+    '__complex__',
+    '__contains__',
+    'equal',
+    'allclose',
+    'is_nonzero',
+}
 
 
 @dataclass
@@ -141,8 +156,10 @@ class _Trace:
         self.handles = []
         for name, module in detector.named_modules():
             if name and 'parametrizations' not in name and not name.startswith('ptq'):
-                self.handles += [module.register_forward_pre_hook(self.enter(name), with_kwargs=True),
-                                 module.register_forward_hook(self.leave(name))]
+                self.handles += [
+                    module.register_forward_pre_hook(self.enter(name), with_kwargs=True),
+                    module.register_forward_hook(self.leave(name)),
+                ]
 
     def enter(self, name: str) -> Callable:
         def hook(module, args, kwargs):
@@ -162,6 +179,7 @@ class _Trace:
             if name in self.layers:
                 for outer in self.stack:
                     outer.layers[name] += 1
+
         return hook
 
     def leave(self, name: str) -> Callable:
@@ -174,28 +192,25 @@ class _Trace:
                 call.rows += [_rows(output)] if known else []
             # a copy goes on: writing to a view would take its node out of the graph
             return output.clone() if known else None
+
         return hook
 
 
 def _trace(detector: nn.Module, run: Callable[[], Any]) -> _Trace:
     """Records one run whose parameters and images require gradients, so that the graph tells what is made of what."""
     trace = _Trace(detector)
-    frozen = [p for p in detector.parameters() if not p.requires_grad]
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad(), trace.history:
+        with gradients_everywhere(detector), trace.history:
             run()
     finally:
         for handle in trace.handles:
             handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
     return trace
 
 
-def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = 'block',
-               patterns: Iterable[str] = ()) -> list[Unit]:
+def find_units(
+    detector: nn.Module, run: Callable[[], Any], granularity: str = 'block', patterns: Iterable[str] = ()
+) -> list[Unit]:
     """Finds the units of a quantized detector.
 
     A block is the outermost module with a forward of its own (not a mere sequence) that takes tensors, returns one
@@ -223,8 +238,10 @@ def find_units(detector: nn.Module, run: Callable[[], Any], granularity: str = '
     patterns = list(patterns)
     for pattern in patterns:
         if not any(matches(pattern, name) and unit for name, unit in able.items()):
-            raise PTQError(f'`ptq.reconstruct.units` names {pattern!r}, which is no module that takes and returns one '
-                           f'tensor and holds quantized layers.{did_you_mean(pattern, able)}')
+            raise PTQError(
+                f'`ptq.reconstruct.units` names {pattern!r}, which is no module that takes and returns one '
+                f'tensor and holds quantized layers.{did_you_mean(pattern, able)}'
+            )
     chosen: dict[str, Unit] = {}
     _choose(detector, '', able, granularity, patterns, chosen, set())
     units = sorted(chosen.values(), key=lambda unit: trace.calls[unit.name][0].order)
@@ -247,8 +264,11 @@ def find_passages(detector: nn.Module, run: Callable[[], Any], units: list[Unit]
     """
     trace, names = _trace(detector, run), {unit.name for unit in units}
     outputs = _outputs(units, trace)
-    return [Passage(name, [_reached([call.output], outputs, trace) for call in calls])
-            for name, calls in trace.calls.items() if not _inside(name, names) and _is_passage(calls, trace)]
+    return [
+        Passage(name, [_reached([call.output], outputs, trace) for call in calls])
+        for name, calls in trace.calls.items()
+        if not _inside(name, names) and _is_passage(calls, trace)
+    ]
 
 
 def _inside(name: str, units: set[str]) -> bool:
@@ -259,8 +279,9 @@ def _inside(name: str, units: set[str]) -> bool:
 def _is_passage(calls: list[_Call], trace: _Trace) -> bool:
     if any(call.output is False or call.output is None for call in calls):
         return False
-    return all(len(calls) == 1 and len(trace.calls[name]) == count
-               for call in calls for name, count in call.modules.items())
+    return all(
+        len(calls) == 1 and len(trace.calls[name]) == count for call in calls for name, count in call.modules.items()
+    )
 
 
 def _as_unit(name: str, calls: list[_Call], totals: Counter) -> Unit | None:
@@ -273,8 +294,15 @@ def _as_unit(name: str, calls: list[_Call], totals: Counter) -> Unit | None:
     return Unit(name, dict(layers), len(calls))
 
 
-def _choose(module: nn.Module, name: str, able: dict[str, Unit | None], granularity: str, patterns: list[str],
-            chosen: dict[str, Unit], seen: set[int]) -> None:
+def _choose(
+    module: nn.Module,
+    name: str,
+    able: dict[str, Unit | None],
+    granularity: str,
+    patterns: list[str],
+    chosen: dict[str, Unit],
+    seen: set[int],
+) -> None:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -299,8 +327,9 @@ def _channel_axis(detector: nn.Module, unit: Unit, ndim: int) -> int:
 def _find_needs(units: list[Unit], trace: _Trace) -> None:
     outputs = _outputs(units, trace)
     for unit in units:
-        unit.needs = [None if call.nodes is None else _reached(call.nodes, outputs, trace)
-                      for call in trace.calls[unit.name]]
+        unit.needs = [
+            None if call.nodes is None else _reached(call.nodes, outputs, trace) for call in trace.calls[unit.name]
+        ]
 
 
 def _outputs(units: list[Unit], trace: _Trace) -> dict[Any, tuple[str, int]]:

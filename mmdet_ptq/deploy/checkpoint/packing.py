@@ -1,4 +1,5 @@
 """Integer codes packed at their bits: 4-bit weights take half a byte each."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -40,7 +41,7 @@ def unpack_codes(packed: Tensor, bits: int, lowest: int, shape: tuple[int, ...])
     count = int(np.prod(shape))
     if packed.numel() != -(-count * bits // 8):
         raise ValueError(f'{packed.numel()} bytes do not hold {count} codes of {bits} bits')
-    stream = np.unpackbits(packed.cpu().numpy(), bitorder='little')[:count * bits].reshape(count, bits)
+    stream = np.unpackbits(packed.cpu().numpy(), bitorder='little')[: count * bits].reshape(count, bits)
     octets = np.packbits(np.pad(stream, ((0, 0), (0, 16 - bits))), axis=1, bitorder='little')
     codes = octets.view('<u2').reshape(-1).astype(np.int32) + lowest
     return torch.from_numpy(codes).reshape(shape)
@@ -86,7 +87,7 @@ def unflatten_tensors(flat: dict) -> dict[str, Tensor]:
         if offset < -1:
             tensors[name] = torch.full(shape, data[-2 - offset].item(), dtype=own)
         else:
-            tensors[name] = data[offset:offset + count].reshape(shape).to(own, copy=True)
+            tensors[name] = data[offset : offset + count].reshape(shape).to(own, copy=True)
     return tensors
 
 

@@ -1,4 +1,5 @@
 """The integer checkpoint: packed codes, scales, zero points and tables; the simulated model is rebuilt from it."""
+
 from __future__ import annotations
 
 import io
@@ -32,8 +33,13 @@ def is_quantized_checkpoint(checkpoint: object) -> bool:
     return isinstance(checkpoint, Mapping) and checkpoint.get('format') == FORMAT
 
 
-def quantized_state(detector: nn.Module, structure: Structure, config: dict, dataset_meta: dict | None,
-                    input_shape: tuple[int, ...] = ()) -> dict:
+def quantized_state(
+    detector: nn.Module,
+    structure: Structure,
+    config: dict,
+    dataset_meta: dict | None,
+    input_shape: tuple[int, ...] = (),
+) -> dict:
     """Collects the integer checkpoint of a calibrated detector.
 
     Args:
@@ -62,10 +68,21 @@ def quantized_state(detector: nn.Module, structure: Structure, config: dict, dat
             tables[name] = levels.to(torch.int8)
     coded = _float_weights(detector)
     floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
-    return _plain(dict(
-        format=FORMAT, schema=SCHEMA, version=__version__, config=config, dataset_meta=dataset_meta or {},
-        input_shape=list(input_shape), structure=structure.to_dict(), layers=layers, codes=flatten_tensors(packed),
-        tables=flatten_tensors(tables), tensors=flatten_tensors(floats)))
+    return _plain(
+        dict(
+            format=FORMAT,
+            schema=SCHEMA,
+            version=__version__,
+            config=config,
+            dataset_meta=dataset_meta or {},
+            input_shape=list(input_shape),
+            structure=structure.to_dict(),
+            layers=layers,
+            codes=flatten_tensors(packed),
+            tables=flatten_tensors(tables),
+            tensors=flatten_tensors(floats),
+        )
+    )
 
 
 def save_quantized(path: str | os.PathLike, state: dict) -> None:
@@ -94,8 +111,10 @@ def read_quantized(path: str | os.PathLike) -> dict:
     if state['schema'] > SCHEMA:
         raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
     if state['schema'] < OLDEST:
-        raise PTQError(f'{str(path)!r} was written by mmdet-ptq {state["version"]}, whose weights are decoded in '
-                       'another way; run tools/ptq.py again.')
+        raise PTQError(
+            f'{str(path)!r} was written by mmdet-ptq {state["version"]}, whose weights are decoded in '
+            'another way; run tools/ptq.py again.'
+        )
     if state['schema'] < SCHEMA:
         return state
     try:
@@ -128,19 +147,23 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
     try:
         result = detector.load_state_dict(unflatten_tensors(state['tensors']), strict=False)
     except RuntimeError as error:
-        raise PTQError('the quantized checkpoint belongs to another architecture: '
-                       f'{str(error).splitlines()[-1].strip()}') from error
+        raise PTQError(
+            f'the quantized checkpoint belongs to another architecture: {str(error).splitlines()[-1].strip()}'
+        ) from error
     wrong = [key for key in result.missing_keys if key in stored] + list(result.unexpected_keys)
     if wrong:
-        raise PTQError(f'the quantized checkpoint does not fit the detector ({len(wrong)} tensors, first {wrong[0]}); '
-                       'use the config it was made with.')
+        raise PTQError(
+            f'the quantized checkpoint does not fit the detector ({len(wrong)} tensors, first {wrong[0]}); '
+            'use the config it was made with.'
+        )
     packed, tables = unflatten_tensors(state['codes']), unflatten_tensors(state['tables'])
     with torch.no_grad():
         for name, quantized in weights.items():
             entry = state['layers'][name]
             codes = unpack_codes(packed[name], entry['bits'], entry['lowest'], tuple(entry['rows']))
             values = integer_weight(
-                quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}')).values()
+                quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}')
+            ).values()
             weight = float_weight(detector.get_submodule(name))
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)

@@ -2,6 +2,7 @@
 
 It is JSON, so that reading it runs no code; tuples are marked, as mmdet's configs tell them from lists.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,8 +33,11 @@ def pack_state(state: dict) -> dict:
     described = {key: value for key, value in state.items() if key not in (*_PLAIN, *_GROUPS)}
     described['index'] = {group: state[group]['index'] for group in _GROUPS}
     packed = zlib.compress(json.dumps(_marked(described), separators=(',', ':')).encode(), 9)
-    return dict({key: state[key] for key in _PLAIN}, **{group: state[group]['data'] for group in _GROUPS},
-                **{TEXT: torch.from_numpy(np.frombuffer(packed, np.uint8).copy())})
+    return dict(
+        {key: state[key] for key in _PLAIN},
+        **{group: state[group]['data'] for group in _GROUPS},
+        **{TEXT: torch.from_numpy(np.frombuffer(packed, np.uint8).copy())},
+    )
 
 
 def unpack_state(packed: dict) -> dict:
@@ -60,6 +64,9 @@ def _unmarked(value: Any) -> Any:
     if isinstance(value, list):
         return [_unmarked(inner) for inner in value]
     if isinstance(value, dict):
-        return (tuple(map(_unmarked, value[_TUPLE])) if value.keys() == {_TUPLE}
-                else {key: _unmarked(inner) for key, inner in value.items()})
+        return (
+            tuple(map(_unmarked, value[_TUPLE]))
+            if value.keys() == {_TUPLE}
+            else {key: _unmarked(inner) for key, inner in value.items()}
+        )
     return value

@@ -6,6 +6,7 @@ in a million times; in a whole forward pass such codes change others behind them
 Runtime's kernels compute instead (:mod:`mmdet_ptq.deploy.integers.kernels`), from the constants that
 :mod:`mmdet_ptq.deploy.onnx.channel_scales` writes into the graph.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -127,16 +128,24 @@ class _Convolution:
         shared: The hook that rounds its bias call by call, if it has one.
     """
 
-    def __init__(self, watch: _Watch, module: nn.Module, inputs: QuantizedInput, weight: QuantizedWeight,
-                 shared: SharedBias | None) -> None:
+    def __init__(
+        self,
+        watch: _Watch,
+        module: nn.Module,
+        inputs: QuantizedInput,
+        weight: QuantizedWeight,
+        shared: SharedBias | None,
+    ) -> None:
         self.watch, self.state, self.module, self.inputs = watch, watch.flow.state, module, inputs
         # one of its own, which is not switched off
         self.bias = None if shared is None else SharedBias(self.state, shared.layer, shared.names, weight)
         integers = integer_weight(weight.quantizer, weight.codes(float_weight(module)))
         self.fits = integers.fits_int8
         self.kernel = IntegerKernel(
-            module, weight.layout.from_rows(integers.integers(), float_weight(module).shape).float(),
-            integers.scale.detach())
+            module,
+            weight.layout.from_rows(integers.integers(), float_weight(module).shape).float(),
+            integers.scale.detach(),
+        )
 
     def begin(self, *_) -> None:
         """Forward pre-hook, behind the one that quantizes the input."""
@@ -205,16 +214,22 @@ class _Watch:
 
         It is padded there, too, for all of its readers at once.
         """
-        return (name in self.readers and self.is_depthwise(name) and name not in self.of_convolutions
-                and len({reader.padding for reader in self.readers[name]}) == 1)
+        return (
+            name in self.readers
+            and self.is_depthwise(name)
+            and name not in self.of_convolutions
+            and len({reader.padding for reader in self.readers[name]}) == 1
+        )
 
     def quantize(self, name: str, x: Tensor) -> Tensor:
         """See :meth:`mmdet_ptq.wrapping.inputs.QuantizationState.quantize`."""
         quantizer = self.flow.state.activations[name]
         if fits_byte(quantizer) and not has_one_zero_point(quantizer) and self.is_moved_to_zero(name):
             with torch.no_grad():
-                scale, zero = (quantizer.per_channel(value, x).float()
-                               for value in (quantizer.positive_scale(), quantizer.zero_point))
+                scale, zero = (
+                    quantizer.per_channel(value, x).float()
+                    for value in (quantizer.positive_scale(), quantizer.zero_point)
+                )
                 codes = (x / scale + zero).round().clamp(*quantizer.code_range)
                 x = quantizer.decode(codes.to(torch.int32))
         return self._quantize(name, x)

@@ -1,4 +1,5 @@
 """Biases on the grid of the int32 accumulator that integer kernels add them to."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -72,8 +73,11 @@ def round_shared_biases(detector: nn.Module, structure: Structure) -> None:
         # exported graphs have int32 biases where convolutions have int8 weights, float ones elsewhere
         # while a checkpoint is loaded, the quantizers may not be where the weights are yet
         values = float_weight(module).to(weight.quantizer.any_param().device)
-        if (isinstance(module, nn.Linear) or is_transposed(module)
-                or not integer_weight(weight.quantizer, weight.codes(values)).fits_int8):
+        if (
+            isinstance(module, nn.Linear)
+            or is_transposed(module)
+            or not integer_weight(weight.quantizer, weight.codes(values)).fits_int8
+        ):
             continue
         hook = SharedBias(state, layer.name, layer.inputs, weight)
         state.hooks.append(hook)
@@ -110,8 +114,12 @@ class SharedBias:
 
     def _integer(self, name: str | None) -> bool:
         state = self.state
-        return (name is not None and self.weight.enabled and state.mode == 'quantize'
-                and (state.only is None or name in state.only))
+        return (
+            name is not None
+            and self.weight.enabled
+            and state.mode == 'quantize'
+            and (state.only is None or name in state.only)
+        )
 
 
 @contextmanager

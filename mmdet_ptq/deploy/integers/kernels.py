@@ -1,4 +1,5 @@
 """What ONNX Runtime's integer kernels write: codes, from the codes and constants that they read."""
+
 from __future__ import annotations
 
 import math
@@ -18,10 +19,21 @@ SLACK = 1e-3
 SIGNED_ZERO = 128
 _INT32 = 2**31 - 1
 # of the sigmoid, highest power first
-_NUMERATOR = (4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03,
-              2.48287947061529e-01)
-_DENOMINATOR = (6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03,
-                1.16817656904453e-01, 9.93151921023180e-01)
+_NUMERATOR = (
+    4.37031012579801e-11,
+    1.15627324459942e-07,
+    6.08574864600143e-05,
+    8.51377133304701e-03,
+    2.48287947061529e-01,
+)
+_DENOMINATOR = (
+    6.10247389755681e-13,
+    5.76102136993427e-09,
+    6.29106785017040e-06,
+    1.70198817374094e-03,
+    1.16817656904453e-01,
+    9.93151921023180e-01,
+)
 # float32 holds every integer up to here, so sums that never leave the range are exact in any order
 _FLOAT32 = 2**24
 
@@ -33,8 +45,11 @@ def is_kernel_format(quantizer: Quantizer) -> bool:
 
 def fits_byte(quantizer: Quantizer) -> bool:
     """Whether its codes are bytes, with one scale or one per channel."""
-    return (isinstance(quantizer, AffineQuantizer) and quantizer.bits <= 8
-            and (quantizer.num_channels is None or quantizer.channel_axis == 1))
+    return (
+        isinstance(quantizer, AffineQuantizer)
+        and quantizer.bits <= 8
+        and (quantizer.num_channels is None or quantizer.channel_axis == 1)
+    )
 
 
 def has_one_zero_point(quantizer: AffineQuantizer) -> bool:
@@ -73,9 +88,9 @@ class Result:
         last, zero, scale = output.code_range[1], output.zero_point, output.positive_scale().detach()
         end = min(self.ends)
         if math.isinf(end) or bool((end / scale.double() + zero >= last - SLACK).all()):
-            return 0., math.inf
+            return 0.0, math.inf
         steps = (end / scale).round().unique()
-        return (0., float(steps)) if len(steps) == 1 else None
+        return (0.0, float(steps)) if len(steps) == 1 else None
 
     def levels(self, output: AffineQuantizer) -> Tensor | None:
         """Codes minus zero point, not clipped yet."""
@@ -179,8 +194,17 @@ class Call:
     geometry: tuple
 
     @classmethod
-    def of(cls, function: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-           padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Call:
+    def of(
+        cls,
+        function: Callable,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Call:
         """From what it was called with."""
         return cls(function, x, weight, bias, (stride, padding, dilation, groups))
 
@@ -214,8 +238,10 @@ class IntegerKernel:
             return call.function(x.double(), self.integers.double(), None, *call.geometry)
         if size == self.integers.shape[1]:
             return call.function(x.float(), self.integers, None, *call.geometry)
-        return sum(call.function(part.float(), weight, None, *call.geometry).double()
-                   for part, weight in zip(x.split(size, 1), self.integers.split(size, 1), strict=True))
+        return sum(
+            call.function(part.float(), weight, None, *call.geometry).double()
+            for part, weight in zip(x.split(size, 1), self.integers.split(size, 1), strict=True)
+        )
 
     @cached_property
     def sums(self) -> Tensor:

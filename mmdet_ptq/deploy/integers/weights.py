@@ -1,4 +1,5 @@
 """A quantized weight as what integer kernels take: int8 values and one scale per output channel."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ class IntegerWeight:
         return self.integers().float().mul_(self.scale.reshape(-1, 1))
 
 
-def integer_weight(quantizer: Quantizer, codes: Tensor, levels: Tensor | None = None,
-                   level_scale: Tensor | None = None) -> IntegerWeight:
+def integer_weight(
+    quantizer: Quantizer, codes: Tensor, levels: Tensor | None = None, level_scale: Tensor | None = None
+) -> IntegerWeight:
     """Brings the codes of a weight to integers and a scale per channel.
 
     Args:

@@ -1,4 +1,5 @@
 """A calibrated detector as an ncnn network that computes its convolutions and inner products in int8."""
+
 from __future__ import annotations
 
 import copy
@@ -22,11 +23,12 @@ from mmdet_ptq.deploy.ncnn.layers import (
     rounded_layers,
     unrounded_layers,
 )
-from mmdet_ptq.deploy.ncnn.network import require_ncnn
+from mmdet_ptq.deploy.ncnn.network import NCNN
 from mmdet_ptq.deploy.ncnn.trace import IntegerCall, LayerCall, RoundedInput, opaque_type, trace, traceable
 from mmdet_ptq.deploy.ncnn.verify import verify
 from mmdet_ptq.deploy.network.meta import input_meta
 from mmdet_ptq.deploy.network.raw_outputs import first_outputs, output_layout, output_shapes
+from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import is_quantized
@@ -57,7 +59,7 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
         PTQError: A number format or an operator has no ncnn form, a package is missing, or ncnn does not reproduce
             the detector.
     """
-    require_ncnn('pnnx')
+    require(*NCNN, 'pnnx', extra='ncnn')
     if not is_quantized(detector):
         return _export_float(detector, input_shape, Path(folder))
     state = getattr(detector, STATE)
@@ -83,15 +85,23 @@ def _export_float(detector: nn.Module, input_shape: tuple[int, int, int, int], f
 
 def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> dict:
     outputs = first_outputs(detector, tuple(example.shape))
-    return dict(format=FORMAT, version=__version__, runtime='ncnn', input_shape=list(example.shape),
-                dynamic_batch=False, outputs=output_layout(outputs), raw_shapes=output_shapes(outputs),
-                input=input_meta(detector), layers={name: call.layer for name, call in calls.items()})
+    return dict(
+        format=FORMAT,
+        version=__version__,
+        runtime='ncnn',
+        input_shape=list(example.shape),
+        dynamic_batch=False,
+        outputs=output_layout(outputs),
+        raw_shapes=output_shapes(outputs),
+        input=input_meta(detector),
+        layers={name: call.layer for name, call in calls.items()},
+    )
 
 
-def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall],
-             shape: tuple[int, ...]) -> list[NcnnLayer]:
+def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall], shape: tuple[int, ...]) -> list[NcnnLayer]:
     """Runs pnnx on a traced detector; quantized calls come back as opaque layers."""
     import pnnx
+
     with tempfile.TemporaryDirectory() as folder:
         traced.save(f'{folder}/model.pt')
         opaque = {opaque_type(IntegerCall if call.integer else RoundedInput, name) for name, call in calls.items()}
@@ -111,22 +121,30 @@ def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall],
 
 def _check_layers(layers: list[NcnnLayer], calls: dict[str, LayerCall]) -> None:
     import ncnn
+
     opaque = Counter(layer.name for layer in layers if layer.name in calls)
     doubled = [name for name, count in opaque.items() if count > 1]
     if doubled:
-        raise PTQError(f'pnnx doubled {len(doubled)} quantized layer calls, first {doubled[0]} '
-                       f'({calls[doubled[0]].layer}).')
-    dead = [call.layer for name, call in calls.items()
-            if (call.integer or call.activation is not None) and name not in opaque]
+        raise PTQError(
+            f'pnnx doubled {len(doubled)} quantized layer calls, first {doubled[0]} ({calls[doubled[0]].layer}).'
+        )
+    dead = [
+        call.layer
+        for name, call in calls.items()
+        if (call.integer or call.activation is not None) and name not in opaque
+    ]
     if dead:
         # had they fed an output, the comparison with the simulation would show it
-        print_log(f'{len(dead)} layers run without feeding an output and are not in the model: {", ".join(dead)}',
-                  'current')
+        print_log(
+            f'{len(dead)} layers run without feeding an output and are not in the model: {", ".join(dead)}', 'current'
+        )
     producers = {blob: layer for layer in layers for blob in layer.tops}
     for layer in layers:
         if layer.name not in calls and ncnn.create_layer(layer.type) is None:
-            raise PTQError(f'ncnn has no operator {layer.type} ({layer.name}, {_place(layer, producers, calls)}); '
-                           'export to another runtime.')
+            raise PTQError(
+                f'ncnn has no operator {layer.type} ({layer.name}, {_place(layer, producers, calls)}); '
+                'export to another runtime.'
+            )
 
 
 def _place(layer: NcnnLayer, producers: dict[str, NcnnLayer], calls: dict[str, LayerCall]) -> str:
@@ -138,8 +156,9 @@ def _place(layer: NcnnLayer, producers: dict[str, NcnnLayer], calls: dict[str, L
     return "at the detector's input"
 
 
-def _lower(skeleton: list[NcnnLayer], calls: dict[str, LayerCall], integer: _Lowering,
-           rounded: _Lowering) -> list[NcnnLayer]:
+def _lower(
+    skeleton: list[NcnnLayer], calls: dict[str, LayerCall], integer: _Lowering, rounded: _Lowering
+) -> list[NcnnLayer]:
     """Puts ncnn's own layers in the place of the opaque ones."""
     layers = []
     for layer in skeleton:

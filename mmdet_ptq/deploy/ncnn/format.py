@@ -1,4 +1,5 @@
 """ncnn's files: `.param` lists layers in text, `.bin` their weights one after another."""
+
 from __future__ import annotations
 
 import ctypes
@@ -40,8 +41,16 @@ class NcnnLayer:
     def line(self) -> str:
         """The layer's line in the `.param`."""
         values = [f'{key}={value}' for key, value in self.params.items()]
-        return ' '.join([f'{self.type:<24} {self.name:<24}', str(len(self.bottoms)), str(len(self.tops)),
-                         *self.bottoms, *self.tops, *values])
+        return ' '.join(
+            [
+                f'{self.type:<24} {self.name:<24}',
+                str(len(self.bottoms)),
+                str(len(self.tops)),
+                *self.bottoms,
+                *self.tops,
+                *values,
+            ]
+        )
 
 
 def parse_param(text: str) -> list[NcnnLayer]:
@@ -61,7 +70,7 @@ def parse_param(text: str) -> list[NcnnLayer]:
 
 def _parse_layer(words: list[str]) -> NcnnLayer:
     first, second = int(words[2]), int(words[3])
-    blobs, params = words[4:4 + first + second], words[4 + first + second:]
+    blobs, params = words[4 : 4 + first + second], words[4 + first + second :]
     if len(blobs) != first + second:
         raise ValueError
     pairs = (word.split('=', 1) for word in params)
@@ -123,7 +132,7 @@ def split_weights(layers: list[NcnnLayer], data: bytes) -> None:
             self.position = 0
 
         def read(self, buffer: object, size: int) -> int:
-            part = data[self.position:self.position + size]
+            part = data[self.position : self.position + size]
             ctypes.memmove(pointer(buffer, None), part, len(part))
             self.position += len(part)
             return len(part)
@@ -138,13 +147,14 @@ def split_weights(layers: list[NcnnLayer], data: bytes) -> None:
         start = reader.position
         if loader.load_param(_param_dict(layer)) or loader.load_model(model):
             raise PTQError(f'ncnn cannot load the layer {layer.name} ({layer.type}) that pnnx wrote.')
-        layer.weights = data[start:reader.position]
+        layer.weights = data[start : reader.position]
     if reader.position != len(data):
         raise PTQError(f'the layers that pnnx wrote read {reader.position} of {len(data)} bytes of weights.')
 
 
 def _param_dict(layer: NcnnLayer) -> object:
     import ncnn
+
     params = ncnn.ParamDict()
     for key, text in layer.params.items():
         if key > -23300:

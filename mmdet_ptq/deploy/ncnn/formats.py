@@ -1,12 +1,15 @@
 """What ncnn's int8 layers can compute, told from a detector's structure before any long work."""
+
 from __future__ import annotations
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers.selection import build_quantizer
 from mmdet_ptq.wrapping import Structure
 
 INT8_MAX = 127
-_SYMMETRIC = ('`ptq.activations.quantizer=dict(symmetric=True, narrow_range=True)`, or 7 bits with '
-              '`ptq.activations.bits=7`')
+_SYMMETRIC = (
+    '`ptq.activations.quantizer=dict(symmetric=True, narrow_range=True)`, or 7 bits with `ptq.activations.bits=7`'
+)
 
 
 def check_ncnn(structure: Structure) -> None:
@@ -24,28 +27,34 @@ def check_ncnn(structure: Structure) -> None:
     """
     divided = next((name for name, entry in structure.activations.items() if 'divided' in entry), None)
     if divided is not None:
-        raise PTQError(f"the channels of the activation {divided} are divided before they are quantized, and ncnn's "
-                       'layers quantize what they read by one scale; set `ptq.activations.scale_migration=0`, and '
-                       'calibrate again.')
+        raise PTQError(
+            f"the channels of the activation {divided} are divided before they are quantized, and ncnn's "
+            'layers quantize what they read by one scale; set `ptq.activations.scale_migration=0`, and '
+            'calibrate again.'
+        )
     read = {name for layer in structure.layers for name in layer.inputs}
     for name, entry in structure.activations.items():
         if name in read:
             check_activation(name, entry['spec'])
     for layer in structure.layers:
-        spec = layer.weight
-        if spec and spec['type'].rpartition('.')[2] == 'AffineQuantizer' and spec['bits'] == 8 \
-                and not spec['symmetric']:
-            raise PTQError(f'the weight of {layer.name} is quantized with a zero point, which ncnn does not have; set '
-                           '`ptq.weights.quantizer.symmetric=True`, and calibrate again.')
+        if layer.weight and layer.weight['bits'] == 8 and build_quantizer(layer.weight).has_zero_point:
+            raise PTQError(
+                f'the weight of {layer.name} is quantized with a zero point, which ncnn does not have; set '
+                '`ptq.weights.quantizer.symmetric=True`, and calibrate again.'
+            )
 
 
 def check_activation(name: str, spec: dict) -> None:
     """Refuses one activation's number format, see :func:`check_ncnn`; 16 bits are clipped, and computed in float."""
     where = f'the activation {name} is'
-    if spec['type'].rpartition('.')[2] != 'AffineQuantizer':
-        raise PTQError(f"{where} of type {spec['type']}, and ncnn knows uniform activations only; set "
-                       "`ptq.activations.quantizer.type='mmdet_ptq.AffineQuantizer'`.")
+    if not build_quantizer(spec).uniform:
+        raise PTQError(
+            f'{where} of type {spec["type"]}, and ncnn knows uniform activations only; set '
+            "`ptq.activations.quantizer.type='mmdet_ptq.AffineQuantizer'`."
+        )
     if spec['bits'] == 8 and not (spec['symmetric'] and spec['narrow_range']):
         kind = 'symmetric but uses the code -128' if spec['symmetric'] else 'quantized with a zero point'
-        raise PTQError(f"{where} {kind}, and ncnn's 8-bit codes are -127 .. 127 without one; set {_SYMMETRIC}, and "
-                       'calibrate again.')
+        raise PTQError(
+            f"{where} {kind}, and ncnn's 8-bit codes are -127 .. 127 without one; set {_SYMMETRIC}, and "
+            'calibrate again.'
+        )

@@ -1,4 +1,5 @@
 """What layers read in ncnn: one run of the network that keeps every blob."""
+
 from __future__ import annotations
 
 import os

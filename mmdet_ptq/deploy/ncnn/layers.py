@@ -1,4 +1,5 @@
 """ncnn's layers for one quantized call: int8 codes and scales as `src/layer/*.cpp` of ncnn reads them."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,8 +11,12 @@ from mmdet_ptq.deploy.ncnn.trace import LayerCall, borders
 from mmdet_ptq.quantizers import Quantizer
 
 # ncnn layer type to the activation number of a convolution and the parameters it takes along (id, default)
-_ACTIVATIONS = {'ReLU': (1, ()), 'Clip': (3, ((0, '-3.402823e38'), (1, '3.402823e38'))), 'Sigmoid': (4, ()),
-                'HardSwish': (6, ((0, '0.2'), (1, '0.5')))}
+_ACTIVATIONS = {
+    'ReLU': (1, ()),
+    'Clip': (3, ((0, '-3.402823e38'), (1, '3.402823e38'))),
+    'Sigmoid': (4, ()),
+    'HardSwish': (6, ((0, '0.2'), (1, '0.5'))),
+}
 # bit of a layer's featmask; the int8 Winograd kernels overflow: codes 127 and -128 in 64 channels are off by 80 %
 _NO_WINOGRAD = 1 << 6
 _INT8_LAYERS = ('Convolution', 'ConvolutionDepthWise')
@@ -40,8 +45,13 @@ def integer_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
         main = NcnnLayer('InnerProduct', place.name, blobs, place.tops, params)
         main.weights = int8_weight(weights) + floats(bias) + floats(inverse) + floats([bottom_scale])
         return [*before, *_as_rows(main, call.shape)]
-    main = NcnnLayer('Convolution' if groups == 1 else 'ConvolutionDepthWise', place.name, blobs, place.tops,
-                     _convolution_params(module, weights.size, call.shape))
+    main = NcnnLayer(
+        'Convolution' if groups == 1 else 'ConvolutionDepthWise',
+        place.name,
+        blobs,
+        place.tops,
+        _convolution_params(module, weights.size, call.shape),
+    )
     if groups in (1, len(scale)):
         main.weights = int8_weight(weights) + floats(bias) + floats(inverse) + floats([bottom_scale])
         return [*before, main]
@@ -61,8 +71,7 @@ def _as_rows(main: NcnnLayer, shape: tuple[int, ...]) -> list[NcnnLayer]:
     """InnerProduct takes a vector or rows of them; images (1, H, W, C) are reshaped before and after."""
     if len(shape) <= 3:
         return [main]
-    first = NcnnLayer('Reshape', f'{main.name}_rows', main.bottoms, [f'{main.name}_rows'],
-                      {0: str(shape[-1]), 1: '-1'})
+    first = NcnnLayer('Reshape', f'{main.name}_rows', main.bottoms, [f'{main.name}_rows'], {0: str(shape[-1]), 1: '-1'})
     sizes = [main.params[0], *map(str, reversed(shape[1:-1]))]
     last = NcnnLayer('Reshape', f'{main.name}_image', [f'{main.name}_image'], main.tops, dict(enumerate(sizes)))
     main.bottoms, main.tops = first.tops, last.bottoms
@@ -74,8 +83,16 @@ def rounded_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
     before, bottom_scale, channel_scale = _input_layers(call.activation, place)
     if call.activation.bits > 8:
         if channel_scale is not None:
-            before.append(NcnnLayer('Scale', place.name, before[-1].tops, [], {0: str(channel_scale.size), 1: '0'},
-                                    floats(channel_scale)))
+            before.append(
+                NcnnLayer(
+                    'Scale',
+                    place.name,
+                    before[-1].tops,
+                    [],
+                    {0: str(channel_scale.size), 1: '0'},
+                    floats(channel_scale),
+                )
+            )
         before[-1].tops = place.tops
         for layer in before:
             layer.name = f'clips_{layer.name}'  # of another name than what reads codes
@@ -86,8 +103,7 @@ def rounded_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
     # int8 to float32; ncnn's Dequantize takes the int32 of sums only
     cast = NcnnLayer('Cast', f'{place.name}_cast', before[-1].tops, [f'{place.name}_cast'], {0: '3', 1: '1'})
     if channel_scale is None:
-        last = NcnnLayer('BinaryOp', place.name, cast.tops, place.tops,
-                         {0: '2', 1: '1', 2: f'{1 / bottom_scale:.9e}'})
+        last = NcnnLayer('BinaryOp', place.name, cast.tops, place.tops, {0: '2', 1: '1', 2: f'{1 / bottom_scale:.9e}'})
     else:
         last = NcnnLayer('Scale', place.name, cast.tops, place.tops, {0: str(channel_scale.size), 1: '0'})
         last.weights = floats(channel_scale)
@@ -104,8 +120,13 @@ def float_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
     else:
         params = _convolution_params(module, weights.size, call.shape)
         del params[8]
-        main = NcnnLayer('Convolution' if module.groups == 1 else 'ConvolutionDepthWise', place.name, place.bottoms,
-                         place.tops, params)
+        main = NcnnLayer(
+            'Convolution' if module.groups == 1 else 'ConvolutionDepthWise',
+            place.name,
+            place.bottoms,
+            place.tops,
+            params,
+        )
     bias = np.zeros(len(weights)) if module.bias is None else module.bias.detach().numpy()
     main.weights = bytes(4) + floats(weights) + floats(bias)
     return _as_rows(main, call.shape) if isinstance(module, nn.Linear) else [main]

@@ -1,4 +1,5 @@
 """Opening and running an ncnn network."""
+
 from __future__ import annotations
 
 import os
@@ -12,10 +13,7 @@ from mmdet_ptq.deploy.ncnn.format import NcnnLayer, param_meta, parse_param
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError
 
-
-def require_ncnn(*packages: str) -> None:
-    """Raises PTQError unless ncnn, and further packages, are installed and new enough."""
-    require('ncnn', *packages, extra='ncnn')
+NCNN = ('ncnn>=1.0.20250503',)
 
 
 class NcnnNetwork:
@@ -37,13 +35,13 @@ class NcnnNetwork:
         PTQError: The package or a file is missing, or a file is truncated or not ours.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int = 1, packing: bool = True,
-                 keep: bool = False) -> None:
-        require_ncnn()
+    def __init__(self, path: str | os.PathLike, threads: int = 1, packing: bool = True, keep: bool = False) -> None:
+        require(*NCNN, extra='ncnn')
         self.layers, self.meta, weights = _read(Path(path))
         names = {blob for layer in self.layers for blob in layer.tops}
         self._outputs = [f'out{i}' for i in range(len(names)) if f'out{i}' in names]
         import ncnn
+
         self._mat: Any = ncnn.Mat
         self._net = ncnn.Net()
         options = self._net.opt
@@ -52,8 +50,7 @@ class NcnnNetwork:
         options.use_packing_layout = packing
         options.lightmode = not keep
         # what is not quantized stays in full precision
-        for name in ('vulkan_compute', 'fp16_packed', 'fp16_storage', 'fp16_arithmetic',
-                     'bf16_packed', 'bf16_storage'):
+        for name in ('vulkan_compute', 'fp16_packed', 'fp16_storage', 'fp16_arithmetic', 'bf16_packed', 'bf16_storage'):
             if hasattr(options, f'use_{name}'):
                 setattr(options, f'use_{name}', False)
         if self._net.load_param(str(path)):
@@ -82,8 +79,10 @@ class NcnnNetwork:
         for name in self._outputs if blobs is None else blobs:
             status, output = extractor.extract(name)
             if status:
-                raise PTQError(f'ncnn fails on an image of shape {image.shape} (status {status}); give images of the '
-                               'shape that was exported.')
+                raise PTQError(
+                    f'ncnn fails on an image of shape {image.shape} (status {status}); give images of the '
+                    'shape that was exported.'
+                )
             results.append(np.array(output))
         return results
 
@@ -100,9 +99,13 @@ def _read(param: Path) -> tuple[list[NcnnLayer], dict, Path]:
     except (PTQError, UnicodeDecodeError):
         raise PTQError(f'{str(param)!r} is no ncnn .param file, or only a part of one; export it again.') from None
     if meta is None or 'weights' not in meta:
-        raise PTQError(f'{str(param)!r} was not exported by mmdet-ptq, or is only a part of such a file; make one with '
-                       'tools/export.py.')
+        raise PTQError(
+            f'{str(param)!r} was not exported by mmdet-ptq, or is only a part of such a file; make one with '
+            'tools/export.py.'
+        )
     if weights.stat().st_size != meta['weights']:
-        raise PTQError(f'{str(weights)!r} has {weights.stat().st_size} bytes instead of {meta["weights"]}: it is '
-                       'truncated or belongs to another .param; export it again.')
+        raise PTQError(
+            f'{str(weights)!r} has {weights.stat().st_size} bytes instead of {meta["weights"]}: it is '
+            'truncated or belongs to another .param; export it again.'
+        )
     return layers, meta, weights

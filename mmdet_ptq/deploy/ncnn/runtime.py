@@ -1,20 +1,24 @@
 """ncnn on the CPU, through its Python package."""
+
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
 import numpy as np
-from mmengine.logging import print_log
-from torch import nn
+from mmengine.logging import MMLogger, print_log
+from torch import Tensor, nn
 
+from mmdet_ptq.deploy.agreement import report_inputs
 from mmdet_ptq.deploy.ncnn.export import export_ncnn
 from mmdet_ptq.deploy.ncnn.formats import check_ncnn
+from mmdet_ptq.deploy.ncnn.layer_inputs import ncnn_inputs
 from mmdet_ptq.deploy.ncnn.layers import is_integer
-from mmdet_ptq.deploy.ncnn.network import NcnnNetwork, require_ncnn
+from mmdet_ptq.deploy.ncnn.network import NCNN, NcnnNetwork
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime
 from mmdet_ptq.registry import RUNTIMES
 from mmdet_ptq.wrapping import Structure
+from mmdet_ptq.wrapping.flow import without_dataflow
 
 
 @RUNTIMES.register_module(name='ncnn')
@@ -29,6 +33,10 @@ class NcnnRuntime(Runtime):
 
     name = 'ncnn'
     suffix = '.param'
+    weights = '.bin'
+    packages = NCNN
+    export_packages = (*NCNN, 'pnnx')
+    compares = True
     # ncnn computes a layer in the format that the file gives it, or refuses the file
     evidence = 'the formats of the layers that it loads'
 
@@ -37,20 +45,22 @@ class NcnnRuntime(Runtime):
         self.meta = self._network.meta
 
     @classmethod
-    def check(cls) -> None:
-        require_ncnn()
-
-    @classmethod
-    def check_export(cls) -> None:
-        require_ncnn('pnnx')
-
-    @classmethod
     def check_formats(cls, structure: Structure) -> None:
         check_ncnn(structure)
 
     @classmethod
-    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
-               **options) -> Path:
+    def needed_activations(cls, bits: int) -> dict:
+        # no zero points, and at 8 bits no code -128; fewer bits fit as they are
+        return dict(symmetric=True, narrow_range=True) if bits == 8 else {}
+
+    @classmethod
+    def report_agreement(cls, logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
+        report_inputs(logger, detector, ncnn_inputs(path, image), image, 'ncnn', without_dataflow)
+
+    @classmethod
+    def export(
+        cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int], **options
+    ) -> Path:
         if options.get('dynamic_batch'):
             print_log('ncnn: networks take one image at a time; --dynamic-batch changes nothing', 'current')
         return export_ncnn(detector, input_shape, folder)

@@ -1,4 +1,5 @@
 """Tracing a quantized detector for pnnx: every call of a quantized layer becomes one opaque operator."""
+
 from __future__ import annotations
 
 import copy
@@ -89,7 +90,7 @@ class RoundedInput(nn.Module):
 
 def _own_class(kind: type, name: str) -> type:
     """A class for one call: pnnx merges operators of one type that read one tensor."""
-    return type(f'{kind.__name__}_{name}', (kind, ), {'__module__': kind.__module__})
+    return type(f'{kind.__name__}_{name}', (kind,), {'__module__': kind.__module__})
 
 
 def opaque_type(kind: type, name: str) -> str:
@@ -129,11 +130,11 @@ class StridedSlices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__getitem__ and args[0].dim() == 4:
-            index = args[1] if isinstance(args[1], tuple) else (args[1], )
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if Ellipsis in index:
                 place = index.index(Ellipsis)
                 missing = 5 - len(index)
-                index = (*index[:place], *[slice(None)] * missing, *index[place + 1:])
+                index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
             if len(index) == 4 and all(isinstance(part, slice) for part in index):
                 steps = [part.step or 1 for part in index]
                 if steps[:2] == [1, 1] and max(steps) > 1:
@@ -163,8 +164,9 @@ def borders(module: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, int, int, i
         height, width = module.padding
         return height, height, width, width
     found = []
-    for size, kernel, stride, dilation in zip(shape[2:], module.kernel_size, module.stride, module.dilation,
-                                              strict=True):
+    for size, kernel, stride, dilation in zip(
+        shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+    ):
         # as many as the last place of the kernel lacks; the odd one at the end
         reach = (ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
         missing = max(reach - size, 0)
@@ -185,8 +187,10 @@ def traceable(detector: nn.Module) -> tuple[nn.Module, dict[str, LayerCall]]:
     state: QuantizationState = getattr(twin, STATE)
     twin._forward_hooks.clear()
     twin._forward_pre_hooks.clear()
-    weights, inputs = quantized_weights(twin), {
-        hook.layer: hook.names for hook in state.hooks if isinstance(hook, QuantizedInput)}
+    weights, inputs = (
+        quantized_weights(twin),
+        {hook.layer: hook.names for hook in state.hooks if isinstance(hook, QuantizedInput)},
+    )
     calls: dict[str, LayerCall] = {}
     replaced = {}
     for layer in dict.fromkeys([*inputs, *weights]):
@@ -227,7 +231,8 @@ def _plain(quantized: nn.Module) -> nn.Module:
     module._forward_pre_hooks = OrderedDict(kept)
     module._forward_pre_hooks_with_kwargs = OrderedDict()
     module._forward_hooks = OrderedDict(
-        (key, hook) for key, hook in quantized._forward_hooks.items() if not isinstance(hook, SharedBias))
+        (key, hook) for key, hook in quantized._forward_hooks.items() if not isinstance(hook, SharedBias)
+    )
     return module
 
 
@@ -241,8 +246,9 @@ def trace(twin: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
         with torch.no_grad(), StridedSlices():
             return torch.jit.trace(RawOutputs(twin).eval(), example, check_trace=False)
     except Exception as error:
-        raise PTQError(f'the detector cannot be traced on images of {tuple(example.shape)}: '
-                       f'{str(error).strip().splitlines()[0]}') from error
+        raise PTQError(
+            f'the detector cannot be traced on images of {tuple(example.shape)}: {str(error).strip().splitlines()[0]}'
+        ) from error
 
 
 def _integers(module: nn.Module, quantized: nn.Module) -> tuple[Tensor, Tensor]:

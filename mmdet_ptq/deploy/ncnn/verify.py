@@ -1,4 +1,5 @@
 """Whether an ncnn network is the detector it was made from."""
+
 from __future__ import annotations
 
 import tempfile
@@ -31,17 +32,23 @@ def verify(detector: nn.Module, example: Tensor, in_float: list[NcnnLayer], in_i
         expected = _run_detector(detector, example)
     got = _run_ncnn(in_float, example)
     if [ours.shape for ours in expected] != [theirs.shape for theirs in got]:
-        raise PTQError(f'the outputs have the shapes {[o.shape for o in got]} in ncnn and '
-                       f'{[o.shape for o in expected]} in the detector; export to another runtime.')
+        raise PTQError(
+            f'the outputs have the shapes {[o.shape for o in got]} in ncnn and '
+            f'{[o.shape for o in expected]} in the detector; export to another runtime.'
+        )
     difference = _difference(expected, got)
     if not difference < _LARGEST_DIFFERENCE:
-        raise PTQError(f"in float, ncnn's outputs differ from the detector's by {difference:.2g} of their standard "
-                       'deviation, because an operator means something else there; export to another runtime.')
+        raise PTQError(
+            f"in float, ncnn's outputs differ from the detector's by {difference:.2g} of their standard "
+            'deviation, because an operator means something else there; export to another runtime.'
+        )
     with without_dataflow(detector):
         expected = _run_detector(detector, example)
     difference = _difference(expected, _run_ncnn(in_integers, example))
-    print_log(f'ncnn: on noise, outputs differ from the simulation by {difference:.2g} of their standard deviation '
-              'at most', 'current')
+    print_log(
+        f'ncnn: on noise, outputs differ from the simulation by {difference:.2g} of their standard deviation at most',
+        'current',
+    )
 
 
 def _run_detector(detector: nn.Module, example: Tensor) -> list[np.ndarray]:
@@ -58,5 +65,7 @@ def _run_ncnn(layers: list[NcnnLayer], example: Tensor) -> list[np.ndarray]:
 
 def _difference(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
     """The largest root mean square of a difference, against the output's standard deviation."""
-    return max(float(np.sqrt(np.mean((ours - theirs)**2)) / max(ours.std(), 1e-6))
-               for ours, theirs in zip(expected, got, strict=True))
+    return max(
+        float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(ours.std(), 1e-6))
+        for ours, theirs in zip(expected, got, strict=True)
+    )

@@ -1,4 +1,5 @@
 """The detector of a config, built as mmdet's runner would."""
+
 from __future__ import annotations
 
 import copy
@@ -18,6 +19,7 @@ def build_detector(config: Config) -> nn.Module:
         config: An mmdet config; its ``custom_imports`` are imported.
     """
     from mmdet.registry import MODELS
+
     if config.get('custom_imports'):
         import_modules_from_strings(**config['custom_imports'])
     init_default_scope(config.get('default_scope') or 'mmdet')

@@ -1,4 +1,5 @@
 """What an exported model says about itself, as the text that its file carries."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """A detector as runtimes see it: one image tensor in, the head's raw outputs out, flat."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -59,8 +60,10 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
         return detector(torch.zeros(input_shape, device=next(detector.parameters()).device), None, mode='tensor')
     except RuntimeError as error:
         told = str(error).strip().splitlines()[0].rstrip('.')
-        raise PTQError(f'the detector cannot take images of {size}: {told}; choose another --input-shape, multiples of '
-                       '32 suit most detectors.') from error
+        raise PTQError(
+            f'the detector cannot take images of {size}: {told}; choose another --input-shape, multiples of '
+            '32 suit most detectors.'
+        ) from error
 
 
 def output_shapes(outputs: Any) -> list[list[int]]:
@@ -90,5 +93,7 @@ def check_exportable(detector: nn.Module) -> None:
         PTQError: The detector has a second stage or a forward of its own.
     """
     if not isinstance(detector, SingleStageDetector) or type(detector)._forward is not SingleStageDetector._forward:
-        raise PTQError(f'{type(detector).__name__} cannot be exported: runtimes take detectors of one stage, whose '
-                       'head reads nothing but the features; remove `ptq.export`.')
+        raise PTQError(
+            f'{type(detector).__name__} cannot be exported: runtimes take detectors of one stage, whose '
+            'head reads nothing but the features; remove `ptq.export`.'
+        )

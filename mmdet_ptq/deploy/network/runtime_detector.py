@@ -1,4 +1,5 @@
 """A runtime that answers like a detector: mmdet's data and decoding around an exported model."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -44,17 +45,20 @@ def _check_outputs(detector: nn.Module, meta: dict) -> None:
         return
     expected = output_shapes(first_outputs(detector, (1, *meta['input_shape'][1:])))
     if expected != meta['raw_shapes']:
-        raise PTQError(f"the model was exported from another detector than the config's: its head returns "
-                       f"{_told(meta['raw_shapes'])}, the config's {_told(expected)}; give the config that it was "
-                       'exported from.')
+        raise PTQError(
+            f"the model was exported from another detector than the config's: its head returns "
+            f"{_told(meta['raw_shapes'])}, the config's {_told(expected)}; give the config that it was "
+            'exported from.'
+        )
 
 
 def _told(shapes: list[list[int]]) -> str:
     return f'{len(shapes)} tensors, the first of {shapes[0]}'
 
 
-def with_runtime(detector: nn.Module, runtime: Runtime, config: Config | None = None,
-                 dataset_meta: dict | None = None) -> nn.Module:
+def with_runtime(
+    detector: nn.Module, runtime: Runtime, config: Config | None = None, dataset_meta: dict | None = None
+) -> nn.Module:
     """Puts a runtime in place of a detector's network, in place.
 
     Args:
@@ -110,12 +114,13 @@ class _Network:
             raise PTQError(
                 f'the model was exported for images of {wanted[2]}x{wanted[3]} (height x width), the test pipeline '
                 f'gives {image.shape[2]}x{image.shape[3]}; export it with --input-shape {image.shape[2]} '
-                f'{image.shape[3]}, or make the pipeline pad to one size.')
+                f'{image.shape[3]}, or make the pipeline pad to one size.'
+            )
         missing = 0 if self.runtime.meta['dynamic_batch'] else wanted[0] - len(image)
         if missing > 0:
             image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
         outputs = self.runtime(image.detach().cpu().contiguous().numpy())
-        return [output[:len(output) - missing] if missing > 0 else output for output in outputs]
+        return [output[: len(output) - missing] if missing > 0 else output for output in outputs]
 
 
 class _RawHead(_Network):
@@ -134,8 +139,9 @@ class _Detections(_Network):
 
     def __call__(self, image: Tensor, batch_data_samples: list, rescale: bool = False) -> list[InstanceData]:
         samples = (sample.metainfo for sample in batch_data_samples)
-        return [self._instances(*found, meta, rescale)
-                for *found, meta in zip(*self.outputs(image), samples, strict=True)]
+        return [
+            self._instances(*found, meta, rescale) for *found, meta in zip(*self.outputs(image), samples, strict=True)
+        ]
 
     def _instances(self, boxes: Tensor, scores: Tensor, labels: Tensor, meta: dict, rescale: bool) -> InstanceData:
         real = labels >= 0

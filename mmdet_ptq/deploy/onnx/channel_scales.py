@@ -1,4 +1,5 @@
 """Per-channel activation scales moved into the weights of the convolutions around them."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -55,8 +56,11 @@ def fold_divisions(graph: ir.Graph) -> int:
     for node in list(graph):
         convolution = produced_by(node.inputs[0], 'Conv') if node.op_type == 'Div' else None
         factor = constant(node.inputs[1]) if convolution is not None else None
-        if (factor is None or only_consumer(convolution.outputs[0]) is not node
-                or produced_by(convolution.inputs[1], 'DequantizeLinear') is None):
+        if (
+            factor is None
+            or only_consumer(convolution.outputs[0]) is not node
+            or produced_by(convolution.inputs[1], 'DequantizeLinear') is None
+        ):
             continue
         channels = constant(convolution.inputs[1].producer().inputs[0]).shape[0]
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(channels, np.float32)
@@ -77,15 +81,21 @@ def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
 
 def _quantizer_readers(quantize: ir.Node) -> list[ir.Node]:
     readers = list(quantize.outputs[0].consumers())
-    return [inner for reader in readers
-            for inner in (reader.outputs[0].consumers() if reader.op_type == 'Clip' else [reader])]
+    return [
+        inner
+        for reader in readers
+        for inner in (reader.outputs[0].consumers() if reader.op_type == 'Clip' else [reader])
+    ]
 
 
 def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) -> None:
     out = dequantize.outputs[0]
     reading = [layer for layer in layers(graph) if layer.source is dequantize]
-    if len(reading) == len(out.uses()) and not out.is_graph_output() and all(
-            _is_depthwise(layer, len(scale)) for layer in reading):
+    if (
+        len(reading) == len(out.uses())
+        and not out.is_graph_output()
+        and all(_is_depthwise(layer, len(scale)) for layer in reading)
+    ):
         for layer in reading:
             _scale_weight(graph, layer.node, scale)
         return
@@ -109,15 +119,23 @@ def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: 
     """
     reading = [layer for layer in layers(graph) if layer.source is dequantize]
     pads = [tuple(layer.node.attributes['pads'].as_ints()) for layer in reading if 'pads' in layer.node.attributes]
-    if (len(reading) != len(dequantize.outputs[0].uses()) or len(pads) != len(reading) or len(set(pads)) != 1
-            or not all(_is_depthwise(layer, len(scale)) for layer in reading)
-            or _quantizer_readers(quantize) != [dequantize] or produced_by(quantize.inputs[0], 'Conv')):
+    if (
+        len(reading) != len(dequantize.outputs[0].uses())
+        or len(pads) != len(reading)
+        or len(set(pads)) != 1
+        or not all(_is_depthwise(layer, len(scale)) for layer in reading)
+        or _quantizer_readers(quantize) != [dequantize]
+        or produced_by(quantize.inputs[0], 'Conv')
+    ):
         return False
     half = len(pads[0]) // 2
     if any(pads[0]):
         ends = np.array([0, 0, *pads[0][:half], 0, 0, *pads[0][half:]], np.int64)
-        padded = ir.node('Pad', [quantize.inputs[0], add_constant(graph, f'{quantize.name}_pads', ends)],
-                         name=f'{quantize.name}_padded')
+        padded = ir.node(
+            'Pad',
+            [quantize.inputs[0], add_constant(graph, f'{quantize.name}_pads', ends)],
+            name=f'{quantize.name}_padded',
+        )
         padded.outputs[0].name, padded.outputs[0].type = padded.name, ir.TensorType(ir.DataType.FLOAT)
         graph.insert_before(quantize, padded)
         quantize.replace_input_with(0, padded.outputs[0])
@@ -128,25 +146,38 @@ def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: 
         step = constant(_scale_weight(graph, layer.node, scale).inputs[1]).astype(np.float64)
         bias = 0 if layer.bias is None else constant(layer.bias).astype(np.float64)
         layer.node.resize_inputs(3)
-        layer.node.replace_input_with(2, add_constant(
-            graph, f'{layer.node.name}.bias', (bias - zero.astype(np.int64) * sums * step).astype(np.float32)))
+        layer.node.replace_input_with(
+            2,
+            add_constant(
+                graph, f'{layer.node.name}.bias', (bias - zero.astype(np.int64) * sums * step).astype(np.float32)
+            ),
+        )
     added = [0, 0, *(first + last for first, last in zip(pads[0][:half], pads[0][half:], strict=True))]
-    shape = ir.Shape([size + more if isinstance(size, int) else size
-                      for size, more in zip(quantize.outputs[0].shape, added, strict=True)])
+    shape = ir.Shape(
+        [
+            size + more if isinstance(size, int) else size
+            for size, more in zip(quantize.outputs[0].shape, added, strict=True)
+        ]
+    )
     for value in {quantize.outputs[0], dequantize.inputs[0], dequantize.outputs[0]}:
         value.shape = shape
     _divide_before(graph, quantize, scale, zero)
     for node in (quantize, dequantize):
-        _per_tensor(node, add_constant(graph, f'{node.name}_scale', np.float32(1)),
-                    add_constant(graph, f'{node.name}_zero_point', np.zeros((), zero.dtype)))
+        _per_tensor(
+            node,
+            add_constant(graph, f'{node.name}_scale', np.float32(1)),
+            add_constant(graph, f'{node.name}_zero_point', np.zeros((), zero.dtype)),
+        )
     return True
 
 
 def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> None:
     """Dequantizes in float operations: fusing with a scale or zero point per channel makes ONNX Runtime fail."""
     out = dequantize.outputs[0]
-    centre, factor = (_by_channel(graph, dequantize, f'{dequantize.name}_{label}', array, out.shape)
-                      for label, array in (('centre', zero.astype(np.float32)), ('factor', scale)))
+    centre, factor = (
+        _by_channel(graph, dequantize, f'{dequantize.name}_{label}', array, out.shape)
+        for label, array in (('centre', zero.astype(np.float32)), ('factor', scale))
+    )
     cast = ir.node('Cast', [dequantize.inputs[0]], dict(to=ir.DataType.FLOAT), name=f'{dequantize.name}_cast')
     centred = ir.node('Sub', [cast.outputs[0], centre], name=f'{dequantize.name}_centred')
     scaled = ir.node('Mul', [centred.outputs[0], factor], name=f'{dequantize.name}_scaled')
@@ -177,8 +208,13 @@ def _by_channel(graph: ir.Graph, before: ir.Node, name: str, array: np.ndarray, 
 
 def _is_depthwise(layer: Layer, channels: int) -> bool:
     group = layer.node.attributes.get('group')
-    return (layer.node.op_type == 'Conv' and group is not None and group.as_int() == channels
-            and layer.weight is not None and layer.weight.inputs[0].shape[0] == channels)
+    return (
+        layer.node.op_type == 'Conv'
+        and group is not None
+        and group.as_int() == channels
+        and layer.weight is not None
+        and layer.weight.inputs[0].shape[0] == channels
+    )
 
 
 def _absorb_in_producer(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, one: ir.Value, zero: ir.Value) -> None:
@@ -199,8 +235,9 @@ def _divide_output(graph: ir.Graph, convolution: ir.Node, bias: np.ndarray, fact
     """Divides what a convolution writes, channel by channel, in its weight and its bias."""
     _scale_weight(graph, convolution, 1 / factor)
     convolution.resize_inputs(3)
-    convolution.replace_input_with(2, add_constant(
-        graph, f'{convolution.name}.bias', (bias / factor).astype(np.float32)))
+    convolution.replace_input_with(
+        2, add_constant(graph, f'{convolution.name}.bias', (bias / factor).astype(np.float32))
+    )
 
 
 def _relu_before(quantize: ir.Node, scale: np.ndarray) -> None:
@@ -247,7 +284,8 @@ def _scale_weight(graph: ir.Graph, reader: ir.Node, factor: np.ndarray) -> ir.No
     if len(weight.outputs[0].uses()) > 1:
         shared = weight
         weight = ir.node(
-            'DequantizeLinear', list(shared.inputs), dict(axis=axis_of(shared)), name=f'{reader.name}.own_weight')
+            'DequantizeLinear', list(shared.inputs), dict(axis=axis_of(shared)), name=f'{reader.name}.own_weight'
+        )
         value = weight.outputs[0]
         value.name, value.shape, value.type = weight.name, shared.outputs[0].shape, shared.outputs[0].type
         graph.insert_before(reader, weight)
@@ -261,3 +299,35 @@ def _per_tensor(node: ir.Node, scale: ir.Value, zero: ir.Value) -> None:
     node.replace_input_with(1, scale)
     node.replace_input_with(2, zero)
     node.attributes.pop('axis')
+
+
+def divide_before_quantizing(graph: ir.Graph) -> None:
+    """Takes scales per channel that are left out of QuantizeLinear: what it reads is divided by them before, in float.
+
+    Changes nothing of what is computed. Comes after :func:`absorb_channel_scales`, which leaves one scale per tensor in
+    every DequantizeLinear of an activation.
+
+    Args:
+        graph: Changed in place.
+    """
+    for node in list(graph):
+        scale = constant(node.inputs[1]) if node.op_type == 'QuantizeLinear' else None
+        if scale is None or scale.ndim != 1:
+            continue
+        shape = (-1, *[1] * (len(node.outputs[0].shape) - 2))
+        divided = ir.node(
+            'Div',
+            [node.inputs[0], add_constant(graph, f'{node.name}_scales', scale.reshape(shape))],
+            name=f'{node.name}_divided',
+        )
+        divided.outputs[0].name = divided.name
+        graph.insert_before(node, divided)
+        for place, value in enumerate(
+            (
+                divided.outputs[0],
+                add_constant(graph, f'{node.name}_one', np.float32(1)),
+                add_constant(graph, f'{node.name}_zero_point', np.int8(0)),
+            )
+        ):
+            node.replace_input_with(place, value)
+        node.attributes.pop('axis', None)

@@ -2,9 +2,12 @@
 
 Nothing of it changes what a runtime computes.
 """
+
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+import string
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +15,6 @@ from onnx_ir.passes import common
 
 from mmdet_ptq.deploy.onnx.graph import constant, layers, produced_by
 from mmdet_ptq.deploy.onnx.nodes import CODES
-from mmdet_ptq.deploy.short_names import short_names
 
 _EVERY_SIZE = 2**31
 _CONVOLUTIONS = ('Conv', 'ConvTranspose')
@@ -109,3 +111,9 @@ def _inner_names(graph: ir.Graph) -> set[str]:
         if node.graph is not graph:
             inner.update(value.name for value in (*node.inputs, *node.outputs) if value is not None)
     return inner
+
+
+def short_names() -> Iterator[str]:
+    """a, b, ... Z, aa, ab, ..."""
+    for length in itertools.count(1):
+        yield from map(''.join, itertools.product(string.ascii_letters, repeat=length))

@@ -1,4 +1,5 @@
 """mmdet's decoding of dense heads in operations of constant shape, one class for each method of decoding."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -57,8 +58,12 @@ class Decoding:
 class LevelDecoding(Decoding):
     """``BaseDenseHead``: SSD, RetinaNet, ATSS, FCOS, RTMDet, ...; the best of each level are decoded."""
 
-    METHODS = dict(predict=BaseDenseHead, predict_by_feat=BaseDenseHead, _predict_by_feat_single=BaseDenseHead,
-                   _bbox_post_process=BaseDenseHead)
+    METHODS = dict(
+        predict=BaseDenseHead,
+        predict_by_feat=BaseDenseHead,
+        _predict_by_feat_single=BaseDenseHead,
+        _bbox_post_process=BaseDenseHead,
+    )
 
     def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]], size: Sequence[int]) -> None:
         self.channels, self.sigmoid, self.coder = head.cls_out_channels, head.use_sigmoid_cls, head.bbox_coder
@@ -71,8 +76,11 @@ class LevelDecoding(Decoding):
     @classmethod
     def decodes(cls, head: nn.Module) -> bool:
         # a custom activation of the scores belongs to the loss
-        return (super().decodes(head) and not getattr(head.loss_cls, 'custom_cls_channels', False)
-                and type(head.bbox_coder) in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder))
+        return (
+            super().decodes(head)
+            and not getattr(head.loss_cls, 'custom_cls_channels', False)
+            and type(head.bbox_coder) in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)
+        )
 
     def __call__(self, outputs: Sequence[Any]) -> Candidates:
         levels = [self._level(index, *maps) for index, maps in enumerate(zip(*outputs, strict=True))]
@@ -106,8 +114,14 @@ class LevelDecoding(Decoding):
     def _decode(self, priors: Tensor, deltas: Tensor) -> Tensor:
         if isinstance(self.coder, DistancePointBBoxCoder):
             return distance2bbox(priors, deltas)
-        boxes = delta2bbox(priors.flatten(0, 1), deltas.flatten(0, 1), self.coder.means, self.coder.stds,
-                           add_ctr_clamp=self.coder.add_ctr_clamp, ctr_clamp=self.coder.ctr_clamp)
+        boxes = delta2bbox(
+            priors.flatten(0, 1),
+            deltas.flatten(0, 1),
+            self.coder.means,
+            self.coder.stds,
+            add_ctr_clamp=self.coder.add_ctr_clamp,
+            ctr_clamp=self.coder.ctr_clamp,
+        )
         return boxes.reshape(deltas.shape)
 
 
@@ -130,8 +144,9 @@ class GflDecoding(LevelDecoding):
 class YoloxDecoding(Decoding):
     """``YOLOXHead``: one class for each prior, all levels together, boxes are not clipped."""
 
-    METHODS = dict(predict=BaseDenseHead, predict_by_feat=YOLOXHead, _bbox_decode=YOLOXHead,
-                   _bbox_post_process=YOLOXHead)
+    METHODS = dict(
+        predict=BaseDenseHead, predict_by_feat=YOLOXHead, _bbox_decode=YOLOXHead, _bbox_post_process=YOLOXHead
+    )
 
     def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]], size: Sequence[int]) -> None:
         device = next(head.parameters()).device
@@ -141,7 +156,8 @@ class YoloxDecoding(Decoding):
     def __call__(self, outputs: Sequence[Any]) -> Candidates:
         classes, deltas, objectness = (
             torch.cat([_rows(level, len(priors)) for level, priors in zip(maps, self.priors, strict=True)], 1)
-            for maps in outputs)
+            for maps in outputs
+        )
         best, labels = classes.max(-1)
         scores = best.sigmoid() * objectness[..., 0].sigmoid()
         boxes = self.decode(torch.cat(self.priors), deltas)
@@ -158,8 +174,10 @@ def decoding_of(head: nn.Module) -> type[Decoding]:
         if decoding.decodes(head):
             return decoding
     coder = type(getattr(head, 'bbox_coder', None)).__name__
-    raise PTQError(f'--end2end does not know how {type(head).__name__} decodes (box coder {coder}): it repeats the '
-                   'decoding of SSD, RetinaNet, ATSS, FCOS, RTMDet, GFL and YOLOX heads; export without --end2end.')
+    raise PTQError(
+        f'--end2end does not know how {type(head).__name__} decodes (box coder {coder}): it repeats the '
+        'decoding of SSD, RetinaNet, ATSS, FCOS, RTMDet, GFL and YOLOX heads; export without --end2end.'
+    )
 
 
 def _rows(maps: Tensor, count: int) -> Tensor:

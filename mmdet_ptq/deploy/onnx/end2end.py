@@ -1,4 +1,5 @@
 """A detector whose exported graph also decodes and suppresses, as mmdet's ``predict_by_feat`` does, in float."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from mmdet_ptq.deploy.onnx.nodes import OPSET
 from mmdet_ptq.errors import PTQError
 
 OUTPUTS = ['boxes', 'scores', 'labels']
-RUNTIMES = ('onnxruntime', 'openvino')
 # mmdet keeps every detection of heads that do not limit them (YOLOX); a tensor has to end somewhere
 MAX_DETECTIONS = 300
 _NMS_KEYS = {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
@@ -94,11 +94,17 @@ class Suppression:
         # how many rows come is known to the runtime only; the number told here stands for them while tracing
         rows = self.count
         selected = _symbolic('NonMaxSuppression', inputs, dtype=torch.int64, shape=(rows, 3), version=OPSET)
-        places = _symbolic('Gather', (selected, self.columns), attrs=dict(axis=1), dtype=torch.int64, shape=(rows, 2),
-                           version=OPSET)
+        places = _symbolic(
+            'Gather', (selected, self.columns), attrs=dict(axis=1), dtype=torch.int64, shape=(rows, 2), version=OPSET
+        )
         values = _symbolic('GatherND', (scores, places), dtype=torch.float32, shape=(rows,), version=OPSET)
-        return _symbolic('ScatterND', (torch.zeros_like(scores), places, values), dtype=torch.float32,
-                         shape=scores.shape, version=OPSET)
+        return _symbolic(
+            'ScatterND',
+            (torch.zeros_like(scores), places, values),
+            dtype=torch.float32,
+            shape=scores.shape,
+            version=OPSET,
+        )
 
 
 def check_end2end(detector: nn.Module) -> None:
@@ -113,13 +119,17 @@ def check_end2end(detector: nn.Module) -> None:
     head = detector.bbox_head
     name = type(head).__name__
     if type(detector).predict is not SingleStageDetector.predict:
-        raise PTQError(f'{type(detector).__name__} around {name} predicts in a way of its own, which --end2end does '
-                       'not know; export without --end2end.')
+        raise PTQError(
+            f'{type(detector).__name__} around {name} predicts in a way of its own, which --end2end does '
+            'not know; export without --end2end.'
+        )
     decoding_of(head)
     test_cfg = head.test_cfg
     if not test_cfg or 'score_thr' not in test_cfg or not test_cfg.get('nms'):
         raise PTQError(f'--end2end needs `model.test_cfg` of {name} with `score_thr` and `nms`, got {test_cfg}.')
     nms = test_cfg['nms']
     if nms.get('type', 'nms') != 'nms' or set(nms) - _NMS_KEYS or 'iou_threshold' not in nms:
-        raise PTQError(f"--end2end knows `model.test_cfg.nms=dict(type='nms', iou_threshold=...)`, {name} has "
-                       f'{dict(nms)}; export without --end2end.')
+        raise PTQError(
+            f"--end2end knows `model.test_cfg.nms=dict(type='nms', iou_threshold=...)`, {name} has "
+            f'{dict(nms)}; export without --end2end.'
+        )

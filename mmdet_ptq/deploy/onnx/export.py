@@ -1,4 +1,5 @@
 """The quantized detector as one ONNX graph with explicit QuantizeLinear and DequantizeLinear."""
+
 from __future__ import annotations
 
 import logging
@@ -19,11 +20,12 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_layout,
     output_shapes,
 )
+from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
 from mmdet_ptq.deploy.onnx.trouble import failing_module
-from mmdet_ptq.deploy.requirements import require
-from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_model, divide_before_quantizing
+from mmdet_ptq.deploy.requirements import ONNX, require
+from mmdet_ptq.deploy.runtime import get_runtime, runtime_of
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_atomic
 from mmdet_ptq.version import __version__
@@ -33,9 +35,16 @@ from mmdet_ptq.wrapping.state import only_read_tensors
 FORMAT = 'mmdet_ptq.onnx'
 
 
-def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple[int, int, int, int], *,
-                runtime: str = 'onnxruntime', dynamic_batch: bool = False, packed: bool = True,
-                end2end: bool = False) -> dict:
+def export_onnx(
+    detector: nn.Module,
+    path: str | os.PathLike,
+    input_shape: tuple[int, int, int, int],
+    *,
+    runtime: str | None = None,
+    dynamic_batch: bool = False,
+    packed: bool = True,
+    end2end: bool = False,
+) -> dict:
     """Writes a detector as ONNX, one graph from the normalized image to the head's raw outputs or to detections.
 
     The quantized detector itself is exported, its quantizers writing their nodes
@@ -45,12 +54,11 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
         detector: A calibrated quantized detector, or a float one, in eval mode.
         path: The ``.onnx`` file; it is complete or absent.
         input_shape: (N, 3, H, W).
-        runtime: Whose graph it is: 'onnxruntime', 'openvino' or 'tensorrt'. Defaults to 'onnxruntime'.
+        runtime: Name of the runtime whose graph it is. Defaults to None: the one that reads such files.
         dynamic_batch: Whether N stays open. Defaults to False.
         packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, and biases that fit as
-            int16, for ONNX Runtime. Defaults to True.
-        end2end: Whether the graph decodes and suppresses too, see :class:`mmdet_ptq.deploy.onnx.end2end.EndToEnd`. Defaults
-            to False.
+            int16, where the runtime's dialect knows them. Defaults to True.
+        end2end: Whether the graph decodes and suppresses too, see :class:`.end2end.EndToEnd`. Defaults to False.
 
     Returns:
         What the file says about itself, see :func:`model_meta`.
@@ -62,80 +70,89 @@ def export_onnx(detector: nn.Module, path: str | os.PathLike, input_shape: tuple
     check_exportable(detector)
     if end2end:
         check_end2end(detector)
-    require('onnx', 'onnxscript', extra=runtime)
-    model, meta = _exported(detector, input_shape, runtime, dynamic_batch, end2end)
-    from mmdet_ptq.deploy.onnx import packing, passes
-    from mmdet_ptq.deploy.onnx.channel_scales import absorb_channel_scales, fold_divisions
+    chosen = get_runtime(runtime) if runtime else runtime_of(path)
+    require(*ONNX, extra=chosen.name)
+    dialect = chosen.dialect()
+    model, meta = _exported(detector, input_shape, chosen.name, dialect, dynamic_batch, end2end)
     from mmdet_ptq.deploy.onnx.compact import compact
     from mmdet_ptq.deploy.onnx.graph import name_layers
     from mmdet_ptq.deploy.onnx.saturation import saturating_layers
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
+
     graph = model.graph
     meta['layers'] = name_layers(graph)
     if is_quantized(detector):
-        own = runtime == 'onnxruntime'
-        expand_quantizers(graph, detector, clip_codes=own, unsigned=own, rounds_wide=runtime != 'openvino')
+        expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
         # a float detector stays what PyTorch exports
-        folded = fold_space_to_depth(graph, into_kernel=runtime != 'onnxruntime')
+        folded = fold_space_to_depth(graph, into_kernel=dialect.slices_into_kernel)
         meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
-        if runtime != 'onnxruntime':
+        if dialect.slices_into_kernel:
             meta['folded'] = {fold.layer: fold.offsets for fold in folded}
-    passes.drop_redundant_clips(graph)
-    if runtime in ('onnxruntime', 'tensorrt'):
-        passes.quantize_movements(graph)
-        absorb_channel_scales(graph, outputs=runtime != 'onnxruntime')
-        passes.drop_redundant_clips(graph)
-    if runtime == 'onnxruntime':
-        passes.clip_codes(graph)
-        passes.keep_float(graph)
-    if runtime == 'openvino':
-        fold_divisions(graph)
-    if runtime == 'tensorrt':
-        divide_before_quantizing(graph)
-    passes.integer_biases(graph, stored=runtime == 'onnxruntime')
+    for change in dialect.passes:
+        change(graph)
     meta['saturating'] = saturating_layers(graph)
-    if runtime == 'onnxruntime' and packed:
-        packing.pack_weights(graph)
-        packing.narrow_biases(graph)
-    if runtime != 'tensorrt':  # there the model is a step towards the engine, whose messages name its nodes
+    for pack in dialect.packings if packed else ():
+        pack(graph)
+    if dialect.compact:
         compact(model, meta['layers'])
-    _write(model, meta, path)
+    _write(model, meta, path, dialect)
     return meta
 
 
-def _exported(detector: nn.Module, input_shape: tuple, runtime: str, dynamic_batch: bool, end2end: bool) -> tuple:
+def _exported(
+    detector: nn.Module, input_shape: tuple, runtime: str, dialect: Dialect, dynamic_batch: bool, end2end: bool
+) -> tuple:
     device = next(detector.parameters()).device
     example = torch.zeros(input_shape, device=device)
     outputs = first_outputs(detector, input_shape)
     network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
     try:
-        with _writing(detector, runtime), _quiet():
+        with _writing(detector, dialect), _quiet():
             program = torch.onnx.export(
-                network.eval(), (example,), dynamo=True, opset_version=OPSET, input_names=['input'],
-                output_names=OUTPUTS if end2end else None, dynamic_shapes=shapes, verbose=False, external_data=False)
+                network.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=['input'],
+                output_names=OUTPUTS if end2end else None,
+                dynamic_shapes=shapes,
+                verbose=False,
+                external_data=False,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = _cause(error)
         where = failing_module(network, example, cause)
-        raise PTQError(f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
-                       'replace that operation, or leave out the export.') from error
+        raise PTQError(
+            f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
+            'replace that operation, or leave out the export.'
+        ) from error
     if dynamic_batch and isinstance(program.model.graph.inputs[0].shape[0], int):
-        raise PTQError("--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
-                       'the option out: batches are split then.')
-    meta = dict(format=FORMAT, version=__version__, runtime=runtime, input_shape=list(input_shape),
-                dynamic_batch=dynamic_batch, outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
-                end2end=end2end, raw_shapes=output_shapes(outputs), input=input_meta(detector))
+        raise PTQError(
+            "--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
+            'the option out: batches are split then.'
+        )
+    meta = dict(
+        format=FORMAT,
+        version=__version__,
+        runtime=runtime,
+        input_shape=list(input_shape),
+        dynamic_batch=dynamic_batch,
+        outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
+        end2end=end2end,
+        raw_shapes=output_shapes(outputs),
+        input=input_meta(detector),
+    )
     return program.model, meta
 
 
 @contextmanager
-def _writing(detector: nn.Module, runtime: str) -> Iterator[None]:
+def _writing(detector: nn.Module, dialect: Dialect) -> Iterator[None]:
     """The quantizers that a runtime wants write their nodes."""
     if not is_quantized(detector):
         yield
         return
-    # between layers OpenVINO computes in what fuses best; more quantizers make it slower
-    wanted = only_read_tensors(detector) if runtime == 'openvino' else quantization_mode(detector, 'quantize')
+    wanted = quantization_mode(detector, 'quantize') if dialect.between_layers else only_read_tensors(detector)
     with wanted, quantizer_nodes(detector), float_shared_biases(detector):
         yield
 
@@ -161,10 +178,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _write(model, meta: dict, path: str | os.PathLike) -> None:
+def _write(model, meta: dict, path: str | os.PathLike, dialect: Dialect) -> None:
     import onnx
     import onnx_ir as ir
     from onnx_ir.passes import common
+
     # stack traces of the exporting machine are no business of the file
     common.ClearMetadataAndDocStringPass()(model)
     common.RemoveUnusedNodesPass()(model)
@@ -174,8 +192,8 @@ def _write(model, meta: dict, path: str | os.PathLike) -> None:
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     onnx.checker.check_model(proto, full_check=True)
-    if meta['runtime'] == 'tensorrt':
-        check_tensorrt_model(proto)
+    if dialect.check is not None:
+        dialect.check(proto)
     write_atomic(path, lambda file: file.write(proto.SerializeToString()))
 
 
@@ -196,8 +214,9 @@ def model_meta(path: str | os.PathLike) -> dict:
     Raises:
         PTQError: The file is missing, damaged or not ours.
     """
-    require('onnx', extra='onnxruntime')
+    require(*ONNX[:1])
     import onnx
+
     try:
         proto = onnx.load(os.fspath(path), load_external_data=False)
         entries = {entry.key: entry.value for entry in proto.metadata_props}

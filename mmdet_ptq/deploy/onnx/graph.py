@@ -1,4 +1,5 @@
 """Reading and changing an ONNX graph in onnx_ir: names by layer, constants, quantize / dequantize pairs."""
+
 from __future__ import annotations
 
 import json
@@ -74,8 +75,9 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
     for node in list(graph):
         if node.op_type in WEIGHTED:
             inputs = list(node.inputs) + [None]
-            yield Layer(node, produced_by(inputs[0], 'DequantizeLinear'), produced_by(inputs[1], 'DequantizeLinear'),
-                        inputs[2])
+            yield Layer(
+                node, produced_by(inputs[0], 'DequantizeLinear'), produced_by(inputs[1], 'DequantizeLinear'), inputs[2]
+            )
 
 
 def name_layers(graph: ir.Graph) -> dict[str, str]:

@@ -4,6 +4,7 @@ A quantizer becomes one node of the domain ``mmdet_ptq`` that carries its name, 
 time that grows with the square of their number. Afterwards each becomes QuantizeLinear and DequantizeLinear with its
 constants, in the form that the runtime fuses.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -41,8 +42,10 @@ def check_activation_formats(structure: Structure) -> None:
     """
     for name, entry in structure.activations.items():
         if entry['spec']['type'] != AFFINE:
-            raise PTQError(f"the activation {name} has the format {entry['spec']['type']}, which ONNX cannot express; "
-                           f'use `ptq.activations.quantizer=dict(type={AFFINE!r})`.')
+            raise PTQError(
+                f'the activation {name} has the format {entry["spec"]["type"]}, which ONNX cannot express; '
+                f'use `ptq.activations.quantizer=dict(type={AFFINE!r})`.'
+            )
 
 
 @contextmanager
@@ -77,12 +80,14 @@ class _Node:
         self.name = name
 
     def __call__(self, x: Tensor, rounding: Tensor | None = None) -> Tensor:
-        return _symbolic(f'{DOMAIN}::{self.kind}', (x,), attrs=dict(name=self.name), dtype=torch.float32,
-                         shape=x.shape, version=1)
+        return _symbolic(
+            f'{DOMAIN}::{self.kind}', (x,), attrs=dict(name=self.name), dtype=torch.float32, shape=x.shape, version=1
+        )
 
 
-def expand_quantizers(graph: ir.Graph, detector: nn.Module, clip_codes: bool, unsigned: bool, rounds_wide: bool
-                      ) -> None:
+def expand_quantizers(
+    graph: ir.Graph, detector: nn.Module, clip_codes: bool, unsigned: bool, rounds_wide: bool
+) -> None:
     """Replaces every quantizer's node by QuantizeLinear and DequantizeLinear, in place.
 
     Weights become integer values and DequantizeLinear; those that no int8 holds stay float.
@@ -127,12 +132,14 @@ class _Writer:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         from mmdet_ptq.deploy.onnx.graph import add_constant
+
         if name not in self.constants:
             self.constants[name] = add_constant(self.graph, name, array)
         return self.constants[name]
 
     def insert(self, before: ir.Node, op_type: str, inputs: list, name: str, axis: int | None = None) -> ir.Value:
         import onnx_ir as ir
+
         # codes are of the type of their zero point
         dtype = {'QuantizeLinear': inputs[-1].dtype, 'Clip': inputs[0].dtype}.get(op_type, ir.DataType.FLOAT)
         node = ir.node(op_type, inputs, {} if axis is None else dict(axis=axis), name=name)
@@ -159,14 +166,20 @@ class _Writer:
             shape = [-1 if place == axis else 1 for place in range(len(x.shape))] if axis is not None else ()
             for op_type, code in (('Max', low), ('Min', high)):
                 bound = ((code - zero) * scale).astype(np.float32).reshape(shape)
-                x = self.insert(node, op_type, [x, self.constant(f'{name}:{op_type.lower()}_value', bound)],
-                                f'{label}:{op_type.lower()}')
+                x = self.insert(
+                    node,
+                    op_type,
+                    [x, self.constant(f'{name}:{op_type.lower()}_value', bound)],
+                    f'{label}:{op_type.lower()}',
+                )
         if wide and not self.rounds_wide:
             return x
         codes = self.insert(node, 'QuantizeLinear', [x, *pair], f'{label}{CODES}', axis)
         if narrow and clip_codes:
-            ends = [self.constant(f'{name}:{end}', np.array(code, dtype)) for end, code in (('lowest', low),
-                                                                                            ('highest', high))]
+            ends = [
+                self.constant(f'{name}:{end}', np.array(code, dtype))
+                for end, code in (('lowest', low), ('highest', high))
+            ]
             codes = self.insert(node, 'Clip', [codes, *ends], f'{label}:clipped')
         return self.insert(node, 'DequantizeLinear', [codes, *pair], f'{label}:value', axis)
 
@@ -178,8 +191,10 @@ class _Writer:
             values = layout.from_rows(integers.values(), weight.shape)
             return self.constant(f'{name}.weight_float', values.detach().cpu().numpy())
         values = layout.from_rows(integers.integers(), weight.shape).to(torch.int8).cpu().numpy()
-        inputs = [self.constant(f'{name}.weight', values),
-                  self.constant(f'{name}.weight_scale', integers.scale.cpu().numpy())]
+        inputs = [
+            self.constant(f'{name}.weight', values),
+            self.constant(f'{name}.weight_scale', integers.scale.cpu().numpy()),
+        ]
         return self.insert(node, 'DequantizeLinear', inputs, f'{label}.weight_value', 1 if layout.transposed else 0)
 
 

@@ -1,4 +1,5 @@
 """Numbers of an exported graph in as few bits as hold them; a runtime widens them when a session starts."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

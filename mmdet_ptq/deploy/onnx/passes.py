@@ -1,4 +1,5 @@
 """Changes of an exported graph that no runtime makes by itself; none changes what is computed."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -164,8 +165,10 @@ def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
             if (rounded != bias).any():
                 layer.node.replace_input_with(2, add_constant(graph, f'{layer.node.name}.bias_rounded', rounded))
             continue
-        inputs = [add_constant(graph, f'{layer.node.name}.bias_codes', codes.astype(np.int32)),
-                  add_constant(graph, f'{layer.node.name}.bias_scale', step)]
+        inputs = [
+            add_constant(graph, f'{layer.node.name}.bias_codes', codes.astype(np.int32)),
+            add_constant(graph, f'{layer.node.name}.bias_scale', step),
+        ]
         dequantize = ir.node('DequantizeLinear', inputs, dict(axis=0), name=f'{layer.node.name}.bias')
         dequantize.outputs[0].name = f'{layer.node.name}.bias_value'
         graph.insert_before(layer.node, dequantize)
@@ -174,8 +177,20 @@ def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
 
 
 # operations whose results are some of their inputs' values
-_MOVEMENTS = ('Concat', 'MaxPool', 'Resize', 'Transpose', 'Reshape', 'Slice', 'Split', 'Flatten', 'Squeeze',
-              'Unsqueeze', 'DepthToSpace', 'SpaceToDepth')
+_MOVEMENTS = (
+    'Concat',
+    'MaxPool',
+    'Resize',
+    'Transpose',
+    'Reshape',
+    'Slice',
+    'Split',
+    'Flatten',
+    'Squeeze',
+    'Unsqueeze',
+    'DepthToSpace',
+    'SpaceToDepth',
+)
 
 
 def quantize_movements(graph: ir.Graph) -> None:

@@ -1,4 +1,5 @@
 """Which layers of an exported graph add products that do not fit 16 bits: what x86 without VNNI computes wrongly."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

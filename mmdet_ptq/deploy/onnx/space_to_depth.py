@@ -1,4 +1,5 @@
 """Strided slices of an image in front of a convolution (the Focus layer of YOLOX), as runtimes compute them fast."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -83,11 +84,18 @@ def _slices(concat: ir.Node) -> _Slices | None:
     chains = [_chain(value) for value in concat.inputs]
     # the image is the last value that all slices have in common
     image = next((value for value in chains[0] if all(value in chain for chain in chains)), None)
-    if (step < 2 or step * step != len(chains) or axis_of(concat) not in (1, -3) or image is None
-            or image.shape is None or len(image.shape) != 4 or not all(isinstance(n, int) for n in image.shape[1:])):
+    if (
+        step < 2
+        or step * step != len(chains)
+        or axis_of(concat) not in (1, -3)
+        or image is None
+        or image.shape is None
+        or len(image.shape) != 4
+        or not all(isinstance(n, int) for n in image.shape[1:])
+    ):
         return None
     size = image.shape[2:]
-    kept = [_kept(chain[:chain.index(image)], size) for chain in chains]
+    kept = [_kept(chain[: chain.index(image)], size) for chain in chains]
     offsets = [(rows.start, columns.start) for rows, columns in kept]
     wanted = [tuple(range(n)[offset::step] for n, offset in zip(size, place, strict=True)) for place in offsets]
     every = sorted((dy, dx) for dy in range(step) for dx in range(step))
@@ -117,8 +125,11 @@ def _ranges(node: ir.Node) -> list[tuple[int, slice]] | None:
     """What a Slice keeps of rows (axis 2) and columns (axis 3); None if it is not known, backwards or elsewhere."""
     values = (list(node.inputs) + [None, None])[1:5]
     starts, ends, axes, steps = (constant(value) for value in values)
-    if starts is None or ends is None or any(
-            value is not None and array is None for value, array in zip(values[2:], (axes, steps), strict=True)):
+    if (
+        starts is None
+        or ends is None
+        or any(value is not None and array is None for value, array in zip(values[2:], (axes, steps), strict=True))
+    ):
         return None
     axes = np.arange(len(starts)) if axes is None else axes % 4
     steps = np.ones(len(starts), np.int64) if steps is None else steps
@@ -140,11 +151,14 @@ def _path(concat: ir.Node) -> tuple[list[ir.Node], ir.Node | None]:
 
 def _fits(convolution: ir.Node, slices: _Slices) -> bool:
     attributes, stored = convolution.attributes, _stored_weight(convolution)
-    return (stored is not None and len(stored.shape) == 4
-            and stored.shape[1] == len(slices.offsets) * slices.image.shape[1]
-            and ('group' not in attributes or attributes['group'].as_int() == 1)
-            and ('dilations' not in attributes or set(attributes['dilations'].as_ints()) == {1})
-            and ('auto_pad' not in attributes or attributes['auto_pad'].as_string() == 'NOTSET'))
+    return (
+        stored is not None
+        and len(stored.shape) == 4
+        and stored.shape[1] == len(slices.offsets) * slices.image.shape[1]
+        and ('group' not in attributes or attributes['group'].as_int() == 1)
+        and ('dilations' not in attributes or set(attributes['dilations'].as_ints()) == {1})
+        and ('auto_pad' not in attributes or attributes['auto_pad'].as_string() == 'NOTSET')
+    )
 
 
 def _stored_weight(convolution: ir.Node) -> ir.Value | None:
@@ -153,8 +167,12 @@ def _stored_weight(convolution: ir.Node) -> ir.Value | None:
     if dequantize is None:
         return convolution.inputs[1] if constant(convolution.inputs[1]) is not None else None
     scale, stored = constant(dequantize.inputs[1]), constant(dequantize.inputs[0])
-    if scale is None or stored is None or 'block_size' in dequantize.attributes or (
-            scale.ndim and axis_of(dequantize, 1) not in (0, -stored.ndim)):
+    if (
+        scale is None
+        or stored is None
+        or 'block_size' in dequantize.attributes
+        or (scale.ndim and axis_of(dequantize, 1) not in (0, -stored.ndim))
+    ):
         return None
     return dequantize.inputs[0]
 
@@ -169,7 +187,7 @@ def _folded(array: np.ndarray, slices: _Slices) -> np.ndarray:
     channels //= len(slices.offsets)
     weight = np.empty((outputs, channels, *(step * n for n in kernel)), array.dtype)
     for place, (dy, dx) in enumerate(slices.offsets):
-        weight[:, :, dy::step, dx::step] = array[:, place * channels:(place + 1) * channels]
+        weight[:, :, dy::step, dx::step] = array[:, place * channels : (place + 1) * channels]
     return weight
 
 
@@ -197,14 +215,20 @@ def _change_weight(graph: ir.Graph, convolution: ir.Node, weight: np.ndarray) ->
     if shared:
         stored = add_constant(graph, stored.name, weight, stored.dtype)
     else:
-        stored.const_value, stored.shape = ir.tensor(weight, dtype=stored.dtype, name=stored.name), ir.Shape(
-            weight.shape)
+        stored.const_value, stored.shape = (
+            ir.tensor(weight, dtype=stored.dtype, name=stored.name),
+            ir.Shape(weight.shape),
+        )
     if dequantize is None:
         convolution.replace_input_with(1, stored)
         return
     if shared:
-        dequantize = ir.node('DequantizeLinear', [stored, *dequantize.inputs[1:]], dict(dequantize.attributes),
-                             name=f'{convolution.name}.folded_weight')
+        dequantize = ir.node(
+            'DequantizeLinear',
+            [stored, *dequantize.inputs[1:]],
+            dict(dequantize.attributes),
+            name=f'{convolution.name}.folded_weight',
+        )
         dequantize.outputs[0].name, dequantize.outputs[0].type = dequantize.name, last.type
         graph.insert_before(convolution, dequantize)
         convolution.replace_input_with(1, dequantize.outputs[0])

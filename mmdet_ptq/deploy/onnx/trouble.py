@@ -1,4 +1,5 @@
 """Where in a detector an exporter gives up."""
+
 from __future__ import annotations
 
 import torch

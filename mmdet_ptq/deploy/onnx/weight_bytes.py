@@ -1,11 +1,12 @@
 """How many bytes of an exported model are weights: in small detectors the graph around them weighs as much."""
+
 from __future__ import annotations
 
 import math
 import os
 from typing import TYPE_CHECKING
 
-from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.deploy.requirements import ONNX, require
 
 if TYPE_CHECKING:
     import onnx
@@ -25,8 +26,9 @@ def weight_bytes(path: str | os.PathLike) -> int:
     Raises:
         PTQError: onnx is not installed.
     """
-    require('onnx', extra='onnxruntime')
+    require(*ONNX[:1])
     import onnx
+
     graph = onnx.load(os.fspath(path)).graph
     constants = {entry.name: entry for entry in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
@@ -38,8 +40,9 @@ def weight_bytes(path: str | os.PathLike) -> int:
     return sum(_bytes(constants[name]) for name in read)
 
 
-def _constants_behind(name: str, constants: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]
-                      ) -> set[str]:
+def _constants_behind(
+    name: str, constants: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]
+) -> set[str]:
     """Names of the constants that a value is computed from; none where anything else takes part."""
     found, pending = set(), [name]
     while pending:
@@ -55,6 +58,7 @@ def _constants_behind(name: str, constants: dict[str, onnx.TensorProto], produce
 
 def _bytes(entry: onnx.TensorProto) -> int:
     from onnx import TensorProto, helper
+
     count = math.prod(entry.dims)
     if TensorProto.DataType.Name(entry.data_type) in _HALF_BYTE:
         return -(-count // 2)

@@ -1,16 +1,17 @@
 """Exported against simulated, tensor by tensor: how many integer codes are the same."""
+
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.agreement import TensorAgreement
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.integers.kernels import SIGNED_ZERO
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
@@ -21,23 +22,9 @@ from mmdet_ptq.quantizers import AffineQuantizer
 from mmdet_ptq.wrapping.state import STATE
 
 
-@dataclass
-class TensorAgreement:
-    """One quantized tensor.
-
-    Attributes:
-        name: Name of the activation, ``@k`` marks its further calls; or of the layer that reads it, with ``#k``.
-        identical: Share of the codes that are the same.
-        largest: Largest difference, in codes.
-    """
-
-    name: str
-    identical: float
-    largest: int
-
-
-def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
-                  follow: bool = False, exact: bool = False) -> list[TensorAgreement]:
+def compare_codes(
+    detector: nn.Module, model: str | os.PathLike, image: Tensor, follow: bool = False, exact: bool = False
+) -> list[TensorAgreement]:
     """Compares the codes of every quantized tensor between the simulation and ONNX Runtime.
 
     Args:
@@ -59,8 +46,10 @@ def compare_codes(detector: nn.Module, model: str | os.PathLike, image: Tensor,
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
         found[name] = _sliced(found[name], offsets)
     activations = getattr(detector, STATE).activations
-    found = {name: codes - np.int16(SIGNED_ZERO) if _is_shifted(codes, activations[name.split('@')[0]]) else codes
-             for name, codes in found.items()}
+    found = {
+        name: codes - np.int16(SIGNED_ZERO) if _is_shifted(codes, activations[name.split('@')[0]]) else codes
+        for name, codes in found.items()
+    }
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
     with torch.no_grad(), arithmetic, _recorded(detector, found if follow else {}) as simulated:
         RawOutputs(detector)(image)
@@ -85,19 +74,24 @@ def _sliced(codes: np.ndarray, offsets: list[list[int]]) -> np.ndarray:
 
 def _unpadded(codes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Without the border that an exported model pads a tensor with before it quantizes it."""
-    place = tuple(slice((have - want) // 2, (have - want) // 2 + want)
-                  for have, want in zip(codes.shape, shape, strict=True))
+    place = tuple(
+        slice((have - want) // 2, (have - want) // 2 + want) for have, want in zip(codes.shape, shape, strict=True)
+    )
     return codes[place]
 
 
 def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.ndarray]:
     import onnx
     import onnxruntime
+
     proto = onnx.load(os.fspath(model))
     inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
     types = {info.name: info for info in inferred}
-    clipped = {node.input[0]: node.output[0] for node in proto.graph.node
-               if node.op_type == 'Clip' and node.input[0].endswith(CODES)}
+    clipped = {
+        node.input[0]: node.output[0]
+        for node in proto.graph.node
+        if node.op_type == 'Clip' and node.input[0].endswith(CODES)
+    }
     names = [out for node in proto.graph.node for out in node.output if out.endswith(CODES)]
     # codes of fewer than 8 bits are clipped after they are rounded
     read = {name: clipped.get(name, name) for name in names}
@@ -124,10 +118,12 @@ def _recorded(detector: nn.Module, followed: Mapping[str, np.ndarray]) -> Iterat
                 return None
             codes = np.ascontiguousarray(_unpadded(followed[key], output.shape)).astype(np.int32)
             return quantizer.decode(torch.from_numpy(codes).to(output.device))
+
         return record
 
-    handles = [quantizer.register_forward_hook(hook(name))
-               for name, quantizer in getattr(detector, STATE).activations.items()]
+    handles = [
+        quantizer.register_forward_hook(hook(name)) for name, quantizer in getattr(detector, STATE).activations.items()
+    ]
     try:
         yield found
     finally:

@@ -2,6 +2,7 @@
 
 Nothing of it changes what OpenVINO computes.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from mmdet_ptq.deploy.short_names import short_names
+from mmdet_ptq.deploy.onnx.compact import short_names
 
 if TYPE_CHECKING:
     import openvino

@@ -1,4 +1,5 @@
 """What layers read in OpenVINO: one run of the model with all of it put out."""
+
 from __future__ import annotations
 
 import os
@@ -8,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mmdet_ptq.deploy.network.meta import read_meta
-from mmdet_ptq.deploy.openvino.runtime import FLOAT32, META, layer_operations
-from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations
 from mmdet_ptq.errors import PTQError
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndar
     Raises:
         PTQError: OpenVINO computes something else as soon as it is watched.
     """
-    require('openvino', extra='openvino')
     import openvino
+
     core, pixels = openvino.Core(), image.cpu().numpy()
     model = core.read_model(os.fspath(path))
     meta = read_meta(model.get_rt_info([META]).astype(str))
@@ -42,8 +42,10 @@ def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndar
     model.add_outputs(list(added.values()))
     watched = _run(core, model, pixels)
     if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(plain, watched, strict=False)):
-        raise PTQError(f'OpenVINO computes other outputs of {os.fspath(path)!r} as soon as its tensors are read; '
-                       'compare in ONNX Runtime.')
+        raise PTQError(
+            f'OpenVINO computes other outputs of {os.fspath(path)!r} as soon as its tensors are read; '
+            'compare in ONNX Runtime.'
+        )
     values = dict(zip([*put_out, *added], watched, strict=True))
     found = {call: values[_place(value)] for call, value in inputs.items()}
     for call, offsets in meta.get('folded', {}).items():

@@ -1,30 +1,33 @@
 """OpenVINO on the CPU."""
+
 from __future__ import annotations
 
 import functools
 import os
 import tempfile
-from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
 
+from mmdet_ptq.deploy.agreement import report_inputs
 from mmdet_ptq.deploy.network.meta import read_meta, write_meta
+from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.openvino.compact import compact, strip_layout
-from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.deploy.openvino.model import FLOAT32, META
+from mmdet_ptq.deploy.requirements import ONNX
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, worst_case
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import remove, write_atomic
 from mmdet_ptq.registry import RUNTIMES
 from mmdet_ptq.wrapping import Structure
+from mmdet_ptq.wrapping.state import only_read_tensors
 
-META = 'mmdet_ptq'
-# what is not quantized stays exact: the default takes bfloat16 where the processor has it
-FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
-_OPERATIONS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul')
 _LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected', 'MatMul')
 
 
@@ -34,15 +37,22 @@ class OpenVino(Runtime):
 
     name = 'openvino'
     suffix = '.xml'
+    weights = '.bin'
+    packages = ('openvino>=2025.0',)
+    export_packages = (*packages, *ONNX)
+    end2end = compares = True
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.check()
         import openvino
+
         core = openvino.Core()
         path = os.fspath(path)
         if not Path(path).with_suffix('.bin').is_file():
-            raise PTQError(f'{path!r} lacks its weights {Path(path).with_suffix(".bin").name!r}; keep both files '
-                           'together or export again.')
+            raise PTQError(
+                f'{path!r} lacks its weights {Path(path).with_suffix(".bin").name!r}; keep both files '
+                'together or export again.'
+            )
         try:
             model = core.read_model(path)
         except RuntimeError as error:
@@ -56,19 +66,12 @@ class OpenVino(Runtime):
             options['INFERENCE_NUM_THREADS'] = threads
         self.compiled = core.compile_model(model, 'CPU', options)
 
-    @classmethod
-    def check(cls) -> None:
-        require('openvino', extra='openvino')
-
-    @classmethod
-    def check_export(cls) -> None:
-        require('onnx', 'onnxscript', 'openvino', extra='openvino')
-
     @staticmethod
     @functools.cache
     def saturates() -> bool:
         import openvino
         from openvino import opset13 as ops
+
         image, weight, exact = worst_case()
         given = ops.parameter(image.shape, np.float32)
         low, high = np.float32(0), np.float32(255)
@@ -76,8 +79,9 @@ class OpenVino(Runtime):
         # a scale of 1 would be folded away, and the convolution would be a float one
         kernel = ops.multiply(ops.convert(ops.constant(weight), 'f32'), np.float32(0.5))
         sums = ops.convolution(codes, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
-        compiled = openvino.Core().compile_model(openvino.Model([sums], [given]), 'CPU',
-                                                 {**FLOAT32, 'INFERENCE_NUM_THREADS': 1})
+        compiled = openvino.Core().compile_model(
+            openvino.Model([sums], [given]), 'CPU', {**FLOAT32, 'INFERENCE_NUM_THREADS': 1}
+        )
         return bool((compiled([image.astype(np.float32)])[0] < 0.9 * 0.5 * exact).any())
 
     @classmethod
@@ -85,9 +89,11 @@ class OpenVino(Runtime):
         check_activation_formats(structure)
 
     @classmethod
-    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
-               **options) -> Path:
+    def export(
+        cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int], **options
+    ) -> Path:
         import openvino
+
         folder = Path(folder)
         with tempfile.TemporaryDirectory() as temporary:
             meta = export_onnx(detector, Path(temporary) / 'model.onnx', input_shape, runtime=cls.name, **options)
@@ -103,6 +109,22 @@ class OpenVino(Runtime):
                 write_atomic(folder / f'model{suffix}', lambda file, content=content: file.write(content))
         return folder / f'model{cls.suffix}'
 
+    @classmethod
+    def dialect(cls) -> Dialect:
+        from mmdet_ptq.deploy.onnx import passes
+        from mmdet_ptq.deploy.onnx.channel_scales import fold_divisions
+
+        # between layers it computes in what fuses best; more quantizers make it slower
+        return Dialect(
+            between_layers=False,
+            rounds_wide=False,
+            passes=(passes.drop_redundant_clips, fold_divisions, partial(passes.integer_biases, stored=False)),
+        )
+
+    @classmethod
+    def report_agreement(cls, logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
+        report_inputs(logger, detector, openvino_inputs(path, image), image, 'OpenVINO', only_read_tensors)
+
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
         found = self.compiled([image])
         return [found[index] for index in range(len(self.compiled.outputs))]
@@ -113,24 +135,9 @@ class OpenVino(Runtime):
             info = op.get_rt_info()
             if info['layerType'].astype(str) in _LAYERS and info['runtimePrecision'].astype(str) in ('u8', 'i8'):
                 # a folded convolution is called NAME/WithoutBiases
-                integer.update(name.strip().split('/')[0]
-                               for name in info['originalLayersNames'].astype(str).split(','))
+                integer.update(
+                    name.strip().split('/')[0] for name in info['originalLayersNames'].astype(str).split(',')
+                )
         for call in self.meta['layers']:
             (found.integer if call in integer else found.float).append(call)
         return found
-
-
-def layer_operations(model, calls: Collection[str]) -> dict:
-    """Name of each call of a layer to its operation in a model.
-
-    Args:
-        model: What ``openvino.Core().read_model`` returns.
-        calls: Names of the layers' calls.
-    """
-    found = {}
-    for op in model.get_ordered_ops():
-        # a folded convolution is called NAME/WithoutBiases
-        name = op.get_friendly_name().partition('/')[0]
-        if name in calls and op.get_type_name() in _OPERATIONS:
-            found.setdefault(name, op)
-    return found

@@ -3,6 +3,7 @@
 After NVIDIA's TensorRT documentation ("Explicit Quantization", "Quantization Schemes") and the operators that its ONNX
 parser supports (onnx-tensorrt, docs/operators.md). TensorRT itself is not needed to check them.
 """
+
 from __future__ import annotations
 
 import os
@@ -12,21 +13,59 @@ import numpy as np
 
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.quantizers.selection import build_quantizer
 from mmdet_ptq.wrapping import Structure
 
 if TYPE_CHECKING:
     import onnx
-    import onnx_ir as ir
 
 # standard operators that the parser does not know (10.15; 11 knows no fewer)
-_UNKNOWN = frozenset((
-    'AffineGrid', 'Bernoulli', 'BitShift', 'BitwiseAnd', 'BitwiseNot', 'BitwiseOr', 'BitwiseXor', 'Col2Im',
-    'CenterCropPad', 'Compress', 'ConcatFromSequence', 'ConvInteger', 'DFT', 'Det', 'DynamicQuantizeLinear',
-    'ImageDecoder', 'MatMulInteger', 'MaxRoiPool', 'MaxUnpool', 'MelWeightMatrix', 'Multinomial',
-    'NegativeLogLikelihoodLoss', 'Optional', 'OptionalGetElement', 'OptionalHasElement', 'QLinearConv',
-    'QLinearMatMul', 'RegexFullMatch', 'SequenceAt', 'SequenceConstruct', 'SequenceEmpty', 'SequenceErase',
-    'SequenceInsert', 'SequenceLength', 'SequenceMap', 'SoftmaxCrossEntropyLoss', 'SplitToSequence', 'StringConcat',
-    'StringNormalizer', 'StringSplit', 'TfIdfVectorizer', 'Unique'))
+_UNKNOWN = frozenset(
+    (
+        'AffineGrid',
+        'Bernoulli',
+        'BitShift',
+        'BitwiseAnd',
+        'BitwiseNot',
+        'BitwiseOr',
+        'BitwiseXor',
+        'Col2Im',
+        'CenterCropPad',
+        'Compress',
+        'ConcatFromSequence',
+        'ConvInteger',
+        'DFT',
+        'Det',
+        'DynamicQuantizeLinear',
+        'ImageDecoder',
+        'MatMulInteger',
+        'MaxRoiPool',
+        'MaxUnpool',
+        'MelWeightMatrix',
+        'Multinomial',
+        'NegativeLogLikelihoodLoss',
+        'Optional',
+        'OptionalGetElement',
+        'OptionalHasElement',
+        'QLinearConv',
+        'QLinearMatMul',
+        'RegexFullMatch',
+        'SequenceAt',
+        'SequenceConstruct',
+        'SequenceEmpty',
+        'SequenceErase',
+        'SequenceInsert',
+        'SequenceLength',
+        'SequenceMap',
+        'SoftmaxCrossEntropyLoss',
+        'SplitToSequence',
+        'StringConcat',
+        'StringNormalizer',
+        'StringSplit',
+        'TfIdfVectorizer',
+        'Unique',
+    )
+)
 _TYPES = ('FLOAT', 'FLOAT16', 'BFLOAT16', 'INT8', 'INT32', 'INT64', 'BOOL')
 _AGAIN = 'export the detector with --to tensorrt'
 
@@ -43,45 +82,22 @@ def check_tensorrt_formats(structure: Structure) -> None:
     check_activation_formats(structure)
     for name, entry in structure.activations.items():
         if entry['spec']['bits'] > 8:
-            raise PTQError(f"the activation {name} has {entry['spec']['bits']} bits, and TensorRT's integers have 8; "
-                           'set `bits=8` where it is configured, or leave that part in float, and calibrate again.')
+            raise PTQError(
+                f"the activation {name} has {entry['spec']['bits']} bits, and TensorRT's integers have 8; "
+                'set `bits=8` where it is configured, or leave that part in float, and calibrate again.'
+            )
         if not entry['spec']['symmetric']:
-            raise PTQError(f'the activation {name} is quantized with a zero point, which TensorRT does not have; set '
-                           '`ptq.activations.quantizer.symmetric=True`, and calibrate again.')
+            raise PTQError(
+                f'the activation {name} is quantized with a zero point, which TensorRT does not have; set '
+                '`ptq.activations.quantizer.symmetric=True`, and calibrate again.'
+            )
     for layer in structure.layers:
-        spec = layer.weight
         # with fewer bits, code minus zero point is an int8 without one
-        if spec and spec['type'].rpartition('.')[2] == 'AffineQuantizer' and spec['bits'] == 8 \
-                and not spec['symmetric']:
-            raise PTQError(f'the weight of {layer.name} is quantized with a zero point, which TensorRT does not have; '
-                           'set `ptq.weights.quantizer.symmetric=True`, and calibrate again.')
-
-
-def divide_before_quantizing(graph: ir.Graph) -> None:
-    """Takes scales per channel that are left out of QuantizeLinear: what it reads is divided by them before, in float.
-
-    Changes nothing of what is computed. Comes after :func:`mmdet_ptq.deploy.onnx.channel_scales.absorb_channel_scales`, which
-    leaves one scale per tensor in every DequantizeLinear of an activation.
-
-    Args:
-        graph: Changed in place.
-    """
-    import onnx_ir as ir
-
-    from mmdet_ptq.deploy.onnx.graph import add_constant, constant
-    for node in list(graph):
-        scale = constant(node.inputs[1]) if node.op_type == 'QuantizeLinear' else None
-        if scale is None or scale.ndim != 1:
-            continue
-        shape = (-1, *[1] * (len(node.outputs[0].shape) - 2))
-        divided = ir.node('Div', [node.inputs[0], add_constant(graph, f'{node.name}_scales', scale.reshape(shape))],
-                          name=f'{node.name}_divided')
-        divided.outputs[0].name = divided.name
-        graph.insert_before(node, divided)
-        for place, value in enumerate((divided.outputs[0], add_constant(graph, f'{node.name}_one', np.float32(1)),
-                                       add_constant(graph, f'{node.name}_zero_point', np.int8(0)))):
-            node.replace_input_with(place, value)
-        node.attributes.pop('axis', None)
+        if layer.weight and layer.weight['bits'] == 8 and build_quantizer(layer.weight).has_zero_point:
+            raise PTQError(
+                f'the weight of {layer.name} is quantized with a zero point, which TensorRT does not have; '
+                'set `ptq.weights.quantizer.symmetric=True`, and calibrate again.'
+            )
 
 
 def check_tensorrt_rules(path: str | os.PathLike) -> None:
@@ -94,6 +110,7 @@ def check_tensorrt_rules(path: str | os.PathLike) -> None:
         PTQError: A node breaks a rule; names the first.
     """
     import onnx
+
     check_tensorrt_model(onnx.load(os.fspath(path), load_external_data=False))
 
 
@@ -154,13 +171,13 @@ class _Graph:
             return f'weights are int8, this one is {dtype}; {_AGAIN}'
         if self._scales(node) != 1:
             axis = _attribute(node, 'axis', 1) % len(shape)
-            if any(axis != _output_axis(reader, len(shape)) for reader, _ in read) or \
-                    self._scales(node) != shape[axis]:
+            if any(axis != _output_axis(reader, len(shape)) for reader, _ in read) or self._scales(node) != shape[axis]:
                 return f'a weight has its scales per output channel, this one along axis {axis}; {_AGAIN}'
         return self._symmetric(node)
 
     def _symmetric(self, node: onnx.NodeProto) -> str | None:
         from onnx import numpy_helper
+
         if (numpy_helper.to_array(self.constants[node.input[1]]) <= 0).any():
             return f'scales are positive, this one is not; {_AGAIN}'
         if len(node.input) < 3:
@@ -168,8 +185,10 @@ class _Graph:
         if self._type(node.input[2]) != 'INT8':
             return f'codes are int8, these are {self._type(node.input[2])}; {_AGAIN}'
         if numpy_helper.to_array(self.constants[node.input[2]]).any():
-            return ('zero points are 0, this one is not; set `ptq.activations.quantizer.symmetric=True`, calibrate and '
-                    'export again')
+            return (
+                'zero points are 0, this one is not; set `ptq.activations.quantizer.symmetric=True`, calibrate and '
+                'export again'
+            )
         return None
 
     def _scales(self, node: onnx.NodeProto) -> int:
@@ -177,6 +196,7 @@ class _Graph:
 
     def _type(self, name: str) -> str:
         import onnx
+
         return onnx.TensorProto.DataType.Name(self.constants[name].data_type) if name in self.constants else 'unknown'
 
 

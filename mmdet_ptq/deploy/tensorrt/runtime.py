@@ -1,10 +1,12 @@
 """TensorRT on an NVIDIA GPU."""
+
 from __future__ import annotations
 
 import json
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
+from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
-from mmdet_ptq.deploy.requirements import require
+from mmdet_ptq.deploy.requirements import ONNX, require
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime
-from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_formats, check_tensorrt_rules
+from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_formats, check_tensorrt_model, check_tensorrt_rules
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import remove, write_atomic
 from mmdet_ptq.registry import RUNTIMES
@@ -39,23 +42,31 @@ class TensorRT(Runtime):
 
     name = 'tensorrt'
     suffix = '.engine'
+    # its parser comes with ONNX 1.17, that is with opset 21, since 10.6
+    packages = ('tensorrt>=10.6',)
+    # no more: ``model.onnx`` can be written where no engine can be built
+    export_packages = ONNX
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.check()
         import onnx
         import tensorrt
+
         source, path = Path(path).with_suffix('.onnx'), os.fspath(path)
         if not source.is_file():
-            raise PTQError(f'{path!r} lacks the {source.name!r} it was built from; keep both files together or export '
-                           'again.')
+            raise PTQError(
+                f'{path!r} lacks the {source.name!r} it was built from; keep both files together or export again.'
+            )
         self.meta = model_meta(source)
         self._names = [value.name for value in onnx.load(source, load_external_data=False).graph.output]
         # the engine lives no longer than the runtime and the logger
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
         if self._engine is None:
-            raise PTQError(f'{path!r} is damaged, or was built by another TensorRT or for another GPU; build it here '
-                           'with tools/export.py --to tensorrt.')
+            raise PTQError(
+                f'{path!r} is damaged, or was built by another TensorRT or for another GPU; build it here '
+                'with tools/export.py --to tensorrt.'
+            )
         present = {self._engine.get_tensor_name(place) for place in range(self._engine.num_io_tensors)}
         if present != {'input', *self._names}:
             raise PTQError(f'{path!r} was not built from the {source.name!r} beside it; export again.')
@@ -65,28 +76,44 @@ class TensorRT(Runtime):
 
     @classmethod
     def check(cls) -> None:
-        cls.check_export()
-        require('tensorrt', extra='tensorrt')
+        require(*cls.export_packages, *cls.packages, extra=cls.name)
         if not torch.cuda.is_available():
-            raise PTQError('TensorRT builds and runs its engines on an NVIDIA GPU, and PyTorch sees none; go on where '
-                           'there is one, or remove tensorrt from the runtimes.')
-
-    @classmethod
-    def check_export(cls) -> None:
-        """Refuses an environment where not even ``model.onnx`` can be written, for an engine to be built elsewhere.
-
-        Raises:
-            PTQError: A package is missing.
-        """
-        require('onnx', 'onnxscript', extra='tensorrt')
+            raise PTQError(
+                'TensorRT builds and runs its engines on an NVIDIA GPU, and PyTorch sees none; go on where '
+                'there is one, or remove tensorrt from the runtimes.'
+            )
 
     @classmethod
     def check_formats(cls, structure: Structure) -> None:
         check_tensorrt_formats(structure)
 
     @classmethod
-    def export(cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int],
-               **options) -> Path:
+    def needed_activations(cls, bits: int) -> dict:
+        return dict(symmetric=True)
+
+    @classmethod
+    def dialect(cls) -> Dialect:
+        from mmdet_ptq.deploy.onnx import passes
+        from mmdet_ptq.deploy.onnx.channel_scales import absorb_channel_scales, divide_before_quantizing
+
+        # the file is a step towards the engine, whose messages name its nodes: they keep their names
+        return Dialect(
+            compact=False,
+            check=check_tensorrt_model,
+            passes=(
+                passes.drop_redundant_clips,
+                passes.quantize_movements,
+                absorb_channel_scales,
+                passes.drop_redundant_clips,
+                divide_before_quantizing,
+                partial(passes.integer_biases, stored=False),
+            ),
+        )
+
+    @classmethod
+    def export(
+        cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int], **options
+    ) -> Path:
         """Writes ``model.onnx``, and where TensorRT and a GPU are present, builds ``model.engine`` from it.
 
         Returns:
@@ -107,7 +134,7 @@ class TensorRT(Runtime):
         return path
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
-        parts = [self._run(image[start:start + self._largest]) for start in range(0, len(image), self._largest)]
+        parts = [self._run(image[start : start + self._largest]) for start in range(0, len(image), self._largest)]
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     def _run(self, image: np.ndarray) -> list[np.ndarray]:
@@ -125,6 +152,7 @@ class TensorRT(Runtime):
 
     def coverage(self) -> IntegerCoverage:
         import tensorrt
+
         found = self._engine.create_engine_inspector().get_engine_information(tensorrt.LayerInformationFormat.JSON)
         return integer_coverage(json.loads(found)['Layers'], self.meta['layers'])
 
@@ -141,6 +169,7 @@ def build_engine(path: Path) -> bytes:
         PTQError: The file breaks a rule of explicit quantization, or TensorRT cannot read or build it.
     """
     import tensorrt
+
     check_tensorrt_rules(path)
     meta = model_meta(path)
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -174,8 +203,10 @@ def integer_coverage(layers: Sequence[dict | str], calls: Sequence[str]) -> Inte
         PTQError: The engine tells no more than names.
     """
     if any(isinstance(layer, str) for layer in layers):
-        raise PTQError('the engine does not tell the precision of its layers; build it with tools/export.py, or with '
-                       'trtexec --profilingVerbosity=detailed.')
+        raise PTQError(
+            'the engine does not tell the precision of its layers; build it with tools/export.py, or with '
+            'trtexec --profilingVerbosity=detailed.'
+        )
     integer: set[str] = set()
     for layer in layers:
         # a fused layer names all it came from; copies between formats bear the name of the layer they serve

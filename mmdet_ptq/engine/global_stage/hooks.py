@@ -1,4 +1,5 @@
 """Hooks of the global stage."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

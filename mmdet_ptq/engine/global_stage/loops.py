@@ -1,6 +1,8 @@
 """Loops of the global stage."""
+
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 
@@ -65,8 +67,12 @@ class HeldOutLossLoop(BaseLoop):
         metrics = {('global_loss' if key == 'loss' else key): float(value) for key, value in means.items()}
         if not math.isfinite(metrics['global_loss']):
             metrics['global_loss'] = math.inf
-            print_log(f'the held-out loss after {self.runner.iter} iterations is not finite; that state is not kept, '
-                      'and lower rates in `ptq.global_loss` may help', 'current', level=30)
+            print_log(
+                f'the held-out loss after {self.runner.iter} iterations is not finite; that state is not kept, '
+                'and lower rates in `ptq.global_loss` may help',
+                'current',
+                level=logging.WARNING,
+            )
         for key in metrics:
             # mmengine's log shows losses as a mean over its last entries; these are of this state alone
             self.runner.message_hub.log_scalars.pop(f'val/{key}', None)

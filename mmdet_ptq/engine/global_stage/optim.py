@@ -1,4 +1,5 @@
 """One learning rate per quantization parameter, relative to its size."""
+
 from __future__ import annotations
 
 import copy

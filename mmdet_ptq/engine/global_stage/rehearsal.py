@@ -1,7 +1,9 @@
 """What mmengine builds for the global stage, built once before any long work: a wrong name costs seconds, not hours."""
+
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable
 
@@ -34,12 +36,15 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
     wrapper = copy.deepcopy(cfg.optim_wrapper)
     for name in ('constructor', 'paramwise_cfg'):
         if name in wrapper:
-            raise PTQError(f'`{KEY}.optim_wrapper.{name}` must be left out: the rates of the parameters are '
-                           f'`{KEY}.lr`, `bias_lr`, `weight_lr` and `grid_lr`.')
+            raise PTQError(
+                f'`{KEY}.optim_wrapper.{name}` must be left out: the rates of the parameters are '
+                f'`{KEY}.lr`, `bias_lr`, `weight_lr` and `grid_lr`.'
+            )
     _known(f'{KEY}.optim_wrapper', OPTIM_WRAPPERS, wrapper)
     if not isinstance(wrapper.get('optimizer', {}), dict):
-        raise PTQError(f"`{KEY}.optim_wrapper.optimizer` must be a dict, as dict(type='Adam'), got "
-                       f"{wrapper['optimizer']!r}.")
+        raise PTQError(
+            f"`{KEY}.optim_wrapper.optimizer` must be a dict, as dict(type='Adam'), got {wrapper['optimizer']!r}."
+        )
     _known(f'{KEY}.optim_wrapper.optimizer', OPTIMIZERS, wrapper.get('optimizer', {}))
     groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr=cfg.lr)]
     optimizer = _built(f'{KEY}.optim_wrapper', lambda: build_wrapper(wrapper, groups))
@@ -47,8 +52,10 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
         key = f'{KEY}.param_scheduler[{index}]'
         scheduler = _type(key, PARAM_SCHEDULERS, scheduler, ())
         if scheduler.get('by_epoch') and not scheduler.get('convert_to_iter_based'):
-            raise PTQError(f'`{key}.by_epoch` must be False, or `convert_to_iter_based` True: the global stage counts '
-                           'iterations, not epochs.')
+            raise PTQError(
+                f'`{key}.by_epoch` must be False, or `convert_to_iter_based` True: the global stage counts '
+                'iterations, not epochs.'
+            )
         scheduler = by_iterations(scheduler)
         scheduler.pop('convert_to_iter_based', None)
         _built(key, lambda s=scheduler: PARAM_SCHEDULERS.build(s, default_args=dict(optimizer=optimizer)))
@@ -74,7 +81,8 @@ def check_one_size(sizes: Iterable[tuple[int, int]]) -> None:
             f'exported models (`ptq.export`) take images of one size, the calibration images have {len(sizes)}: '
             f'{", ".join(f"{h}x{w}" for h, w in sizes[:3])}{", ..." * (len(sizes) > 3)} (height x width); pad '
             f"them: put dict(type='Pad', size=({side}, {side})) after Resize in "
-            '`test_dataloader.dataset.pipeline`.')
+            '`test_dataloader.dataset.pipeline`.'
+        )
 
 
 def check_holdout(key: str, share: float, images: int) -> None:
@@ -89,9 +97,12 @@ def check_holdout(key: str, share: float, images: int) -> None:
     if held_out == images:
         raise PTQError(f'`{key}.holdout` leaves none of the {images} calibration images to train on; lower it.')
     if share and not held_out:
-        print_log(f'`{key}.holdout` holds out none of {images} calibration images, so nothing tells whether training '
-                  f'helps other images; {math.floor(0.5 / share) + 1} are needed (`ptq.calibration.num_images`)',
-                  'current', level=30)
+        print_log(
+            f'`{key}.holdout` holds out none of {images} calibration images, so nothing tells whether training '
+            f'helps other images; {math.floor(0.5 / share) + 1} are needed (`ptq.calibration.num_images`)',
+            'current',
+            level=logging.WARNING,
+        )
 
 
 def _type(key: str, registry: Registry, cfg: dict, leave: tuple[str, ...]) -> dict:
@@ -107,8 +118,10 @@ def _known(key: str, registry: Registry, cfg: dict) -> None:
     # as mmengine builds: in the scope of the config first
     with registry.switch_scope_and_registry(None) as scoped:
         if isinstance(name, str) and scoped.get(name) is None:
-            raise PTQError(f'`{key}.type` is {name!r}, which is not in the registry.'
-                           f'{did_you_mean(name, {**registry.module_dict, **scoped.module_dict})}')
+            raise PTQError(
+                f'`{key}.type` is {name!r}, which is not in the registry.'
+                f'{did_you_mean(name, {**registry.module_dict, **scoped.module_dict})}'
+            )
 
 
 def _built(key: str, build: Callable):

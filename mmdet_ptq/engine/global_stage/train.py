@@ -1,4 +1,5 @@
 """The global stage: the quantized detector behind mmengine's training interface, and how it is trained."""
+
 from __future__ import annotations
 
 import copy
@@ -40,10 +41,16 @@ class GlobalRunner(Runner):
         run.logger.setLevel(logging.WARNING)  # environment and config were logged
         try:
             super().__init__(
-                cfg=run.cfg, visualizer=run.visualizer, launcher=run.launcher, log_processor=run.log_processor,
+                cfg=run.cfg,
+                visualizer=run.visualizer,
+                launcher=run.launcher,
+                log_processor=run.log_processor,
                 env_cfg=run.cfg.get('env_cfg') or dict(dist_cfg=dict(backend='nccl')),
-                default_scope=run.default_scope.scope_name, experiment_name=f'global_{uuid4().hex}',
-                randomness=dict(seed=run.seed, diff_rank_seed=False, deterministic=run.deterministic), **kwargs)
+                default_scope=run.default_scope.scope_name,
+                experiment_name=f'global_{uuid4().hex}',
+                randomness=dict(seed=run.seed, diff_rank_seed=False, deterministic=run.deterministic),
+                **kwargs,
+            )
         finally:
             run.logger.setLevel(level)
 
@@ -70,21 +77,30 @@ def train_global(run: Run) -> None:
     train_only_quantization(run.detector, cfg.rates())
     images = Augmented(train, cfg.augment if cfg.target == 'float' else 1, run.seed)
     kwargs = dict(
-        model=GlobalLossModel(run.detector, FilteredGlobalLoss(**cfg.loss_kwargs())), work_dir=str(folder),
+        model=GlobalLossModel(run.detector, FilteredGlobalLoss(**cfg.loss_kwargs())),
+        work_dir=str(folder),
         train_dataloader=run.images_loader(images, min(cfg.batch_size, len(images)), infinite=True),
         train_cfg=dict(type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval),
-        load_from=going_on_from, resume=going_on_from is not None, **_optimizer(cfg))
+        load_from=going_on_from,
+        resume=going_on_from is not None,
+        **_optimizer(cfg),
+    )
     # two: mmengine removes the oldest before it writes the next, and a run may be killed in between
     checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=cfg.checkpoint_interval, max_keep_ckpts=2)
     if len(held_out):
         checkpoint.update(save_best='global_loss', rule='less')
         kwargs.update(
             val_dataloader=run.images_loader(held_out, cfg.batch_size),
-            val_cfg=dict(type='mmdet_ptq.HeldOutLossLoop'), val_evaluator=[])
+            val_cfg=dict(type='mmdet_ptq.HeldOutLossLoop'),
+            val_evaluator=[],
+        )
     hook = dict(type='mmdet_ptq.FilteredGlobalLossHook', detector=run.float_detector)
     runner = GlobalRunner(
-        run, **kwargs, custom_hooks=[hook, *copy.deepcopy(cfg.hooks)],
-        default_hooks=dict(logger=dict(type='LoggerHook', interval=cfg.log_interval), checkpoint=checkpoint))
+        run,
+        **kwargs,
+        custom_hooks=[hook, *copy.deepcopy(cfg.hooks)],
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=cfg.log_interval), checkpoint=checkpoint),
+    )
     runner.train()
     barrier()  # the main process may still be writing
     info = runner.message_hub.runtime_info
@@ -100,10 +116,13 @@ def train_global(run: Run) -> None:
 def _optimizer(cfg: GlobalLossConfig) -> dict:
     """Configs of mmengine's optimizer wrapper and schedulers."""
     optimizer = dict(
-        **copy.deepcopy(cfg.optim_wrapper), constructor='mmdet_ptq.QuantizationParamsConstructor',
-        paramwise_cfg=cfg.rates())
-    schedulers = cfg.param_scheduler or [dict(
-        type='CosineAnnealingLR', begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)]
+        **copy.deepcopy(cfg.optim_wrapper),
+        constructor='mmdet_ptq.QuantizationParamsConstructor',
+        paramwise_cfg=cfg.rates(),
+    )
+    schedulers = cfg.param_scheduler or [
+        dict(type='CosineAnnealingLR', begin=0, end=cfg.iters, T_max=cfg.iters, eta_min_ratio=1e-2)
+    ]
     return dict(optim_wrapper=optimizer, param_scheduler=[by_iterations(scheduler) for scheduler in schedulers])
 
 
@@ -162,8 +181,10 @@ class GlobalLossModel(BaseModel):
         if self.loss.target != 'ground_truth':
             return None
         if not all('gt_instances' in sample and 'bboxes' in sample.gt_instances for sample in data_samples):
-            raise PTQError("`ptq.global_loss.target='ground_truth'` needs annotated calibration images; use "
-                           "target='float' for images without annotations.")
+            raise PTQError(
+                "`ptq.global_loss.target='ground_truth'` needs annotated calibration images; use "
+                "target='float' for images without annotations."
+            )
         return [sample.gt_instances for sample in data_samples]
 
     @torch.no_grad()
@@ -171,6 +192,7 @@ class GlobalLossModel(BaseModel):
         """The loss terms of one batch, and their sum as ``loss``, over the same boxes in every state."""
         data = self.data_preprocessor(data, False)
         student = predict_aligned(self.detector, data['inputs'], data['data_samples'], reference=self.target)
-        _, terms = self.parse_losses(self.held_out(
-            student.with_finite_boxes(), self.target, self._annotations(data['data_samples'])))
+        _, terms = self.parse_losses(
+            self.held_out(student.with_finite_boxes(), self.target, self._annotations(data['data_samples']))
+        )
         return {key: float(value) for key, value in terms.items()}

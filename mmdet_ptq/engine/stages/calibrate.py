@@ -1,31 +1,19 @@
 """The stages that calibrate: float detector in, integer checkpoint out."""
+
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 
 from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 
-from mmdet_ptq.analysis import (
-    REPORT,
-)
-from mmdet_ptq.calibration import (
-    Protection,
-    observe_activations,
-    protect_detector,
-    score_layers,
-)
+from mmdet_ptq.analysis import REPORT
+from mmdet_ptq.calibration import Protection, observe_activations, protect_detector, score_layers
 from mmdet_ptq.calibration import correct_biases as shift_biases
-from mmdet_ptq.deploy import (
-    load_quantized_state,
-    read_quantized,
-    save_quantized,
-    settle_biases,
-)
-from mmdet_ptq.engine.evaluation import (
-    dataset_meta,
-)
+from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantized, settle_biases
+from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
 from mmdet_ptq.engine.run import QUANTIZED, RESULTS, Run
 from mmdet_ptq.registry import RECONSTRUCTIONS
@@ -64,8 +52,14 @@ def protect(run: Run) -> None:
         if not run.stages.resume:
             measurements.unlink(missing_ok=True)
         protection = protect_detector(
-            run.detector, run.structure, run.ptq, list(run.first_images(run.ptq.protect.images)),
-            run.calibration_loader(), run.stored_bytes(), measurements)
+            run.detector,
+            run.structure,
+            run.ptq,
+            list(run.first_images(run.ptq.protect.images)),
+            run.calibration_loader(),
+            run.stored_bytes(),
+            measurements,
+        )
         return dict(**run.detector_state(), protection=protection.to_dict())
 
     state, taken_over = run.stages.run('protect', run.inputs['protect'], work)
@@ -83,8 +77,12 @@ def reconstruct(run: Run) -> None:
         cfg = run.ptq.reconstruct
         method = RECONSTRUCTIONS.get(cfg.type)(cfg)
         units = method.run(
-            run.detector, *(run.whole_loader(part) for part in run.split(cfg.holdout)),
-            Path(run.work_dir) / 'reconstruct' / run.inputs['reconstruct'], run.seed, run.stages.resume)
+            run.detector,
+            *(run.whole_loader(part) for part in run.split(cfg.holdout)),
+            Path(run.work_dir) / 'reconstruct' / run.inputs['reconstruct'],
+            run.seed,
+            run.stages.resume,
+        )
         for value in run.detector.state_dict().values():
             broadcast(value)
         return dict(units=units, model=run.detector.state_dict())
@@ -137,5 +135,9 @@ def write_quantized(run: Run) -> None:
     size, limit = path.stat().st_size, run.protection and run.protection.size_limit
     print_log(f'{path.name}: {size / 2**20:.2f} MiB', 'current')
     if limit and size > limit:
-        print_log(f'{path.name} has {size} bytes, {size - limit:.0f} more than the budget of `ptq.protect` allows: '
-                  'the size was estimated; name a budget that is smaller by as much.', 'current', level=30)
+        print_log(
+            f'{path.name} has {size} bytes, {size - limit:.0f} more than the budget of `ptq.protect` allows: '
+            'the size was estimated; name a budget that is smaller by as much.',
+            'current',
+            level=logging.WARNING,
+        )

@@ -1,4 +1,5 @@
 """The export stage: each runtime gets its model, is evaluated like any detector, timed against float."""
+
 from __future__ import annotations
 
 import copy
@@ -60,11 +61,14 @@ def export_runtime(run: Run, name: str) -> dict:
     coverage = model.coverage()
     announce_coverage(name, coverage, model.evidence)
     metrics = run.evaluate_detector(with_runtime(copy.deepcopy(run.float_detector).cpu(), model, run.cfg))
-    float_path, = (folder / FLOAT_FOLDER).glob(f'model{path.suffix}')
+    (float_path,) = (folder / FLOAT_FOLDER).glob(f'model{path.suffix}')
     ratio = time_against_float(path, float_path, shape)
     print_log(f'{name}: {ratio:.2f} times as fast as the float model there, one thread, batch {shape[0]}', 'current')
-    return vars(Exported(metrics, model_bytes(path), ratio, coverage.integer, coverage.float, stored_files(folder),
-                         model.remark()))
+    return vars(
+        Exported(
+            metrics, model_bytes(path), ratio, coverage.integer, coverage.float, stored_files(folder), model.remark()
+        )
+    )
 
 
 def export_float_to(run: Run, name: str) -> dict:
@@ -114,16 +118,21 @@ def export(run: Run) -> None:
         inputs = fingerprint(run.quantized_inputs(), name, run.input_shape)
         row = _exported(run, f'export_{name}', inputs, Path(name), lambda name=name: export_runtime(run, name))
         run.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
-        run.add_row(name, row['metrics'], row['size_bytes'], bops(run.structure), row['latency_ratio'],
-                  row.get('remark', ''))
+        run.add_row(
+            name, row['metrics'], row['size_bytes'], bops(run.structure), row['latency_ratio'], row.get('remark', '')
+        )
 
 
 def export_float(run: Run) -> None:
     """Exports the float detector to every runtime of ``ptq.export``, before anything that takes long."""
     for name in run.ptq.export:
         _exported(
-            run, f'export_{name}_float', fingerprint(run.inputs['prepare'], name, run.input_shape),
-            Path(name) / FLOAT_FOLDER, lambda name=name: export_float_to(run, name))
+            run,
+            f'export_{name}_float',
+            fingerprint(run.inputs['prepare'], name, run.input_shape),
+            Path(name) / FLOAT_FOLDER,
+            lambda name=name: export_float_to(run, name),
+        )
 
 
 def _exported(run: Run, stage: str, inputs: str, folder: Path, work: Callable[[], dict]) -> dict:

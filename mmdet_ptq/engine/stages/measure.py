@@ -1,4 +1,5 @@
 """The stages that measure: the float row, the simulated row, the report."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,12 +16,8 @@ from mmdet_ptq.analysis import (
     print_protection,
     print_results,
 )
-from mmdet_ptq.deploy import (
-    integer_arithmetic,
-)
-from mmdet_ptq.engine.evaluation import (
-    check_figures,
-)
+from mmdet_ptq.deploy import integer_arithmetic
+from mmdet_ptq.engine.evaluation import check_figures
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
 
@@ -28,8 +25,10 @@ from mmdet_ptq.engine.stage_store import fingerprint
 def evaluate_float(run: Run) -> None:
     """Evaluates the float detector; a wrong checkpoint or evaluation shows before the calibration."""
     run.float_figures, _ = run.stages.run(
-        'evaluate_float', fingerprint(run.model_inputs(), run.evaluation_inputs),
-        lambda: run.evaluate_detector(run.float_detector))
+        'evaluate_float',
+        fingerprint(run.model_inputs(), run.evaluation_inputs),
+        lambda: run.evaluate_detector(run.float_detector),
+    )
     check_figures(run.float_figures, run._test_loop)
 
 
@@ -38,8 +37,13 @@ def evaluate(run: Run) -> None:
     if run.float_figures is None:
         evaluate_float(run)
     run.results = new_results(
-        str(run.cfg.filename or ''), run.ptq.to_dict(), run.seed, run.structure, run.calibration.ids,
-        run.calibration.skipped)
+        str(run.cfg.filename or ''),
+        run.ptq.to_dict(),
+        run.seed,
+        run.structure,
+        run.calibration.ids,
+        run.calibration.skipped,
+    )
     if run.protection is not None:
         run.results['protection'] = run.protection.to_dict()
     if run.units:

@@ -2,6 +2,7 @@
 
 Weights change, the float detector's outputs do not, and nothing is added to inference.
 """
+
 from __future__ import annotations
 
 import logging
@@ -37,13 +38,16 @@ class Equalized:
     factors: Tensor
 
     def __str__(self) -> str:
-        return (f'{self.junction}: factors {self.factors.min():.3g} to {self.factors.max():.3g} '
-                f'on {int((~self.junction.fixed).sum())} of {len(self.factors)} channels')
+        return (
+            f'{self.junction}: factors {self.factors.min():.3g} to {self.factors.max():.3g} '
+            f'on {int((~self.junction.fixed).sum())} of {len(self.factors)} channels'
+        )
 
 
 @torch.no_grad()
-def equalize(detector: nn.Module, junctions: Sequence[Junction], magnitudes: Sequence[Tensor] | None = None,
-             iterations: int = 40) -> list[Equalized]:
+def equalize(
+    detector: nn.Module, junctions: Sequence[Junction], magnitudes: Sequence[Tensor] | None = None, iterations: int = 40
+) -> list[Equalized]:
     """Rescales the layers around every junction, in place; the float outputs stay what they were.
 
     Without ``magnitudes`` this is cross-layer equalization (Nagel et al., ICCV 2019, eq. 11): the factor of a channel
@@ -124,6 +128,7 @@ def channel_magnitudes(detector: nn.Module, junctions: Sequence[Junction], run: 
             x = args[0] if args else next(iter(kwargs.values()))
             largest = x.detach().abs().movedim(channel_axis(module), 0).flatten(1).amax(1)
             found[i] = torch.maximum(found[i], largest.double().cpu())
+
         return hook
 
     with ExitStack() as stack:

@@ -1,4 +1,5 @@
 """Which batch normalisations the convolutions before them can take over."""
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict

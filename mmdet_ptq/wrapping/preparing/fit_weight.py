@@ -1,4 +1,5 @@
 """A weight's quantizer, built from its policy and fitted to its values."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -21,17 +22,20 @@ from mmdet_ptq.registry import QUANTIZERS
 
 # the largest magnitude of which any two fit the sum
 _SAFE = SUM_LIMIT // 2
+# of uniform weights, where the config says nothing; channels are those of the output
+_WEIGHT_DEFAULTS = dict(symmetric=True, channel_axis=0)
 
 
-def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, neighbours: Mapping[str, Any] | None,
-                         importance: Tensor | None = None) -> Quantizer:
+def fit_weight_quantizer(
+    policy: TensorConfig, rows: Tensor, neighbours: Mapping[str, Any] | None, importance: Tensor | None = None
+) -> Quantizer:
     """Builds the quantizer a policy names and fits it to a weight.
 
     Args:
         policy: The ``weights`` policy of the layer. Affine weights are symmetric unless the policy says otherwise.
         rows: The weight, shape (out_channels, -1).
-        neighbours: The layer's :func:`mmdet_ptq.wrapping.watching.layers.neighbours`; the bound on their sums holds unless the
-            policy ignores it.
+        neighbours: The layer's :func:`mmdet_ptq.wrapping.watching.layers.neighbours`; the bound on their sums holds
+            unless the policy ignores it.
         importance: Weight of each element's squared error, broadcastable to ``rows``. Defaults to None.
 
     Returns:
@@ -39,8 +43,9 @@ def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, neighbours: Mapping
     """
     cfg = {**policy.quantizer, 'bits': policy.bits, 'num_channels': rows.shape[0]}
     kind, bounded = QUANTIZERS.get(cfg['type']), policy.saturation == 'safe' and neighbours is not None
-    if kind is AffineQuantizer:
-        cfg = {'symmetric': True, 'channel_axis': 0, **cfg}
+    if _is(kind, AffineQuantizer):
+        given = {name: value for name, value in _WEIGHT_DEFAULTS.items() if name in signature(kind).parameters}
+        cfg = {**given, **cfg}
     # codes of fewer bits are within the bound as they are, unless a zero point moves them
     narrow = policy.bits < 8 and (cfg.get('symmetric', False) or not _is(kind, AffineQuantizer))
     if not bounded or narrow or policy.bits > 8:

@@ -11,6 +11,7 @@ what a layer computes from tensors that are themselves clipped is bounded by its
 the factor 1. Moving the clip with the factor would be exact, too, but costs a per-channel minimum at inference, and
 leaving the clip out is not exact.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -26,14 +27,47 @@ from torch.overrides import TorchFunctionMode
 
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE, in_channels, is_transposed, out_channels
 from mmdet_ptq.wrapping.watching.operations import clip_bounds, drops, pads_with_zero
-from mmdet_ptq.wrapping.watching.tensors import METADATA, WEIGHTED_FUNCTIONS, function_name, key_of, tensors_in
+from mmdet_ptq.wrapping.watching.tensors import (
+    METADATA,
+    WEIGHTED_FUNCTIONS,
+    function_name,
+    gradients_everywhere,
+    key_of,
+    tensors_in,
+    walk_back,
+)
 
 # a positive per-channel factor passes unchanged, whatever the axis of the channels
-_POINTWISE = {'relu', 'relu_', 'leaky_relu', 'leaky_relu_', 'dropout', 'dropout2d', 'contiguous', 'clone', 'to',
-              'float', 'double', 'type_as'}
+_POINTWISE = {
+    'relu',
+    'relu_',
+    'leaky_relu',
+    'leaky_relu_',
+    'dropout',
+    'dropout2d',
+    'contiguous',
+    'clone',
+    'to',
+    'float',
+    'double',
+    'type_as',
+}
 # the same, as long as the channels are axis 1
-_SPATIAL = {'max_pool1d', 'max_pool2d', 'max_pool3d', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d', 'adaptive_avg_pool1d',
-            'adaptive_avg_pool2d', 'adaptive_avg_pool3d', 'adaptive_max_pool2d', 'interpolate', 'prelu', 'pad'}
+_SPATIAL = {
+    'max_pool1d',
+    'max_pool2d',
+    'max_pool3d',
+    'avg_pool1d',
+    'avg_pool2d',
+    'avg_pool3d',
+    'adaptive_avg_pool1d',
+    'adaptive_avg_pool2d',
+    'adaptive_avg_pool3d',
+    'adaptive_max_pool2d',
+    'interpolate',
+    'prelu',
+    'pad',
+}
 _SUMS = {'add', 'add_', 'sub', 'sub_', '__add__', '__iadd__', '__radd__', '__sub__', '__isub__'}
 _CLIPS = {'hardtanh', 'hardtanh_', 'relu6', 'clamp', 'clamp_', 'clip', 'clip_'}
 # rounding of the bound itself
@@ -150,8 +184,16 @@ class _Watch(TorchFunctionMode):
         return out
 
 
-def _classify(recorder: _Recorder, func: Callable, name: str, args: tuple, kwargs: dict, read: list[Tensor],
-              inputs: list, out: Any) -> _Operation:
+def _classify(
+    recorder: _Recorder,
+    func: Callable,
+    name: str,
+    args: tuple,
+    kwargs: dict,
+    read: list[Tensor],
+    inputs: list,
+    out: Any,
+) -> _Operation:
     other = _Operation('other', name, inputs, [])
     if func in WEIGHTED_FUNCTIONS:
         layer = recorder.owner.get(id(args[1] if len(args) > 1 else kwargs.get('weight')))
@@ -176,8 +218,12 @@ def _classify(recorder: _Recorder, func: Callable, name: str, args: tuple, kwarg
         # a number that is added, or a factor of one of the terms
         constants = [a for a in (*args, *kwargs.values()) if isinstance(a, int | float)]
         return _Operation('sum', name, inputs, []) if not any(constants) else other
-    if name in _POINTWISE and same_shape and out.is_floating_point() and not (
-            name.startswith('dropout') and drops(args, kwargs)):
+    if (
+        name in _POINTWISE
+        and same_shape
+        and out.is_floating_point()
+        and not (name.startswith('dropout') and drops(args, kwargs))
+    ):
         return _Operation('pass', name, inputs[:1], [], nonnegative=name.startswith('relu'))
     if name in _SPATIAL and out.ndim == read[0].ndim >= 3 and out.shape[:2] == read[0].shape[:2]:
         if name != 'pad' or pads_with_zero(args, kwargs):
@@ -197,17 +243,10 @@ def find_junctions(detector: nn.Module, run: Callable[[], Any]) -> tuple[list[Ju
     """
     layers = {name: module for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)}
     recorder = _Recorder(layers)
-    frozen = [p for p in detector.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), _Watch(recorder):
-            result = run()
-        returned = [key_of(tensor) for tensor in tensors_in(result)]
-        return _Classes(recorder, returned).result()
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    with gradients_everywhere(detector), _Watch(recorder):
+        result = run()
+    returned = [key_of(tensor) for tensor in tensors_in(result)]
+    return _Classes(recorder, returned).result()
 
 
 class _Classes:
@@ -229,8 +268,9 @@ class _Classes:
             else:
                 for key in op.inputs[1:] + op.outputs:
                     self.join(op.inputs[0], key)
-            self.obstacles += [(key, 'what it is added to or read with comes from no layer')
-                               for key in op.inputs if key not in written]
+            self.obstacles += [
+                (key, 'what it is added to or read with comes from no layer') for key in op.inputs if key not in written
+            ]
             written.update(op.outputs)
         self.order = list(order)
         self.obstacles += [(key, 'the detector returns it') for key in returned]
@@ -238,8 +278,11 @@ class _Classes:
             self.obstacles += [(('in', name), reason), (('out', name), reason)]
         # those whose outputs no operation reads are not among the operations
         for node in _custom_functions(recorder):
-            self.obstacles += [(key, f'`{function_name(node)}` stands between')
-                               for source, _ in node.next_functions for key in recorder.makers.get(source, ())]
+            self.obstacles += [
+                (key, f'`{function_name(node)}` stands between')
+                for source, _ in node.next_functions
+                for key in recorder.makers.get(source, ())
+            ]
 
     def root(self, item: Hashable) -> Hashable:
         while (parent := self.parent.setdefault(item, item)) != item:
@@ -275,8 +318,11 @@ class _Classes:
                     junctions.append(Junction(tuple(names), tuple(readers[root]), floor, fixed))
                     continue
                 reason = 'its upper clip may act in every channel'
-            skipped += [Skipped(name, tuple(n for n in self.order if n in next_layers[name]), reason)
-                        for name in names if next_layers[name]]
+            skipped += [
+                Skipped(name, tuple(n for n in self.order if n in next_layers[name]), reason)
+                for name in names
+                if next_layers[name]
+            ]
         return junctions, skipped
 
     def _disagreement(self, producers: list[str], readers: list[str], axes: set[int]) -> str:
@@ -312,16 +358,7 @@ class _Classes:
 
 
 def _custom_functions(recorder: _Recorder) -> list[Any]:
-    seen, todo, found = set(), list(recorder.makers), []
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            found.append(node)
-        todo += [parent for parent, _ in node.next_functions]
-    return found
+    return [node for node, _ in walk_back(recorder.makers, stop=()) if isinstance(node, BackwardCFunction)]
 
 
 @torch.no_grad()

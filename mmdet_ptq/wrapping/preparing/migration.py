@@ -4,6 +4,7 @@ SmoothQuant (Xiao et al., ICML 2023, equation 3) for convolutions: W x = (W diag
 front of the input's quantizer, so that one scale serves channels of very different ranges; the weight with its factors
 is what is quantized. Kernels see an input with one scale and a weight, as ever.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -48,8 +49,9 @@ def can_migrate(module: nn.Module, calls: int) -> bool:
     return calls == 1 and getattr(module, 'groups', 1) == 1
 
 
-def measure_factors(detector: nn.Module, migrations: Mapping[str, Migration], policy: TensorConfig,
-                    run: Callable[[], Any]) -> dict[str, Tensor]:
+def measure_factors(
+    detector: nn.Module, migrations: Mapping[str, Migration], policy: TensorConfig, run: Callable[[], Any]
+) -> dict[str, Tensor]:
     """Finds the factors: each channel's own scale, to the power of the strength, around a geometric mean of 1.
 
     Args:
@@ -70,8 +72,9 @@ def measure_factors(detector: nn.Module, migrations: Mapping[str, Migration], po
         layer = detector.get_submodule(migration.readers[0])
         channels = dict(num_channels=in_channels(layer), channel_axis=channel_axis(layer))
         observers[name] = build_observer({**policy.observer, **channels})
-        handles.append(layer.register_forward_pre_hook(
-            _observing(observers[name], migration.readers[0]), with_kwargs=True))
+        handles.append(
+            layer.register_forward_pre_hook(_observing(observers[name], migration.readers[0]), with_kwargs=True)
+        )
     try:
         if handles:
             with torch.no_grad():
@@ -88,6 +91,7 @@ def _observing(observer: Any, layer: str) -> Callable:
             observer.update((args or tuple(kwargs.values()))[0].detach())
         except PTQError as error:
             raise PTQError(f'input of layer {layer}: {error}') from error
+
     return hook
 
 
@@ -116,8 +120,9 @@ def times_factor(module: nn.Module, weight: Tensor, factor: Tensor | None) -> Te
 
 
 @torch.no_grad()
-def migrate(detector: nn.Module, state: QuantizationState, factors: Mapping[str, Tensor],
-            migrations: Mapping[str, Migration]) -> None:
+def migrate(
+    detector: nn.Module, state: QuantizationState, factors: Mapping[str, Tensor], migrations: Mapping[str, Migration]
+) -> None:
     """Divides inputs and multiplies weights, in place; the float detector computes what it did.
 
     Args:

@@ -1,8 +1,9 @@
 """Which tensors between the layers are quantized, found from one float forward pass.
 
-The pass is watched operation by operation, as :mod:`mmdet_ptq.wrapping.preparing.junctions` does; what is found there is written
+The pass is watched operation by operation (:mod:`mmdet_ptq.wrapping.watching.recorder`); what is found there is written
 into the structure, from which :mod:`mmdet_ptq.wrapping.flow` rebuilds it without running the detector.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -73,8 +74,9 @@ class _Graph:
                 self.leads.update(op.inputs)
             if self.leads_anyhow.intersection(op.outputs):
                 self.leads_anyhow.update(op.inputs)
-        self.input_names = {op.inputs[0]: self.input_of(op) for op in self.operations
-                            if self._is_of_the_tensor(op, structure)}
+        self.input_names = {
+            op.inputs[0]: self.input_of(op) for op in self.operations if self._is_of_the_tensor(op, structure)
+        }
 
     def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
         """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
@@ -86,8 +88,11 @@ class _Graph:
     def read_by_others(self, key: Key, name: str) -> bool:
         """Whether anything but layers whose input has this quantizer reads a tensor, be it through movements."""
         return any(
-            any(self.read_by_others(out, name) for out in op.outputs) if op.kind == MOVEMENT
-            else self.input_of(op) != name for op in self.readers[key])
+            any(self.read_by_others(out, name) for out in op.outputs)
+            if op.kind == MOVEMENT
+            else self.input_of(op) != name
+            for op in self.readers[key]
+        )
 
     def input_of(self, op: Operation) -> str | None:
         """Activation name of a layer call's input; None for other operations and for what stays float."""
@@ -114,8 +119,11 @@ class _Graph:
 
     def reads_values(self, key: Key) -> list[Operation]:
         """The operations through which a tensor leads to a quantized layer."""
-        return [op for op in self.readers[key]
-                if self.input_of(op) is not None or self.leads_anyhow.intersection(op.outputs) and op.kind != LAYER]
+        return [
+            op
+            for op in self.readers[key]
+            if self.input_of(op) is not None or self.leads_anyhow.intersection(op.outputs) and op.kind != LAYER
+        ]
 
     def fused(self, op: Operation) -> bool:
         """Whether runtimes compute the operation and the only one that reads its result in one."""
@@ -127,16 +135,24 @@ class _Graph:
     def only_gated(self, key: Key) -> bool:
         """Whether nothing but SiLU or HardSwish reads a tensor, be it written as a product with its sigmoid."""
         gates = {out for op in self.readers[key] if op.name in GATES for out in op.outputs}
-        return bool(self.readers[key]) and all(
-            op.name in GATED or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
-            for op in self.readers[key]) and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
+        return (
+            bool(self.readers[key])
+            and all(
+                op.name in GATED or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
+                for op in self.readers[key]
+            )
+            and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
+        )
 
     def islands(self) -> list[dict]:
         """Operations between quantized layers that stay float."""
         found: dict[tuple[str, str], dict] = {}
         for op in self.operations:
-            if op.kind in (LAYER, MOVEMENT) or not self.comes_anyhow.intersection(op.inputs) \
-                    or not self.leads_anyhow.intersection(op.outputs):
+            if (
+                op.kind in (LAYER, MOVEMENT)
+                or not self.comes_anyhow.intersection(op.inputs)
+                or not self.leads_anyhow.intersection(op.outputs)
+            ):
                 continue
             if op.overwrites:
                 reason = 'it changes a tensor in place that is read under its old name'
@@ -145,8 +161,11 @@ class _Graph:
             elif self.between(op):
                 continue
             else:
-                reason = 'float operations stand before it' if self.leads.intersection(op.outputs) \
+                reason = (
+                    'float operations stand before it'
+                    if self.leads.intersection(op.outputs)
                     else 'only float operations read it'
+                )
             found.setdefault((op.place[0], op.name), dict(module=op.place[0], operation=op.name, reason=reason))
         return list(found.values())
 
@@ -154,25 +173,40 @@ class _Graph:
 class _Planner:
     """Gives every tensor between quantized layers its quantizer."""
 
-    def __init__(self, graph: _Graph, structure: Structure, cfg: PTQConfig, modules: dict[str, nn.Module],
-                 calls: dict[str, int], outputs: frozenset[str], uneven: Container[str]) -> None:
+    def __init__(
+        self,
+        graph: _Graph,
+        structure: Structure,
+        cfg: PTQConfig,
+        modules: dict[str, nn.Module],
+        calls: dict[str, int],
+        outputs: frozenset[str],
+        uneven: Container[str],
+    ) -> None:
         self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
         self.outputs = outputs
         self.uneven = uneven
         policy = cfg.activations
         bits = max(policy.bits, BITS)
         self.spec = build_quantizer({**policy.quantizer, 'bits': bits, 'num_channels': None, 'channel_axis': 1}).spec()
-        self.gate_spec = build_quantizer(dict(
-            type='mmdet_ptq.AffineQuantizer', bits=bits, symmetric=bool(policy.quantizer.get('symmetric', False)),
-            narrow_range=bool(policy.quantizer.get('narrow_range', False)), learn_scale=False)).spec()
+        self.gate_spec = build_quantizer(
+            dict(
+                type='mmdet_ptq.AffineQuantizer',
+                bits=bits,
+                symmetric=bool(policy.quantizer.get('symmetric', False)),
+                narrow_range=bool(policy.quantizer.get('narrow_range', False)),
+                learn_scale=False,
+            )
+        ).spec()
         self.observer = policy.observer
         self.names: dict[Key, str] = {}
 
     def plan(self) -> None:
         """Writes quantizers, outputs and sites into the structure."""
         graph, layers = self.graph, self.graph.layers
-        found = [op for op in graph.operations
-                 if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op)]
+        found = [
+            op for op in graph.operations if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op)
+        ]
         self._one_scale_where_others_read(found)
         for op in found:
             self.name_of(op)
@@ -191,8 +225,13 @@ class _Planner:
         known = {op.place for op in found}
         for op in graph.operations:
             # with gradients it must not overwrite what a quantizer returned
-            if op.in_place and not op.overwrites and op.place not in known and graph.reads_values(op.outputs[0]) \
-                    and graph.comes_anyhow.intersection(op.inputs[:1]):
+            if (
+                op.in_place
+                and not op.overwrites
+                and op.place not in known
+                and graph.reads_values(op.outputs[0])
+                and graph.comes_anyhow.intersection(op.inputs[:1])
+            ):
                 self.structure.sites.append(Site(*op.place, None).to_dict())
 
     def _one_scale_where_others_read(self, found: list[Operation]) -> None:
@@ -214,8 +253,11 @@ class _Planner:
         if key not in self.names:
             name = self.graph.input_names.get(key) or self._shared(key, op)
             if name is None:
-                own = self._site_name(op) if op.kind != LAYER else output_name(
-                    op.name, op.place[1], len(self.graph.layers[op.name].inputs))
+                own = (
+                    self._site_name(op)
+                    if op.kind != LAYER
+                    else output_name(op.name, op.place[1], len(self.graph.layers[op.name].inputs))
+                )
                 name = self._fixed(own) if op.name in GATES else self._new(own, self._channels(op))
             self.names[key] = name
         return self.names[key]
@@ -262,8 +304,11 @@ class _Planner:
     def float_gates(self) -> list[dict]:
         """The gated activations that compute in float, as islands are told."""
         reason = 'its input has a scale per channel'
-        return [dict(module=op.place[0], operation=op.name, reason=reason) for op in self.graph.operations
-                if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])]
+        return [
+            dict(module=op.place[0], operation=op.name, reason=reason)
+            for op in self.graph.operations
+            if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])
+        ]
 
     def _entry(self, name: str) -> dict:
         return self.structure.activations[name]
@@ -281,8 +326,13 @@ class _Planner:
     def _float_gate(self, key: Key) -> bool:
         """Whether a tensor keeps a scale per channel until a SiLU or HardSwish, which then computes in float."""
         maker = self.graph.producer.get(key)
-        return (maker is not None and maker.kind == LAYER and maker.name in self.uneven and self.graph.between(maker)
-                and self.graph.only_gated(key))
+        return (
+            maker is not None
+            and maker.kind == LAYER
+            and maker.name in self.uneven
+            and self.graph.between(maker)
+            and self.graph.only_gated(key)
+        )
 
     def _new(self, name: str, channels: dict) -> str:
         spec = build_quantizer({**self.spec, **channels}).spec()
@@ -291,12 +341,19 @@ class _Planner:
 
     def _fixed(self, name: str) -> str:
         self.structure.activations[name] = dict(
-            spec=dict(self.gate_spec), readers=0, observer=self.observer, range=[0.0, 1.0])
+            spec=dict(self.gate_spec), readers=0, observer=self.observer, range=[0.0, 1.0]
+        )
         return name
 
 
-def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any],
-                  outputs: Iterable[str], run_many: Callable[[], Any]) -> None:
+def plan_dataflow(
+    detector: nn.Module,
+    structure: Structure,
+    cfg: PTQConfig,
+    run: Callable[[], Any],
+    outputs: Iterable[str],
+    run_many: Callable[[], Any],
+) -> None:
     """Adds quantizers between the layers to a structure that is about to be applied.
 
     Args:
@@ -327,8 +384,9 @@ def plan_dataflow(detector: nn.Module, structure: Structure, cfg: PTQConfig, run
         print_log(f'operation {operation} stays float, {reason}: {", ".join(places)}', 'current')
 
 
-def _uneven_outputs(detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
-                    ) -> Container[str]:
+def _uneven_outputs(
+    detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
+) -> Container[str]:
     """The layers whose output keeps a scale per channel in front of SiLU and HardSwish.
 
     With ``'auto'``, inputs of depthwise convolutions whose channels are even enough get one scale, too, unless a zero
@@ -341,7 +399,10 @@ def _uneven_outputs(detector: nn.Module, structure: Structure, cfg: PTQConfig, r
     for name, entry in structure.activations.items():
         readers = [inputs[layer.name] for layer in structure.layers if name in layer.inputs and layer.name in inputs]
         # fewer bits than 8 are too few for channels to lose any
-        if entry['spec'].get('num_channels') is not None and entry['spec']['bits'] >= BITS \
-                and not any(r.positive or r.uneven for r in readers):
+        if (
+            entry['spec'].get('num_channels') is not None
+            and entry['spec']['bits'] >= BITS
+            and not any(r.positive or r.uneven for r in readers)
+        ):
             entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
     return frozenset(name for name, ranges in outputs.items() if ranges.uneven)

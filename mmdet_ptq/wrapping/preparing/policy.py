@@ -1,4 +1,5 @@
 """From the ``ptq`` block to one policy per layer."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -64,9 +65,11 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
     for role in roles:
         policy = LayerPolicy(cfg.weights, cfg.activations)
         for key, change, applies in (
-                ('ptq.head', cfg.head, role.in_head), ('ptq.first', cfg.first, role.first),
-                ('ptq.last', cfg.last, role.last),
-                *((f'ptq.overrides[{p!r}]', c, matches(p, role.name)) for p, c in cfg.overrides.items())):
+            ('ptq.head', cfg.head, role.in_head),
+            ('ptq.first', cfg.first, role.first),
+            ('ptq.last', cfg.last, role.last),
+            *((f'ptq.overrides[{p!r}]', c, matches(p, role.name)) for p, c in cfg.overrides.items()),
+        ):
             if applies:
                 policy = _change(policy, change, key)
         for part, key in policy.changed_by.items():
@@ -76,8 +79,11 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
 
 
 def _change(policy: LayerPolicy, change: dict, key: str) -> LayerPolicy:
-    parts = {part: apply_policy(getattr(policy, part), change[part], f'{key}.{part}')
-             for part in POLICY_KEYS if part in change}
+    parts = {
+        part: apply_policy(getattr(policy, part), change[part], f'{key}.{part}')
+        for part in POLICY_KEYS
+        if part in change
+    }
     return replace(policy, **parts, changed_by={**policy.changed_by, **dict.fromkeys(parts, key)})
 
 

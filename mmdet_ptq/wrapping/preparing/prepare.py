@@ -1,6 +1,8 @@
 """Float detector in, quantized detector out: probe, fold, equalize, resolve policies, build."""
+
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +38,9 @@ from mmdet_ptq.wrapping.watching.probe import LayerCall, Probe, head_names, prob
 from mmdet_ptq.wrapping.weights import quantized_weights
 
 
-def prepare_detector(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any],
-                     run_many: Callable[[], Any] | None = None) -> Structure:
+def prepare_detector(
+    detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any], run_many: Callable[[], Any] | None = None
+) -> Structure:
     """Folds, equalizes and wraps a float detector, in place; weights are fitted, activations still need their ranges.
 
     Args:
@@ -86,8 +89,9 @@ def check_finite(detector: nn.Module) -> None:
     """Refuses weights that are NaN or infinite, naming the first one."""
     for name, tensor in detector.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise PTQError(f'the weight {name} holds NaN or infinity; the checkpoint is damaged, train or load it '
-                           'again.')
+            raise PTQError(
+                f'the weight {name} holds NaN or infinity; the checkpoint is damaged, train or load it again.'
+            )
 
 
 @dataclass
@@ -109,12 +113,16 @@ class _Plan:
 
 def _roles(detector: nn.Module, probe: Probe) -> list[LayerRole]:
     heads, first = head_names(detector), {call.layer for call in probe.calls if call.reads_image}
-    return [LayerRole(name, in_head=name.split('.')[0] in heads, first=name in first, last=name in probe.outputs)
-            for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)]
+    return [
+        LayerRole(name, in_head=name.split('.')[0] in heads, first=name in first, last=name in probe.outputs)
+        for name, module in detector.named_modules()
+        if isinstance(module, QUANTIZABLE)
+    ]
 
 
-def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str, LayerPolicy],
-          run_many: Callable[[], Any]) -> _Plan:
+def _plan(
+    detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str, LayerPolicy], run_many: Callable[[], Any]
+) -> _Plan:
     calls = defaultdict(list)
     for call in probe.calls:
         calls[call.layer].append(call)
@@ -122,7 +130,8 @@ def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str,
     structure = Structure(uncovered=[vars(u) for u in probe.uncovered])
     for name, module in layers.items():
         layer = LayerStructure(
-            name, kind(module), name.split('.')[0], sum(c.macs for c in calls[name]), module.weight.numel())
+            name, kind(module), name.split('.')[0], sum(c.macs for c in calls[name]), module.weight.numel()
+        )
         layer.reason = _obstacle(name, module, calls[name], probe)
         structure.layers.append(layer)
         policy = policies[name]
@@ -139,14 +148,18 @@ def _plan(detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str,
     fitted = {}
     for layer in structure.layers:
         if layer.inputs and not policies[layer.name].weights.float:
-            fitted[layer.name] = _fit(layer.name, layers[layer.name], policies[layer.name].weights,
-                                      taken.get(layer.name))
+            fitted[layer.name] = _fit(
+                layer.name, layers[layer.name], policies[layer.name].weights, taken.get(layer.name)
+            )
             layer.weight = fitted[layer.name].spec()
         if not layer.integer:
             print_log(f'{layer.name} ({layer.kind}) is not in integers: {layer.reason}', 'current')
     if migrations:
-        print_log(f'the scales of the channels of {len(migrations)} tensors are moved into the weights of '
-                  f'{len(taken)} layers', 'current')
+        print_log(
+            f'the scales of the channels of {len(migrations)} tensors are moved into the weights of '
+            f'{len(taken)} layers',
+            'current',
+        )
     return _Plan(structure, fitted, factors, migrations)
 
 
@@ -171,13 +184,18 @@ def _policy_of_readers(readers: list[tuple[str, LayerPolicy]]) -> TensorConfig:
     winner, policy = max(readers, key=lambda reader: (reader[1].activations.bits, reader[1].overridden))
     others = [name for name, other in readers if other.overridden and other.activations != policy.activations]
     if others:
-        print_log(f'the input of {winner} has the format that holds there; {", ".join(dict.fromkeys(others))} would '
-                  'have it otherwise, but one tensor has one quantizer', 'current', level=30)
+        print_log(
+            f'the input of {winner} has the format that holds there; {", ".join(dict.fromkeys(others))} would '
+            'have it otherwise, but one tensor has one quantizer',
+            'current',
+            level=logging.WARNING,
+        )
     return policy.activations
 
 
-def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: dict[str, LayerPolicy],
-                  calls: list[LayerCall]) -> dict[str, Migration]:
+def _share_inputs(
+    structure: Structure, layers: dict[str, nn.Module], policies: dict[str, LayerPolicy], calls: list[LayerCall]
+) -> dict[str, Migration]:
     """Gives every tensor that quantized layers read one quantizer.
 
     Returns:
@@ -199,12 +217,15 @@ def _share_inputs(structure: Structure, layers: dict[str, nn.Module], policies: 
         axis = channel_axis(layers[first.layer])
         channels = dict(num_channels=in_channels(layers[first.layer]) if per_channel else None, channel_axis=axis)
         quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
-        structure.activations[name] = dict(
-            spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
+        structure.activations[name] = dict(spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
         names = list(dict.fromkeys(call.layer for call in readers))
         strength = min(policies[n].activations.scale_migration for n in names)
-        if strength and not per_channel and isinstance(quantizer, AffineQuantizer) and all(
-                can_migrate(layers[n], len(by_name[n].inputs)) and owners[id(layers[n].weight)] == 1 for n in names):
+        if (
+            strength
+            and not per_channel
+            and isinstance(quantizer, AffineQuantizer)
+            and all(can_migrate(layers[n], len(by_name[n].inputs)) and owners[id(layers[n].weight)] == 1 for n in names)
+        ):
             structure.activations[name]['divided'] = dict(channels=in_channels(layers[first.layer]), axis=axis)
             migrations[name] = Migration(names, strength)
         for call in readers:

@@ -1,4 +1,5 @@
 """How unevenly channels fill a tensor: what one scale for all of them would cost."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -59,8 +60,9 @@ class ChannelRanges:
 
 
 @torch.no_grad()
-def channel_ranges(detector: nn.Module, layers: Iterable[str], run: Callable[[], Any],
-                   axis: Callable[[nn.Module], int]) -> tuple[dict[str, ChannelRanges], dict[str, ChannelRanges]]:
+def channel_ranges(
+    detector: nn.Module, layers: Iterable[str], run: Callable[[], Any], axis: Callable[[nn.Module], int]
+) -> tuple[dict[str, ChannelRanges], dict[str, ChannelRanges]]:
     """Measures the channels that layers read and write, over all their calls.
 
     Args:
@@ -80,6 +82,7 @@ def channel_ranges(detector: nn.Module, layers: Iterable[str], run: Callable[[],
             for found, x in ((inputs, args[0] if args else kwargs['input']), (outputs, output)):
                 ranges = ChannelRanges.of(x, axis(module))
                 found[name] = found[name].join(ranges) if name in found else ranges
+
         return measure
 
     handles = [detector.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in layers]

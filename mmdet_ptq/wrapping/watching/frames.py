@@ -1,4 +1,5 @@
 """Which module calls are under way in a forward pass, and how often each called a function."""
+
 from __future__ import annotations
 
 from collections import Counter

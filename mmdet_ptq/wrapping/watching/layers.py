@@ -1,4 +1,5 @@
 """Which modules are quantized, and how their weight becomes a matrix with one row per output channel."""
+
 from __future__ import annotations
 
 import fnmatch
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from mmdet_ptq.quantizers.selection import build_quantizer
 
 QUANTIZABLE = (_ConvNd, nn.Linear)
 
@@ -53,8 +56,7 @@ def channel_format(quantizer: Mapping[str, Any], channels: int, axis: int) -> di
         channels: Number of channels.
         axis: Their axis.
     """
-    affine = quantizer.get('type', '').rpartition('.')[2] == 'AffineQuantizer'
-    shared = affine and not quantizer.get('symmetric')
+    shared = build_quantizer(quantizer).has_zero_point
     return dict(num_channels=channels, channel_axis=axis, **(dict(shared_zero_point=True) if shared else {}))
 
 

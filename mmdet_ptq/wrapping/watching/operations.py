@@ -1,4 +1,5 @@
 """What functional operations do to quantized tensors: move their values, compute new ones, or something unknown."""
+
 from __future__ import annotations
 
 from math import inf
@@ -10,27 +11,111 @@ LAYER, MOVEMENT, ARITHMETIC, UNKNOWN = 'layer', 'movement', 'arithmetic', 'unkno
 
 # every output value is one of the input values; the channels stay where they are
 _IN_PLACE_OF_CHANNELS = {
-    'max_pool1d', 'max_pool2d', 'max_pool3d', 'adaptive_max_pool1d', 'adaptive_max_pool2d', 'adaptive_max_pool3d',
-    'contiguous', 'clone', 'to', 'float', 'type_as', 'detach', 'dropout', 'dropout_', 'dropout2d', 'interpolate',
-    'upsample', 'pad'}
+    'max_pool1d',
+    'max_pool2d',
+    'max_pool3d',
+    'adaptive_max_pool1d',
+    'adaptive_max_pool2d',
+    'adaptive_max_pool3d',
+    'contiguous',
+    'clone',
+    'to',
+    'float',
+    'type_as',
+    'detach',
+    'dropout',
+    'dropout_',
+    'dropout2d',
+    'interpolate',
+    'upsample',
+    'pad',
+}
 # several tensors become one
 JOINS = {'cat', 'concat', 'concatenate', 'stack', 'hstack', 'vstack'}
-_MOVEMENTS = _IN_PLACE_OF_CHANNELS | JOINS | {
-    'chunk', 'split', 'split_with_sizes', 'tensor_split', 'unbind', '__getitem__', 'narrow', 'select', 'index_select',
-    'reshape', 'reshape_as', 'view', 'view_as', 'flatten', 'unflatten', 'permute', 'transpose', 'swapaxes', 'movedim',
-    't', 'squeeze', 'unsqueeze', 'expand', 'expand_as', 'broadcast_to', 'repeat', 'tile', 'roll', 'flip',
-    'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle', 'unfold', 'amax', '__get__'}
+_MOVEMENTS = (
+    _IN_PLACE_OF_CHANNELS
+    | JOINS
+    | {
+        'chunk',
+        'split',
+        'split_with_sizes',
+        'tensor_split',
+        'unbind',
+        '__getitem__',
+        'narrow',
+        'select',
+        'index_select',
+        'reshape',
+        'reshape_as',
+        'view',
+        'view_as',
+        'flatten',
+        'unflatten',
+        'permute',
+        'transpose',
+        'swapaxes',
+        'movedim',
+        't',
+        'squeeze',
+        'unsqueeze',
+        'expand',
+        'expand_as',
+        'broadcast_to',
+        'repeat',
+        'tile',
+        'roll',
+        'flip',
+        'pixel_shuffle',
+        'pixel_unshuffle',
+        'channel_shuffle',
+        'unfold',
+        'amax',
+        '__get__',
+    }
+)
 _TRANSPOSED = {Tensor.T.__get__, Tensor.mT.__get__}
-CLIPS = {'relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_', 'clamp', 'clamp_', 'clamp_min', 'clamp_min_', 'clip',
-         'clip_'}
+CLIPS = {
+    'relu',
+    'relu_',
+    'relu6',
+    'hardtanh',
+    'hardtanh_',
+    'clamp',
+    'clamp_',
+    'clamp_min',
+    'clamp_min_',
+    'clip',
+    'clip_',
+}
 _SUMS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', 'sub_', '__sub__', '__rsub__', '__isub__'}
 PRODUCTS = {'mul', 'mul_', '__mul__', '__rmul__', '__imul__', 'multiply'}
 _QUOTIENTS = {'div', 'div_', '__truediv__', '__itruediv__', 'divide', 'true_divide'}
 GATES = {'sigmoid': 'sigmoid', 'sigmoid_': 'sigmoid', 'hardsigmoid': 'hardsigmoid'}
 GATED = {'silu': 'sigmoid', 'hardswish': 'hardsigmoid'}  # x * gate(x)
-_ARITHMETIC = CLIPS | _SUMS | PRODUCTS | _QUOTIENTS | set(GATES) | set(GATED) | {
-    'leaky_relu', 'leaky_relu_', 'prelu', 'tanh', 'tanh_', 'mean', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d',
-    'adaptive_avg_pool1d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d', 'interpolate', 'upsample'}
+_ARITHMETIC = (
+    CLIPS
+    | _SUMS
+    | PRODUCTS
+    | _QUOTIENTS
+    | set(GATES)
+    | set(GATED)
+    | {
+        'leaky_relu',
+        'leaky_relu_',
+        'prelu',
+        'tanh',
+        'tanh_',
+        'mean',
+        'avg_pool1d',
+        'avg_pool2d',
+        'avg_pool3d',
+        'adaptive_avg_pool1d',
+        'adaptive_avg_pool2d',
+        'adaptive_avg_pool3d',
+        'interpolate',
+        'upsample',
+    }
+)
 # all that may have to be looked at while a quantized detector runs, and may carry a quantizer on
 MOVEMENT_NAMES = frozenset(_MOVEMENTS)
 
@@ -56,8 +141,7 @@ def classify(func: Any, name: str, args: tuple, kwargs: dict) -> str:
     if name == '__get__':
         return MOVEMENT if func in _TRANSPOSED else UNKNOWN
     if name.startswith('dropout'):
-        drops = args[2] if len(args) > 2 else kwargs.get('training', True)
-        return UNKNOWN if drops else MOVEMENT
+        return UNKNOWN if drops(args, kwargs) else MOVEMENT
     if name in _MOVEMENTS:
         return MOVEMENT
     return ARITHMETIC if name in _ARITHMETIC else UNKNOWN
@@ -94,6 +178,7 @@ def works_in_place(name: str, kwargs: dict) -> bool:
 
 
 def clip_bounds(name: str, args: tuple, kwargs: dict) -> tuple[float, float]:
+    """The lowest and the highest value that a clip lets through."""
     if name == 'relu6':
         return 0, 6
     default = (-1, 1) if name.startswith('hardtanh') else (None, None)
@@ -103,10 +188,12 @@ def clip_bounds(name: str, args: tuple, kwargs: dict) -> tuple[float, float]:
 
 
 def drops(args: tuple, kwargs: dict) -> bool:
+    """Whether a dropout drops anything."""
     return args[2] if len(args) > 2 else kwargs.get('training', True)
 
 
 def pads_with_zero(args: tuple, kwargs: dict) -> bool:
+    """Whether a padding adds nothing but zeros, or values that are there."""
     mode = args[2] if len(args) > 2 else kwargs.get('mode', 'constant')
     value = args[3] if len(args) > 3 else kwargs.get('value')
     return mode != 'constant' or not value

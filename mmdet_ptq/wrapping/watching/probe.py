@@ -5,6 +5,7 @@ No code is traced or rewritten. Forward hooks record the identity of every layer
 standardisation, attention's in-projection, weights generated per image) is found instead of guessed; the autograd
 graph of the same pass tells which layers read the image and which ones write the head's outputs.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -21,11 +22,25 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
-from mmdet_ptq.wrapping.watching.tensors import WEIGHTED_FUNCTIONS, key_of, tensors_in, walk_back
+from mmdet_ptq.wrapping.watching.tensors import WEIGHTED_FUNCTIONS, gradients_everywhere, key_of, tensors_in, walk_back
 
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.mm,
-             Tensor.mm, torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm, torch.einsum,
-             F.scaled_dot_product_attention, F.multi_head_attention_forward}
+_PRODUCTS = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.mm,
+    Tensor.mm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+    torch.addmm,
+    Tensor.addmm,
+    torch.einsum,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+}
 
 
 @dataclass
@@ -127,7 +142,8 @@ class _Prober:
         for name, module in detector.named_modules():
             self.handles += [
                 module.register_forward_pre_hook(self.enter(name), with_kwargs=True),
-                module.register_forward_hook(self.leave(name), always_call=True)]
+                module.register_forward_hook(self.leave(name), always_call=True),
+            ]
 
     def mark_image(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Lets the autograd graph tell what is computed from the image and what from learned queries and positions."""
@@ -159,6 +175,7 @@ class _Prober:
                 producer = self.produced.get(key_of(source))
                 if producer is not None:
                     self.norm_inputs.append((producer[0], name, producer[1]))
+
         return hook
 
     def leave(self, name: str) -> Callable:
@@ -177,11 +194,17 @@ class _Prober:
                 if output.ndim == (2 if isinstance(module, nn.Linear) else module.weight.ndim):
                     self.produced[key_of(output)] = (name, output.grad_fn)
             elif type(module).__name__ in _CUSTOM_WEIGHTED and isinstance(output, Tensor):
-                self.probe.uncovered.append(Uncovered(
-                    name, type(module).__name__, 'samples its input off the grid',
-                    output.numel() * prod(module.weight.shape[1:])))
+                self.probe.uncovered.append(
+                    Uncovered(
+                        name,
+                        type(module).__name__,
+                        'samples its input off the grid',
+                        output.numel() * prod(module.weight.shape[1:]),
+                    )
+                )
             elif name in self.heads or type(module).__name__.endswith('Head'):
                 self.head_outputs += outputs
+
         return hook
 
     def weighted(self, operation: str, weight: Tensor, macs: int) -> None:
@@ -193,8 +216,11 @@ class _Prober:
         if isinstance(module, QUANTIZABLE):
             self.open[-1].macs += macs
         else:
-            reason = ('a parameter of a module that is no layer' if isinstance(weight, nn.Parameter)
-                      else 'its weight is computed in the forward pass')
+            reason = (
+                'a parameter of a module that is no layer'
+                if isinstance(weight, nn.Parameter)
+                else 'its weight is computed in the forward pass'
+            )
             self.probe.uncovered.append(Uncovered(name, operation, reason, macs))
 
     def product(self, operation: Callable, operands: tuple, macs: int) -> None:
@@ -220,14 +246,22 @@ class _Prober:
         normalised = Counter(conv for conv, _ in alone)
         normalising = Counter(norm for _, norm in alone)
         # a convolution that also runs without its normalisation keeps it, and so does one whose normalisation does more
-        self.probe.norms = [(conv, norm) for conv, norm in alone if normalised[conv] == self.counts[conv] + 1
-                            and normalising[norm] == self.norm_calls[norm]]
+        self.probe.norms = [
+            (conv, norm)
+            for conv, norm in alone
+            if normalised[conv] == self.counts[conv] + 1 and normalising[norm] == self.norm_calls[norm]
+        ]
         return self.probe
 
 
 # Convolutions of mmcv that call a compiled operator of their own.
-_CUSTOM_WEIGHTED = {'DeformConv2d', 'DeformConv2dPack', 'ModulatedDeformConv2d', 'ModulatedDeformConv2dPack',
-                    'MaskedConv2d'}
+_CUSTOM_WEIGHTED = {
+    'DeformConv2d',
+    'DeformConv2dPack',
+    'ModulatedDeformConv2d',
+    'ModulatedDeformConv2dPack',
+    'MaskedConv2d',
+}
 
 
 def _has_layer(tensor: Tensor, prober: _Prober) -> bool:
@@ -255,16 +289,11 @@ def probe_detector(detector: nn.Module, run: Callable[[], Any]) -> Probe:
     Returns:
         What the pass showed.
     """
-    frozen = [p for p in detector.parameters() if not p.requires_grad and p.is_floating_point()]
     prober = _Prober(detector)
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), _Operations(prober):
+        with gradients_everywhere(detector), _Operations(prober):
             run()
         return prober.finish()
     finally:
         for handle in prober.handles:
             handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)

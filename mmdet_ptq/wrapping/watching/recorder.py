@@ -1,4 +1,5 @@
 """One float forward pass, operation by operation: which layer or function reads and writes which tensors."""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -6,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
@@ -22,7 +22,7 @@ from mmdet_ptq.wrapping.watching.operations import (
     clips_at_zero,
     works_in_place,
 )
-from mmdet_ptq.wrapping.watching.tensors import METADATA, function_name, key_of, tensors_in
+from mmdet_ptq.wrapping.watching.tensors import METADATA, function_name, gradients_everywhere, key_of, tensors_in
 
 Key = tuple[int, int]
 
@@ -156,6 +156,7 @@ def record_operations(detector: nn.Module, run: Callable[[], Any]) -> Recorder:
                 frames.mute()
             else:
                 frames.enter(name)
+
         return hook
 
     def leave(layer: bool) -> Callable:
@@ -164,22 +165,20 @@ def record_operations(detector: nn.Module, run: Callable[[], Any]) -> Recorder:
             if layer:
                 place, inputs = open_layers.pop()
                 recorder.add(Operation(LAYER, place[0], place, inputs, [recorder.keep(t) for t in tensors_in(output)]))
+
         return hook
 
-    frozen = [p for p in detector.parameters() if not p.requires_grad]
     try:
         for name, module in detector.named_modules():
             layer = isinstance(module, QUANTIZABLE)
-            handles += [module.register_forward_pre_hook(enter(name, layer), with_kwargs=True),
-                        module.register_forward_hook(leave(layer))]
-        for parameter in frozen:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad(), _Watch(recorder):
+            handles += [
+                module.register_forward_pre_hook(enter(name, layer), with_kwargs=True),
+                module.register_forward_hook(leave(layer)),
+            ]
+        with gradients_everywhere(detector), _Watch(recorder):
             run()
         recorder.finish()
         return recorder
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(False)

@@ -1,25 +1,41 @@
 """Tensors of a forward pass: found in nested arguments, told apart, followed back through autograd."""
+
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-WEIGHTED_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
-             torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
-             torch.conv_transpose3d}
+WEIGHTED_FUNCTIONS = {
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    F.linear,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+}
 
 
 def key_of(tensor: Tensor) -> tuple[int, int]:
+    """Tells a tensor, at one moment of its life, from all others that are alive."""
     # in-place operations keep the object and raise its version
     return id(tensor), tensor._version
 
 
-def tensors_in(value: Any):
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -30,10 +46,29 @@ def tensors_in(value: Any):
             yield from tensors_in(item)
 
 
-def walk_back(tensors: list[Tensor], stop: Container) -> Iterator[tuple[Any, list]]:
-    """Every autograd node the tensors depend on, with the nodes it reads; does not go beyond nodes in ``stop``."""
+@contextmanager
+def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
+    """Runs a block of code in which every parameter takes part, so that autograd's graph tells what is made of what."""
+    frozen = [p for p in detector.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def walk_back(starts: Iterable[Any], stop: Container) -> Iterator[tuple[Any, list]]:
+    """Every autograd node that tensors, or nodes, depend on, with the nodes it reads.
+
+    Args:
+        starts: Tensors or nodes.
+        stop: Nodes beyond which the walk does not go.
+    """
     seen = set()
-    todo = [t.grad_fn for t in tensors]
+    todo = [start.grad_fn if isinstance(start, Tensor) else start for start in starts]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -46,10 +81,31 @@ def walk_back(tensors: list[Tensor], stop: Container) -> Iterator[tuple[Any, lis
 
 
 # no value is read
-METADATA = {'size', 'dim', 'ndimension', 'numel', 'stride', 'is_contiguous', '__len__', 'element_size', 'get_device',
-             'is_floating_point', 'is_complex', '__hash__', 'new_zeros', 'new_ones', 'new_full', 'new_empty',
-             'new_tensor', 'zeros_like', 'ones_like', 'empty_like', 'full_like'}
+METADATA = {
+    'size',
+    'dim',
+    'ndimension',
+    'numel',
+    'stride',
+    'is_contiguous',
+    '__len__',
+    'element_size',
+    'get_device',
+    'is_floating_point',
+    'is_complex',
+    '__hash__',
+    'new_zeros',
+    'new_ones',
+    'new_full',
+    'new_empty',
+    'new_tensor',
+    'zeros_like',
+    'ones_like',
+    'empty_like',
+    'full_like',
+}
 
 
 def function_name(node: BackwardCFunction) -> str:
+    """Name of the function of a user's own that left a node."""
     return type(node).__name__.removesuffix('Backward')

@@ -1,0 +1,167 @@
+"""Tiny detectors of kinds that the package's own tiny detectors leave out: transformers, masks, cascades."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from mmdet_ptq.testing import tiny_batch
+from mmdet_ptq.testing.models import MODELS, NUM_CLASSES, tiny_model_cfg
+
+
+def _retinanet(backbone: dict, channels: list[int]) -> dict:
+    model = tiny_model_cfg('retinanet')
+    model['backbone'] = backbone
+    model['neck'].update(in_channels=channels, add_extra_convs='on_input')
+    return model
+
+
+def swin() -> dict:
+    """Windows, shifted windows, linear layers on (N, L, C) and on (N, H, W, C)."""
+    return _retinanet(
+        dict(
+            type='SwinTransformer',
+            embed_dims=16,
+            depths=(2, 2, 2),
+            num_heads=(1, 2, 4),
+            strides=(4, 2, 2),
+            window_size=7,
+            mlp_ratio=2,
+            out_indices=(1, 2),
+            convert_weights=False,
+        ),
+        [32, 64],
+    )
+
+
+def pvt() -> dict:
+    """Blocks of tokens whose last layer may be a convolution."""
+    return _retinanet(
+        dict(
+            type='PyramidVisionTransformerV2',
+            embed_dims=16,
+            num_layers=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            sr_ratios=[4, 2, 1, 1],
+            mlp_ratios=[2, 2, 2, 2],
+            out_indices=(1, 2),
+        ),
+        [16, 32],
+    )
+
+
+def mask_rcnn() -> dict:
+    """A mask branch reads its own regions."""
+    model = tiny_model_cfg('faster_rcnn')
+    model['type'] = 'MaskRCNN'
+    extractor = copy.deepcopy(model['roi_head']['bbox_roi_extractor'])
+    model['roi_head'].update(
+        mask_roi_extractor=extractor,
+        mask_head=dict(
+            type='FCNMaskHead',
+            num_convs=1,
+            in_channels=extractor['out_channels'],
+            conv_out_channels=16,
+            num_classes=NUM_CLASSES,
+            loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
+        ),
+    )
+    model['test_cfg']['rcnn']['mask_thr_binary'] = 0.5
+    return model
+
+
+def cascade_rcnn() -> dict:
+    """The second of two stages reads the regions that the first one moved."""
+    model = tiny_model_cfg('faster_rcnn')
+    model['type'], head = 'CascadeRCNN', model['roi_head']
+    box_head = dict(head['bbox_head'], reg_class_agnostic=True)
+    model['roi_head'] = dict(
+        type='CascadeRoIHead',
+        num_stages=2,
+        stage_loss_weights=[1, 0.5],
+        bbox_roi_extractor=head['bbox_roi_extractor'],
+        bbox_head=[copy.deepcopy(box_head), copy.deepcopy(box_head)],
+    )
+    return model
+
+
+def deformable_detr() -> dict:
+    """Feed-forward networks that write into views."""
+    layer = dict(
+        self_attn_cfg=dict(embed_dims=32, num_levels=2, batch_first=True),
+        ffn_cfg=dict(embed_dims=32, feedforward_channels=48),
+    )
+    decoder = dict(
+        self_attn_cfg=dict(embed_dims=32, num_heads=4, batch_first=True),
+        cross_attn_cfg=dict(embed_dims=32, num_levels=2, batch_first=True),
+        ffn_cfg=dict(embed_dims=32, feedforward_channels=48),
+    )
+    retinanet = tiny_model_cfg('retinanet')
+    return dict(
+        type='DeformableDETR',
+        num_queries=20,
+        num_feature_levels=2,
+        with_box_refine=False,
+        as_two_stage=False,
+        data_preprocessor=retinanet['data_preprocessor'],
+        backbone=retinanet['backbone'],
+        neck=dict(
+            type='ChannelMapper',
+            in_channels=retinanet['neck']['in_channels'],
+            kernel_size=1,
+            out_channels=32,
+            act_cfg=None,
+            norm_cfg=dict(type='GN', num_groups=4),
+            num_outs=2,
+        ),
+        encoder=dict(num_layers=2, layer_cfg=layer),
+        decoder=dict(num_layers=2, return_intermediate=True, layer_cfg=decoder, post_norm_cfg=None),
+        positional_encoding=dict(num_feats=16, normalize=True, offset=-0.5),
+        bbox_head=dict(
+            type='DeformableDETRHead',
+            num_classes=NUM_CLASSES,
+            embed_dims=32,
+            loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        ),
+        test_cfg=dict(max_per_img=20),
+    )
+
+
+def two_stage_detr() -> dict:
+    """The encoder chooses the decoder's queries by their scores."""
+    model = deformable_detr()
+    # twice the width of a position's encoding, which mmdet fixes at 128 numbers a coordinate
+    model.update(as_two_stage=True, with_box_refine=True, positional_encoding=dict(num_feats=128, normalize=True))
+    model['neck']['out_channels'] = model['bbox_head']['embed_dims'] = 256
+    for part in ('encoder', 'decoder'):
+        for cfg in model[part]['layer_cfg'].values():
+            cfg['embed_dims'] = 256
+    return model
+
+
+ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
+    swin=swin,
+    pvt=pvt,
+    mask_rcnn=mask_rcnn,
+    cascade_rcnn=cascade_rcnn,
+    deformable_detr=deformable_detr,
+    two_stage_detr=two_stage_detr,
+)
+
+
+def register(monkeypatch) -> None:
+    """Lets ``tiny_quantized`` build them for a while."""
+    for name, make in ARCHITECTURES.items():
+        monkeypatch.setitem(MODELS, name, make)
+
+
+def sized_batch(height: int, width: int, num_images: int = 2, seed: int = 0) -> dict:
+    """``tiny_batch`` in another size."""
+    batch = tiny_batch(num_images, seed)
+    batch['inputs'] = [F.interpolate(x[None].float(), (height, width))[0].to(torch.uint8) for x in batch['inputs']]
+    for sample in batch['data_samples']:
+        sample.set_metainfo(dict(img_shape=(height, width), ori_shape=(height, width)))
+    return batch

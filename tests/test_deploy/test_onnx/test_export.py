@@ -1,0 +1,265 @@
+import copy
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from mmdet_ptq.deploy import export_onnx, integer_weight, open_model, settle_biases
+from mmdet_ptq.deploy.network.raw_outputs import (
+    RawOutputs,
+    check_exportable,
+    flatten_outputs,
+    nest_outputs,
+    output_layout,
+)
+from mmdet_ptq.deploy.onnx.export import model_meta
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
+from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
+
+pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
+FULL = dict(preset='w8a8_observe', activations=MIN_MAX, dataflow='full')
+CASES = {
+    'ssd-w8a8': ('ssd', dict(preset='w8a8_observe', activations=MIN_MAX)),
+    'retinanet-w8a8-dataflow': ('retinanet', FULL),
+    'yolox-w4a4-per-channel': (
+        'yolox',
+        dict(
+            FULL,
+            dataflow='per_channel',
+            weights=dict(bits=4),
+            activations=dict(bits=4, **MIN_MAX),
+            head=dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', location='median'))),
+        ),
+    ),
+}
+SHAPE = (1, 3, 64, 64)
+
+
+@pytest.fixture(scope='module', params=CASES.values(), ids=CASES)
+def exported(request, tmp_path_factory):
+    kind, ptq = request.param
+    detector, structure = tiny_quantized(kind, ptq)
+    settle_biases(detector, structure)
+    freeze_weights(detector)
+    path = tmp_path_factory.mktemp('onnx') / 'model.onnx'
+    meta = export_onnx(detector, path, SHAPE)
+    return detector, structure, path, meta
+
+
+def image(detector):
+    return detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
+
+
+@torch.no_grad()
+def simulated(detector, x):
+    return [t.numpy() for t in RawOutputs(detector)(x)]
+
+
+def test_outputs_agree_with_the_simulation(exported):
+    detector, _, path, _ = exported
+    x = image(detector)
+    for ours, theirs in zip(simulated(detector, x), open_model(path, threads=1)(x.numpy()), strict=True):
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).mean() <= 0.001 * ours.std()
+        assert np.abs(ours - theirs).max() <= 0.02 * ours.std()
+
+
+def test_codes_are_the_same(exported):
+    detector, structure, path, _ = exported
+    found = compare_codes(detector, path, image(detector))
+    assert {entry.name.split('@')[0] for entry in found} == set(structure.activations)
+    for entry in found:
+        assert entry.identical >= 0.999, entry
+
+
+def test_weights_are_stored_as_their_codes(exported):
+    detector, _, path, meta = exported
+    graph, weights = onnx.load(path).graph, quantized_weights(detector)
+    constants = {entry.name: entry for entry in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.name not in meta['layers']:
+            continue
+        name, value = meta['layers'][node.name], producers[node.input[1]].input[0]
+        codes = weights[name].codes(float_weight(detector.get_submodule(name)))
+        weight = integer_weight(weights[name].quantizer, codes)
+        if value in constants:
+            stored = numpy_helper.to_array(constants[value])
+            assert stored.dtype == np.int8
+            np.testing.assert_array_equal(stored.reshape(len(weight.codes), -1), weight.integers().numpy())
+        else:
+            assert producers[value].op_type in ('Gather', 'Cast')
+            assert constants[look_up_codes(value, producers, constants)].data_type == onnx.TensorProto.UINT4
+    assert set(meta['layers'].values()) == set(weights)
+
+
+def look_up_codes(value, producers, constants):
+    """Name of the codes that a table is looked up with."""
+    while value not in constants:
+        node = producers[value]
+        value = node.input[1] if node.op_type == 'Gather' else node.input[0]
+    return value
+
+
+def test_the_file_says_what_it_is_and_nothing_of_where_it_was_made(exported):
+    detector, _, path, meta = exported
+    model = onnx.load(path)
+    assert model_meta(path) == json.loads(json.dumps(meta)) and meta['input_shape'] == list(SHAPE)
+    assert model.producer_name == 'mmdet-ptq' and model.opset_import[0].version == 21
+    assert [value.name for value in model.graph.input] == ['input']
+    assert b'site-packages' not in path.read_bytes() and b'.py' not in path.read_bytes()
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_biases_are_int32(exported):
+    _, _, path, _ = exported
+    graph = onnx.load(path).graph
+    producers = {node.output[0]: node for node in graph.node}
+    types = {entry.name: entry.data_type for entry in graph.initializer}
+    for node in graph.node:
+        if node.op_type == 'Conv' and len(node.input) > 2 and producers[node.input[0]].op_type == 'DequantizeLinear':
+            scale = producers[node.input[0]].input[1]
+            if not next(e for e in graph.initializer if e.name == scale).dims:
+                stored = producers[node.input[2]].input[0]
+                widen = producers.get(stored)
+                if widen is None:
+                    assert types[stored] == onnx.TensorProto.INT32
+                else:  # 16 bits hold it
+                    assert widen.op_type == 'Cast' and widen.attribute[0].i == onnx.TensorProto.INT32
+                    assert types[widen.input[0]] == onnx.TensorProto.INT16
+
+
+def test_coverage_names_what_stays_float(exported):
+    detector, _, path, meta = exported
+    coverage = open_model(path, threads=1).coverage()
+    assert sorted(coverage.integer + coverage.float) == sorted(meta['layers'])
+    # with quantized outputs, every convolution computes in integers
+    assert coverage.integer if detector.ptq.flow is None else not coverage.float
+
+
+def test_an_expanded_model_computes_the_same(exported, tmp_path):
+    detector, _, path, _ = exported
+    if onnx.TensorProto.UINT4 not in {entry.data_type for entry in onnx.load(path).graph.initializer}:
+        pytest.skip('its weights have more than 16 levels')
+    export_onnx(detector, tmp_path / 'expanded.onnx', SHAPE, packed=False)
+    assert (tmp_path / 'expanded.onnx').stat().st_size > path.stat().st_size
+    x = image(detector).numpy()
+    for packed, expanded in zip(open_model(path, 1)(x), open_model(tmp_path / 'expanded.onnx', 1)(x), strict=True):
+        np.testing.assert_array_equal(packed, expanded)
+
+
+def test_every_image_of_a_dynamic_batch_is_answered_alone(tmp_path):
+    detector, structure = tiny_quantized('retinanet')
+    settle_biases(detector, structure)
+    export_onnx(detector, tmp_path / 'model.onnx', SHAPE, dynamic_batch=True)
+    model = open_model(tmp_path / 'model.onnx', threads=1)
+    assert model.meta['dynamic_batch']
+    x = detector.data_preprocessor(tiny_batch(3), False)['inputs'].numpy()
+    together, alone = model(x), [model(x[i : i + 1]) for i in range(3)]
+    for place, output in enumerate(together):
+        np.testing.assert_allclose(output, np.concatenate([part[place] for part in alone]), atol=1e-5)
+
+
+def test_quantizers_are_restored_when_an_export_fails(tmp_path, monkeypatch):
+    detector, _ = tiny_quantized('retinanet')
+    before = simulated(detector, image(detector))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.onnx, 'export', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
+    assert list(tmp_path.iterdir()) == []
+    for first, second in zip(before, simulated(detector, image(detector)), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+class Unexportable(torch.nn.Module):
+    """A neck with an operator that has no ONNX form."""
+
+    def forward(self, feats):
+        return [f + torch.linalg.svdvals(f).sum() for f in feats]
+
+
+def test_a_failed_export_says_why(tmp_path):
+    detector = tiny_detector('retinanet')
+    detector.neck = torch.nn.Sequential(detector.neck, Unexportable())
+    with pytest.raises(PTQError, match='cannot be exported to ONNX, in neck.1: .'):
+        export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Counts(torch.nn.Module):
+    """A neck whose code fixes the number of images."""
+
+    def forward(self, feats):
+        return [torch.stack([one * 2 for one in f]) for f in feats]
+
+
+def test_a_number_of_images_that_the_detector_fixes_is_not_left_open(tmp_path):
+    detector = tiny_detector('retinanet')
+    detector.neck = torch.nn.Sequential(detector.neck, Counts())
+    with pytest.raises(PTQError, match='--dynamic-batch'):
+        export_onnx(detector, tmp_path / 'model.onnx', SHAPE, dynamic_batch=True)
+    assert list(tmp_path.iterdir()) == []
+    export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
+
+
+def test_a_size_that_the_detector_does_not_take_is_refused(tmp_path):
+    with pytest.raises(PTQError, match=r'cannot take images of 33x41 .*choose another --input-shape'):
+        export_onnx(tiny_detector('yolox'), tmp_path / 'model.onnx', (1, 3, 33, 41))
+
+
+def test_two_stages_are_refused():
+    with pytest.raises(PTQError, match='FasterRCNN cannot be exported'):
+        check_exportable(tiny_detector('faster_rcnn'))
+
+
+@pytest.mark.parametrize(
+    'content,told', [(b'', 'not exported by mmdet-ptq'), (b'\x08\x09garbage', 'damaged'), (None, 'there is no model')]
+)
+def test_foreign_and_damaged_files(tmp_path, content, told):
+    if content is not None:
+        (tmp_path / 'model.onnx').write_bytes(content)
+    with pytest.raises(PTQError, match=told):
+        open_model(tmp_path / 'model.onnx')
+
+
+def test_a_truncated_file_is_refused(exported, tmp_path):
+    content = exported[2].read_bytes()
+    (tmp_path / 'model.onnx').write_bytes(content[: len(content) // 2])
+    with pytest.raises(PTQError, match='damaged'):
+        open_model(tmp_path / 'model.onnx')
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path):
+    (tmp_path / 'model.tflite').write_bytes(b'x')
+    with pytest.raises(PTQError, match='no model of a known runtime'):
+        open_model(tmp_path / 'model.tflite')
+
+
+def test_layout_of_nested_outputs():
+    tensors = [torch.full((), float(i)) for i in range(5)]
+    nested = ([tensors[0], tensors[1]], (tensors[2], [tensors[3]]), tensors[4])
+    layout = output_layout(nested)
+    assert layout == [[0, 1], [2, [3]], 4]
+    flat = list(flatten_outputs(nested))
+    assert flat == tensors and nest_outputs(flat, layout) == ((flat[0], flat[1]), (flat[2], (flat[3],)), flat[4])
+
+
+def test_a_deep_copy_is_not_touched():
+    detector, _ = tiny_quantized('retinanet')
+    other = copy.deepcopy(detector)
+    x = image(detector)
+    before = simulated(other, x)
+    export = list(detector.ptq.activations.values())
+    export[0].forward = lambda x, rounding=None: x * 0
+    for first, second in zip(before, simulated(other, x), strict=True):
+        np.testing.assert_array_equal(first, second)

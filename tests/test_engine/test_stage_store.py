@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from mmdet_ptq.engine.stage_store import StageStore, fingerprint, latest_checkpoint
+
+
+def test_a_fingerprint_depends_on_every_part_and_not_on_the_order_of_keys():
+    assert fingerprint(dict(a=1, b=2)) == fingerprint(dict(b=2, a=1))
+    assert fingerprint(dict(a=1)) != fingerprint(dict(a=2)) != fingerprint(dict(a=1), 1)
+
+
+def test_a_stage_is_taken_over_only_when_asked_and_for_the_same_inputs(tmp_path):
+    assert StageStore(tmp_path, resume=True).run('observe', 'x', lambda: {'scale': torch.ones(2)})[1] is False
+    state, taken_over = StageStore(tmp_path, resume=True).run('observe', 'x', lambda: None)
+    assert taken_over and torch.equal(state['scale'], torch.ones(2))
+    assert StageStore(tmp_path, resume=True).run('observe', 'y', lambda: 1) == (1, False)
+    assert StageStore(tmp_path, resume=False).run('observe', 'y', lambda: 2) == (2, False)
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path):
+    store = StageStore(tmp_path, resume=True)
+    try:
+        store.run('observe', 'x', lambda: 1 / 0)
+    except ZeroDivisionError:
+        pass
+    assert store.finished('observe', 'x') is None
+
+
+def test_the_time_of_an_interrupted_stage_is_added(tmp_path):
+    def work(ends: bool) -> None:
+        time.sleep(0.2)
+        if not ends:
+            raise KeyboardInterrupt
+
+    def seconds(inputs: str, ends: bool, resume: bool = True) -> float | None:
+        store = StageStore(tmp_path, resume)
+        with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+            store.run('observe', inputs, lambda: work(ends))
+        return store.seconds.get('observe')
+
+    for _ in range(2):
+        assert seconds('x', ends=False) is None
+    assert 0.6 <= seconds('x', ends=True) < 1
+    assert 0.6 <= seconds('x', ends=True) < 1  # taken over
+    assert seconds('y', ends=False) is None
+    assert seconds('z', ends=True) < 0.4  # of another config
+    assert seconds('y', ends=False) is None
+    assert seconds('y', ends=True, resume=False) < 0.4
+
+
+def test_a_damaged_stage_file_counts_as_unfinished(tmp_path):
+    store = StageStore(tmp_path, resume=True)
+    store.run('observe', 'x', lambda: torch.ones(1000))
+    whole = store.path('observe').read_bytes()
+    for damaged in (b'', b'not a checkpoint', whole[: len(whole) // 2]):
+        store.path('observe').write_bytes(damaged)
+        assert store.finished('observe', 'x') is None
+
+
+def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for iteration in (2, 10):
+        torch.save(dict(iteration=iteration), tmp_path / f'iter_{iteration}.pth')
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'iter_10.pth')
+    whole = (tmp_path / 'iter_10.pth').read_bytes()
+    (tmp_path / 'iter_10.pth').write_bytes(whole[: len(whole) // 2])
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'iter_2.pth')

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from mmdet.apis import inference_detector
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+
+from mmdet_ptq import cli
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, runtime_detector
+from mmdet_ptq.engine import PTQRunner
+from mmdet_ptq.engine.stages.export import export_runtime
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import tiny_model_cfg
+from mmdet_ptq.testing.processors import PROCESSORS
+
+pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
+NAMES = ('onnxruntime', 'openvino')
+PROGRAM = Path(__file__).resolve().parents[3] / 'docs' / 'programs' / 'detect.py'
+
+
+@pytest.fixture(scope='module')
+def exported(config_file, one_thread, tmp_path_factory) -> PTQRunner:
+    cfg = Config.fromfile(config_file)
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=list(NAMES))
+    cfg.work_dir = str(tmp_path_factory.mktemp('exported'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+        runner = PTQRunner.from_cfg(cfg)
+        runner.run()
+    return runner
+
+
+def test_every_runtime_has_a_row_of_the_evaluator(exported):
+    results = json.loads((Path(exported.work_dir) / 'results.json').read_text())
+    assert [row['model'] for row in results['rows']] == ['float', 'simulated', *NAMES]
+    simulated = results['rows'][1]['metrics']
+    for row in results['rows'][2:]:
+        assert row['metrics'].keys() == simulated.keys() and row['latency_ratio'] > 0
+        assert row['metrics']['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
+        suffix = {'onnxruntime': 'onnx', 'openvino': 'xml'}[row['model']]
+        stored = Path(exported.work_dir) / row['model'] / 'float' / f'model.{suffix}'
+        assert 0 < row['size_bytes'] < model_bytes(stored)
+    # what is simulated is what its integer kernels compute
+    assert results['rows'][2]['metrics'] == simulated
+    layers = {layer['name'] for layer in results['coverage']['layers']}
+    for name in NAMES:
+        coverage = results['runtimes'][name]
+        assert coverage['float'] == [] and {call.split('#')[0] for call in coverage['integer']} == layers
+
+
+def test_the_detector_stays_where_it_is(exported, monkeypatch):
+    """On a GPU the report compares it with the float detector there."""
+    given = []
+
+    def export(detector, *args):
+        given.append(detector)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(get_runtime('onnxruntime'), 'export', export)
+    with pytest.raises(KeyboardInterrupt):
+        export_runtime(exported, 'onnxruntime')
+    assert given[0] is not exported.detector
+
+
+def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
+    assert exported.ptq.dataflow == 'auto'
+
+
+def test_images_of_several_sizes_are_refused_before_anything_long_and_the_told_padding_mends_it(
+    config_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(PTQRunner, 'export_float', lambda runner: pytest.fail(f'passed: {runner.input_shape}'))
+    for name, size in (('a', (64, 64)), ('b', (64, 32)), ('c', (64, 31))):
+        mmcv.imwrite(np.zeros((*size, 3), np.uint8), str(tmp_path / 'images' / f'{name}.png'))
+    cfg = Config.fromfile(config_file)
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(images=str(tmp_path / 'images')), export=['onnxruntime'])
+    cfg.work_dir = str(tmp_path / 'work_dir')
+    with pytest.raises(PTQError, match=r"2: 64x32, 64x64 \(height x width\); .* dict\(type='Pad', size=\(64, 64\)\)"):
+        PTQRunner.from_cfg(cfg).run()
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    resize = [step.type for step in pipeline].index('Resize')
+    pipeline.insert(resize + 1, dict(type='Pad', size=(64, 64)))
+    with pytest.raises(pytest.fail.Exception, match=r'passed: \(1, 3, 64, 64\)'):
+        PTQRunner.from_cfg(cfg).run()
+
+
+def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
+    pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+    cfg = Config.fromfile(config_file)
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=['onnxruntime', 'ncnn'])
+    cfg.work_dir = str(tmp_path)
+    results = PTQRunner.from_cfg(cfg).run()
+    simulated, onnxruntime, ncnn = (row['metrics'] for row in results['rows'][1:])
+    assert onnxruntime == simulated
+    assert ncnn['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
+    assert all(coverage['integer'] and not coverage['float'] for coverage in results['runtimes'].values())
+
+
+def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.export.export_runtime', lambda *args: pytest.fail('exported again'))
+    cfg = Config.fromfile(exported.cfg.filename)
+    cfg.merge_from_dict(dict(ptq=exported.cfg.ptq.to_dict(), work_dir=exported.work_dir, resume=True))
+    cfg.ptq = exported.cfg.ptq
+    runner = PTQRunner.from_cfg(cfg)
+    runner.run()
+    assert runner.results['rows'] == exported.results['rows']
+
+
+@pytest.mark.parametrize('model', ['onnxruntime/model.onnx', 'openvino/model.xml'])
+def test_the_test_command_gives_the_row_of_an_exported_model(exported, config_file, tmp_path, capsys, model):
+    cli.test([str(config_file), f'{exported.work_dir}/{model}', '--work-dir', str(tmp_path)])
+    logged = json.loads(next(tmp_path.glob('2*/2*.json')).read_text().splitlines()[-1])
+    row = next(row for row in exported.results['rows'] if row['model'] == model.split('/')[0])
+    assert {key: logged[key] for key in row['metrics']} == pytest.approx(row['metrics'])
+    assert model.split('/')[0] in capsys.readouterr().out
+
+
+def test_a_runtime_answers_like_a_detector(exported, config_file):
+    model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
+    detector = runtime_detector(exported.cfg, model, exported.detector.dataset_meta)
+    image = str(sorted((config_file.parent / 'val').glob('*.png'))[0])
+    found = inference_detector(detector, image).pred_instances
+    assert len(found) > 0 and found.bboxes.shape[1] == 4
+
+
+@pytest.fixture(scope='module')
+def end2end(exported, config_file, tmp_path_factory):
+    """A model that gives boxes, an image, and what mmdet finds on it, best first."""
+    folder = tmp_path_factory.mktemp('end2end')
+    cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--end2end', '--out', str(folder)])
+    path, image = folder / 'onnxruntime' / 'model.onnx', sorted((config_file.parent / 'val').glob('*.png'))[0]
+    detector = runtime_detector(exported.cfg, open_model(path))
+    assert detector.dataset_meta == dict(classes=('red', 'green', 'blue'))
+    return path, image, inference_detector(detector, str(image)).pred_instances
+
+
+@pytest.mark.parametrize('processor', ['here', *PROCESSORS])
+def test_the_documented_program_finds_what_mmdet_finds(end2end, on_processor, processor):
+    path, image, found = end2end
+    program = PROGRAM.read_text()
+    threshold = float(found.scores[len(found) // 2]) - 1e-6
+    assert program.count('0.3') == 1
+    program = program.replace('0.3', str(threshold))
+    lines = on_processor(processor, program, str(path), str(image)).splitlines()
+    expected = [
+        (('red', 'green', 'blue')[label], f'{score:.2f}')
+        for label, score in zip(found.labels, found.scores, strict=True)
+        if score > threshold
+    ]
+    assert len(expected) > 1 and [tuple(line.split()[:2]) for line in lines] == expected
+    box = np.array([float(value) for value in lines[0].partition('[')[2].rstrip(']').split()])
+    np.testing.assert_allclose(box, found.bboxes[0], atol=0.51)
+
+
+def test_the_page_shows_the_program():
+    blocks = re.findall('```python\n(.*?)```', (PROGRAM.parent.parent / 'runtimes.md').read_text(), re.S)
+    assert PROGRAM.read_text() in blocks
+
+
+def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys):
+    image = sorted(Path(exported.work_dir).parent.parent.glob('**/val/*.png'))
+    arguments = [f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)]
+    cli.export(arguments + (['--compare', str(image[0])] if image else []))
+    first = (Path(exported.work_dir) / 'onnxruntime' / 'model.onnx').read_bytes()
+    assert (tmp_path / 'onnxruntime' / 'model.onnx').read_bytes() == first
+
+
+def test_a_checkpoint_without_what_onnx_runtime_needs_is_warned_of(exported, finished, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(MMLogger.get_instance('mmdet_ptq_export'), 'warning', said.append)
+    cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)])
+    assert said == []
+    cli.export([f'{finished.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)])
+    assert len(said) == 1 and 'the checkpoint was calibrated without `ptq.dataflow`' in said[0]
+
+
+@pytest.mark.parametrize(
+    'arguments,told',
+    [
+        (['--to', 'onnxruntim'], "Did you mean 'onnxruntime'"),
+        (['--to', 'tensorrt', '--compare', 'image.jpg'], 'reads the tensors of onnxruntime, openvino, ncnn'),
+        (['--to', 'onnxruntime', '--compare', 'no_such_image.jpg'], "cannot read the image 'no_such_image.jpg'"),
+        (['--to', 'openvino', '--input-shape', '0', '0'], '--input-shape must be two positive numbers'),
+        (['--to', 'onnxruntime', '--input-shape', '-5', '128'], '--input-shape must be two positive numbers'),
+    ],
+)
+def test_mistakes_of_the_export_command(exported, tmp_path, capsys, arguments, told):
+    with pytest.raises(SystemExit) as stopped:
+        cli.export([f'{exported.work_dir}/quantized.pth', *arguments, '--out', str(tmp_path)])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('runtime', NAMES)
+def test_a_folder_that_cannot_be_written_is_refused(exported, tmp_path, capsys, runtime):
+    (tmp_path / runtime).write_text('a file')
+    with pytest.raises(SystemExit) as stopped:
+        cli.export([f'{exported.work_dir}/quantized.pth', '--to', runtime, '--out', str(tmp_path)])
+    assert stopped.value.code == 2 and 'choose another --out' in capsys.readouterr().err
+
+
+def test_a_model_that_is_gone_is_exported_again_on_resume(exported, monkeypatch):
+    path = Path(exported.work_dir) / 'openvino' / 'model.bin'
+    content = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+    cfg = Config.fromfile(exported.cfg.filename)
+    cfg.merge_from_dict(dict(work_dir=exported.work_dir, resume=True))
+    cfg.ptq = exported.cfg.ptq
+    PTQRunner.from_cfg(cfg).run()
+    assert path.read_bytes() == content
+
+
+def test_a_model_of_another_detector_is_refused(exported):
+    model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
+    other = tiny_model_cfg('ssd')
+    with pytest.raises(PTQError, match='was exported from another detector'):
+        runtime_detector(Config(dict(model=other)), model)
+
+
+class Unexportable(torch.nn.Module):
+    """A neck with an operator that has no ONNX form."""
+
+    def forward(self, feats):
+        return [f + torch.linalg.svdvals(f).sum() for f in feats]
+
+
+def test_an_operator_without_onnx_form_is_refused_before_any_work(make_runner, monkeypatch):
+    runner = make_runner(dict(ptq=dict(export=['onnxruntime'])))
+    load = runner.load
+
+    def changed() -> None:
+        load()
+        runner.float_detector.neck = torch.nn.Sequential(runner.float_detector.neck, Unexportable())
+
+    monkeypatch.setattr(runner, 'load', changed)
+    monkeypatch.setattr(
+        'mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun')
+    )
+    with pytest.raises(PTQError, match='cannot be exported to ONNX, in neck.1: .*replace that operation'):
+        runner.calibrate()
+
+
+def test_an_unknown_runtime_is_refused_before_any_work(make_runner):
+    with pytest.raises(PTQError, match=r"`ptq.export` knows .*Did you mean 'openvino'"):
+        make_runner(dict(ptq=dict(export=['openvin'])))
+
+
+def test_a_missing_package_is_refused_before_any_work(make_runner, monkeypatch):
+    runner = make_runner(dict(ptq=dict(export=['openvino'])))
+    monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
+    monkeypatch.setattr(
+        'mmdet_ptq.engine.stages.calibrate.prepare_detector', lambda *args: pytest.fail('the work has begun')
+    )
+    with pytest.raises(PTQError, match=r"pip install 'mmdet-ptq\[openvino\]'"):
+        runner.calibrate()
+
+
+def test_a_model_of_another_size_is_refused(exported, config_file):
+    model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
+    model.meta['input_shape'] = [1, 3, 32, 32]
+    del model.meta['raw_shapes']
+    detector = runtime_detector(exported.cfg, model)
+    with pytest.raises(PTQError, match='was exported for images of 32x32'):
+        inference_detector(detector, str(sorted((config_file.parent / 'val').glob('*.png'))[0]))

@@ -1,0 +1,91 @@
+import pytest
+
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.wrapping.preparing.policy import LayerRole, resolve_policies
+from mmdet_ptq.wrapping.watching.layers import matches
+
+ROLES = [
+    LayerRole('backbone.stem.conv', in_head=False, first=True, last=False),
+    LayerRole('backbone.stage1.conv', in_head=False, first=False, last=False),
+    LayerRole('bbox_head.cls_convs.0.conv', in_head=True, first=False, last=False),
+    LayerRole('bbox_head.retina_cls', in_head=True, first=False, last=True),
+]
+
+
+def _bits(**block):
+    policies = resolve_policies(PTQConfig.from_dict(dict(preset='w8a8') | block), ROLES)
+    return [policies[role.name].weights.bits for role in ROLES]
+
+
+def test_later_entries_win():
+    assert _bits(weights=dict(bits=7)) == [7, 7, 7, 7]
+    block = dict(
+        weights=dict(bits=7),
+        head=dict(weights=dict(bits=6)),
+        first=dict(weights=dict(bits=5)),
+        last=dict(weights=dict(bits=4)),
+    )
+    assert _bits(**block) == [5, 7, 6, 4]
+    assert _bits(**block, overrides={'*.retina_cls': dict(weights=dict(bits=3))}) == [5, 7, 6, 3]
+
+
+def test_the_last_matching_override_wins():
+    wide, narrow = dict(weights=dict(bits=3)), dict(weights=dict(bits=2))
+    assert _bits(overrides={'backbone': wide, 'backbone.stem': narrow}) == [2, 3, 8, 8]
+    assert _bits(overrides={'backbone.stem': narrow, 'backbone': wide}) == [3, 3, 8, 8]
+
+
+def test_overrides_change_only_what_they_name():
+    cfg = PTQConfig.from_dict(
+        dict(
+            overrides={
+                'backbone': dict(weights=dict(bits=4), activations=dict(bits=16)),
+                'backbone.stem': dict(weights=dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))),
+            }
+        )
+    )
+    stem = resolve_policies(cfg, ROLES)['backbone.stem.conv']
+    assert (stem.weights.bits, stem.activations.bits) == (4, 16)
+    assert stem.weights.observer['type'] == 'mmdet_ptq.MinMaxObserver'
+    assert stem.activations.observer['type'] == 'mmdet_ptq.MSEObserver'
+
+
+def test_an_override_may_say_half_of_a_format():
+    cfg = PTQConfig.from_dict(
+        dict(preset='w4a8', overrides={'bbox_head.cls_convs': dict(weights=dict(quantizer=dict(mode='exact')))})
+    )
+    assert resolve_policies(cfg, ROLES)['bbox_head.cls_convs.0.conv'].weights.quantizer['mode'] == 'exact'
+    with pytest.raises(PTQError, match=r"`ptq.overrides\['backbone.stem'\].weights.quantizer`.*no option 'mode'"):
+        # 8 bits, uniform, by the preset
+        resolve_policies(
+            PTQConfig.from_dict(
+                dict(preset='w4a8', overrides={'backbone.stem': dict(weights=dict(quantizer=dict(mode='exact')))})
+            ),
+            ROLES,
+        )
+
+
+def test_float_override():
+    policies = resolve_policies(PTQConfig.from_dict(dict(overrides={'bbox_head.retina_*': 'float'})), ROLES)
+    assert [policies[r.name].weights.float for r in ROLES] == [False, False, False, True]
+    assert [policies[r.name].activations.float for r in ROLES] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    'pattern, near',
+    [('backbone.stm', 'backbone.stem'), ('bbox_head.retina_clss', 'bbox_head.retina_cls'), ('nothing.like.it', None)],
+)
+def test_a_pattern_without_match_is_an_error(pattern, near):
+    with pytest.raises(PTQError, match='matches no layer') as error:
+        _bits(overrides={'backbone': 'float', pattern: 'float'})
+    assert repr(pattern) in str(error.value)
+    assert (f"Did you mean '{near}'" if near else 'matches no layer of this detector.') in str(error.value)
+
+
+def test_patterns_name_layers_or_their_parents():
+    assert matches('backbone', 'backbone.stem.conv')
+    assert matches('backbone.*', 'backbone.stem.conv')
+    assert matches('*.conv', 'backbone.stem.conv')
+    assert not matches('back', 'backbone.stem.conv')
+    assert not matches('stem', 'backbone.stem.conv')
