@@ -5,27 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from mmdet_ptq.wrapping import LayerStructure, Structure, coverage_rows
-
-FLOAT_BITS = 32
-
-
-def float_size_bytes(detector: nn.Module) -> int:
-    """Size of the float detector's parameters and buffers in float32.
-
-    Args:
-        detector: The float detector, before wrapping.
-
-    Returns:
-        Bytes: four per element of every floating-point parameter and persistent buffer, each tensor counted
-            once.
-        Counters such as ``num_batches_tracked`` are no part of inference and are left out.
-    """
-    tensors = detector.state_dict(keep_vars=True).values()
-    elements = {id(tensor): tensor.numel() for tensor in tensors if tensor.is_floating_point()}
-    return FLOAT_BITS // 8 * sum(elements.values())
+from mmdet_ptq.wrapping.coverage import FLOAT_BITS, bit_operations
 
 
 def float_bops(structure: Structure) -> int:
@@ -47,24 +28,17 @@ def bops(structure: Structure) -> int:
     Args:
         structure: The structure of the quantized detector.
     """
-    layers = sum(layer.macs * weight_bits(layer) * activation_bits(layer, structure) for layer in structure.layers)
+    activations = {name: entry['spec'] for name, entry in structure.activations.items()}
+    layers = sum(
+        bit_operations(layer.macs, layer.weight, [activations[name] if name else None for name in layer.inputs])
+        for layer in structure.layers
+    )
     return layers + FLOAT_BITS**2 * sum(operation['macs'] for operation in structure.uncovered)
 
 
 def weight_bits(layer: LayerStructure) -> int:
     """Bits of a layer's weight; 32 where it is float."""
     return FLOAT_BITS if layer.weight is None else layer.weight['bits']
-
-
-def activation_bits(layer: LayerStructure, structure: Structure) -> int:
-    """Bits of the widest input of a layer; 32 where any of its inputs is float.
-
-    Args:
-        layer: The layer.
-        structure: The structure it belongs to, which holds the activation formats.
-    """
-    bits = [structure.activations[name]['spec']['bits'] if name else FLOAT_BITS for name in layer.inputs]
-    return max(bits, default=FLOAT_BITS)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.inputs import QuantizedInput
+from mmdet_ptq.wrapping.names import call_name
 from mmdet_ptq.wrapping.state import STATE, with_input
 from mmdet_ptq.wrapping.watching.tensors import walk_back
 
@@ -82,7 +83,7 @@ def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
 
     def note(layer: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            nodes[output.grad_fn] = f'{layer}#{calls[layer]}' if calls[layer] else layer
+            nodes[output.grad_fn] = call_name(layer, calls[layer])
             calls[layer] += 1
 
         return hook
@@ -109,7 +110,7 @@ def _compared(
         def compare(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             call = calls[layer]
             calls[layer] += 1
-            name, label = names[call % len(names)], f'{layer}#{call}' if call else layer
+            name, label = names[call % len(names)], call_name(layer, call)
             if name is None:
                 return args, kwargs
             if label not in found:

@@ -1,11 +1,17 @@
-"""The coverage table: what computes in integers, what does not, and its share of the multiply-accumulates."""
+"""What a detector costs, and the coverage table: what computes in integers, what does not, its share of the work."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmdet_ptq.quantizers.selection import build_quantizer
+from torch import nn
+
+from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.structure import Structure
+
+FLOAT_BITS = 32
 
 
 @dataclass
@@ -73,3 +79,37 @@ def integer_mac_share(structure: Structure) -> float:
     rows = coverage_rows(structure)
     total = sum(row.macs for row in rows)
     return sum(row.macs for row in rows if row.integer) / total if total else 0.0
+
+
+def float_size_bytes(detector: nn.Module) -> int:
+    """Size of the float detector's parameters and buffers in float32.
+
+    Args:
+        detector: The detector; of a quantized one, what quantization added does not count.
+
+    Returns:
+        Bytes: four per element of every floating-point parameter and persistent buffer, each tensor counted
+            once.
+        Counters such as ``num_batches_tracked`` are no part of inference and are left out.
+    """
+    elements = {
+        id(tensor): tensor.numel()
+        for name, tensor in detector.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and not name.startswith(f'{STATE}.') and '.0.quantizer.' not in name
+    }
+    return FLOAT_BITS // 8 * sum(elements.values())
+
+
+def bit_operations(macs: int, weight: dict | None, inputs: Iterable[dict | None]) -> int:
+    """Bit operations of a layer: multiply-accumulates x weight bits x activation bits.
+
+    The measure of van Baalen et al., Bayesian Bits (NeurIPS 2020). A layer that is called several times counts the
+    widest of its inputs in every call, so the figure is never too low.
+
+    Args:
+        macs: Multiply-accumulates.
+        weight: Spec of the weight's quantizer; None for float, which counts 32 bits.
+        inputs: The same of the input of each call.
+    """
+    widest = max((spec['bits'] if spec else FLOAT_BITS for spec in inputs), default=FLOAT_BITS)
+    return macs * (weight['bits'] if weight else FLOAT_BITS) * widest

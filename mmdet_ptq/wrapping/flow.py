@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.wrapping.names import output_name
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.frames import Frame, Frames
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
@@ -268,7 +269,7 @@ class QuantizedOutput:
 
     def __init__(self, state: QuantizationState, layer: str, names: list[str | None]) -> None:
         self.state, self.layer, self.names = state, layer, names
-        self.own = [output_name(layer, call, len(names)) for call in range(len(names))]
+        self.own = [output_name(layer, call if len(names) > 1 else None) for call in range(len(names))]
         self.calls = 0
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -279,11 +280,6 @@ class QuantizedOutput:
             return None
         with flow.muted():
             return flow.write(name, output, name == self.own[call], f'layer {self.layer}')
-
-
-def output_name(layer: str, call: int, calls: int) -> str:
-    """Name of the quantizer of a layer's output, where no other one serves."""
-    return layer.replace('.', '/') + ':out' + (f'#{call}' if calls > 1 else '')
 
 
 def attach_dataflow(

@@ -10,8 +10,8 @@ from torch import nn
 from mmdet_ptq.config import ProtectConfig, PTQConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping import Structure
+from mmdet_ptq.wrapping.coverage import FLOAT_BITS, bit_operations, float_size_bytes
 
-FLOAT_BITS = 32
 RUNTIME_BITS = 8  # more of them no runtime multiplies as integers
 # (kind, tensor name) -> spec of its quantizer, None for float; stands in for what the structure says
 Specs = Mapping[tuple[str, str], dict | None]
@@ -54,7 +54,7 @@ def cost_of(structure: Structure, changed: Specs | None = None, integer_bits: in
         ]
         size += _weight_bytes(layer.numel, weight)
         widest = max((spec['bits'] if spec else FLOAT_BITS for spec in inputs), default=FLOAT_BITS)
-        bops += layer.macs * (weight['bits'] if weight else FLOAT_BITS) * widest
+        bops += bit_operations(layer.macs, weight, inputs)
         if weight is None or None in inputs or widest > integer_bits:
             float_macs += layer.macs
     for name, entry in structure.activations.items():
@@ -93,7 +93,7 @@ class Budget:
         self.integer_bits = RUNTIME_BITS if block.export else 16
         macs = sum(layer.macs for layer in structure.layers) + sum(op['macs'] for op in structure.uncovered)
         self.start = self.cost(structure)
-        self.float_size = _float_bytes(detector)
+        self.float_size = float_size_bytes(detector)
         self.float_bops = FLOAT_BITS**2 * macs
         weights = FLOAT_BITS // 8 * sum(layer.numel for layer in structure.layers)
         # biases, normalisations and the like: what changes of format leave as it is
@@ -158,13 +158,3 @@ class Budget:
 
     def _total(self, cost: Cost, kind: str) -> int:
         return self.size_bytes(cost) if kind == 'size_bytes' else getattr(cost, kind)
-
-
-def _float_bytes(detector: nn.Module) -> int:
-    """Size of the float detector in float32: everything but what quantization added, each tensor once."""
-    own = {
-        id(t): t.numel()
-        for name, t in detector.state_dict(keep_vars=True).items()
-        if t.is_floating_point() and not name.startswith('ptq.') and '.0.quantizer.' not in name
-    }
-    return FLOAT_BITS // 8 * sum(own.values())

@@ -6,6 +6,8 @@ import json
 
 from torch import nn
 
+from mmdet_ptq.wrapping.names import layer_of
+
 
 def input_meta(detector: nn.Module) -> dict:
     """What a program without mmdet must know to feed a model and to read what it finds.
@@ -35,7 +37,7 @@ def write_meta(meta: dict) -> str:
     Args:
         meta: See :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
     """
-    calls = [call if _layer(call) == layer else [call, layer] for call, layer in meta['layers'].items()]
+    calls = [call if layer_of(call) == layer else [call, layer] for call, layer in meta['layers'].items()]
     return json.dumps({**meta, 'layers': calls}, separators=(',', ':'))
 
 
@@ -43,10 +45,5 @@ def read_meta(text: str) -> dict:
     """Inverse of :func:`write_meta`; reads what older versions wrote, too."""
     meta = json.loads(text)
     if isinstance(meta['layers'], list):
-        meta['layers'] = dict(call if isinstance(call, list) else (call, _layer(call)) for call in meta['layers'])
+        meta['layers'] = dict(call if isinstance(call, list) else (call, layer_of(call)) for call in meta['layers'])
     return meta
-
-
-def _layer(call: str) -> str:
-    """The layer of a call, as :func:`mmdet_ptq.deploy.onnx.graph.name_layers` numbers calls."""
-    return call.partition('#')[0]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mmdet_ptq.wrapping.names import call_name
+
 SCOPES = 'pkg.torch.onnx.name_scopes'
 ROOT = 'detector.'
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
@@ -96,7 +98,7 @@ def name_layers(graph: ir.Graph) -> dict[str, str]:
         if node.op_type not in WEIGHTED or not modules:
             continue
         layer = modules[-1]
-        node.name = f'{layer}#{calls[layer]}' if calls[layer] else layer
+        node.name = call_name(layer, calls[layer])
         calls[layer] += 1
         found[node.name] = layer
         # runtimes call what computes an output after the output

@@ -21,6 +21,7 @@ from mmdet_ptq.deploy.integers.weights import integer_weight
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer
 from mmdet_ptq.wrapping import Structure, float_weight, quantized_weights
+from mmdet_ptq.wrapping.names import run_name
 from mmdet_ptq.wrapping.state import STATE
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def expand_quantizers(
         if node.domain != DOMAIN:
             continue
         name = node.attributes['name'].as_string()
-        label = f'{name}@{calls[node.op_type, name]}' if calls[node.op_type, name] else name
+        label = run_name(name, calls[node.op_type, name])
         calls[node.op_type, name] += 1
         if node.op_type == ACTIVATION:
             out = writer.activation(node, name, label, activations[name])

@@ -19,6 +19,7 @@ from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.deploy.onnx.nodes import CODES
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.quantizers import AffineQuantizer
+from mmdet_ptq.wrapping.names import activation_of, run_name
 from mmdet_ptq.wrapping.state import STATE
 
 
@@ -47,7 +48,7 @@ def compare_codes(
         found[name] = _sliced(found[name], offsets)
     activations = getattr(detector, STATE).activations
     found = {
-        name: codes - np.int16(SIGNED_ZERO) if _is_shifted(codes, activations[name.split('@')[0]]) else codes
+        name: codes - np.int16(SIGNED_ZERO) if _is_shifted(codes, activations[activation_of(name)]) else codes
         for name, codes in found.items()
     }
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
@@ -111,7 +112,7 @@ def _recorded(detector: nn.Module, followed: Mapping[str, np.ndarray]) -> Iterat
 
     def hook(name: str):
         def record(quantizer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            key = f'{name}@{calls[name]}' if calls[name] else name
+            key = run_name(name, calls[name])
             calls[name] += 1
             found[key] = quantizer.encode(args[0])
             if key not in followed:

@@ -15,7 +15,8 @@ from torch import nn
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.quantizers import build_quantizer
-from mmdet_ptq.wrapping.flow import Site, output_name
+from mmdet_ptq.wrapping.flow import Site
+from mmdet_ptq.wrapping.names import output_name, result_name
 from mmdet_ptq.wrapping.structure import Structure
 from mmdet_ptq.wrapping.watching.channel_ranges import channel_ranges
 from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_depthwise, out_channels
@@ -256,7 +257,7 @@ class _Planner:
                 own = (
                     self._site_name(op)
                     if op.kind != LAYER
-                    else output_name(op.name, op.place[1], len(self.graph.layers[op.name].inputs))
+                    else output_name(op.name, op.place[1] if len(self.graph.layers[op.name].inputs) > 1 else None)
                 )
                 name = self._fixed(own) if op.name in GATES else self._new(own, self._channels(op))
             self.names[key] = name
@@ -298,8 +299,7 @@ class _Planner:
 
     def _site_name(self, op: Operation) -> str:
         module, call, name, index = op.place
-        calls = f'#{call}' if self.calls[module] > 1 else ''
-        return f'{module.replace(".", "/")}:{name}' + (f'-{index}' if index else '') + calls
+        return result_name(module, name, index, call if self.calls[module] > 1 else None)
 
     def float_gates(self) -> list[dict]:
         """The gated activations that compute in float, as islands are told."""

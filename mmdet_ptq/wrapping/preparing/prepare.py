@@ -16,6 +16,7 @@ from mmdet_ptq.config import PTQConfig, TensorConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer, build_quantizer
 from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.names import input_name
 from mmdet_ptq.wrapping.preparing.equalization import channel_magnitudes, equalize, log_equalization
 from mmdet_ptq.wrapping.preparing.find_folds import find_folds
 from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer
@@ -212,7 +213,7 @@ def _share_inputs(
     for readers in groups.values():
         policy = _policy_of_readers([(c.layer, policies[c.layer]) for c in readers])
         first = readers[0]
-        name = first.layer.replace('.', '/') + (f'#{first.index}' if len(by_name[first.layer].inputs) > 1 else '')
+        name = input_name(first.layer, first.index if len(by_name[first.layer].inputs) > 1 else None)
         per_channel = policy.depthwise_per_channel and all(is_depthwise(layers[c.layer]) for c in readers)
         axis = channel_axis(layers[first.layer])
         channels = dict(num_channels=in_channels(layers[first.layer]) if per_channel else None, channel_axis=axis)
