@@ -82,7 +82,7 @@ def step_memory(path: str, mode: str, count: int, size: tuple[int, int]) -> int:
         set_mode(detector, 'quantize')
         thaw_weights(detector)
         train_only_quantization(detector, GlobalLossConfig(weight_lr=1e-3).rates())
-        model = GlobalLossModel(detector, FilteredGlobalLoss(max_boxes=1000))
+        model = GlobalLossModel(detector, FilteredGlobalLoss())
         model.eval()
         model.target = target
         before = peak_memory()

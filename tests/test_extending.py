@@ -11,7 +11,7 @@ import torch
 from mmdet.models import RetinaHead
 
 from mmdet_ptq.calibration import FilteredGlobalLoss
-from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.config import GlobalLossConfig, PTQConfig
 from mmdet_ptq.deploy import (
     get_runtime,
     integer_arithmetic,
@@ -147,5 +147,5 @@ def test_a_head_of_ones_own_is_paired_box_by_box():
 
     found = predict_aligned(detector, data['inputs'], data['data_samples'])
     assert found.boxes.shape[-1] == 4 and found.boxes.requires_grad
-    terms = FilteredGlobalLoss(score_thr=0.0)(found, found.detach())
+    terms = FilteredGlobalLoss(GlobalLossConfig(score_thr=0.0))(found, found.detach())
     assert float(terms['loss_box']) == 0 and float(terms['kept']) > 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.config import GlobalLossConfig
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import AlignedPredictions
 
 # sides below one pixel are normalised as one pixel
@@ -32,78 +32,19 @@ class FilteredGlobalLoss(nn.Module):
     The mask carries no gradient. An image of which no box is kept adds zero, and is counted.
 
     Args:
-        score_thr: Lowest confidence of the float detector, in [0, 1]. Defaults to 2e-4.
-        iou_thr: Lowest overlap of the two boxes, in [0, 1]. Defaults to 0.1.
-        box_weight: Weight of the box term (lambda in the paper). Defaults to 1.0.
-        cls_weight: Weight of the classification term. Defaults to 1.0.
-        combine: ``'and'`` keeps a box that passes both filters (the paper's product of masks), ``'or'``
-            one that passes either (the patent's wording can be read so). Defaults to ``'and'``.
-        box_loss: ``'l1'``: mean over x1, y1, x2, y2 of ``|difference / side| ** p``; ``'giou'``: 1 -
-            GIoU; ``'deltas'``: the same p-norm of centre shift and log size ratio. Defaults to ``'l1'``.
-        p: Exponent of ``'l1'`` and ``'deltas'``, at least 1. Defaults to 1.
-        quality_weight: Weight of objectness, centerness or predicted IoU. Defaults to 1.0.
-        distribution_weight: Weight of the side distributions of GFL heads. Defaults to 0.25.
-        target: ``'float'``, or ``'ground_truth'``: priors whose float box overlaps an annotated box
-            with an IoU of 0.5 or more are kept with that box and its label, others are background and kept if
-            they pass ``score_thr``. Quality and distributions keep the float detector as target. Defaults to
-            ``'float'``.
-        max_boxes: Only the most confident priors of each image enter at all; bounds the memory.
-            Defaults to None.
-
-    Raises:
-        PTQError: If an argument is out of its range.
+        cfg: What is filtered, compared and weighted. Defaults to None, the ``global_loss`` section as it is.
     """
 
-    def __init__(
-        self,
-        score_thr: float = 2e-4,
-        iou_thr: float = 0.1,
-        box_weight: float = 1.0,
-        cls_weight: float = 1.0,
-        combine: str = 'and',
-        box_loss: str = 'l1',
-        p: float = 1,
-        quality_weight: float = 1.0,
-        distribution_weight: float = 0.25,
-        target: str = 'float',
-        max_boxes: int | None = None,
-    ) -> None:
+    def __init__(self, cfg: GlobalLossConfig | None = None) -> None:
         super().__init__()
-        _check_choice('combine', combine, ('and', 'or'))
-        _check_choice('box_loss', box_loss, ('l1', 'giou', 'deltas'))
-        _check_choice('target', target, ('float', 'ground_truth'))
-        _check_number('score_thr', score_thr, 0, 1)
-        _check_number('iou_thr', iou_thr, 0, 1)
-        _check_number('p', p, 1)
-        for key, weight in (
-            ('box_weight', box_weight),
-            ('cls_weight', cls_weight),
-            ('quality_weight', quality_weight),
-            ('distribution_weight', distribution_weight),
-        ):
-            _check_number(key, weight, 0)
-        if max_boxes is not None and (type(max_boxes) is not int or max_boxes < 1):
-            raise PTQError(f'global_loss.max_boxes must be None or a whole number of at least 1, got {max_boxes!r}')
-        self.score_thr = score_thr
-        self.iou_thr = iou_thr
-        self.box_weight = box_weight
-        self.cls_weight = cls_weight
-        self.combine = combine
-        self.box_loss = box_loss
-        self.p = p
-        self.quality_weight = quality_weight
-        self.distribution_weight = distribution_weight
-        self.target = target
-        self.max_boxes = max_boxes
+        self.cfg = GlobalLossConfig() if cfg is None else cfg
 
     def unfiltered(self) -> FilteredGlobalLoss:
         """The same loss without the IoU filter, to compare states of one detector by.
 
         The filter looks at the quantized detector's boxes: a state that ruins a box would be rid of its loss.
         """
-        loss = copy.copy(self)
-        loss.iou_thr, loss.combine = 0.0, 'and'
-        return loss
+        return FilteredGlobalLoss(replace(self.cfg, iou_thr=0.0, combine='and'))
 
     def forward(
         self, student: AlignedPredictions, teacher: AlignedPredictions, batch_gt: list | None = None
@@ -126,7 +67,7 @@ class FilteredGlobalLoss(nn.Module):
             PTQError: If annotations are needed and missing, or the two predictions do not pair.
         """
         teacher = teacher.detach()
-        if self.target == 'ground_truth' and batch_gt is None:
+        if self.cfg.target == 'ground_truth' and batch_gt is None:
             raise PTQError(
                 "global_loss.target='ground_truth' needs annotated calibration images: "
                 "use target='float' for images without annotations"
@@ -140,19 +81,19 @@ class FilteredGlobalLoss(nn.Module):
 
     def _stage(self, student: AlignedPredictions, teacher: AlignedPredictions, batch_gt) -> dict[str, Tensor]:
         if teacher.raw is not None:
-            return {'loss_raw': self.cls_weight * _raw_loss(student.raw, teacher.raw)}
+            return {'loss_raw': self.cfg.cls_weight * _raw_loss(student.raw, teacher.raw)}
         if student.cls_logits.shape != teacher.cls_logits.shape:
             raise PTQError(
                 f'the quantized detector predicts {tuple(student.cls_logits.shape)} class scores and the '
                 f'float one {tuple(teacher.cls_logits.shape)}: both must see the same images and proposals'
             )
         num_images, num_priors = teacher.cls_logits.shape[:2]
-        if self.max_boxes is not None and self.max_boxes < num_priors:
-            best = teacher.confidence().topk(self.max_boxes, dim=1).indices
+        if self.cfg.max_boxes is not None and self.cfg.max_boxes < num_priors:
+            best = teacher.confidence().topk(self.cfg.max_boxes, dim=1).indices
             student, teacher = student.take(best), teacher.take(best)
         target = (
             self._float_target(student, teacher)
-            if self.target == 'float'
+            if self.cfg.target == 'float'
             else self._ground_truth_target(teacher, batch_gt)
         )
         kept_per_image = target.keep.sum(1)
@@ -172,26 +113,26 @@ class FilteredGlobalLoss(nn.Module):
             cls_term = _divergence(student.cls_logits[keep], teacher.cls_logits[keep], teacher.activation)
         else:
             cls_term = _cross_entropy(student.cls_logits[keep], target.labels[keep], teacher.activation)
-        losses = {'loss_cls': self.cls_weight * cls_term.sum() / count}
+        losses = {'loss_cls': self.cfg.cls_weight * cls_term.sum() / count}
         if teacher.boxes is not None:
             box_term = self._box_term(student.boxes[keep_box], target.boxes[keep_box])
-            losses['loss_box'] = self.box_weight * box_term.sum() / count_box
+            losses['loss_box'] = self.cfg.box_weight * box_term.sum() / count_box
         if teacher.quality_logits is not None:
             quality_term = _divergence(
                 student.quality_logits[keep][:, None], teacher.quality_logits[keep][:, None], 'sigmoid'
             )
-            losses['loss_quality'] = self.quality_weight * quality_term.sum() / count
+            losses['loss_quality'] = self.cfg.quality_weight * quality_term.sum() / count
         if teacher.distributions is not None:
             sides = _divergence(student.distributions[keep_box], teacher.distributions[keep_box], 'softmax')
-            losses['loss_distribution'] = self.distribution_weight * sides.mean(-1).sum() / count_box
+            losses['loss_distribution'] = self.cfg.distribution_weight * sides.mean(-1).sum() / count_box
         return losses
 
     @torch.no_grad()
     def _float_target(self, student: AlignedPredictions, teacher: AlignedPredictions) -> _Target:
-        keep = teacher.confidence() >= self.score_thr
+        keep = teacher.confidence() >= self.cfg.score_thr
         if teacher.boxes is not None:
-            overlaps = box_iou(teacher.boxes, student.boxes) >= self.iou_thr
-            keep = keep & overlaps if self.combine == 'and' else keep | overlaps
+            overlaps = box_iou(teacher.boxes, student.boxes) >= self.cfg.iou_thr
+            keep = keep & overlaps if self.cfg.combine == 'and' else keep | overlaps
         return _Target(keep, keep, teacher.boxes)
 
     @torch.no_grad()
@@ -216,22 +157,22 @@ class FilteredGlobalLoss(nn.Module):
             # a region proposal network knows one class, whatever the object
             classes = instances.labels.to(match.device)[match[rows]] if num_classes > 1 else torch.zeros_like(rows)
             labels[i, rows, classes] = 1
-        keep = positive | (teacher.confidence() >= self.score_thr)
+        keep = positive | (teacher.confidence() >= self.cfg.score_thr)
         return _Target(keep, positive, boxes, labels)
 
     def _box_term(self, boxes: Tensor, target: Tensor) -> Tensor:
         """Returns one value per pair of boxes (K, 4), zero where they are equal."""
-        if self.box_loss == 'giou':
+        if self.cfg.box_loss == 'giou':
             # GIoU is undefined where the target has no area
             return torch.where(_area(target) > 0, 1 - generalized_box_iou(boxes, target), 0.0)
         size = (target[:, 2:] - target[:, :2]).clamp(min=MIN_SIDE)
-        if self.box_loss == 'l1':
+        if self.cfg.box_loss == 'l1':
             difference = (boxes - target) / size.repeat(1, 2)
         else:
             shift = (boxes[:, :2] + boxes[:, 2:] - target[:, :2] - target[:, 2:]) / 2 / size
             growth = ((boxes[:, 2:] - boxes[:, :2]).clamp(min=MIN_SIDE) / size).log()
             difference = torch.cat([shift, growth], 1)
-        return difference.abs().pow(self.p).mean(1)
+        return difference.abs().pow(self.cfg.p).mean(1)
 
 
 @dataclass
@@ -293,18 +234,3 @@ def _raw_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
             'register an adapter for it with mmdet_ptq.predictions.align_head.register'
         )
     return torch.stack(terms).mean()
-
-
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise PTQError(
-            f'global_loss.{key} must be one of {", ".join(known)}, got {value!r}.' + did_you_mean(value, known)
-        )
-
-
-def _check_number(key: str, value: float, low: float, high: float | None = None) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # written so that NaN fails, too
-    if not number or not value >= low or not (high is None or value <= high):
-        limits = f'at least {low}' if high is None else f'between {low} and {high}'
-        raise PTQError(f'global_loss.{key} must be a number {limits}, got {value!r}')

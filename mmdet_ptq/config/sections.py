@@ -209,20 +209,6 @@ class GlobalLossConfig:
     param_scheduler: list | None = None
     hooks: list = field(default_factory=list)
 
-    LOSS_KEYS = (
-        'score_thr',
-        'iou_thr',
-        'box_weight',
-        'cls_weight',
-        'quality_weight',
-        'distribution_weight',
-        'combine',
-        'box_loss',
-        'p',
-        'target',
-        'max_boxes',
-    )
-
     def check(self, key: str) -> None:
         if self.type.rpartition('.')[2] != 'FilteredGlobalLoss':
             raise PTQError(f"`{key}.type` is {self.type!r}; only 'mmdet_ptq.FilteredGlobalLoss' is known.")
@@ -237,6 +223,13 @@ class GlobalLossConfig:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
         if not 0 <= self.holdout < 1:
             raise PTQError(f'`{key}.holdout` must lie in [0, 1), got {self.holdout!r}.')
+        for name in ('cls_weight', 'box_weight', 'quality_weight', 'distribution_weight'):
+            if getattr(self, name) < 0:
+                raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}; 0 leaves it out.')
+        if self.p < 1:
+            raise PTQError(f'`{key}.p` must be at least 1, got {self.p!r}.')
+        if self.max_boxes is not None and self.max_boxes < 1:
+            raise PTQError(f'`{key}.max_boxes` must be None or a whole number of at least 1, got {self.max_boxes!r}.')
         for name in ('bias_lr', 'grid_lr', 'weight_lr'):
             if (getattr(self, name) or 0) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}; 0 leaves them.')
@@ -245,10 +238,6 @@ class GlobalLossConfig:
         """Kind of parameter to learning rate."""
         grid = self.lr if self.grid_lr is None else self.grid_lr
         return dict(scale=self.lr, s=self.lr, mu=self.lr, k=grid, eps=grid, weight=self.weight_lr, bias=self.bias_lr)
-
-    def loss_kwargs(self) -> dict:
-        """The arguments of :class:`mmdet_ptq.calibration.FilteredGlobalLoss`."""
-        return {name: getattr(self, name) for name in self.LOSS_KEYS}
 
 
 @dataclass

@@ -9,10 +9,15 @@ import torch
 from mmdet.registry import MODELS
 
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss, box_iou, generalized_box_iou
+from mmdet_ptq.config import GlobalLossConfig, PTQConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import AlignedPredictions, align_head
 
 TERMS = ('loss_cls', 'loss_box', 'loss_quality', 'loss_distribution')
+
+
+def loss_of(**settings):
+    return FilteredGlobalLoss(GlobalLossConfig(**{'max_boxes': None, **settings}))
 
 
 def predictions(seed, activation='sigmoid', full=True, num_images=2, num_priors=12, noise=0.0):
@@ -120,7 +125,17 @@ def test_the_whole_loss_is_the_formula(activation, combine, box_loss, p, full):
     teacher = predictions(0, activation, full)
     student = predictions(0, activation, full, noise=0.2)
     weights = (0.7, 1.3, 0.9, 0.4)
-    loss = FilteredGlobalLoss(0.3, 0.45, weights[1], weights[0], combine, box_loss, p, weights[2], weights[3])
+    loss = loss_of(
+        score_thr=0.3,
+        iou_thr=0.45,
+        box_weight=weights[1],
+        cls_weight=weights[0],
+        combine=combine,
+        box_loss=box_loss,
+        p=p,
+        quality_weight=weights[2],
+        distribution_weight=weights[3],
+    )
     got = loss(student, teacher)
     expected, per_image = slow_loss(student, teacher, 0.3, 0.45, combine, box_loss, p, weights)
     assert 0 < sum(per_image) < 24, 'the case should keep some boxes and drop some'
@@ -138,7 +153,7 @@ def test_each_filter_drops_what_it_should():
     boxes = torch.tensor([[[0.0, 0, 10, 10]] * 4])
     moved = boxes + torch.tensor([0.0, 50.0, 0.0, 50.0]).view(1, 4, 1)
     teacher, student = AlignedPredictions(logits, boxes), AlignedPredictions(logits, moved)
-    kept = {c: FilteredGlobalLoss(0.5, 0.5, combine=c)(student, teacher)['kept'].item() for c in ('and', 'or')}
+    kept = {c: loss_of(score_thr=0.5, iou_thr=0.5, combine=c)(student, teacher)['kept'].item() for c in ('and', 'or')}
     assert kept == {'and': 1, 'or': 3}
 
 
@@ -148,20 +163,20 @@ def test_states_are_compared_on_the_same_boxes():
     ruined = replace(teacher, boxes=teacher.boxes + 1e4)
     lost = replace(teacher, boxes=torch.full_like(teacher.boxes, math.nan))
     for combine in ('and', 'or'):
-        loss = FilteredGlobalLoss(score_thr=0.0, combine=combine)
+        loss = loss_of(score_thr=0.0, combine=combine)
         kept, near, far, gone = (
             loss.unfiltered()(x.with_finite_boxes(), teacher)['loss_box'] for x in (teacher, moved, ruined, lost)
         )
         assert kept == 0 < near < far < 1e6 and 0 < gone < 1e6
-        assert (loss.iou_thr, loss.combine) == (0.1, combine)
-    assert loss(ruined, teacher)['kept'] == 12 and FilteredGlobalLoss()(ruined, teacher)['loss_box'] == 0
+        assert (loss.cfg.iou_thr, loss.cfg.combine) == (0.1, combine)
+    assert loss(ruined, teacher)['kept'] == 12 and loss_of()(ruined, teacher)['loss_box'] == 0
 
 
 @pytest.mark.parametrize('activation', ['sigmoid', 'softmax'])
 @pytest.mark.parametrize('box_loss', ['l1', 'giou', 'deltas'])
 def test_the_loss_is_zero_when_nothing_is_quantized(activation, box_loss):
     teacher = predictions(3, activation)
-    got = FilteredGlobalLoss(0.0, 0.0, box_loss=box_loss)(predictions(3, activation), teacher)
+    got = loss_of(score_thr=0.0, iou_thr=0.0, box_loss=box_loss)(predictions(3, activation), teacher)
     assert got['kept_share'] == 1
     for name in TERMS:
         assert got[name].item() == pytest.approx(0, abs=1e-6), name
@@ -171,7 +186,7 @@ def test_the_loss_is_zero_when_nothing_is_quantized(activation, box_loss):
 def test_empty_and_full_masks_stay_finite_and_differentiable(full_mask):
     teacher, student = predictions(1), predictions(2)
     thr = dict(score_thr=0.0, iou_thr=0.0) if full_mask else dict(score_thr=1.0, iou_thr=1.0)
-    got = FilteredGlobalLoss(**thr)(student, teacher)
+    got = loss_of(**thr)(student, teacher)
     total = sum(got[name] for name in TERMS)
     total.backward()
     parts = (student.cls_logits, student.boxes, student.quality_logits, student.distributions)
@@ -188,7 +203,7 @@ def test_an_image_without_kept_boxes_adds_nothing():
     teacher, student = predictions(1), predictions(1, noise=0.1)
     with torch.no_grad():
         teacher.cls_logits[1] = -30
-    loss = FilteredGlobalLoss(score_thr=0.01)
+    loss = loss_of(score_thr=0.01)
     both = loss(student, teacher)
     first = [
         replace(a, **{k: v[:1] for k, v in vars(a).items() if isinstance(v, torch.Tensor)}) for a in (student, teacher)
@@ -201,7 +216,7 @@ def test_an_image_without_kept_boxes_adds_nothing():
 
 def test_gradients_reach_kept_boxes_only():
     teacher, student = predictions(1), predictions(1, noise=0.15)
-    loss = FilteredGlobalLoss(score_thr=0.2, iou_thr=0.3)
+    loss = loss_of(score_thr=0.2, iou_thr=0.3)
     sum(loss(student, teacher)[name] for name in TERMS).backward()
     keep = (teacher.confidence() >= 0.2) & (box_iou(teacher.boxes, student.boxes) >= 0.3)
     assert keep.any() and not keep.all()
@@ -216,13 +231,11 @@ def test_boxes_without_area_do_not_break_the_loss():
     for box_loss in ('l1', 'giou', 'deltas'):
         moved = (boxes + 0.5).requires_grad_(True)
         teacher = AlignedPredictions(torch.ones(1, 4, 2), boxes)
-        got = FilteredGlobalLoss(box_loss=box_loss, combine='or')(
-            AlignedPredictions(torch.ones(1, 4, 2), moved), teacher
-        )
+        got = loss_of(box_loss=box_loss, combine='or')(AlignedPredictions(torch.ones(1, 4, 2), moved), teacher)
         got['loss_box'].backward()
         assert got['kept'] == 4
         assert torch.isfinite(got['loss_box']) and torch.isfinite(moved.grad).all()
-        same = FilteredGlobalLoss(box_loss=box_loss, combine='or')(teacher, teacher)
+        same = loss_of(box_loss=box_loss, combine='or')(teacher, teacher)
         assert same['loss_box'].item() == pytest.approx(0, abs=1e-6)
 
 
@@ -254,7 +267,7 @@ def test_gradients_reach_every_parameter_of_a_real_head(config):
     feats = [torch.randn(2, 8, 64 // stride, 64 // stride) for stride in (8, 16)]
     with torch.no_grad():
         teacher = align_head(head, head(feats), [{}, {}])
-    loss = FilteredGlobalLoss()
+    loss = loss_of()
     unchanged = loss(align_head(head, head(feats), [{}, {}]), teacher)
     assert unchanged['kept'] > 0
     assert sum(unchanged[name] for name in TERMS if name in unchanged).item() == pytest.approx(0, abs=1e-5)
@@ -271,8 +284,8 @@ def test_gradients_reach_every_parameter_of_a_real_head(config):
 def test_max_boxes_takes_the_most_confident_of_each_image():
     teacher, student = predictions(1), predictions(1, noise=0.3)
     best = teacher.confidence().topk(4, dim=1).indices
-    expected = FilteredGlobalLoss(0.0, 0.0)(student.take(best), teacher.take(best))
-    got = FilteredGlobalLoss(0.0, 0.0, max_boxes=4)(student, teacher)
+    expected = loss_of(score_thr=0.0, iou_thr=0.0)(student.take(best), teacher.take(best))
+    got = loss_of(score_thr=0.0, iou_thr=0.0, max_boxes=4)(student, teacher)
     for name in TERMS:
         torch.testing.assert_close(got[name], expected[name])
     assert got['kept'] == 4
@@ -288,7 +301,7 @@ def test_ground_truth_as_target(activation):
     teacher = AlignedPredictions(logits, boxes, activation)
     student = AlignedPredictions(logits + 0.3, boxes + 1, activation)
     gt = [SimpleNamespace(bboxes=torch.tensor([[0.0, 0, 10, 12]]), labels=torch.tensor([1]))]
-    got = FilteredGlobalLoss(score_thr=0.1, target='ground_truth')(student, teacher, gt)
+    got = loss_of(score_thr=0.1, target='ground_truth')(student, teacher, gt)
 
     # priors 0 and 1 overlap the object; 2 is background but confident; 3 is dropped
     assert got['kept'] == 3
@@ -308,7 +321,7 @@ def test_ground_truth_as_target(activation):
 def test_ground_truth_of_an_image_without_objects_is_background():
     teacher = predictions(1, full=False, num_images=1)
     gt = [SimpleNamespace(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]
-    got = FilteredGlobalLoss(score_thr=0.0, target='ground_truth')(teacher, teacher, gt)
+    got = loss_of(score_thr=0.0, target='ground_truth')(teacher, teacher, gt)
     assert got['loss_box'] == 0 and got['kept'] == 12
     expected = torch.nn.functional.softplus(teacher.cls_logits).sum(-1).mean()
     torch.testing.assert_close(got['loss_cls'], expected)
@@ -317,13 +330,13 @@ def test_ground_truth_of_an_image_without_objects_is_background():
 def test_ground_truth_needs_annotations():
     teacher = predictions(1)
     with pytest.raises(PTQError, match="target='float'"):
-        FilteredGlobalLoss(target='ground_truth')(teacher, teacher)
+        loss_of(target='ground_truth')(teacher, teacher)
 
 
 def test_raw_outputs_are_compared_in_units_of_their_variance():
     teacher = [torch.randn(3, 4) * 10, torch.randn(5), torch.zeros(0)]
     student = [(t + k).requires_grad_(True) for k, t in enumerate(teacher)]
-    got = FilteredGlobalLoss()(AlignedPredictions(None, raw=student), AlignedPredictions(None, raw=teacher))
+    got = loss_of()(AlignedPredictions(None, raw=student), AlignedPredictions(None, raw=teacher))
     expected = (0 + 1 / teacher[1].var(correction=0)) / 2
     assert set(got) == {'loss_raw'}
     torch.testing.assert_close(got['loss_raw'], expected)
@@ -333,20 +346,18 @@ def test_raw_outputs_are_compared_in_units_of_their_variance():
 
 def test_raw_outputs_that_do_not_pair_are_refused():
     with pytest.raises(PTQError, match='align_head.register'):
-        FilteredGlobalLoss()(
-            AlignedPredictions(None, raw=[torch.ones(2)]), AlignedPredictions(None, raw=[torch.ones(3)])
-        )
+        loss_of()(AlignedPredictions(None, raw=[torch.ones(2)]), AlignedPredictions(None, raw=[torch.ones(3)]))
 
 
 def test_predictions_that_do_not_pair_are_refused():
     with pytest.raises(PTQError, match='same images'):
-        FilteredGlobalLoss()(predictions(0), predictions(0, num_priors=7))
+        loss_of()(predictions(0), predictions(0, num_priors=7))
 
 
 def test_both_stages_of_a_two_stage_detector_enter():
     teacher = replace(predictions(0, 'softmax', False), proposal_stage=predictions(1, full=False))
     student = replace(predictions(0, 'softmax', False, noise=0.1), proposal_stage=predictions(1, full=False, noise=0.1))
-    loss = FilteredGlobalLoss(0.1, 0.1)
+    loss = loss_of(score_thr=0.1, iou_thr=0.1)
     got = loss(student, teacher)
     first, second = (
         loss(student.proposal_stage, teacher.proposal_stage),
@@ -361,7 +372,7 @@ def test_a_proposal_network_sees_annotated_objects_as_one_class():
     boxes = torch.tensor([[[0.0, 0, 10, 10]]])
     one = AlignedPredictions(torch.zeros(1, 1, 1), boxes)
     gt = [SimpleNamespace(bboxes=boxes[0], labels=torch.tensor([2]))]
-    got = FilteredGlobalLoss(target='ground_truth')(one, one, gt)
+    got = loss_of(target='ground_truth')(one, one, gt)
     assert got['loss_cls'].item() == pytest.approx(math.log(2))
 
 
@@ -373,7 +384,7 @@ def test_a_proposal_network_sees_annotated_objects_as_one_class():
         (dict(target='floats'), "target.*Did you mean 'float'"),
         (dict(score_thr=2), 'score_thr'),
         (dict(iou_thr=float('nan')), 'iou_thr'),
-        (dict(p=0.5), 'p must be'),
+        (dict(p=0.5), r'p` must be'),
         (dict(box_weight=-1), 'box_weight'),
         (dict(cls_weight='1'), 'cls_weight'),
         (dict(max_boxes=0), 'max_boxes'),
@@ -382,7 +393,7 @@ def test_a_proposal_network_sees_annotated_objects_as_one_class():
 )
 def test_bad_arguments_are_told(kwargs, words):
     with pytest.raises(PTQError, match=words):
-        FilteredGlobalLoss(**kwargs)
+        PTQConfig.from_dict(dict(preset='w8a8', global_loss=kwargs))
 
 
 def test_overlaps():

@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss, box_iou
+from mmdet_ptq.config import GlobalLossConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
@@ -125,7 +126,7 @@ class DamageMeter:
         self.detector, self.structure = detector, structure
         # no IoU filter: it would leave out the boxes that a format destroys, and formats are compared on the same
         # boxes. GIoU is bounded where the distance of two decoded boxes is not
-        self.loss = FilteredGlobalLoss(iou_thr=0.0, box_loss='giou', max_boxes=1000)
+        self.loss = FilteredGlobalLoss(GlobalLossConfig(iou_thr=0.0, box_loss='giou'))
         self.images: list[tuple[dict, AlignedPredictions]] = []
         with torch.no_grad(), quantization_mode(detector, 'float'):
             for batch in batches:

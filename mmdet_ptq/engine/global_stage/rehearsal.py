@@ -12,7 +12,6 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
 from torch import nn
 
-from mmdet_ptq.calibration import FilteredGlobalLoss
 from mmdet_ptq.config import GlobalLossConfig
 from mmdet_ptq.engine.global_stage.optim import build_wrapper, by_iterations
 from mmdet_ptq.engine.run import num_held_out
@@ -32,7 +31,6 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
         PTQError: One of them cannot be built, or no image is left to train on.
     """
     check_holdout(KEY, cfg.holdout, images)
-    FilteredGlobalLoss(**cfg.loss_kwargs())
     wrapper = copy.deepcopy(cfg.optim_wrapper)
     for name in ('constructor', 'paramwise_cfg'):
         if name in wrapper:

@@ -77,7 +77,7 @@ def train_global(run: Run) -> None:
     train_only_quantization(run.detector, cfg.rates())
     images = Augmented(train, cfg.augment if cfg.target == 'float' else 1, run.seed)
     kwargs = dict(
-        model=GlobalLossModel(run.detector, FilteredGlobalLoss(**cfg.loss_kwargs())),
+        model=GlobalLossModel(run.detector, FilteredGlobalLoss(cfg)),
         work_dir=str(folder),
         train_dataloader=run.images_loader(images, min(cfg.batch_size, len(images)), infinite=True),
         train_cfg=dict(type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval),
@@ -178,7 +178,7 @@ class GlobalLossModel(BaseModel):
         return self.loss(student, self.target, self._annotations(data_samples))
 
     def _annotations(self, data_samples: list) -> list | None:
-        if self.loss.target != 'ground_truth':
+        if self.loss.cfg.target != 'ground_truth':
             return None
         if not all('gt_instances' in sample and 'bboxes' in sample.gt_instances for sample in data_samples):
             raise PTQError(
