@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import print_log
-from rich.progress import track
 from torch import Tensor, nn
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import AlignedPredictions, needs_reference, predict_aligned
+from mmdet_ptq.progress import track
 from mmdet_ptq.wrapping import Structure, quantization_mode
 from mmdet_ptq.wrapping.watching.layers import add_bias, channel_axis, out_channels
 

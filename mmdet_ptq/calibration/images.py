@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from mmengine.dataset import Compose
 from mmengine.logging import print_log
-from mmengine.utils import ProgressBar
 from torch.utils.data import Dataset, Subset
 
 from mmdet_ptq.config import CalibrationConfig
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.progress import track
 
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.tif', '.tiff', '.webp'}
 # Decoded samples are kept in memory up to this size; beyond it they are read again for every batch.
@@ -248,9 +248,7 @@ class CalibrationDataset(Dataset):
         self.sizes: dict[tuple[int, int], int] = {}
         digest = hashlib.sha256()
         print_log(f'reading {len(chosen)} calibration images', 'current')
-        bar = ProgressBar(len(chosen))
-        for (d, i), info in zip(chosen, infos, strict=True):
-            bar.update()
+        for (d, i), info in track(list(zip(chosen, infos, strict=True)), 'reading images'):
             try:
                 sample = self.datasets[d][i]
                 if sample is None:
@@ -273,7 +271,6 @@ class CalibrationDataset(Dataset):
                 self._samples.append(sample)
                 if size > MEMORY_LIMIT:
                     self._samples = None
-        bar.file.write('\n')
         self.content = digest.hexdigest()
         if not self.index:
             raise PTQError(f'none of the {len(chosen)} calibration images can be read (first: {self.skipped[0]}).')

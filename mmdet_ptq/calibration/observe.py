@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.logging import print_log
-from rich.progress import track
 from torch import nn
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.progress import track
 from mmdet_ptq.quantizers import Observer, build_observer
 from mmdet_ptq.wrapping import Structure, quantization_mode
 from mmdet_ptq.wrapping.state import STATE

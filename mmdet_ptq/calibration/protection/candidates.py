@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from mmdet_ptq.calibration.observe import merge_ranks
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, WEIGHT, TensorSet
 from mmdet_ptq.config import PTQConfig, TensorConfig, apply_policy
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.progress import track
 from mmdet_ptq.quantizers import Quantizer, build_observer, build_quantizer
 from mmdet_ptq.wrapping import Structure, float_weight, quantization_mode, quantized_weights
 from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer

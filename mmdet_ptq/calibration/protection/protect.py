@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
-from rich.progress import Progress, track
 from torch import nn
 
 from mmdet_ptq.calibration.protection.adopt import adopt, merge_overrides, overrides_for
@@ -28,6 +27,7 @@ from mmdet_ptq.calibration.protection.damage import Damage, DamageMeter
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, WEIGHT, TensorSet, split_kinds, tensor_sets, unread
 from mmdet_ptq.config import ProtectConfig, PTQConfig
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.progress import bar, track
 from mmdet_ptq.wrapping import Structure
 
 # a change that takes off less than this share of a tensor's loss is not worth a line in the config
@@ -255,7 +255,7 @@ class _Protector:
             loss = self.damage(group, _key(group) if keep else None).loss
             heapq.heappush(heap, (-loss, self.sets.index(group[0]), group))  # equal losses: in the order of layers
 
-        with Progress() as progress:
+        with bar() as progress:
             task = progress.add_task('searching sensitive tensors', total=self.cfg.max_tensors)
             for kind in (ACTIVATION, WEIGHT):
                 if group := [s for s in self.sets if s.kind == kind]:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from torch import nn
 
 from mmdet_ptq.calibration.protection.damage import Damage, DamageMeter
 from mmdet_ptq.calibration.protection.head_branches import OUTPUTS, Place, find_places
+from mmdet_ptq.progress import track
 from mmdet_ptq.wrapping import Structure
 
 ACTIVATION, WEIGHT = 'activation', 'weight'

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
-from rich.progress import track
 from torch import nn
 
 from mmdet_ptq.calibration.reconstruction.activation_store import ActivationStore
@@ -25,6 +24,7 @@ from mmdet_ptq.config import ReconstructConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors
 from mmdet_ptq.predictions import needs_reference, predict_aligned
+from mmdet_ptq.progress import track
 from mmdet_ptq.registry import RECONSTRUCTIONS
 from mmdet_ptq.wrapping import quantization_mode
 
