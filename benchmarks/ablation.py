@@ -61,7 +61,6 @@ LEARNED = (
 
 RECIPES = {
     'rounding': (*ROUNDED, *UNMOVED),
-    'rounding, equalized': (*ROUNDED, *UNMOVED, 'ptq.equalize=weights'),
     'rounding, bias corrected': (*ROUNDED, *UNMOVED, 'ptq.bias_correction=True'),
     'rounding, scales migrated': (*ROUNDED, 'ptq.activations.scale_migration=1.0'),
     'adaround': published('adaround'),

@@ -60,7 +60,7 @@ def correct_biases(
         detector: The quantized detector with its activation ranges set, in eval mode.
         batches: Calibration batches as a dataloader yields them; iterated once.
         structure: The detector's structure; learns which biases are new.
-        reference: The float detector with the same equalized, folded weights (a copy of ``detector`` made before
+        reference: The float detector with the same folded weights (a copy of ``detector`` made before
             its biases changed; it runs in float mode). Defaults to None: ``detector`` itself in float mode, with the
             biases it has when this function is called.
         exclude: Names of layers to leave alone. Defaults to none.

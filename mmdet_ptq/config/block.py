@@ -26,7 +26,6 @@ POLICY_KEYS = ('weights', 'activations')
 KEYS = (
     'preset',
     'calibration',
-    'equalize',
     'weights',
     'activations',
     'saturation',
@@ -41,8 +40,9 @@ KEYS = (
     'global_loss',
     'export',
 )
-EQUALIZATIONS = ('weights', 'activations')
 DATAFLOWS = ('auto', 'full', 'per_channel')
+# keys of earlier versions, and why they are no more; where they were off, nothing is said
+GONE = {'equalize': 'cross-layer equalization brought nothing beyond chance on six detectors'}
 
 
 @dataclass
@@ -52,9 +52,6 @@ class PTQConfig:
     Args:
         preset: Name of the preset the block starts from (see :mod:`mmdet_ptq.config.presets`).
         calibration: Calibration images.
-        equalize: Before anything is quantized, per-channel factors move between layers, which changes nothing in
-            float: ``'weights'`` balances the ranges of the weights (cross-layer equalization), ``'activations'`` those
-            of activations and weights; None leaves the weights as they are.
         weights: Format of all weights.
         activations: Format of all layer inputs.
         saturation: x86 processors without VNNI add two products of bytes in 16 bits. With ``'safe'`` no sum exceeds
@@ -86,7 +83,6 @@ class PTQConfig:
 
     preset: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    equalize: str | None = None
     weights: TensorConfig = field(default_factory=TensorConfig)
     activations: TensorConfig = field(default_factory=TensorConfig)
     saturation: str = SATURATIONS[0]
@@ -117,11 +113,13 @@ class PTQConfig:
         block = plain(block or {})
         if not isinstance(block, dict):
             raise PTQError(f'`ptq` must be a dict, got {type(block).__name__}.')
+        for key in GONE.keys() & block:
+            if block.pop(key):
+                raise PTQError(f'`ptq.{key}` is gone: {GONE[key]}; remove it.')
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
         choice('ptq.preset', name, tuple(PRESETS))
         for key, kind in (
-            ('equalize', 'str | None'),
             ('dataflow', 'str | None'),
             ('overrides', 'dict'),
             ('bias_correction', 'bool'),
@@ -143,7 +141,6 @@ class PTQConfig:
             head=_policy('ptq.head', merged.get('head', {})),
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
-            equalize=merged.get('equalize'),
             dataflow=merged.get('dataflow', _needed_dataflow(merged.get('export', []))),
             bias_correction=merged.get('bias_correction', False),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
@@ -156,8 +153,6 @@ class PTQConfig:
         ):
             if merged.get(name) is not None:
                 setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
-        if cfg.equalize is not None:
-            choice('ptq.equalize', cfg.equalize, EQUALIZATIONS)
         if cfg.dataflow is not None:
             choice('ptq.dataflow', cfg.dataflow, DATAFLOWS)
         if not all(isinstance(name, str) for name in cfg.export) or len(set(cfg.export)) < len(cfg.export):

@@ -252,7 +252,7 @@ class Run(Runner):
         return detector.to(self.device), structure
 
     def prepared_detector(self) -> nn.Module:
-        """The detector as prepare left it: in float mode, the float detector with folded, equalized weights."""
+        """The detector as prepare left it: in float mode, the float detector with folded weights."""
         return self.built(load_tensors(self.stages.path('prepare'))['state'])[0]
 
     def take_over(self, state: dict, taken_over: bool) -> None:

@@ -30,6 +30,8 @@ _OWN_KEYS = {
     'bias_correction': 'bias_correction',
     'global': 'global_loss',
 }
+# keys of the `ptq` block that are gone, as they stood in the hashes of work directories of before
+_GONE = {'equalize': None}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -46,7 +48,8 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
         *others: What every stage depends on besides: model, checkpoint, images, seed.
     """
     # what the preset and the runtimes stand for is in the other keys
-    first = {key: value for key, value in recipe.items() if key not in ('preset', 'export', *_OWN_KEYS.values())}
+    skipped = ('preset', 'export', *_OWN_KEYS.values())
+    first = {**_GONE, **{key: value for key, value in recipe.items() if key not in skipped}}
     inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))
     for stage, key in _OWN_KEYS.items():
         # protection alone asks for the runtimes: they compute 16 bits in float

@@ -21,7 +21,7 @@ from mmdet_ptq.wrapping import integer_mac_share, prepare_detector
 
 
 def prepare(run: Run) -> None:
-    """Folds, equalizes, wraps, fits weights."""
+    """Folds, wraps, fits weights."""
 
     def work() -> dict:
         run.structure = prepare_detector(run.detector, run.ptq, run.one_image(), run.run_first_images)

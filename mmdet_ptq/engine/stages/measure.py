@@ -64,9 +64,7 @@ def report(run: Run) -> None:
     with run.stages.timed('report'):
         batches = [batch for batch, _ in zip(run._test_dataloader, range(4), strict=False)]
         if is_main_process():
-            # layer by layer, the detector compares with equalized weights
-            reference = run.float_detector if run.ptq.equalize is None else run.prepared_detector()
-            build_report(run.work_dir, run.results, run.structure, run.detector, reference, batches)
+            build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches)
     run.write_results()
     if is_main_process():
         if run.protection is not None:

@@ -1,4 +1,4 @@
-"""Float detector in, quantized detector out: probe, fold, equalize, resolve policies, build."""
+"""Float detector in, quantized detector out: probe, fold, resolve policies, build."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer, build_quantizer
 from mmdet_ptq.wrapping.folding import fold_norms
 from mmdet_ptq.wrapping.names import input_name
-from mmdet_ptq.wrapping.preparing.equalization import channel_magnitudes, equalize, log_equalization
 from mmdet_ptq.wrapping.preparing.find_folds import find_folds
 from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer
-from mmdet_ptq.wrapping.preparing.junctions import find_junctions
 from mmdet_ptq.wrapping.preparing.migration import Migration, can_migrate, measure_factors, migrate, times_factor
 from mmdet_ptq.wrapping.preparing.plan_dataflow import plan_dataflow
 from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, LayerRole, resolve_policies
@@ -42,13 +40,13 @@ from mmdet_ptq.wrapping.weights import quantized_weights
 def prepare_detector(
     detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any], run_many: Callable[[], Any] | None = None
 ) -> Structure:
-    """Folds, equalizes and wraps a float detector, in place; weights are fitted, activations still need their ranges.
+    """Folds and wraps a float detector, in place; weights are fitted, activations still need their ranges.
 
     Args:
         detector: The float detector with its trained weights, in eval mode.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
-        run_many: The same on more calibration images, on which ``equalize='activations'``, ``dataflow='auto'`` and
+        run_many: The same on more calibration images, on which ``dataflow='auto'`` and
             ``activations.scale_migration`` measure channels. Defaults to None: ``run``.
 
     Returns:
@@ -66,11 +64,6 @@ def prepare_detector(
     policies = resolve_policies(cfg, _roles(detector, probe))
     folds, kept = find_folds(detector, probe)
     fold_norms(detector, folds)
-    if cfg.equalize is not None:
-        junctions, skipped = find_junctions(detector, run)
-        by_weights = cfg.equalize == 'weights'
-        magnitudes = None if by_weights else channel_magnitudes(detector, junctions, run_many or run)
-        log_equalization(equalize(detector, junctions, magnitudes), skipped)
     plan = _plan(detector, cfg, probe, policies, run_many or run)
     structure = plan.structure
     structure.norms = kept

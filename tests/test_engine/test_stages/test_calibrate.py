@@ -1,4 +1,4 @@
-"""Equalization, protection, reconstruction and bias correction as parts of a run, killed after any of them."""
+"""Protection, reconstruction and bias correction as parts of a run, killed after any of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from mmdet_ptq.deploy import load_quantized_state, quantized_state, read_quantiz
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.stage_store import StageStore, stage_inputs
 from mmdet_ptq.testing import raw_outputs, tiny_config
-from mmdet_ptq.wrapping import quantization_mode
 
 MIN_MAX = dict(type='mmdet_ptq.MinMaxObserver')
 PTQ = dict(
@@ -26,13 +25,12 @@ PTQ = dict(
     calibration=dict(num_images=3, batch_size=2),
     weights=dict(bits=4),
     activations=dict(observer=MIN_MAX, depthwise_per_channel=False),
-    equalize='activations',
     protect=dict(images=1, max_tensors=1, candidates=['8bit']),
     reconstruct=dict(iters=0, compensate=True, granularity='layer'),
     bias_correction=True,
     global_loss=dict(iters=2, batch_size=1, holdout=0, checkpoint_interval=1, log_interval=1),
 )
-PLAIN = dict(equalize=None, protect=None, reconstruct=None, bias_correction=False, global_loss=None)
+PLAIN = dict(protect=None, reconstruct=None, bias_correction=False, global_loss=None)
 STAGES = ['prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global']
 
 
@@ -162,25 +160,6 @@ def test_each_stage_did_its_work(finished):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.endswith('.bias') for key in changed)
     assert 'bbox_head.retina_cls.bias' in before.keys() - changed and 'bbox_head.retina_reg.bias' in changed
-
-
-def test_equalization_keeps_the_float_outputs_and_moves_the_weights(finished, config_file, tmp_path):
-    equalized = finished.prepared_detector()
-    with quantization_mode(equalized, 'float'):
-        outputs = raw_outputs(equalized)
-    for a, b in zip(outputs, raw_outputs(finished.float_detector), strict=True):
-        assert (a - b).abs().max() < 1e-4 * b.abs().max()
-    by_weights = runner(config_file, tmp_path / 'weights', equalize='weights')
-    plain = runner(config_file, tmp_path / 'plain', equalize=None)
-    for other in (by_weights, plain):
-        other.load()
-        other.prepare()
-    weights = [
-        {k: v for k, v in d.state_dict().items() if k.endswith('original')}
-        for d in (equalized, by_weights.detector, plain.detector)
-    ]
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert any(not torch.equal(value, weights[j][key]) for key, value in weights[i].items()), (i, j)
 
 
 def test_the_integer_checkpoint_gives_the_calibrated_detector(finished, config_file):
