@@ -61,7 +61,6 @@ LEARNED = (
 
 RECIPES = {
     'rounding': (*ROUNDED, *UNMOVED),
-    'rounding, bias corrected': (*ROUNDED, *UNMOVED, 'ptq.bias_correction=True'),
     'rounding, scales migrated': (*ROUNDED, 'ptq.activations.scale_migration=1.0'),
     'adaround': published('adaround'),
     'brecq': published('brecq'),
@@ -82,7 +81,7 @@ RECIPES = {
     'ours, rounding learned': LEARNED,
 }
 
-BEFORE_GLOBAL = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction')
+BEFORE_GLOBAL = ('prepare', 'observe', 'protect', 'reconstruct')
 
 
 def begin_with(folder: Path, finished: dict[tuple, Path], key: tuple) -> None:

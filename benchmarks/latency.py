@@ -71,7 +71,7 @@ PAUSE = 0.05  # seconds, after which no thread of another model waits in a loop 
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512_vnni', 'amx_int8')
 ISA = 'ONEDNN_MAX_CPU_ISA'  # keeps OpenVINO from the newest of them
 # nothing of a recipe but its formats shows in the time
-UNTRAINED = dict(protect=None, reconstruct=None, bias_correction=False, global_loss=None, export=[])
+UNTRAINED = dict(protect=None, reconstruct=None, global_loss=None, export=[])
 
 
 @dataclass

@@ -38,7 +38,7 @@ FIELDS = (
     'processor',
     'command',
 )
-CALIBRATION = ('prepare', 'observe', 'protect', 'bias_correction', 'reconstruct', 'global')
+CALIBRATION = ('prepare', 'observe', 'protect', 'reconstruct', 'global')
 
 
 def run_ptq(

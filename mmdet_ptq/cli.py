@@ -157,15 +157,7 @@ def _ptq(argv: list[str] | None = None) -> None:
         # what is no number is refused with the rest of the block
         images = min(images, FAST_IMAGES) if isinstance(images, int) else images
         cfg.merge_from_dict(
-            dict(
-                ptq=dict(
-                    calibration=dict(num_images=images),
-                    protect=None,
-                    reconstruct=None,
-                    bias_correction=False,
-                    global_loss=None,
-                )
-            )
+            dict(ptq=dict(calibration=dict(num_images=images), protect=None, reconstruct=None, global_loss=None))
         )
     cfg.resume = args.resume
     from mmdet_ptq.engine import PTQRunner

@@ -266,17 +266,14 @@ def test_fast_searches_and_trains_nothing(config_file, tmp_path, monkeypatch, im
     monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.run', lambda runner: seen.append(runner.ptq))
     cfg = Config.fromfile(config_file)
     cfg.ptq = dict(
-        preset='w4a8',
-        protect=dict(),
-        bias_correction=True,
-        **({} if images is None else dict(calibration=dict(num_images=images))),
+        preset='w4a8', protect=dict(), **({} if images is None else dict(calibration=dict(num_images=images)))
     )
     cfg.dump(tmp_path / 'thorough.py')
     for arguments in ([], ['--fast', '--seed', '7']):
         cli.ptq([str(tmp_path / 'thorough.py'), '--work-dir', str(tmp_path / 'out'), *arguments])
     thorough, fast = seen
-    assert thorough.reconstruct and thorough.protect and thorough.global_loss and thorough.bias_correction
-    assert not (fast.reconstruct or fast.protect or fast.global_loss or fast.bias_correction)
+    assert thorough.reconstruct and thorough.protect and thorough.global_loss
+    assert not (fast.reconstruct or fast.protect or fast.global_loss)
     assert fast.calibration.num_images == min(images or 256, cli.FAST_IMAGES) and fast.calibration.seed == 7
     assert fast.weights == thorough.weights and fast.activations == thorough.activations
 

@@ -251,7 +251,6 @@ STAGES = {
     'ptq.activations': OBSERVE['activations'],
     'ptq.protect': dict(images=2, max_tensors=1, candidates=['8bit']),
     'ptq.reconstruct': dict(iters=4, skip_below=0, rounding='adaround', fisher=0.5, drop=0.5, input_drop=0.5),
-    'ptq.bias_correction': True,
     'ptq.global_loss.iters': 2,
     'ptq.global_loss.weight_lr': 1e-2,
 }
@@ -289,9 +288,7 @@ def assert_same_detector(found: nn.Module, expected: nn.Module, device: torch.de
 
 
 def test_all_stages_of_a_run(device, finished):
-    assert {'prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global'} <= finished[
-        'device'
-    ].stages.seconds.keys()
+    assert {'prepare', 'observe', 'protect', 'reconstruct', 'global'} <= finished['device'].stages.seconds.keys()
     assert [u['outcome'] for u in finished['device'].units] == [u['outcome'] for u in finished['cpu'].units]
     assert_same_detector(finished['device'].detector, finished['cpu'].detector, device)
 

@@ -1,6 +1,5 @@
 """How quantization parameters are found."""
 
-from mmdet_ptq.calibration.bias_correction import BiasCorrection, correct_biases
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
 from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
 from mmdet_ptq.calibration.observe import observe_activations
@@ -10,7 +9,6 @@ from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_
 from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
 
 __all__ = [
-    'BiasCorrection',
     'BlockReconstruction',
     'CalibrationDataset',
     'FilteredGlobalLoss',
@@ -18,7 +16,6 @@ __all__ = [
     'Protection',
     'Sensitivities',
     'check_no_overlap',
-    'correct_biases',
     'measure_sensitivity',
     'observe_activations',
     'protect_detector',

@@ -15,7 +15,7 @@ from mmdet_ptq.registry import RUNNERS
 
 @RUNNERS.register_module()
 class PTQRunner(Run):
-    """Runs post-training quantization: prepare, observe, protect, reconstruct, correct biases, global, evaluate,
+    """Runs post-training quantization: prepare, observe, protect, reconstruct, global, evaluate,
     export, report.
 
     Everything the global stage needs (loop, optimizer wrapper, schedulers, checkpoints, logging, visualizer back
@@ -69,8 +69,6 @@ class PTQRunner(Run):
             self.protect()
         if self.ptq.reconstruct is not None:
             self.reconstruct()
-        if self.ptq.bias_correction:
-            self.correct_biases()
         if self.ptq.global_loss is not None:
             self.minimise_global_loss()
         self.write_quantized()
@@ -81,7 +79,6 @@ class PTQRunner(Run):
     observe = stages.calibrate.observe
     protect = stages.calibrate.protect
     reconstruct = stages.calibrate.reconstruct
-    correct_biases = stages.calibrate.correct_biases
     minimise_global_loss = stages.calibrate.minimise_global_loss
     write_quantized = stages.calibrate.write_quantized
     evaluate_float = stages.measure.evaluate_float

@@ -22,7 +22,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors, write_json
 from mmdet_ptq.version import __version__
 
-STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global', 'evaluate', 'export', 'report')
+STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'global', 'evaluate', 'export', 'report')
 # calibration stages after observe, in their order: stage -> key of the `ptq` block that it alone depends on
 _OWN_KEYS = {
     'protect': 'protect',
@@ -31,7 +31,7 @@ _OWN_KEYS = {
     'global': 'global_loss',
 }
 # keys of the `ptq` block that are gone, as they stood in the hashes of work directories of before
-_GONE = {'equalize': None}
+_GONE = {'equalize': None, 'bias_correction': False}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -48,8 +48,9 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
         *others: What every stage depends on besides: model, checkpoint, images, seed.
     """
     # what the preset and the runtimes stand for is in the other keys
+    recipe = {**_GONE, **recipe}
     skipped = ('preset', 'export', *_OWN_KEYS.values())
-    first = {**_GONE, **{key: value for key, value in recipe.items() if key not in skipped}}
+    first = {key: value for key, value in recipe.items() if key not in skipped}
     inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))
     for stage, key in _OWN_KEYS.items():
         # protection alone asks for the runtimes: they compute 16 bits in float

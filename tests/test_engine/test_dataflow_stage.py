@@ -67,6 +67,6 @@ def test_an_interrupted_run_resumes_to_the_same_detector(make_runner, tmp_path, 
 
 
 def test_prepare_depends_on_the_dataflow():
-    recipe = dict(dataflow=None, protect=None, reconstruct=None, bias_correction=False, global_loss=None)
+    recipe = dict(dataflow=None, protect=None, reconstruct=None, global_loss=None)
     before, after = stage_inputs(recipe), stage_inputs({**recipe, 'dataflow': 'full'})
     assert all(before[stage] != after[stage] for stage in before)

@@ -20,7 +20,6 @@ RECIPE = dict(
     activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
     calibration=dict(num_images=8, batch_size=2),
     reconstruct=dict(iters=2, rounding='latent', holdout=0.25),
-    bias_correction=True,
     global_loss=dict(iters=2, batch_size=2, holdout=0.0),
 )
 

@@ -162,9 +162,7 @@ def test_a_moved_work_directory_goes_on_in_the_global_stage(make_runner, tmp_pat
 
 
 def test_protection_asks_for_the_runtimes():
-    recipe = dict(
-        preset='w8a8', weights=1, export=[], protect=None, reconstruct=None, bias_correction=False, global_loss=None
-    )
+    recipe = dict(preset='w8a8', weights=1, export=[], protect=None, reconstruct=None, global_loss=None)
     same, other = stage_inputs(recipe), stage_inputs({**recipe, 'export': ['openvino']})
     assert same == other
     protected = [stage_inputs({**recipe, 'protect': {}, 'export': export}) for export in ([], ['openvino'])]

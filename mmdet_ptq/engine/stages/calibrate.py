@@ -10,8 +10,7 @@ from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import REPORT
-from mmdet_ptq.calibration import Protection, observe_activations, protect_detector, score_layers
-from mmdet_ptq.calibration import correct_biases as shift_biases
+from mmdet_ptq.calibration import Protection, observe_activations, protect_detector
 from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
@@ -91,20 +90,6 @@ def reconstruct(run: Run) -> None:
     if taken_over:
         run.load_state(state['model'])
     run.units = state['units']
-
-
-def correct_biases(run: Run) -> None:
-    """Lets the biases take back what quantization shifts on average.
-
-    After reconstruction, whose target is the float output with the biases that the detector has then.
-    """
-
-    def work() -> dict:
-        scores = score_layers(run.detector, run.structure, next(iter(run.first_images(1))))
-        shift_biases(run.detector, run.calibration_loader(), run.structure, run.prepared_detector(), scores)
-        return run.detector_state()
-
-    run.take_over(*run.stages.run('bias_correction', run.inputs['bias_correction'], work))
 
 
 def minimise_global_loss(run: Run) -> None:

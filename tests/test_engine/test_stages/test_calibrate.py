@@ -1,4 +1,4 @@
-"""Protection, reconstruction and bias correction as parts of a run, killed after any of them."""
+"""Protection and reconstruction as parts of a run, killed after any of them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ PTQ = dict(
     activations=dict(observer=MIN_MAX, depthwise_per_channel=False),
     protect=dict(images=1, max_tensors=1, candidates=['8bit']),
     reconstruct=dict(iters=0, compensate=True, granularity='layer'),
-    bias_correction=True,
     global_loss=dict(iters=2, batch_size=1, holdout=0, checkpoint_interval=1, log_interval=1),
 )
-PLAIN = dict(protect=None, reconstruct=None, bias_correction=False, global_loss=None)
-STAGES = ['prepare', 'observe', 'protect', 'reconstruct', 'bias_correction', 'global']
+PLAIN = dict(protect=None, reconstruct=None, global_loss=None)
+STAGES = ['prepare', 'observe', 'protect', 'reconstruct', 'global']
 
 
 class Killed(BaseException):
@@ -150,16 +149,6 @@ def test_each_stage_did_its_work(finished):
     ]
     assert any(not torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert finished.units and all(unit['after'] <= unit['before'] for unit in finished.units)
-    # bias correction: new biases are in the structure and in the state, class scores have theirs as before
-    biases = states['bias_correction']['structure']['biases']
-    assert biases and protected['biases'] == []
-    before, after = states['reconstruct']['model'], states['bias_correction']['model']
-    # a shared convolution has a name for every level
-    new = after.keys() - before.keys()
-    assert {f'{name}.bias' for name in biases} <= new and all(key.endswith('.conv.bias') for key in new)
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed and all(key.endswith('.bias') for key in changed)
-    assert 'bbox_head.retina_cls.bias' in before.keys() - changed and 'bbox_head.retina_reg.bias' in changed
 
 
 def test_the_integer_checkpoint_gives_the_calibrated_detector(finished, config_file):
@@ -170,7 +159,7 @@ def test_the_integer_checkpoint_gives_the_calibrated_detector(finished, config_f
     last = runner(config_file, finished.work_dir, resume=True)
     last.load()
     for stage in STAGES[:-1]:
-        getattr(last, 'correct_biases' if stage == 'bias_correction' else stage)()
+        getattr(last, stage)()
     last.minimise_global_loss()
     settle_biases(last.detector, last.structure)
     for a, b in zip(raw_outputs(loaded), raw_outputs(last.detector), strict=True):
@@ -209,12 +198,10 @@ def test_results_and_the_page_tell_it(finished):
 
 
 def test_a_stage_depends_on_its_own_key_and_on_those_before():
-    recipe = dict(
-        preset='a', weights={}, export=[], protect=None, reconstruct=None, bias_correction=False, global_loss=None
-    )
+    recipe = dict(preset='a', weights={}, export=[], protect=None, reconstruct=None, global_loss=None)
     before = stage_inputs(recipe, 'model')
-    order = ['prepare', 'protect', 'reconstruct', 'bias_correction', 'global']
-    keys = ['weights', 'protect', 'reconstruct', 'bias_correction', 'global_loss']
+    order = ['prepare', 'protect', 'reconstruct', 'global']
+    keys = ['weights', 'protect', 'reconstruct', 'global_loss']
     for place, key in enumerate(keys):
         after = stage_inputs({**recipe, key: 1}, 'model')
         assert [before[stage] == after[stage] for stage in order] == [i < place for i in range(len(order))]
