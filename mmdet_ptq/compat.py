@@ -96,7 +96,7 @@ def _give_ssd_head_loss_cls() -> None:
 # ---- checkpoints of mmengine under weights_only ----
 
 
-def _history_statistic(owner: object, name: str) -> Callable:
+def history_statistic(owner: object, name: str) -> Callable:
     """Stands in for the ``getattr`` that pickled history buffers call for their statistics, and for nothing else."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise pickle.UnpicklingError(f'refused to look up {name!r} of {owner!r}')
@@ -118,7 +118,7 @@ def _mmengine_globals() -> list[Any]:
             for function, name in ((array_from_pickle, '_reconstruct'), (scalar_from_pickle, 'scalar'))
             for module in ('numpy.core.multiarray', 'numpy._core.multiarray')
         ],
-        (_history_statistic, 'builtins.getattr'),
+        (history_statistic, 'builtins.getattr'),
     ]
 
 

@@ -48,18 +48,18 @@ class Finding:
 def examine() -> list[Finding]:
     """Examines the environment; never raises, whatever is missing or broken."""
     checks: list[Callable[[], list[Finding]]] = [
-        _processor,
+        processor_findings,
         _python,
         _torch,
         _numpy,
-        _setuptools,
+        setuptools_findings,
         _opencv,
         _mmengine,
         _mmcv,
-        _mmdet,
+        mmdet_findings,
         _pycocotools,
         _report,
-        _runtimes,
+        runtime_findings,
     ]
     return [finding for check in checks for finding in check()]
 
@@ -129,7 +129,7 @@ def processor() -> tuple[str, list[str] | None]:
     return name, None if flags is None else [shown for flag, shown in names.items() if flag in flags]
 
 
-def _processor() -> list[Finding]:
+def processor_findings() -> list[Finding]:
     name, integers = processor()
     wide = platform.machine() in ('x86_64', 'AMD64')
     if integers or not wide or integers is None:
@@ -185,7 +185,7 @@ def _numpy() -> list[Finding]:
     return [Finding('numpy', _version(numpy))] if numpy else _missing('numpy', reason, '`pip install numpy`.')
 
 
-def _setuptools() -> list[Finding]:
+def setuptools_findings() -> list[Finding]:
     setuptools, _ = _import('setuptools')
     found = _version(setuptools) if setuptools else 'absent'
     if _import('pkg_resources')[0]:
@@ -292,7 +292,7 @@ def _operators(ops: ModuleType) -> Finding:
     return Finding('mmcv.ops', f'NMS works on {device}')
 
 
-def _mmdet() -> list[Finding]:
+def mmdet_findings() -> list[Finding]:
     mmdet, reason = _import('mmdet')
     if mmdet is None:
         advice = f'{_INSTALL["mmdet"]}, or `make setup` for the whole stack.'
@@ -361,7 +361,7 @@ def _report() -> list[Finding]:
     return [Finding('report', 'rich, jinja2 and matplotlib present')]
 
 
-def _runtimes() -> list[Finding]:
+def runtime_findings() -> list[Finding]:
     """Runtimes are optional: the stage `export` needs the one that it is asked for."""
     rows = []
     # their folders tell their names where not even mmengine is installed

@@ -112,7 +112,7 @@ def _train(work_dir, epochs: int, resume: bool) -> Runner:
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
         param_scheduler=dict(type='StepLR', step_size=1),
-        default_scope='mmengine',
+        default_scope='mmdet',
         log_level='ERROR',
     )
     runner.message_hub.update_scalar('val/ap', np.float32(0.5))
@@ -157,9 +157,9 @@ def test_getattr_stays_refused(tmp_path):
 
 
 def test_history_attributes_beyond_statistics_stay_refused():
-    assert compat._history_statistic(HistoryBuffer, 'mean') is HistoryBuffer.mean
+    assert compat.history_statistic(HistoryBuffer, 'mean') is HistoryBuffer.mean
     with pytest.raises(Exception, match='refused to look up'):
-        compat._history_statistic(HistoryBuffer, '__init__')
+        compat.history_statistic(HistoryBuffer, '__init__')
 
 
 # ---- synchronized batch norm ----

@@ -63,7 +63,7 @@ def test_the_processor_is_told(tmp_path, monkeypatch, text, machine, found, stat
     monkeypatch.setattr(doctor, 'Path', lambda path: tmp_path / 'cpuinfo')
     monkeypatch.setattr(doctor.platform, 'machine', lambda: machine)
     monkeypatch.setattr(doctor.platform, 'processor', lambda: '')
-    (row,) = doctor._processor()
+    (row,) = doctor.processor_findings()
     assert (row.found, row.status) == (found, status)
     assert bool(row.advice) == (status == NOTE)
 
@@ -105,11 +105,11 @@ PYCOCOTOOLS = {'pycocotools/__init__.py': ''}
             'NMS keeps boxes [1] instead of [0, 2]',
         ),
         (
-            '_mmdet',
+            'mmdet_findings',
             {'mmdet.py': 'raise AssertionError("MMCV==2.2.0 is used but incompatible. Please install")'},
             'mmdet 3.3.0 goes with mmcv 2.1.0',
         ),
-        ('_mmdet', {'mmdet.py': 'raise RuntimeError("anything")'}, 'mend the rows above first'),
+        ('mmdet_findings', {'mmdet.py': 'raise RuntimeError("anything")'}, 'mend the rows above first'),
         (
             '_pycocotools',
             {**PYCOCOTOOLS, 'pycocotools/mask.py': 'raise ValueError("numpy.dtype size changed")'},
@@ -133,7 +133,7 @@ def test_missing_pkg_resources_matters_to_the_original_mmengine_only(monkeypatch
     monkeypatch.setitem(sys.modules, 'pkg_resources', None)  # importing it raises ModuleNotFoundError
     for owner, status in (('mmengine', PROBLEM), ('onedl-mmengine', OK)):
         monkeypatch.setattr(doctor, '_distributions', lambda module, owner=owner: [owner])
-        assert doctor._setuptools()[0].status == status
+        assert doctor.setuptools_findings()[0].status == status
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_missing_pkg_resources_matters_to_the_original_mmengine_only(monkeypatch
 )
 def test_mixed_stacks(monkeypatch, owners, status):
     monkeypatch.setattr(doctor, '_distributions', owners.__getitem__)
-    found = {f.name: f.status for f in doctor._mmdet()}
+    found = {f.name: f.status for f in doctor.mmdet_findings()}
     assert found.get('stack') == status
 
 
@@ -154,7 +154,7 @@ def test_broken_runtime_is_only_a_note(tmp_path):
     runtime = tmp_path / 'deploy' / 'openvino' / 'runtime.py'
     runtime.parent.mkdir(parents=True)
     runtime.touch()
-    out = run_doctor(tmp_path, {'openvino.py': 'raise ImportError("libtbb.so.12: not found")'}, '_runtimes')
+    out = run_doctor(tmp_path, {'openvino.py': 'raise ImportError("libtbb.so.12: not found")'}, 'runtime_findings')
     assert 'note    openvino: ' in out
     assert out.rstrip().endswith('No problem found.')
 

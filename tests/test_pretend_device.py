@@ -53,8 +53,8 @@ def device() -> Iterator[torch.device]:
         for name in ('nms', 'roi_align_forward', 'roi_align_backward'):
             patch.setattr(mmcv._ext, name, compiled(getattr(mmcv._ext, name)))
         # fewer steps of the search for a weight's range: an operator costs ten times as much as on the CPU
-        patch.setattr('mmdet_ptq.quantizers.affine._COARSE', 6)
-        patch.setattr('mmdet_ptq.quantizers.affine._FINE', 4)
+        patch.setattr('mmdet_ptq.quantizers.affine.COARSE', 6)
+        patch.setattr('mmdet_ptq.quantizers.affine.FINE', 4)
         yield device
 
 

@@ -177,3 +177,31 @@ def test_a_runtime_is_named_in_its_own_folder_alone():
             if path.parent.name != own and name in words(path)
         ]
         assert set(strangers) <= KNOWN_TO, (name, strangers)
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Private names of the package's modules that a file uses."""
+    tree, modules = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('mmdet_ptq'):
+            yield from (
+                alias.name for alias in node.names if alias.name.startswith('_') and not alias.name.startswith('__')
+            )
+            modules |= {alias.asname or alias.name for alias in node.names if f'{node.module}.{alias.name}' in FILES}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r'^mmdet_ptq[\w.]*\._[a-zA-Z]\w*', node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            if node.attr.startswith('_') and not node.attr.startswith('__'):
+                yield f'{node.value.id}.{node.attr}'
+
+
+def test_no_test_reaches_into_a_private_name():
+    tests = Path(__file__).parent
+    used = {path.relative_to(tests).as_posix(): sorted(set(private_names(path))) for path in tests.rglob('*.py')}
+    assert {name: names for name, names in used.items() if names} == {}
+
+
+def test_no_module_uses_a_private_name_of_another():
+    used = {name: sorted(set(private_names(path))) for name, path in FILES.items()}
+    assert {name: names for name, names in used.items() if names} == {}

@@ -97,11 +97,11 @@ def layer_errors(
         part = name.split('.')[0]
         if part == 'roi_head' and unpaired or [t.shape for t in before.get(name, [])] != [t.shape for t in outputs]:
             continue
-        errors.append(LayerError(name, part, *_compare(torch.cat(before[name], 1), torch.cat(outputs, 1))))
+        errors.append(LayerError(name, part, *compare_outputs(torch.cat(before[name], 1), torch.cat(outputs, 1))))
     return errors
 
 
-def _compare(signal: Tensor, quantized: Tensor) -> tuple[float, float | None]:
+def compare_outputs(signal: Tensor, quantized: Tensor) -> tuple[float, float | None]:
     """SQNR in decibels and the share of constant shifts in the error; outputs are (channels, positions)."""
     error = quantized - signal
     noise = error.square().sum().item()

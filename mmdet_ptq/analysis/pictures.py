@@ -72,7 +72,7 @@ def detections_picture(
                 label = int(found.labels[i])
                 name = classes[label] if label < len(classes) else f'class {label}'
                 _draw_box(ax, found.boxes[i], f'{name} {found.scores[i]:.2f}', colours[label], i in matched)
-        return _file(figure, 'jpeg')
+        return file_of(figure, 'jpeg')
 
 
 def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: str, matched: bool) -> None:
@@ -158,7 +158,7 @@ def weights_picture(grids: Sequence[WeightGrid]) -> bytes:
             ncols=2,
         )
         figure.supxlabel("weight / the channel's largest value in the format", fontsize=8)
-        return _file(figure)
+        return file_of(figure)
 
 
 def _draw_weights(ax: Axes, grid: WeightGrid) -> None:
@@ -179,7 +179,7 @@ def _draw_weights(ax: Axes, grid: WeightGrid) -> None:
     ax.set_yticks([tick for tick in (1e-4, 1e-3, 1e-2, 1e-1) if floor <= tick <= top])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter(lambda value, _: f'{100 * value:g} %')
-    ax.set_title(f'{_shorten(grid.layer, 48)}\n{grid.format}: {grid.sqnr_db:.0f} dB{thinned}', fontsize=8)
+    ax.set_title(f'{shorten(grid.layer, 48)}\n{grid.format}: {grid.sqnr_db:.0f} dB{thinned}', fontsize=8)
 
 
 def errors_picture(errors: Sequence[LayerError]) -> bytes:
@@ -219,7 +219,7 @@ def errors_picture(errors: Sequence[LayerError]) -> bytes:
             loc='outside upper left',
             ncols=len(parts),
         )
-        return _file(figure)
+        return file_of(figure)
 
 
 def errors_finding(errors: Sequence[LayerError]) -> str:
@@ -266,14 +266,14 @@ def drift_picture(drift: ScoreDrift) -> bytes:
             overlap.stairs(100 * counts / counts.sum(), edges, fill=True, color=FLOAT, alpha=0.75)
             overlap.set(xlim=(0, 1), xlabel='IoU of the float and the quantized box', ylabel='share of the boxes, %')
             overlap.set_title(f'{100 * (ious >= 0.9).mean():.0f} % of the boxes keep an IoU of 0.9 or more')
-        return _file(figure)
+        return file_of(figure)
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f'{number} {one if number == 1 else many or one + "s"}'
 
 
-def _shorten(name: str, length: int) -> str:
+def shorten(name: str, length: int) -> str:
     """Drops leading components of a layer's path until it fits."""
     if len(name) <= length:
         return name
@@ -283,7 +283,7 @@ def _shorten(name: str, length: int) -> str:
     return '… ' + '.'.join(parts)
 
 
-def _file(figure: Figure, kind: str = 'png') -> bytes:
+def file_of(figure: Figure, kind: str = 'png') -> bytes:
     buffer = io.BytesIO()
     figure.savefig(
         buffer,

@@ -158,7 +158,7 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(count=format_count, percent=_percent, weights=_weights_by_bits)
+    environment.filters.update(count=format_count, percent=in_percent, weights=_weights_by_bits)
     results, structure = inputs.results, inputs.structure
     rows = coverage_rows(structure)
     page = environment.get_template('report.html.j2').render(
@@ -202,7 +202,7 @@ def headlines(results: dict[str, Any], structure: Structure) -> list[Headline]:
         if all(costs):
             found.append(Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}'))
     share = integer_mac_share(structure)
-    found.append(Headline('in integers', _percent(share), 'of the multiply-accumulates'))
+    found.append(Headline('in integers', in_percent(share), 'of the multiply-accumulates'))
     return found
 
 
@@ -279,7 +279,7 @@ def _weights(detector: nn.Module, structure: Structure) -> Section | str:
     )
 
 
-def _percent(share: float) -> str:
+def in_percent(share: float) -> str:
     """A share as a percentage that says 100 % or 0 % only when it is."""
     if share in (0, 1):
         return f'{100 * share:.0f} %'

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from mmdet_ptq.analysis.pictures import FAINT, PALETTE, STYLE, _file, _shorten
+from mmdet_ptq.analysis.pictures import FAINT, PALETTE, STYLE, file_of, shorten
 from mmdet_ptq.calibration.protection.damage import Damage
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, Sensitivities
 
@@ -73,7 +73,7 @@ def sensitivity_picture(sensitivities: Sensitivities, top: int = 20) -> bytes:
             loc='outside lower left',
             ncols=5,
         )
-        return _file(figure)
+        return file_of(figure)
 
 
 def finding(sensitivities: Sensitivities) -> str:
@@ -88,7 +88,7 @@ def finding(sensitivities: Sensitivities) -> str:
 
 def _label(label: str) -> str:
     what, _, name = label.partition(' of ')
-    return f'{what} of {_shorten(name, LABEL_LENGTH)}'
+    return f'{what} of {shorten(name, LABEL_LENGTH)}'
 
 
 def _bars(axes: Axes, labels: Sequence[str], damages: Sequence[Damage], colours: Sequence[str]):

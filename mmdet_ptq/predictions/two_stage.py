@@ -58,7 +58,7 @@ def predict_two_stage(
             'enter the global loss.'
         )
         return replace(first, regions=regions)
-    second = _align_rois(model.roi_head.bbox_head, *seen['box_head'], regions.rois[0], len(metas), reference)
+    second = align_rois(model.roi_head.bbox_head, *seen['box_head'], regions.rois[0], len(metas), reference)
     return replace(second, regions=regions, proposal_stage=first)
 
 
@@ -112,7 +112,7 @@ def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
             handle.remove()
 
 
-def _align_rois(
+def align_rois(
     box_head: nn.Module,
     cls_score: Tensor,
     bbox_pred: Tensor | None,

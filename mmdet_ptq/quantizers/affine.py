@@ -15,7 +15,7 @@ from mmdet_ptq.quantizers.saturation import SUM_LIMIT, Neighbours
 from mmdet_ptq.registry import QUANTIZERS
 
 # clip ratios tried by `fit_weight`: a coarse sweep, then a fine one around its best
-_COARSE, _FINE, _LEAST_RATIO = 60, 20, 0.04
+COARSE, FINE, _LEAST_RATIO = 60, 20, 0.04
 # tensors above this many elements are quantized sample by sample on a CPU, so that the passes stay in its cache
 _TILE = 2**18
 
@@ -434,9 +434,9 @@ class AffineQuantizer(Quantizer):
             wider = self.neighbours.largest_sum((matrix / scale[:, None]).reshape(-1, self.neighbours.size))
             wider = wider.view(len(matrix), -1).amax(1).div_(SUM_LIMIT).clamp_(min=1)
             low, high = low * wider, high * wider
-        coarse = (torch.linspace(1, _LEAST_RATIO, _COARSE) - 1).tolist()
+        coarse = (torch.linspace(1, _LEAST_RATIO, COARSE) - 1).tolist()
         step = coarse[0] - coarse[1]
-        fine = torch.linspace(-step, step, _FINE + 1).tolist()
+        fine = torch.linspace(-step, step, FINE + 1).tolist()
         sweeps = [(coarse, (1, 1)), (fine, (1, 1))] + ([] if self.symmetric else [(fine, (1, 0)), (fine, (0, 1))])
         ratios = torch.ones(2, len(matrix), device=matrix.device)
         best = torch.full_like(low, math.inf)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmdet_ptq.analysis import layer_errors, score_drift
-from mmdet_ptq.analysis.drift import _compare
+from mmdet_ptq.analysis.drift import compare_outputs
 from mmdet_ptq.predictions import AlignedPredictions
 from mmdet_ptq.wrapping import float_weight
 from mmdet_ptq.wrapping.state import STATE
@@ -59,13 +59,13 @@ def test_a_shifted_bias_is_all_mean_shift(tiny, batch):
 def test_compare_by_hand():
     signal = torch.full((2, 1000), 10.0).double()
     noise = torch.tensor([1.0, -1.0]).repeat(500).double()
-    sqnr, share = _compare(signal, signal + noise)
+    sqnr, share = compare_outputs(signal, signal + noise)
     assert sqnr == pytest.approx(20.0)
     assert share == pytest.approx(0.0, abs=1e-9)
-    sqnr, share = _compare(signal, signal + noise + 1.0)
+    sqnr, share = compare_outputs(signal, signal + noise + 1.0)
     assert sqnr == pytest.approx(20 - 10 * math.log10(2))
     assert share == pytest.approx(0.5, abs=2e-3)
-    assert _compare(signal[:, :4], signal[:, :4] + 1)[1] is None
+    assert compare_outputs(signal[:, :4], signal[:, :4] + 1)[1] is None
 
 
 def test_two_stages_pair_on_the_same_proposals(tiny_two_stage, batch):

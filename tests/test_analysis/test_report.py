@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmdet_ptq.analysis import ReportInputs, build_report, headlines, write_report
-from mmdet_ptq.analysis.report import _percent
+from mmdet_ptq.analysis.report import in_percent
 from mmdet_ptq.calibration.protection.damage import Damage
 from mmdet_ptq.calibration.protection.protect import Choice, Protection
 from mmdet_ptq.predictions import AlignedPredictions
@@ -188,4 +188,4 @@ def test_headlines_name_the_quantized_row(results, tiny):
     ('share', 'text'), [(1, '100 %'), (0, '0 %'), (0.99999, '99.99 %'), (1e-9, '0.01 %'), (0.5, '50.00 %')]
 )
 def test_percent_says_all_only_of_all(share, text):
-    assert _percent(share) == text
+    assert in_percent(share) == text

@@ -99,7 +99,7 @@ def test_images_lying_and_standing_are_not_mixed_in_one_call(tmp_path, monkeypat
 def test_targets_in_a_block_are_the_float_detectors_after_its_first_layer_is_solved(tmp_path, monkeypatch):
     detector, _ = tiny_quantized('retinanet', LOW_BIT)
     untouched, batch, solved, expected = copy.deepcopy(detector), tiny_batch(2, seed=1), {}, {}
-    seen_by = closed_form._seen_by
+    seen_by = closed_form.seen_by
 
     def keep(data, name, call, inputs):
         seen = seen_by(data, name, call, inputs)
@@ -107,7 +107,7 @@ def test_targets_in_a_block_are_the_float_detectors_after_its_first_layer_is_sol
             solved.setdefault(name, seen[0][1])
         return seen
 
-    monkeypatch.setattr(closed_form, '_seen_by', keep)
+    monkeypatch.setattr(closed_form, 'seen_by', keep)
     run(detector, [batch], [], tmp_path, granularity='block', fisher=0, search_scales=False)
     layers = [name for name in solved if name.startswith('backbone')]
     assert len(layers) > 6

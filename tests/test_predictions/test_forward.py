@@ -234,6 +234,6 @@ def test_an_unknown_second_stage_leaves_the_first_and_says_so(batch, monkeypatch
 def test_padding_keeps_images_apart():
     rois = torch.tensor([[0.0, 0, 0, 8, 8], [1, 0, 0, 4, 4], [1, 2, 2, 6, 6]])
     scores = torch.tensor([[1.0, 0], [2, 0], [3, 0]])
-    aligned = two_stage._align_rois(None, scores, None, rois, 3, None)
+    aligned = two_stage.align_rois(None, scores, None, rois, 3, None)
     assert aligned.cls_logits[..., 0].tolist() == [[1, 0], [2, 3], [0, 0]]
     assert aligned.boxes is None

@@ -170,7 +170,7 @@ class DamageMeter:
         known = None if self.store is None else self.store.values.get(key)
         if known is not None and (known.output_error is not None or not layers):
             return known
-        parts, errors = [], _OutputError(self.detector, layers, weights)
+        parts, errors = [], OutputError(self.detector, layers, weights)
         with torch.no_grad(), errors.listening(), quantize_only(self.detector, activations, weights):
             for data, reference in self.images:
                 student = predict_aligned(self.detector, data['inputs'], data['data_samples'], reference)
@@ -250,7 +250,7 @@ def _finite(value: float) -> float:
     return min(value, WORST) if math.isfinite(value) else WORST
 
 
-class _OutputError:
+class OutputError:
     """Runs some layers a second time on their float tensors and sums the squared differences of the outputs."""
 
     def __init__(self, detector: nn.Module, layers: Sequence[str], weights: Collection[str]) -> None:

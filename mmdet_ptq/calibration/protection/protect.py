@@ -142,7 +142,7 @@ def protect_detector(
     Raises:
         PTQError: A limit of ``ptq.protect`` cannot be kept; the key and the least value are named.
     """
-    return _Protector(detector, structure, cfg, images, batches, stored_bytes, resume_file).run()
+    return Protector(detector, structure, cfg, images, batches, stored_bytes, resume_file).run()
 
 
 def with_overrides(cfg: PTQConfig, overrides: dict) -> PTQConfig:
@@ -150,7 +150,7 @@ def with_overrides(cfg: PTQConfig, overrides: dict) -> PTQConfig:
     return replace(cfg, overrides=merge_overrides(cfg.overrides, overrides))
 
 
-class _Protector:
+class Protector:
     """The search; formats are swapped into the detector as they are chosen and settled at the end."""
 
     def __init__(

@@ -90,13 +90,13 @@ def _equations(
     equations, batches = None, sorted({batch for batch, _ in data.train_samples})
     for call, batch in itertools.product(range(data.unit.calls), batches):
         with quantization_mode(data.streams.detector, FLOAT), _with_values(float_values):
-            targets = _seen_by(data, name, call, data.float_inputs[call][batch])
+            targets = seen_by(data, name, call, data.float_inputs[call][batch])
             if equations is None:
                 rows, reason = _rows_that_explain(layer, weight, *targets[0])
                 if rows is None:
                     return None, reason
                 equations = LayerEquations(*rows.shape, layer.bias is not None, rows.device)
-        for (_, output), (x, _) in zip(targets, _seen_by(data, name, call, data.inputs[call][batch]), strict=True):
+        for (_, output), (x, _) in zip(targets, seen_by(data, name, call, data.inputs[call][batch]), strict=True):
             y = by_group(layer, output)
             picked = torch.randperm(y.shape[2], device=y.device)[: data.cfg.max_positions]
             counts = _counts(data, call, batch, picked, len(output), y.shape[2])
@@ -166,7 +166,7 @@ class _Convolved(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
+def seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
     """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
     seen, convolved = [], _Convolved()
 

@@ -73,7 +73,7 @@ def export_onnx(
     chosen = get_runtime(runtime) if runtime else runtime_of(path)
     require(*ONNX, extra=chosen.name)
     dialect = chosen.dialect()
-    model, meta = _exported(detector, input_shape, chosen.name, dialect, dynamic_batch, end2end)
+    model, meta = exported_program(detector, input_shape, chosen.name, dialect, dynamic_batch, end2end)
     from mmdet_ptq.deploy.onnx.compact import compact
     from mmdet_ptq.deploy.onnx.graph import name_layers
     from mmdet_ptq.deploy.onnx.saturation import saturating_layers
@@ -99,7 +99,7 @@ def export_onnx(
     return meta
 
 
-def _exported(
+def exported_program(
     detector: nn.Module, input_shape: tuple, runtime: str, dialect: Dialect, dynamic_batch: bool, end2end: bool
 ) -> tuple:
     device = next(detector.parameters()).device

@@ -52,7 +52,7 @@ def compare_codes(
         for name, codes in found.items()
     }
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
-    with torch.no_grad(), arithmetic, _recorded(detector, found if follow else {}) as simulated:
+    with torch.no_grad(), arithmetic, recorded_codes(detector, found if follow else {}) as simulated:
         RawOutputs(detector)(image)
     agreements = []
     for name, codes in simulated.items():
@@ -105,7 +105,7 @@ def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.
 
 
 @contextmanager
-def _recorded(detector: nn.Module, followed: Mapping[str, np.ndarray]) -> Iterator[dict[str, Tensor]]:
+def recorded_codes(detector: nn.Module, followed: Mapping[str, np.ndarray]) -> Iterator[dict[str, Tensor]]:
     """The codes of every activation quantizer in one forward pass, which goes on with the given ones."""
     found: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()

@@ -82,7 +82,7 @@ def measure_factors(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _factors(observers[name], policy, migration.strength) for name, migration in migrations.items()}
+    return {name: factors_of(observers[name], policy, migration.strength) for name, migration in migrations.items()}
 
 
 def _observing(observer: Any, layer: str) -> Callable:
@@ -95,7 +95,7 @@ def _observing(observer: Any, layer: str) -> Callable:
     return hook
 
 
-def _factors(observer: Any, policy: TensorConfig, strength: float) -> Tensor:
+def factors_of(observer: Any, policy: TensorConfig, strength: float) -> Tensor:
     channels = channel_format(policy.quantizer, observer.num_channels, observer.channel_axis)
     quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
     quantizer.fit_activation(observer)

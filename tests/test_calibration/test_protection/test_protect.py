@@ -7,7 +7,7 @@ from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, ranges, with_a
 
 from mmdet_ptq.analysis import bops, float_bops
 from mmdet_ptq.calibration.protection.damage import DamageMeter
-from mmdet_ptq.calibration.protection.protect import _Protector, protect_detector, with_overrides
+from mmdet_ptq.calibration.protection.protect import Protector, protect_detector, with_overrides
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import quantized_state
 from mmdet_ptq.errors import PTQError
@@ -174,7 +174,7 @@ def test_a_loss_that_is_kept_already_changes_nothing(retinanet):
 )
 def test_ranges_of_weights_are_left_to_a_reconstruction_that_sets_them(retinanet, reconstruct, kinds):
     block = {**RETINANET, 'weights': dict(bits=4), 'reconstruct': reconstruct}
-    protector = _Protector(*retinanet, PTQConfig.from_dict(block), images(), ranges(), None, None)
+    protector = Protector(*retinanet, PTQConfig.from_dict(block), images(), ranges(), None, None)
     # one set of each kind is enough: fitting takes its time
     sets = [next(s for s in protector.sets if s.kind == kind) for kind in ('activation', 'weight')]
     protector.offer(sets, ['range'])

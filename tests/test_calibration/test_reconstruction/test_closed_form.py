@@ -5,7 +5,7 @@ import torch
 from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from torch import nn
 
-from mmdet_ptq.calibration.reconstruction.closed_form import _seen_by
+from mmdet_ptq.calibration.reconstruction.closed_form import seen_by as read_and_returned
 from mmdet_ptq.calibration.reconstruction.least_squares import by_group, patches
 
 
@@ -14,7 +14,7 @@ def seen_by(layer, x):
     streams = SimpleNamespace(tensors=lambda inputs: inputs, run=lambda unit, call, inputs, tensors: layer(tensors))
     data = SimpleNamespace(layers=dict(layer=layer), streams=streams, unit=None)
     with torch.no_grad():
-        ((read, output),) = _seen_by(data, 'layer', 0, x)
+        ((read, output),) = read_and_returned(data, 'layer', 0, x)
     assert not layer._forward_hooks
     return read, output
 
@@ -51,7 +51,7 @@ def test_a_linear_layer_after_a_convolution_is_seen_for_itself():
 
     streams = SimpleNamespace(tensors=lambda inputs: inputs, run=lambda unit, call, inputs, tensors: Both()(tensors))
     with torch.no_grad():
-        ((read, output),) = _seen_by(
+        ((read, output),) = read_and_returned(
             SimpleNamespace(layers=dict(layer=layer), streams=streams, unit=None), 'layer', 0, x
         )
         assert torch.equal(read, x) and torch.equal(output, layer(x))

@@ -11,7 +11,7 @@ from mmdet_ptq.deploy import export_onnx, integer_arithmetic, integer_weight, op
 from mmdet_ptq.deploy.integers import kernels as module
 from mmdet_ptq.deploy.integers.biases import SharedBias
 from mmdet_ptq.deploy.integers.kernels import SIGNED_ZERO
-from mmdet_ptq.deploy.onnxruntime.compare import _recorded, compare_codes
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes, recorded_codes
 from mmdet_ptq.quantizers import AffineQuantizer
 from mmdet_ptq.testing import raw_outputs, tiny_batch, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
@@ -121,7 +121,7 @@ def test_a_convolution_is_an_integer_sum_times_one_factor(exported):
     source, target = (detector.ptq.activations[name] for name in (layer.inputs[0], layer.outputs[0]))
     seen = []
     handle = conv.register_forward_hook(lambda _, args, output: seen.append(source.encode(args[0])))
-    with integer_arithmetic(detector), _recorded(detector, {}) as codes:
+    with integer_arithmetic(detector), recorded_codes(detector, {}) as codes:
         detector(image(detector), None, mode='tensor')
     handle.remove()
     x = seen[0] - source.zero_point

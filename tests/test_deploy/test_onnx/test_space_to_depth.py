@@ -275,8 +275,8 @@ def both(export, monkeypatch):
             written.extend(exported(*args))
         return written[0].clone(), dict(written[1])
 
-    exported = onnx_export._exported
-    monkeypatch.setattr(onnx_export, '_exported', once)
+    exported = onnx_export.exported_program
+    monkeypatch.setattr(onnx_export, 'exported_program', once)
     folded = export('folded')
     monkeypatch.setattr(module, 'fold_space_to_depth', lambda graph, into_kernel: [])
     return folded, export('plain')

@@ -106,12 +106,12 @@ def test_the_first_layer_that_diverges_is_named(exported):
 
 def test_a_model_that_watching_changes_is_refused(exported, monkeypatch):
     detector, _, path = exported
-    run, runs = module._run, []
+    run, runs = module.run_model, []
 
     def changed(*args):
         runs.append(run(*args))
         return [value + len(runs) * np.float32(1) for value in runs[-1]]
 
-    monkeypatch.setattr(module, '_run', changed)
+    monkeypatch.setattr(module, 'run_model', changed)
     with pytest.raises(PTQError, match='as soon as its tensors are read; compare in ONNX Runtime'):
         compare(detector, path)

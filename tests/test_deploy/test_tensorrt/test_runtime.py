@@ -255,7 +255,7 @@ def test_nothing_is_kept_of_a_graph_that_breaks_a_rule(checkpoint, tmp_path, mon
     monkeypatch.setattr('mmdet_ptq.deploy.tensorrt.runtime.check_tensorrt_model', refuse)
     detector = torch.nn.Sequential()
     monkeypatch.setattr('mmdet_ptq.deploy.onnx.export.check_exportable', lambda detector: None)
-    monkeypatch.setattr('mmdet_ptq.deploy.onnx.export._exported', lambda *args: tiny_graph())
+    monkeypatch.setattr('mmdet_ptq.deploy.onnx.export.exported_program', lambda *args: tiny_graph())
     with pytest.raises(PTQError, match='True'):
         export_onnx(detector, tmp_path / 'model.onnx', SHAPE, runtime='tensorrt')
     assert list(tmp_path.iterdir()) == []

@@ -22,8 +22,6 @@ BAD = [
     (dict(param_scheduler=[dict(by_epoch=False)]), ['param_scheduler[0]` must be a dict with a `type`']),
     (dict(hooks=[dict(type='EMAHok')]), ['hooks[0].type` is ', "'EMAHook'"]),
     (dict(hooks=[dict(type='ProfilerHook', unknown=1)]), ['hooks[0]` cannot be built', 'unknown']),
-    (dict(box_weight=-1.0), ['box_weight']),
-    (dict(max_boxes=0), ['max_boxes']),
     (dict(holdout=0.95), ['holdout` leaves none of the 8']),
 ]
 

@@ -188,7 +188,7 @@ def test_a_checkpoint_without_what_onnx_runtime_needs_is_warned_of(exported, fin
     'arguments,told',
     [
         (['--to', 'onnxruntim'], "Did you mean 'onnxruntime'"),
-        (['--to', 'tensorrt', '--compare', 'image.jpg'], 'reads the tensors of onnxruntime, openvino, ncnn'),
+        (['--to', 'tensorrt', '--compare', 'image.jpg'], 'reads the tensors of ncnn, onnxruntime, openvino'),
         (['--to', 'onnxruntime', '--compare', 'no_such_image.jpg'], "cannot read the image 'no_such_image.jpg'"),
         (['--to', 'openvino', '--input-shape', '0', '0'], '--input-shape must be two positive numbers'),
         (['--to', 'onnxruntime', '--input-shape', '-5', '128'], '--input-shape must be two positive numbers'),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmdet_ptq.calibration.protection.candidates import candidates_for
-from mmdet_ptq.calibration.protection.damage import _OutputError
+from mmdet_ptq.calibration.protection.damage import OutputError
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, TensorSet
 from mmdet_ptq.config import PTQConfig, TensorConfig
 from mmdet_ptq.deploy import export_onnx, open_model, settle_biases
@@ -18,7 +18,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import AffineQuantizer, build_observer
 from mmdet_ptq.testing import predict, raw_outputs, tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import coverage_rows, freeze_weights, prepare_detector, quantization_mode
-from mmdet_ptq.wrapping.preparing.migration import _factors, can_migrate, times_factor
+from mmdet_ptq.wrapping.preparing.migration import can_migrate, factors_of, times_factor
 from mmdet_ptq.wrapping.state import ChannelDivision, only_read_tensors, quantize_only
 from mmdet_ptq.wrapping.watching.layers import is_depthwise
 
@@ -94,7 +94,7 @@ def test_factors_are_bounded_scales_around_one(ranges, strength, bits):
     observer = build_observer({**MIN_MAX, 'num_channels': len(ranges) + 1, 'channel_axis': 1})
     high = torch.tensor([0.0, *ranges])  # the first channel is dead
     observer.update(torch.stack([torch.zeros_like(high), high]))
-    factor = _factors(observer, TensorConfig(bits=bits, observer=MIN_MAX), strength).double()
+    factor = factors_of(observer, TensorConfig(bits=bits, observer=MIN_MAX), strength).double()
     relative = torch.tensor(ranges, dtype=torch.float64) / torch.tensor(ranges, dtype=torch.float64).log().mean().exp()
     assert torch.allclose(factor[1:], relative.clamp(1 / 16, 16).pow(strength), rtol=1e-3) and factor[0] == 1
 
@@ -195,11 +195,11 @@ def test_another_format_keeps_the_factors(change):
 def test_the_error_of_an_output_is_told_against_the_float_layer():
     detector, structure = quantized()
     name, layers = uneven(detector, structure)
-    meter = _OutputError(detector, layers, ())
+    meter = OutputError(detector, layers, ())
     with torch.no_grad(), quantize_only(detector, [name], ()), meter.listening():
         raw_outputs(detector)
     assert 0 < meter.ratio < 0.1
-    meter = _OutputError(detector, layers, ())
+    meter = OutputError(detector, layers, ())
     meter.divisions = {}  # the float layer would read what is not divided
     with torch.no_grad(), quantize_only(detector, [name], ()), meter.listening():
         raw_outputs(detector)
