@@ -3,7 +3,6 @@
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
 from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
 from mmdet_ptq.calibration.observe import observe_activations
-from mmdet_ptq.calibration.protection.head_branches import score_layers
 from mmdet_ptq.calibration.protection.protect import Protection, protect_detector, with_overrides
 from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_sensitivity
 from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
@@ -19,7 +18,6 @@ __all__ = [
     'measure_sensitivity',
     'observe_activations',
     'protect_detector',
-    'score_layers',
     'source_datasets',
     'with_overrides',
 ]

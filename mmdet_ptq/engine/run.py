@@ -25,7 +25,7 @@ from mmdet_ptq.engine.arguments import runner_arguments
 from mmdet_ptq.engine.evaluation import check_evaluation, dataset_meta, evaluation_files, evaluation_inputs, figures
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
-from mmdet_ptq.files import check_space, load_tensors
+from mmdet_ptq.files import check_space
 from mmdet_ptq.wrapping import Structure, apply_structure
 
 RESULTS = 'results.json'
@@ -250,10 +250,6 @@ class Run(Runner):
         apply_structure(detector, structure)
         detector.load_state_dict(state['model'])
         return detector.to(self.device), structure
-
-    def prepared_detector(self) -> nn.Module:
-        """The detector as prepare left it: in float mode, the float detector with folded weights."""
-        return self.built(load_tensors(self.stages.path('prepare'))['state'])[0]
 
     def take_over(self, state: dict, taken_over: bool) -> None:
         """Goes on with the detector of a stored stage."""

@@ -47,8 +47,8 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
         recipe: The whole ``ptq`` block.
         *others: What every stage depends on besides: model, checkpoint, images, seed.
     """
-    # what the preset and the runtimes stand for is in the other keys
     recipe = {**_GONE, **recipe}
+    # what the preset and the runtimes stand for is in the other keys
     skipped = ('preset', 'export', *_OWN_KEYS.values())
     first = {key: value for key, value in recipe.items() if key not in skipped}
     inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
@@ -70,36 +69,6 @@ def find_places(detector: nn.Module, structure: Structure, batch: dict[str, Any]
         mine = [level for level, hit in enumerate(levels) if hit[i]]
         places[call] = Place(part, mine[0] if len(mine) == 1 and len(levels) > 1 else None, not feeds[i])
     return places
-
-
-def score_layers(detector: nn.Module, structure: Structure, batch: dict[str, Any]) -> list[str]:
-    """Layers that write class scores or qualities: a head's last layers but those that write boxes alone.
-
-    A last layer of which the aligned predictions do not tell what it writes may write scores, so it is taken for one
-    that does, and the log names it: that of a head without an adapter, of a cascade's boxes, of masks.
-
-    Args:
-        detector: The quantized detector; it runs in float mode.
-        structure: Its structure.
-        batch: One batch as a dataloader yields it; one image is enough.
-    """
-    parts = defaultdict(list)
-    for (name, _), place in find_places(detector, structure, batch).items():
-        if place.output:
-            parts[name].append(place.part)
-    # the predictions need not depend on every call of a layer
-    unknown = [name for name, calls in parts.items() if all(part.endswith(OTHER) for part in calls)]
-    if unknown:
-        print_log(
-            'whether these layers write class scores is not known, so their biases are not corrected: '
-            + ', '.join(unknown),
-            'current',
-        )
-    return [
-        name
-        for name, calls in parts.items()
-        if name in unknown or any(part.endswith((CLASS, QUALITY, SHARED)) for part in calls)
-    ]
 
 
 def _run(
