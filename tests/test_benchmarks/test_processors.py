@@ -2,27 +2,16 @@
 
 import csv
 import importlib
-from pathlib import Path
 
 import pytest
-
-from mmdet_ptq.testing import tiny_config
 
 pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module():
     """Benchmarks are scripts beside the package: they import each other by their own names."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / 'benchmarks'))
     return importlib.import_module
-
-
-@pytest.fixture
-def config(tmp_path):
-    cfg = tiny_config('retinanet', tmp_path)
-    cfg.dump(tmp_path / 'tiny.py')
-    return tmp_path / 'tiny.py'
 
 
 def read(path):
