@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from runs import METRIC, ROOT, one_sentence, write_csv
+from runs import METRIC, ROOT, VERSIONS, one_sentence, write_csv
 from torch import nn
 
 from mmdet_ptq.analysis import versions
@@ -27,7 +27,6 @@ from mmdet_ptq.testing import raw_outputs
 from mmdet_ptq.wrapping import quantized_weights
 from mmdet_ptq.wrapping.state import quantize_only
 
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 SETTINGS = ('ignore', 'safe')
 WIDEST = 0.02
 FIELDS = (

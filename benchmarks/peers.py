@@ -29,7 +29,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from peer_models import need, network, package_version, quantize_nncf, quantize_onnxruntime, quantize_torch, torch_bytes
-from runs import METRIC, ROOT, calibration_seconds, one_sentence, run_ptq, write_csv
+from runs import METRIC, ROOT, VERSIONS, calibration_seconds, one_sentence, run_ptq, write_csv
 from torch import nn
 
 from mmdet_ptq.analysis import float_size_bytes, latency_ratio, versions
@@ -45,7 +45,6 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
 
 RUNTIMES = ('onnxruntime', 'openvino')
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 FIELDS = (
     'detector',
     'peer',

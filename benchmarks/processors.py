@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import runs
 import torch
 from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 
@@ -37,18 +38,7 @@ from mmdet_ptq.wrapping.state import only_read_tensors
 
 RUNTIMES = ('onnxruntime', 'openvino')
 HERE = 'here'
-VERSIONS = (
-    'mmdet_ptq',
-    'torch',
-    'mmdet',
-    'mmcv',
-    'mmengine',
-    'numpy',
-    'onnxruntime',
-    'openvino',
-    'python',
-    'processor',
-)
+VERSIONS = (*runs.VERSIONS, 'onnxruntime', 'openvino')
 FIELDS = (
     'detector',
     'preset',

@@ -12,14 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from mmengine.config import Config
-from runs import METRIC, one_sentence, write_csv
+from runs import METRIC, VERSIONS, one_sentence, write_csv
 
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.cli import load_config
 from mmdet_ptq.engine import evaluate, load_quantized
 from mmdet_ptq.errors import PTQError
 
-VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 FIELDS = ('detector', 'run', 'AP', 'difference_points', 'images', 'date', *VERSIONS, 'options')
 
 

@@ -15,6 +15,7 @@ from mmdet_ptq.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = 'coco/bbox_mAP'
+VERSIONS = ('mmdet_ptq', 'torch', 'mmdet', 'mmcv', 'mmengine', 'numpy', 'python', 'processor')
 FIELDS = (
     'detector',
     'recipe',
@@ -28,14 +29,7 @@ FIELDS = (
     'calibration_seconds',
     'seed',
     'date',
-    'mmdet_ptq',
-    'torch',
-    'mmdet',
-    'mmcv',
-    'mmengine',
-    'numpy',
-    'python',
-    'processor',
+    *VERSIONS,
     'command',
 )
 CALIBRATION = ('prepare', 'observe', 'protect', 'reconstruct', 'global')

@@ -10,25 +10,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import runs
 from runs import METRIC, ROOT, one_sentence, run_ptq, write_csv
 
 from mmdet_ptq.deploy import get_runtime, model_bytes, runtime_names
 from mmdet_ptq.deploy.onnx.weight_bytes import weight_bytes
 
-VERSIONS = (
-    'mmdet_ptq',
-    'torch',
-    'mmdet',
-    'mmcv',
-    'mmengine',
-    'numpy',
-    'onnx',
-    'onnxruntime',
-    'openvino',
-    'ncnn',
-    'python',
-    'processor',
-)
+VERSIONS = (*runs.VERSIONS, 'onnx', 'onnxruntime', 'openvino', 'ncnn')
 FIELDS = (
     'detector',
     'preset',

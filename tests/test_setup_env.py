@@ -15,7 +15,8 @@ SCRIPT = ROOT / 'tools' / 'setup_env.py'
 
 
 @pytest.fixture
-def setup_env():
+def setup_env(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location('setup_env', SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
