@@ -35,6 +35,7 @@ from mmdet_ptq.config import (
 from mmdet_ptq.config.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from mmdet_ptq.quantizers import (
     AffineQuantizer,
+    FisherObserver,
     KLObserver,
     LogAffineQuantizer,
     MinMaxObserver,
@@ -63,6 +64,7 @@ BLOCKS = {
 FORMATS = (
     AffineQuantizer,
     LogAffineQuantizer,
+    FisherObserver,
     MSEObserver,
     MinMaxObserver,
     MovingAverageObserver,

@@ -106,6 +106,7 @@ def test_a_half_finished_run_goes_on(tmp_path, monkeypatch):
         archive.extractall(tmp_path, filter='data')
     cfg.ptq.head = dict(weights=dict(quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')))
     cfg.ptq.reconstruct = None
+    cfg.ptq.activations = dict(observer=dict(type='mmdet_ptq.MSEObserver'))  # the default then
     cfg.work_dir, cfg.resume = str(tmp_path / 'work_dir'), True
     taken_over, run, started = {}, StageStore.run, []
 

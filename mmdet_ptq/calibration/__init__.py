@@ -1,5 +1,6 @@
 """How quantization parameters are found."""
 
+from mmdet_ptq.calibration.fisher import WEIGHED_IMAGES
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
 from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
 from mmdet_ptq.calibration.observe import observe_activations
@@ -8,6 +9,7 @@ from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_
 from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
 
 __all__ = [
+    'WEIGHED_IMAGES',
     'BlockReconstruction',
     'CalibrationDataset',
     'FilteredGlobalLoss',

@@ -10,6 +10,7 @@ from mmengine.dist import all_gather_object, get_world_size
 from mmengine.logging import print_log
 from torch import nn
 
+from mmdet_ptq.calibration.fisher import weigh_activations
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.progress import track
 from mmdet_ptq.quantizers import Observer, build_observer
@@ -18,13 +19,17 @@ from mmdet_ptq.wrapping.state import STATE
 
 
 @torch.no_grad()
-def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: Structure) -> None:
+def observe_activations(
+    detector: nn.Module, batches: Iterable[Any], structure: Structure, weighed: Iterable[Any] | None = None
+) -> None:
     """Sets the scale and zero point of every activation quantizer.
 
     Args:
         detector: The prepared detector (see :func:`mmdet_ptq.wrapping.prepare_detector`), in eval mode.
         batches: Calibration batches as a dataloader yields them.
         structure: The detector's structure, which names every activation's observer.
+        weighed: Calibration batches that tell which values matter, the same on every rank. Defaults to None:
+            ``batches``.
 
     Raises:
         PTQError: An activation is not finite (the layer is named), or no batch came.
@@ -48,6 +53,7 @@ def observe_activations(detector: nn.Module, batches: Iterable[Any], structure: 
                 data = detector.data_preprocessor(batch, False)
                 detector(**data, mode='predict')
         merge_ranks(state.observers)
+        weigh_activations(detector, state.observers, batches if weighed is None else weighed)
         for name, quantizer in observed.items():
             try:
                 quantizer.fit_activation(state.observers[name])

@@ -12,6 +12,7 @@ from mmdet_ptq.config.formats import check_format
 from mmdet_ptq.config.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from mmdet_ptq.config.sections import (
     SATURATIONS,
+    ActivationConfig,
     CalibrationConfig,
     GlobalLossConfig,
     ProtectConfig,
@@ -85,7 +86,7 @@ class PTQConfig:
     preset: str | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     weights: TensorConfig = field(default_factory=TensorConfig)
-    activations: TensorConfig = field(default_factory=TensorConfig)
+    activations: TensorConfig = field(default_factory=ActivationConfig)
     saturation: str = SATURATIONS[0]
     dataflow: str | None = None
     head: dict = field(default_factory=dict)
@@ -132,7 +133,7 @@ class PTQConfig:
             calibration=build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
             weights=apply_policy(TensorConfig(saturation=saturation), merged.get('weights', {}), 'ptq.weights'),
             saturation=saturation,
-            activations=apply_policy(TensorConfig(), merged.get('activations', {}), 'ptq.activations'),
+            activations=apply_policy(ActivationConfig(), merged.get('activations', {}), 'ptq.activations'),
             head=_policy('ptq.head', merged.get('head', {})),
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
@@ -214,7 +215,7 @@ def apply_policy(base: TensorConfig, change: Mapping, key: str) -> TensorConfig:
     """
     if not isinstance(change, Mapping):
         raise PTQError(f'`{key}` must be a dict, got {change!r}.')
-    return build(TensorConfig, key, merge(asdict(base), change))
+    return build(type(base), key, merge(asdict(base), change))
 
 
 def _policy(key: str, value: Any) -> dict:

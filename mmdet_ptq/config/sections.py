@@ -44,7 +44,8 @@ class TensorConfig:
     Args:
         bits: Bit width, 2 to 8 or 16. Defaults to 8.
         quantizer: Config of the number format, from the ``QUANTIZERS`` registry.
-        observer: Config of the range observer, from the ``OBSERVERS`` registry.
+        observer: Config of the range observer, from the ``OBSERVERS`` registry. Activations have
+            ``mmdet_ptq.FisherObserver`` where nothing is said.
         depthwise_per_channel: Activations only: the input of a depthwise convolution gets one scale per channel
             (each output channel reads one input channel, so it stays integer arithmetic). Defaults to True.
         scale_migration: Activations only: how much of the differences between the channels of an input moves into the
@@ -86,6 +87,13 @@ class TensorConfig:
 
 # What `protect.candidates` may name, from the cheapest to the last resort.
 CANDIDATES = ('per_channel', 'range', 'format', '8bit', '16bit', 'float')
+
+
+@dataclass
+class ActivationConfig(TensorConfig):
+    """How activations are quantized where nothing else is said: as weights, but for their observer."""
+
+    observer: dict = field(default_factory=lambda: dict(type='mmdet_ptq.FisherObserver'))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from mmdet_ptq.quantizers.affine import AffineQuantizer
 from mmdet_ptq.quantizers.base import Quantizer
 from mmdet_ptq.quantizers.log_affine import LogAffineQuantizer
 from mmdet_ptq.quantizers.observers import (
+    FisherObserver,
     HistogramObserver,
     KLObserver,
     MinMaxObserver,
@@ -22,6 +23,7 @@ __all__ = [
     'KLObserver',
     'LearnedRounding',
     'LogAffineQuantizer',
+    'FisherObserver',
     'MSEObserver',
     'MinMaxObserver',
     'MovingAverageObserver',

@@ -8,7 +8,7 @@ from torch import Tensor
 NUM_BINS = 2048
 # narrowest bin, 2^-40: what is smaller counts as zero
 _LEAST_EXPONENT = -40
-_STATE = ('exponent', 'first', 'counts', 'low', 'high')
+_STATE = ('exponent', 'first', 'counts', 'zeros', 'low', 'high')
 
 
 def _needed_exponent(low: Tensor, high: Tensor) -> Tensor:
@@ -37,6 +37,8 @@ class StreamingHistogram:
         # absolute index of the first bin
         self.first = torch.zeros(channels, dtype=torch.long, device=device)
         self.counts = torch.zeros(channels, NUM_BINS, dtype=torch.float64, device=device)
+        # how many of the counted values are exactly zero, as behind a ReLU
+        self.zeros = torch.zeros(channels, dtype=torch.float64, device=device)
         # the covered range
         self.low = torch.zeros(channels, dtype=torch.float64, device=device)
         self.high = torch.zeros_like(self.low)
@@ -54,6 +56,16 @@ class StreamingHistogram:
         """Bin centers, float64 of shape (C, NUM_BINS); the bin that starts at zero is represented by zero."""
         index = self.absolute_index()
         return torch.where(index == 0, 0, (index + 0.5) * self.width[:, None])
+
+    def edges(self) -> Tensor:
+        """Bin edges, float64 of shape (C, NUM_BINS + 1)."""
+        index = torch.arange(NUM_BINS + 1, device=self.first.device)
+        return (self.first[:, None] + index) * self.width[:, None]
+
+    def spread(self) -> Tensor:
+        """Counts of values other than zero, per unit of the values, float64 of shape (C, NUM_BINS)."""
+        counts = torch.where(self.absolute_index() == 0, self.counts - self.zeros[:, None], self.counts)
+        return counts / self.width[:, None]
 
     def grow(self, low: Tensor, high: Tensor, exponent: Tensor | None = None) -> None:
         """Makes the bins cover [low, high] of shape (C,) as well, with bins no narrower than the given exponent."""
@@ -75,18 +87,25 @@ class StreamingHistogram:
         # bins outside the covered range hold nothing, wherever they are clamped to
         return ((index >> (new - old).clamp_max(62)[:, None]) - first[:, None]).clamp_(0, NUM_BINS - 1)
 
-    def add(self, samples: Tensor, low: Tensor, high: Tensor) -> None:
-        """Counts samples of shape (C, n) that lie within [low, high] of shape (C,)."""
+    def add(self, samples: Tensor, low: Tensor, high: Tensor, weights: Tensor | None = None) -> None:
+        """Counts samples of shape (C, n) that lie within [low, high] of shape (C,).
+
+        Weights of the same shape say how much each of them counts; by default 1.
+        """
         self.grow(low, high)
         index = torch.floor(samples.double() / self.width[:, None]).long() - self.first[:, None]
         index = index.clamp_(0, NUM_BINS - 1) + torch.arange(len(index), device=index.device)[:, None] * NUM_BINS
-        self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+        weights = torch.ones_like(samples) if weights is None else weights
+        counts = torch.bincount(index.flatten(), weights.double().flatten(), minlength=self.counts.numel())
+        self.counts += counts.view_as(self.counts)
+        self.zeros += torch.where(samples == 0, weights, 0).double().sum(1)
 
     def merge(self, other: StreamingHistogram) -> None:
         """Adds the counts of another histogram with as many channels."""
         self.grow(other.low, other.high, other.exponent)
         moved = self._moved(other.absolute_index(), other.exponent, self.exponent, self.first)
         self.counts.scatter_add_(1, moved, other.counts)
+        self.zeros += other.zeros
 
     def magnitudes(self) -> Tensor:
         """Counts of |x| in NUM_BINS bins from zero, float64 of shape (C, NUM_BINS)."""

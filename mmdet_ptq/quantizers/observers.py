@@ -24,6 +24,9 @@ class Observer:
         channel_axis: Axis of the channels. Defaults to 1.
     """
 
+    # whether the range depends on how much values matter, see FisherObserver
+    weighs = False
+
     def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
         self.num_channels, self.channel_axis = num_channels, channel_axis
         self.low: Tensor | None = None
@@ -165,6 +168,15 @@ class MovingAverageObserver(Observer):
         self.low, self.high = torch.lerp(self.low, other.low, share), torch.lerp(self.high, other.high, share)
 
 
+def _sample(view: Tensor) -> Tensor:
+    """At most MAX_SAMPLES elements of a tensor of shape (outer, C, inner), as (C, n)."""
+    # an odd stride does not fall in step with the even sizes of feature maps
+    stride = -(-view.numel() // MAX_SAMPLES) | 1
+    inner = min(stride, view.shape[2])
+    samples = view[:: -(-stride // inner), :, ::inner] if stride > 1 else view
+    return samples.transpose(0, 1).flatten(1)
+
+
 class HistogramObserver(Observer):
     """Base of the observers that search a range on a histogram of at most ``MAX_SAMPLES`` elements a call."""
 
@@ -176,11 +188,7 @@ class HistogramObserver(Observer):
         super()._take(view, low, high)
         if self.histogram is None:
             self.histogram = StreamingHistogram(len(low), low.device)
-        # an odd stride does not fall in step with the even sizes of feature maps
-        stride = -(-view.numel() // MAX_SAMPLES) | 1
-        inner = min(stride, view.shape[2])
-        samples = view[:: -(-stride // inner), :, ::inner] if stride > 1 else view
-        self.histogram.add(samples.transpose(0, 1).flatten(1), low, high)
+        self.histogram.add(_sample(view), low, high)
 
     def _join(self, other: Observer) -> None:
         super()._join(other)
@@ -240,8 +248,49 @@ class KLObserver(HistogramObserver):
 class MSEObserver(HistogramObserver):
     """Searches the ends with the least squared quantization error, by coordinate descent on the histogram.
 
-    The default for weights and activations. Codes finer than the histogram's bins (16 bits) keep the whole range.
+    The default for weights. Codes finer than the histogram's bins (16 bits) keep the whole range.
     """
 
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         return mse_range(self.histogram, low, high, bits, symmetric)
+
+
+@OBSERVERS.register_module()
+class FisherObserver(MSEObserver):
+    """Searches the ends with the least squared error where each value counts as it matters to the detections.
+
+    The default for activations. A few values that no detection depends on, far out as those at the border of an image
+    often are, decide the plain squared error; here they count next to nothing. What matters is told by :meth:`weigh`;
+    channels of which nothing is told, or which never mattered, count all their values alike.
+    """
+
+    weighs = True
+
+    def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
+        super().__init__(num_channels, channel_axis)
+        self.weighted: StreamingHistogram | None = None
+
+    @torch.no_grad()
+    def weigh(self, x: Tensor, weight: Tensor) -> None:
+        """Takes in how much the values of a tensor matter.
+
+        Args:
+            x: Activations as :meth:`update` takes them.
+            weight: Their diagonal Fisher information, of the same shape, up to a factor that all tensors share.
+        """
+        view = self._view(x.float())
+        if self.weighted is None:
+            self.weighted = StreamingHistogram(view.shape[1], view.device)
+        self.weighted.add(_sample(view), view.amin((0, 2)), view.amax((0, 2)), _sample(self._view(weight.float())))
+
+    def forget_weights(self) -> None:
+        """Counts all values alike again."""
+        self.weighted = None
+
+    def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        if self.weighted is None:
+            return super()._range(low, high, bits, symmetric)
+        ends = mse_range(self.weighted, low, high, bits, symmetric)
+        silent = self.weighted.counts.sum(1) == 0
+        plain = super()._range(low, high, bits, symmetric) if bool(silent.any()) else ends
+        return torch.where(silent, plain[0], ends[0]), torch.where(silent, plain[1], ends[1])

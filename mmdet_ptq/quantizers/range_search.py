@@ -11,7 +11,7 @@ from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
 
 # thresholds tried by the KL search, and ratios tried in a sweep of the squared-error search
 _KL_CANDIDATES = 64
-_COARSE, _FINE = torch.linspace(1, 0.02, 50).tolist(), torch.linspace(1.04, 0.96, 17).tolist()
+_COARSE, _FINE = [0.9**i for i in range(45)], torch.linspace(1.06, 0.94, 13).tolist()
 # rows of a histogram evaluated at once: 2^22 float32 elements
 _ROWS = 2**22 // NUM_BINS
 
@@ -105,8 +105,21 @@ def kl_threshold(histogram: StreamingHistogram, signed_levels: int, unsigned_lev
     return threshold
 
 
-def _squared_error(centers: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Squared error of each row of a histogram, quantized with the ends of shape (C,)."""
+def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Squared error of each row of a histogram, quantized with the ends of shape (C,).
+
+    Values are spread evenly within their bin, and the error is integrated over it: steps may be narrower than bins,
+    as they are where a few outliers widen the observed range. With r the distance of x to its level k s, the integral
+    from zero to x is k s^3 / 12 + r^3 / 3, beyond the last level, too.
+
+    Args:
+        edges: Bin edges, float64 of shape (C, NUM_BINS + 1).
+        counts: Counts divided by the bin width, of shape (C, NUM_BINS).
+        low: Lower ends.
+        high: Upper ends.
+        bits: Bits of the codes.
+        symmetric: Whether codes are signed.
+    """
     if symmetric:
         last = 2 ** (bits - 1) - 1
         first, scale = -last - 1, high / last
@@ -116,8 +129,11 @@ def _squared_error(centers: Tensor, counts: Tensor, low: Tensor, high: Tensor, b
         scale = (high - low) / last
         zero = (-low / scale.clamp_min(1e-30)).round()
     scale, zero = scale.clamp_min(1e-30)[:, None], zero[:, None]
-    rounded = torch.div(centers, scale).round_().add_(zero).clamp_(first, last).sub_(zero).mul_(scale)
-    return rounded.sub_(centers).square_().mul_(counts).sum(1)
+    steps = edges / scale
+    level = steps.round().add_(zero).clamp_(first, last).sub_(zero)
+    rest = steps.sub_(level)
+    integral = rest.pow_(3).div_(3).add_(level.div_(12))
+    return (integral.diff(dim=1).mul_(counts).sum(1, keepdim=True) * scale**3).squeeze(1)
 
 
 def mse_range(
@@ -140,23 +156,24 @@ def mse_range(
         low = -high
     if 2**bits > NUM_BINS // 2:
         return low, high
-    # both ends together, then one by one, coarse and fine
-    sweeps = [(_COARSE, 1, 1), (_FINE, 1, 1)]
+    both, lower, upper = (1, 1), (1, 0), (0, 1)
+    order = [(_COARSE, both), (_FINE, both)]
     if not symmetric and bool((low < 0).any()):
-        sweeps += [(_COARSE, 0, 1), (_COARSE, 1, 0), (_FINE, 0, 1), (_FINE, 1, 0)]
+        # behind a SiLU the lower end is small and full of values: it must not shrink with the upper one
+        order = [(_COARSE, end) for end in (upper, both, lower, upper)] + [(_FINE, end) for end in (both, upper, lower)]
     found = []
     for rows in torch.arange(len(low), device=low.device).split(_ROWS):
-        centers, counts = histogram.centers()[rows].float(), histogram.counts[rows].float()
+        edges, counts = histogram.edges()[rows], histogram.spread()[rows]
         full = torch.stack([low[rows], high[rows]])
-        ends, best = full, _squared_error(centers, counts, *full, bits, symmetric)
-        for ratios, move_low, move_high in sweeps:
+        ends, best = full, _squared_error(edges, counts, *full, bits, symmetric)
+        for ratios, (move_low, move_high) in order:
             start = ends
             for ratio in ratios:
                 # a coarse ratio is one of the full range, a fine one of the best so far
                 moved = (full if ratios is _COARSE else start) * ratio
                 trial = torch.stack([moved[0] if move_low else start[0], moved[1] if move_high else start[1]])
                 trial = torch.maximum(torch.minimum(trial, full[1]), full[0])
-                error = _squared_error(centers, counts, *trial, bits, symmetric)
+                error = _squared_error(edges, counts, *trial, bits, symmetric)
                 better = error < best
                 best, ends = torch.where(better, error, best), torch.where(better, trial, ends)
         found.append(ends)

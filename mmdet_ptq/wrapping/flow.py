@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.names import output_name
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.frames import Frame, Frames
@@ -156,10 +155,7 @@ class Dataflow:
             setattr(out, _CARRIED, (name, out._version))
             return out
         if observes and state.mode == 'observe' and name in state.observers:
-            try:
-                state.observers[name].update(x.detach())
-            except PTQError as error:
-                raise PTQError(f'output of {source}: {error}') from error
+            return state.observe(name, x, f'output of {source}')
         return x
 
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:

@@ -77,6 +77,8 @@ class QuantizationState(nn.Module):
         self.only: frozenset[str] | None = None  # the activations that the mode holds for; None: all
         self.drop = 0.0  # QDrop: share of the values that stay float
         self.observers: dict[str, Observer] = {}
+        # what is observed, in the order in which it is computed, instead of showing it to the observers
+        self.recorded: list[tuple[str, Tensor]] | None = None
         self.hooks: list[Any] = []  # of inputs and outputs; each counts its calls
         # in a tuple, which registers nothing; to walk the detector for them takes longer than a small layer
         self.weights: tuple[QuantizedWeight, ...] = ()
@@ -107,6 +109,19 @@ class QuantizationState(nn.Module):
         """A tensor with its channels divided by what weights took over, where they did."""
         return self.divisions[name](x) if name in self.divisions else x
 
+    def observe(self, name: str, x: Tensor, where: str) -> Tensor:
+        """Lets an activation's observer see a tensor, or records it; returns what is computed with."""
+        if self.recorded is not None:
+            # whoever would read it quantized reads a copy, so that the gradient is that of what quantization changes;
+            # a copy is kept, too: either may be written to in place
+            self.recorded.append((name, x.clone()))
+            return self.recorded[-1][1].clone()
+        try:
+            self.observers[name].update(x.detach())
+        except PTQError as error:
+            raise PTQError(f'{where}: {error}') from error
+        return x
+
     def read(self, name: str, x: Tensor, layer: str) -> Tensor:
         """A tensor as a layer reads it, quantized or observed once for all its readers."""
         shared = self._shared.get(name)
@@ -119,10 +134,7 @@ class QuantizationState(nn.Module):
             return out
         out = self.divided(name, x)
         if self.mode == 'observe':
-            try:
-                self.observers[name].update(out.detach())
-            except PTQError as error:
-                raise PTQError(f'input of layer {layer}: {error}') from error
+            out = self.observe(name, out, f'input of layer {layer}')
         else:
             out = self.quantize(name, out)
         if self.readers[name] > 1:

@@ -3,6 +3,8 @@ import torch
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import (
+    AffineQuantizer,
+    FisherObserver,
     KLObserver,
     MinMaxObserver,
     MovingAverageObserver,
@@ -12,7 +14,7 @@ from mmdet_ptq.quantizers import (
 )
 from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
 
-ALL = [MinMaxObserver, MovingAverageObserver, PercentileObserver, KLObserver, MSEObserver]
+ALL = [MinMaxObserver, MovingAverageObserver, PercentileObserver, KLObserver, MSEObserver, FisherObserver]
 
 
 def batches(n=3):
@@ -148,3 +150,47 @@ def test_build_and_bad_arguments():
         PercentileObserver(percentile=0.9999)
     with pytest.raises(PTQError, match='4 channels on axis 1'):
         MinMaxObserver(4).update(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_mse_with_steps_narrower_than_bins_is_near_brute_force(symmetric):
+    """A far outlier makes bins wide; what lies in one of them is not at its center."""
+    x = torch.cat([torch.randn(20000) * 0.5, torch.full((1,), 60.0)])
+    x = x if symmetric else x.abs()
+    observer = MSEObserver()
+    observer.update(x)
+    low, high = observer.range(8, symmetric)
+
+    def error(low: torch.Tensor, high: torch.Tensor) -> float:
+        quantizer = AffineQuantizer(8, symmetric)
+        quantizer.set_range(low, high)
+        return float((quantizer(x) - x).square().sum())
+
+    least = min(error(low * 0 - top * symmetric, low * 0 + top) for top in torch.linspace(0.3, 60, 600))
+    assert error(low, high) <= 1.02 * least
+
+
+def test_fisher_range_follows_what_matters():
+    x = torch.cat([torch.randn(5000), torch.linspace(20, 400, 40)])
+    plain, fisher = MSEObserver(), FisherObserver()
+    for observer in (plain, fisher):
+        observer.update(x)
+    assert fisher.range(8, False) == plain.range(8, False)  # nothing was told
+    fisher.weigh(x, (x < 5).float())
+    assert fisher.range(8, False)[1] < 6 < 100 < plain.range(8, False)[1]
+    fisher.forget_weights()
+    assert fisher.range(8, False) == plain.range(8, False)
+
+
+def test_fisher_weights_that_are_all_alike_change_nothing_and_silent_channels_count_alike():
+    x = torch.randn(3, 2, 50) ** 3
+    plain, fisher = MSEObserver(num_channels=2), FisherObserver(num_channels=2)
+    for observer in (plain, fisher):
+        observer.update(x)
+    fisher.weigh(x, torch.full_like(x, 0.25))
+    torch.testing.assert_close(fisher.range(8, False), plain.range(8, False))
+    fisher.forget_weights()
+    weight = torch.zeros_like(x)
+    weight[:, 0] = 1.0
+    fisher.weigh(x, weight)
+    torch.testing.assert_close(fisher.range(8, False), plain.range(8, False))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet_ptq.calibration.fisher import weigh_activations
 from mmdet_ptq.calibration.observe import merge_ranks
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, WEIGHT, TensorSet
 from mmdet_ptq.config import PTQConfig, TensorConfig, apply_policy
@@ -23,7 +24,12 @@ from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.watching.layers import RowLayout, channel_axis, in_channels, is_depthwise, neighbours
 from mmdet_ptq.wrapping.watching.probe import head_names, probe_detector
 
-_RANGES = {'MSEObserver': 'MSE range', 'MinMaxObserver': 'min-max range', 'PercentileObserver': 'percentile range'}
+_RANGES = {
+    'FisherObserver': 'Fisher range',
+    'MSEObserver': 'MSE range',
+    'MinMaxObserver': 'min-max range',
+    'PercentileObserver': 'percentile range',
+}
 _LOG = dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')
 _AFFINE = dict(type='mmdet_ptq.AffineQuantizer')
 LOWER_BITS = 4
@@ -196,13 +202,16 @@ def _weight_candidate(
 
 
 @torch.no_grad()
-def observe_candidates(detector: nn.Module, batches: Iterable[Any], candidates: Sequence[Candidate]) -> None:
+def observe_candidates(
+    detector: nn.Module, batches: Iterable[Any], candidates: Sequence[Candidate], weighed: Iterable[Any] | None = None
+) -> None:
     """Sets the ranges of all candidates for activations, in one pass of the calibration images.
 
     Args:
         detector: The quantized detector.
         batches: The calibration batches that the detector itself was observed on.
         candidates: Candidates from :func:`candidates_for`.
+        weighed: See :func:`.observe_activations`.
 
     Raises:
         PTQError: No batch came.
@@ -228,10 +237,11 @@ def observe_candidates(detector: nn.Module, batches: Iterable[Any], candidates: 
             state.only = frozenset(wanted)
             for batch in track(batches, description='observing other formats'):
                 detector(**detector.data_preprocessor(batch, False), mode='predict')
+        merge_ranks(observers)
+        weigh_activations(detector, state.observers, batches if weighed is None else weighed)
     finally:
         state.only = None
         state.observers.clear()
-    merge_ranks(observers)
     for name, entries in wanted.items():
         for key, quantizer in entries:
             try:
@@ -249,6 +259,20 @@ class _Several:
     def update(self, x: Tensor) -> None:
         for observer in self.observers:
             observer.update(x)
+
+    @property
+    def weighs(self) -> bool:
+        return any(observer.weighs for observer in self.observers)
+
+    def weigh(self, x: Tensor, weight: Tensor) -> None:
+        for observer in self.observers:
+            if observer.weighs:
+                observer.weigh(x, weight)
+
+    def forget_weights(self) -> None:
+        for observer in self.observers:
+            if observer.weighs:
+                observer.forget_weights()
 
 
 def put_in(detector: nn.Module, tensors: TensorSet, candidate: Candidate) -> None:

@@ -116,6 +116,7 @@ def protect_detector(
     batches: Iterable[Any],
     stored_bytes: int | None = None,
     resume_file: Path | None = None,
+    weighed: Iterable[Any] | None = None,
 ) -> Protection:
     """Finds the tensors whose quantization costs most detections and gives them better formats, in place.
 
@@ -135,6 +136,7 @@ def protect_detector(
         stored_bytes: Size of the integer checkpoint as it would be written now, which a size budget is held against.
             Defaults to None, an estimate.
         resume_file: Keeps the search's measurements for an interrupted run. Defaults to None.
+        weighed: See :func:`mmdet_ptq.calibration.observe_activations`. Defaults to None: ``batches``.
 
     Returns:
         The overrides to write into the config, and what was gained.
@@ -142,7 +144,7 @@ def protect_detector(
     Raises:
         PTQError: A limit of ``ptq.protect`` cannot be kept; the key and the least value are named.
     """
-    return Protector(detector, structure, cfg, images, batches, stored_bytes, resume_file).run()
+    return Protector(detector, structure, cfg, images, batches, stored_bytes, resume_file, weighed).run()
 
 
 def with_overrides(cfg: PTQConfig, overrides: dict) -> PTQConfig:
@@ -162,8 +164,9 @@ class Protector:
         batches: Iterable[Any],
         stored_bytes: int | None,
         resume_file: Path | None,
+        weighed: Iterable[Any] | None = None,
     ) -> None:
-        self.detector, self.structure, self.batches = detector, structure, batches
+        self.detector, self.structure, self.batches, self.weighed = detector, structure, batches, weighed
         self.cfg: ProtectConfig = cfg.protect or ProtectConfig()
         self.budget = Budget(cfg, detector, structure, stored_bytes)
         self.meter = DamageMeter(detector, structure, images, resume_file)
@@ -381,7 +384,7 @@ class Protector:
     def measure_offers(self, cases: Sequence[_Case], told: str) -> None:
         """Observes the candidates and measures each by itself."""
         integer = [(case, c) for case in cases for c in case.candidates if not c.is_float]
-        observe_candidates(self.detector, self.batches, [candidate for _, candidate in integer])
+        observe_candidates(self.detector, self.batches, [candidate for _, candidate in integer], self.weighed)
         for case in cases:
             for candidate in case.candidates:
                 candidate.loss = 0.0  # a float one stays at it

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_ptq.calibration.reconstruction.activation_store import ActivationStore
-from mmdet_ptq.calibration.reconstruction.fisher import fisher_weights
+from mmdet_ptq.calibration.reconstruction.unit_fisher import fisher_weights
 from mmdet_ptq.calibration.reconstruction.units import Passage, Unit
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned

@@ -10,7 +10,7 @@ from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import REPORT
-from mmdet_ptq.calibration import Protection, observe_activations, protect_detector
+from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, observe_activations, protect_detector
 from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
@@ -35,7 +35,7 @@ def observe(run: Run) -> None:
     """Sets activation ranges from the calibration images."""
 
     def work() -> dict:
-        observe_activations(run.detector, run.calibration_loader(), run.structure)
+        observe_activations(run.detector, run.calibration_loader(), run.structure, run.first_images(WEIGHED_IMAGES))
         return run.detector.state_dict()
 
     state, taken_over = run.stages.run('observe', run.inputs['observe'], work)
@@ -58,6 +58,7 @@ def protect(run: Run) -> None:
             run.calibration_loader(),
             run.stored_bytes(),
             measurements,
+            run.first_images(WEIGHED_IMAGES),
         )
         return dict(**run.detector_state(), protection=protection.to_dict())
 

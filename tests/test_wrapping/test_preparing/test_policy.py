@@ -48,7 +48,7 @@ def test_overrides_change_only_what_they_name():
     stem = resolve_policies(cfg, ROLES)['backbone.stem.conv']
     assert (stem.weights.bits, stem.activations.bits) == (4, 16)
     assert stem.weights.observer['type'] == 'mmdet_ptq.MinMaxObserver'
-    assert stem.activations.observer['type'] == 'mmdet_ptq.MSEObserver'
+    assert stem.activations.observer['type'] == 'mmdet_ptq.FisherObserver'
 
 
 def test_an_override_may_say_half_of_a_format():

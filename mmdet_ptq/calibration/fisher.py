@@ -1,0 +1,138 @@
+"""Which values matter to the detections: the diagonal Fisher information of the detector's global loss.
+
+The global loss has no gradient at the float detector itself, which is its own target. The Fisher information does: it
+is the expected squared gradient of the log-likelihood over labels drawn from the detector's own predictions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
+from mmdet_ptq.progress import track
+from mmdet_ptq.quantizers import Observer
+from mmdet_ptq.wrapping import quantization_mode
+from mmdet_ptq.wrapping.state import STATE
+
+# as in the global loss: theta_C, and how many priors an image counts
+SCORE_THR, MAX_BOXES = 2e-4, 1000
+# draws of the noise that are averaged
+DRAWS = 4
+# deviation of a box, in parts of its size, at which the L1 term is matched by a squared one: an IoU of about 0.9
+BOX_DEVIATION = 0.05
+# images on which activations are weighed
+WEIGHED_IMAGES = 32
+
+
+def weigh_activations(detector: nn.Module, observers: Mapping[str, Observer], batches: Iterable[Any]) -> None:
+    """Tells observers how much the values of their activations matter: as their squared gradients.
+
+    One image after another goes through the float detector, and back. The random signs are the same on every rank.
+
+    Args:
+        detector: The prepared detector, in eval mode.
+        observers: Activation name to observer; those that do not weigh values are left alone.
+        batches: Calibration batches as a dataloader yields them; their first :data:`WEIGHED_IMAGES` images are used.
+    """
+    wanted = {name: observer for name, observer in observers.items() if observer.weighs}
+    if not wanted:
+        return
+    state = getattr(detector, STATE)
+    try:
+        state.recorded, state.only = [], frozenset(wanted)
+        with quantization_mode(detector, 'observe'), torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            for images, samples in _single_images(detector, batches):
+                state.recorded.clear()
+                predictions = predict_aligned(detector, images.requires_grad_(), samples)
+                recorded = [(name, x) for name, x in state.recorded if x.requires_grad]
+                squares = _squared_gradients(predictions, [x for _, x in recorded])
+                for (name, x), weight in zip(recorded, squares, strict=True):
+                    wanted[name].weigh(x.detach(), weight)
+    except Exception as error:  # whatever an unknown head may raise: ranges are to be had without
+        print_log(
+            f'activation ranges count all values alike: which of them matter cannot be told for this detector '
+            f'({type(error).__name__}: {error})',
+            'current',
+            logging.WARNING,
+        )
+        for observer in wanted.values():
+            observer.forget_weights()
+    finally:
+        state.recorded = state.only = None
+
+
+def _single_images(detector: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, list]]:
+    """The first images, one by one: gradients of a batch take as much memory as it has images."""
+    left = WEIGHED_IMAGES
+    for batch in track(batches, description='weighing activations'):
+        data = detector.data_preprocessor(batch, False)
+        for index, sample in enumerate(data['data_samples'][:left]):
+            yield data['inputs'][index : index + 1], [sample]
+        left -= len(data['data_samples'])
+        if left <= 0:
+            return
+
+
+def _squared_gradients(predictions: AlignedPredictions, tensors: list[Tensor]) -> list[Tensor]:
+    squares = [torch.zeros_like(x) for x in tensors]
+    for draw in range(DRAWS):
+        loss = noisy_loss(predictions)
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=draw < DRAWS - 1)
+        for square, gradient in zip(squares, gradients, strict=True):
+            if gradient is not None:
+                square += gradient.square()
+    return squares
+
+
+def noisy_loss(predictions: AlignedPredictions) -> Tensor:
+    """A sum whose squared gradient is, on average, the diagonal Fisher information of the predictions.
+
+    Each output is multiplied by noise with the covariance that the gradient of the log-likelihood has over labels drawn
+    from the predictions: p (1 - p) for sigmoid scores and the quality, diag(p) - p p^T for softmax scores. Its size is
+    fixed and its sign random: of labels themselves, one of probability 0.001 would be drawn once in a thousand times.
+    Boxes, whose L1 term has no curvature of its own, get that of the squared term that touches it from above at a
+    deviation d of BOX_DEVIATION: |x| <= x^2 / (2 d) + d / 2, a Fisher information of 1 / d for each coordinate.
+
+    Args:
+        predictions: Of the float detector, with gradients.
+    """
+    if predictions.raw is not None:
+        parts = [(t * _signs(t)).sum() / t.detach().std().clamp_min(1e-6) for t in predictions.raw if t.numel() > 1]
+        return torch.stack(parts).sum()
+    confidence = predictions.confidence().detach()
+    best = confidence.topk(min(MAX_BOXES, confidence.shape[1]), dim=1).indices
+    kept = predictions.take(best)
+    mask = kept.confidence().detach() >= SCORE_THR
+    logits = kept.cls_logits[mask]
+    loss = (logits * _score_noise(logits.detach(), kept.activation)).sum()
+    if kept.quality_logits is not None:
+        quality = kept.quality_logits[mask]
+        loss = loss + (quality * _score_noise(quality.detach(), 'sigmoid')).sum()
+    if kept.boxes is not None:
+        boxes = kept.boxes[mask]
+        size = (boxes.detach()[:, 2:] - boxes.detach()[:, :2]).clamp(min=1).repeat(1, 2)
+        # the term is the mean of the four coordinates
+        loss = loss + (boxes / size * _signs(boxes)).sum() * math.sqrt(1 / (4 * BOX_DEVIATION))
+    if predictions.proposal_stage is not None:
+        loss = loss + noisy_loss(predictions.proposal_stage)
+    return loss
+
+
+def _score_noise(logits: Tensor, activation: str) -> Tensor:
+    if activation == 'sigmoid':
+        return (logits.sigmoid() * (-logits).sigmoid()).sqrt() * _signs(logits)
+    probabilities = logits.softmax(-1)
+    noise = probabilities.sqrt() * _signs(logits)
+    return noise - probabilities * noise.sum(-1, keepdim=True)
+
+
+def _signs(like: Tensor) -> Tensor:
+    return torch.randint(0, 2, like.shape, device=like.device).to(like.dtype) * 2 - 1
