@@ -1,6 +1,6 @@
 """How quantization parameters are found."""
 
-from mmdet_ptq.calibration.fisher import WEIGHED_IMAGES
+from mmdet_ptq.calibration.fisher import WEIGHED_IMAGES, weigh_tensors
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
 from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
 from mmdet_ptq.calibration.observe import observe_activations
@@ -21,5 +21,6 @@ __all__ = [
     'observe_activations',
     'protect_detector',
     'source_datasets',
+    'weigh_tensors',
     'with_overrides',
 ]

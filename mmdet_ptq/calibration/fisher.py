@@ -6,6 +6,8 @@ is the expected squared gradient of the log-likelihood over labels drawn from th
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,11 +22,10 @@ from mmdet_ptq.progress import track
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import quantization_mode
 from mmdet_ptq.wrapping.state import STATE
+from mmdet_ptq.wrapping.watching.channel_costs import Recorded, Take, not_weighed
 
 # as in the global loss: theta_C, and how many priors an image counts
 SCORE_THR, MAX_BOXES = 2e-4, 1000
-# draws of the noise that are averaged
-DRAWS = 4
 # deviation of a box, in parts of its size, at which the L1 term is matched by a squared one: an IoU of about 0.9
 BOX_DEVIATION = 0.05
 # images on which activations are weighed
@@ -34,39 +35,67 @@ WEIGHED_IMAGES = 32
 def weigh_activations(detector: nn.Module, observers: Mapping[str, Observer], batches: Iterable[Any]) -> None:
     """Tells observers how much the values of their activations matter: as their squared gradients.
 
-    One image after another goes through the float detector, and back. The random signs are the same on every rank.
-
     Args:
         detector: The prepared detector, in eval mode.
         observers: Activation name to observer; those that do not weigh values are left alone.
-        batches: Calibration batches as a dataloader yields them; their first :data:`WEIGHED_IMAGES` images are used.
+        batches: See :func:`weigh_tensors`.
     """
     wanted = {name: observer for name, observer in observers.items() if observer.weighs}
     if not wanted:
         return
     state = getattr(detector, STATE)
+
+    def take(name: str, x: Tensor, weight: Tensor | None) -> None:
+        if weight is not None:
+            wanted[name].weigh(x, weight)
+
     try:
         state.recorded, state.only = [], frozenset(wanted)
-        with quantization_mode(detector, 'observe'), torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(0)
-            for images, samples in _single_images(detector, batches):
-                state.recorded.clear()
-                predictions = predict_aligned(detector, images.requires_grad_(), samples)
-                recorded = [(name, x) for name, x in state.recorded if x.requires_grad]
-                squares = _squared_gradients(predictions, [x for _, x in recorded])
-                for (name, x), weight in zip(recorded, squares, strict=True):
-                    wanted[name].weigh(x.detach(), weight)
-    except Exception as error:  # whatever an unknown head may raise: ranges are to be had without
+        with quantization_mode(detector, 'observe'):
+            weigh_tensors(detector, batches, state.recorded, take)
+    finally:
+        state.recorded = state.only = None
+
+
+def weigh_tensors(detector: nn.Module, batches: Iterable[Any], recorded: Recorded, take: Take) -> None:
+    """Measures how much the values of tensors matter to the detections, one image after another.
+
+    The random signs are the same in every run and on every rank. Where no image gives gradients, the tensors come
+    without, and the log says so.
+
+    Args:
+        detector: The float detector, in eval mode.
+        batches: Calibration batches as a dataloader yields them; their first :data:`WEIGHED_IMAGES` images are used.
+        recorded: To which the detector, as it runs, appends tensors with their keys.
+        take: Is given each key, the tensor, and the squared gradients of its values, or None.
+    """
+    failures, images = [], 0
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        for inputs, samples in _single_images(detector, batches):
+            images += 1
+            recorded.clear()
+            try:
+                predictions = predict_aligned(detector, inputs.requires_grad_(), samples)
+                tensors = [(key, x) for key, x in recorded if x.requires_grad]
+                squares = _squared_gradients(predictions, [x for _, x in tensors])
+            except Exception as error:  # whatever an unknown head may raise
+                failures.append(f'{type(error).__name__}: {error}')
+                continue
+            for (key, x), square in zip(tensors, squares, strict=True):
+                take(key, x.detach(), square)
+    recorded.clear()
+    if failures:
         print_log(
-            f'activation ranges count all values alike: which of them matter cannot be told for this detector '
-            f'({type(error).__name__}: {error})',
+            f'which values matter to the detections cannot be told on {len(failures)} of {images} images '
+            f'({failures[0]})' + (', all of them count alike' if len(failures) == images else ''),
             'current',
             logging.WARNING,
         )
-        for observer in wanted.values():
-            observer.forget_weights()
-    finally:
-        state.recorded = state.only = None
+    if len(failures) == images:
+        for inputs, samples in _single_images(detector, batches):
+            run = functools.partial(detector, inputs, copy.deepcopy(samples), mode='predict')
+            not_weighed(run)(recorded, take)
 
 
 def _single_images(detector: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, list]]:
@@ -82,14 +111,9 @@ def _single_images(detector: nn.Module, batches: Iterable[Any]) -> Iterator[tupl
 
 
 def _squared_gradients(predictions: AlignedPredictions, tensors: list[Tensor]) -> list[Tensor]:
-    squares = [torch.zeros_like(x) for x in tensors]
-    for draw in range(DRAWS):
-        loss = noisy_loss(predictions)
-        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=draw < DRAWS - 1)
-        for square, gradient in zip(squares, gradients, strict=True):
-            if gradient is not None:
-                square += gradient.square()
-    return squares
+    # one draw: an image more tells more than a draw more
+    gradients = torch.autograd.grad(noisy_loss(predictions), tensors, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g.square() for x, g in zip(tensors, gradients, strict=True)]
 
 
 def noisy_loss(predictions: AlignedPredictions) -> Tensor:

@@ -40,7 +40,9 @@ KEYS = (
     'global_loss',
     'export',
 )
-DATAFLOWS = ('auto', 'full', 'per_channel')
+DATAFLOWS = ('accuracy', 'balanced', 'speed')
+# as they were called before
+_DATAFLOWS = {'per_channel': 'accuracy', 'auto': 'balanced', 'full': 'speed'}
 # keys of earlier versions, and why they are no more; where they were off, nothing is said
 GONE = {
     'bias_correction': 'it brought nothing beyond chance on four detectors and cost two of YOLOX up to 1.2 points',
@@ -62,13 +64,14 @@ class PTQConfig:
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
             models then compute the same everywhere. ``'ignore'`` leaves the scales alone: on such processors the model
             is wrong.
-        dataflow: What else is quantized between the layers, and where the heads' output layers write: ``'full'``
-            quantizes everything there (layer outputs, sums, products, activation functions, poolings) in 8 bits with
-            one scale per tensor, which ONNX Runtime needs to compute every convolution and addition in integers;
-            with ``'per_channel'`` convolutions in front of SiLU or HardSwish keep a scale per channel and the
-            activation function computes in float: less speed, more accuracy; ``'auto'`` does so where channels differ
-            much and is ``'full'`` elsewhere, the default with ``'onnxruntime'`` in ``export``; None quantizes nothing
-            but layer inputs.
+        dataflow: What else is quantized between the layers, and where the heads' output layers write: layer outputs,
+            sums, products, activation functions, poolings, in 8 bits, which ONNX Runtime needs to compute every
+            convolution and addition in integers. There a tensor has one scale. With ``'accuracy'`` convolutions in
+            front of SiLU or HardSwish keep a scale per channel and the activation function computes in float, and what
+            depthwise convolutions and others read stays float where it is computed; ``'speed'`` gives one scale to
+            every tensor; ``'balanced'`` gives it where it costs the detections least, measured on calibration images,
+            and is the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but layer inputs. The
+            earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
         first: What differs in the layers that read the image.
@@ -128,6 +131,7 @@ class PTQConfig:
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         saturation = merged.get('saturation', SATURATIONS[0])
         choice('ptq.saturation', saturation, SATURATIONS)
+        dataflow = merged.get('dataflow', _needed_dataflow(merged.get('export', [])))
         cfg = cls(
             preset=name,
             calibration=build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
@@ -137,7 +141,7 @@ class PTQConfig:
             head=_policy('ptq.head', merged.get('head', {})),
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
-            dataflow=merged.get('dataflow', _needed_dataflow(merged.get('export', []))),
+            dataflow=_DATAFLOWS.get(dataflow, dataflow),
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])),
         )

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 
 from mmdet_ptq.analysis.sensitivity import JSON, PICTURE, print_sensitivity, write_sensitivity
-from mmdet_ptq.calibration import Protection, Sensitivities, measure_sensitivity, protect_detector
+from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, Sensitivities, measure_sensitivity, protect_detector
 from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.engine.stage_store import StageStore
 
@@ -46,6 +46,7 @@ def analyze(cfg: Config, images: int = 16) -> tuple[Sensitivities, Protection]:
         runner.calibration_loader(),
         runner.stored_bytes(),
         measurements,
+        runner.first_images(WEIGHED_IMAGES),
     )
     if is_main_process():
         write_sensitivity(cfg.work_dir, sensitivities, protection)

@@ -283,10 +283,6 @@ class FisherObserver(MSEObserver):
             self.weighted = StreamingHistogram(view.shape[1], view.device)
         self.weighted.add(_sample(view), view.amin((0, 2)), view.amax((0, 2)), _sample(self._view(weight.float())))
 
-    def forget_weights(self) -> None:
-        """Counts all values alike again."""
-        self.weighted = None
-
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if self.weighted is None:
             return super()._range(low, high, bits, symmetric)

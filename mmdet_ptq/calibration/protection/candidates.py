@@ -269,11 +269,6 @@ class _Several:
             if observer.weighs:
                 observer.weigh(x, weight)
 
-    def forget_weights(self) -> None:
-        for observer in self.observers:
-            if observer.weighs:
-                observer.forget_weights()
-
 
 def put_in(detector: nn.Module, tensors: TensorSet, candidate: Candidate) -> None:
     """Makes a candidate's quantizers those of the detector; a float candidate changes nothing."""

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmdet_ptq.calibration.fisher import DRAWS, noisy_loss
+from mmdet_ptq.calibration.fisher import noisy_loss
 from mmdet_ptq.calibration.reconstruction.units import Unit
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
+
+# draws of the noise that are averaged
+DRAWS = 4
 
 
 @dataclass

@@ -36,7 +36,7 @@ class OnnxRuntime(Runtime):
     # the first with 4-bit initializers and opset 21
     packages = export_packages = ('onnxruntime>=1.20', *ONNX)
     # it computes a convolution in integers only if its output is quantized, too
-    dataflow = 'auto'
+    dataflow = 'balanced'
     end2end = packs = compares = True
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:

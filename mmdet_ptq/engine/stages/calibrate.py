@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import REPORT
-from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, observe_activations, protect_detector
+from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, observe_activations, protect_detector, weigh_tensors
 from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
@@ -23,7 +24,8 @@ def prepare(run: Run) -> None:
     """Folds, wraps, fits weights."""
 
     def work() -> dict:
-        run.structure = prepare_detector(run.detector, run.ptq, run.one_image(), run.run_first_images)
+        weigh = functools.partial(weigh_tensors, run.detector, run.first_images(WEIGHED_IMAGES))
+        run.structure = prepare_detector(run.detector, run.ptq, run.one_image(), run.run_first_images, weigh)
         return run.detector_state()
 
     run.take_over(*run.stages.run('prepare', run.inputs['prepare'], work))

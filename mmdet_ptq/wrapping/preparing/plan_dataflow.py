@@ -17,8 +17,9 @@ from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.wrapping.flow import Site
 from mmdet_ptq.wrapping.names import output_name, result_name
+from mmdet_ptq.wrapping.preparing.choose_scales import Scales, choose_scales, give_one_scale
 from mmdet_ptq.wrapping.structure import Structure
-from mmdet_ptq.wrapping.watching.channel_ranges import channel_ranges
+from mmdet_ptq.wrapping.watching.channel_costs import Weigh
 from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_depthwise, out_channels
 from mmdet_ptq.wrapping.watching.operations import (
     ARITHMETIC,
@@ -75,9 +76,11 @@ class _Graph:
                 self.leads.update(op.inputs)
             if self.leads_anyhow.intersection(op.outputs):
                 self.leads_anyhow.update(op.inputs)
-        self.input_names = {
-            op.inputs[0]: self.input_of(op) for op in self.operations if self._is_of_the_tensor(op, structure)
-        }
+        self.entries = structure.activations
+        # where depthwise convolutions have a quantizer of their own, the tensor's is that of the other layers
+        own = [op for op in self.operations if self._is_of_the_tensor(op, structure)]
+        own.sort(key=lambda op: self.entries[self.input_of(op)]['spec'].get('num_channels') is None)
+        self.input_names = {op.inputs[0]: self.input_of(op) for op in own}
 
     def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
         """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
@@ -145,6 +148,39 @@ class _Graph:
             and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
         )
 
+    def gated_layers(self) -> set[str]:
+        """The layers whose output lies between quantized layers and is read by nothing but SiLU or HardSwish."""
+        return {
+            op.name
+            for op in self.operations
+            if op.kind == LAYER and self.between(op) and op.name not in self.outputs and self.only_gated(op.outputs[0])
+        }
+
+    def origin(self, key: Key) -> Operation | None:
+        """The operation that computes or joins a tensor's values, before they are moved; None outside of integers."""
+        maker = self.producer.get(key)
+        while maker is not None and maker.kind == MOVEMENT and not maker.joins:
+            maker = self.producer.get(maker.inputs[0]) if maker.inputs else None
+        return maker if maker is not None and self.between(maker) else None
+
+    def depthwise_names(self, key: Key) -> set[str]:
+        """The quantizers per channel of the layers that read a tensor; with few bits they are nobody else's anyway."""
+        specs = {name: self.entries[name]['spec'] for op in self.readers[key] if (name := self.input_of(op))}
+        return {name for name, spec in specs.items() if spec.get('num_channels') is not None and spec['bits'] >= BITS}
+
+    def may_stay_float(self, modules: dict[str, nn.Module]) -> set[str]:
+        """Inputs of depthwise convolutions whose tensor others read, too, and that one operation computes."""
+        return {
+            name
+            for key in self.readers
+            for name in self.depthwise_names(key)
+            if self.others_read(key, modules) and (origin := self.origin(key)) is not None and not origin.joins
+        }
+
+    def others_read(self, key: Key, modules: dict[str, nn.Module]) -> bool:
+        """Whether anything but depthwise convolutions computes with a tensor."""
+        return any(op.kind != LAYER or not is_depthwise(modules[op.name]) for op in self.reads_values(key))
+
     def islands(self) -> list[dict]:
         """Operations between quantized layers that stay float."""
         found: dict[tuple[str, str], dict] = {}
@@ -182,11 +218,12 @@ class _Planner:
         modules: dict[str, nn.Module],
         calls: dict[str, int],
         outputs: frozenset[str],
-        uneven: Container[str],
+        scales: Scales,
     ) -> None:
         self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
         self.outputs = outputs
-        self.uneven = uneven
+        self.scales = scales
+        self.left_float: list[Operation] = []  # where they compute, for readers with quantizers of their own
         policy = cfg.activations
         bits = max(policy.bits, BITS)
         self.spec = build_quantizer({**policy.quantizer, 'bits': bits, 'num_channels': None, 'channel_axis': 1}).spec()
@@ -205,10 +242,12 @@ class _Planner:
     def plan(self) -> None:
         """Writes quantizers, outputs and sites into the structure."""
         graph, layers = self.graph, self.graph.layers
+        self._one_scale_where_others_read()
         found = [
-            op for op in graph.operations if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op)
+            op
+            for op in graph.operations
+            if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op) and op not in self.left_float
         ]
-        self._one_scale_where_others_read(found)
         for op in found:
             self.name_of(op)
         for op in found:
@@ -235,18 +274,25 @@ class _Planner:
             ):
                 self.structure.sites.append(Site(*op.place, None).to_dict())
 
-    def _one_scale_where_others_read(self, found: list[Operation]) -> None:
-        """A scale per channel is for depthwise convolutions alone."""
+    def _one_scale_where_others_read(self) -> None:
+        """A scale per channel is for depthwise convolutions alone; whoever else reads the tensor takes part in one."""
         graph = self.graph
-        for op in found:
-            key = op.outputs[0]
-            name = graph.input_names.get(key)
-            if name is None or self._entry(name)['spec'].get('num_channels') is None:
-                continue
-            if any(r.kind != LAYER or not is_depthwise(self.modules[r.name]) for r in graph.reads_values(key)):
-                entry = self._entry(name)
-                one = {key: value for key, value in entry['spec'].items() if key != 'shared_zero_point'}
-                entry['spec'] = build_quantizer({**one, 'num_channels': None}).spec()
+        for key in list(graph.readers):
+            for name in graph.depthwise_names(key):
+                if not graph.others_read(key, self.modules) or graph.origin(key) is None:
+                    continue
+                if name in self.scales.own:
+                    self.left_float.append(graph.origin(key))
+                elif (shared := graph.input_names.get(key, name)) != name:
+                    self._merge(name, shared)
+                else:
+                    give_one_scale(self._entry(name))
+
+    def _merge(self, name: str, into: str) -> None:
+        """Gives the readers of one quantizer another one, which quantizes the same tensor."""
+        for layer in self.structure.layers:
+            layer.inputs = [into if known == name else known for known in layer.inputs]
+        self._entry(into)['readers'] += self.structure.activations.pop(name)['readers']
 
     def name_of(self, op: Operation) -> str:
         """The quantizer of what an operation computes."""
@@ -304,11 +350,12 @@ class _Planner:
     def float_gates(self) -> list[dict]:
         """The gated activations that compute in float, as islands are told."""
         reason = 'its input has a scale per channel'
+        own = 'its readers have quantizers of their own'
         return [
             dict(module=op.place[0], operation=op.name, reason=reason)
             for op in self.graph.operations
             if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])
-        ]
+        ] + [dict(module=op.place[0], operation=op.name, reason=own) for op in self.left_float if op.kind != LAYER]
 
     def _entry(self, name: str) -> dict:
         return self.structure.activations[name]
@@ -329,7 +376,7 @@ class _Planner:
         return (
             maker is not None
             and maker.kind == LAYER
-            and maker.name in self.uneven
+            and maker.name in self.scales.gated
             and self.graph.between(maker)
             and self.graph.only_gated(key)
         )
@@ -352,7 +399,7 @@ def plan_dataflow(
     cfg: PTQConfig,
     run: Callable[[], Any],
     outputs: Iterable[str],
-    run_many: Callable[[], Any],
+    weigh: Weigh,
 ) -> None:
     """Adds quantizers between the layers to a structure that is about to be applied.
 
@@ -362,13 +409,16 @@ def plan_dataflow(
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
         outputs: Layers that write the heads' outputs, quantized with a scale per channel.
-        run_many: Calls it on more images, for ``ptq.dataflow='auto'``.
+        weigh: Runs it on more images and tells which values matter.
     """
-    uneven = _uneven_outputs(detector, structure, cfg, run_many)
     recorder, outputs = record_operations(detector, run), frozenset(outputs)
     graph = _Graph(recorder, structure, outputs)
     calls = dict(recorder.frames.calls)
-    planner = _Planner(graph, structure, cfg, dict(detector.named_modules()), calls, outputs, uneven)
+    modules = dict(detector.named_modules())
+    scales = choose_scales(
+        detector, structure, cfg.dataflow, weigh, graph.gated_layers(), graph.may_stay_float(modules)
+    )
+    planner = _Planner(graph, structure, cfg, modules, calls, outputs, scales)
     planner.plan()
     counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
     structure.module_calls = {module: calls[module] for module in sorted(counted)}
@@ -382,27 +432,3 @@ def plan_dataflow(
         groups[island['operation'], island['reason']].append(island['module'] or '(the detector itself)')
     for (operation, reason), places in groups.items():
         print_log(f'operation {operation} stays float, {reason}: {", ".join(places)}', 'current')
-
-
-def _uneven_outputs(
-    detector: nn.Module, structure: Structure, cfg: PTQConfig, run: Callable[[], Any]
-) -> Container[str]:
-    """The layers whose output keeps a scale per channel in front of SiLU and HardSwish.
-
-    With ``'auto'``, inputs of depthwise convolutions whose channels are even enough get one scale, too, unless a zero
-    point serves all their channels: then the layers around absorb the scales, and they cost nothing.
-    """
-    integer = [layer.name for layer in structure.layers if layer.integer]
-    if cfg.dataflow != 'auto':
-        return frozenset(integer if cfg.dataflow == 'per_channel' else ())
-    inputs, outputs = channel_ranges(detector, integer, run, channel_axis)
-    for name, entry in structure.activations.items():
-        readers = [inputs[layer.name] for layer in structure.layers if name in layer.inputs and layer.name in inputs]
-        # fewer bits than 8 are too few for channels to lose any
-        if (
-            entry['spec'].get('num_channels') is not None
-            and entry['spec']['bits'] >= BITS
-            and not any(r.positive or r.uneven for r in readers)
-        ):
-            entry['spec'] = build_quantizer({**entry['spec'], 'num_channels': None}).spec()
-    return frozenset(name for name, ranges in outputs.items() if ranges.uneven)

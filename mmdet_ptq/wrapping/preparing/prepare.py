@@ -24,6 +24,7 @@ from mmdet_ptq.wrapping.preparing.plan_dataflow import plan_dataflow
 from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, LayerRole, resolve_policies
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.structure import LayerStructure, Structure, apply_structure, disable_checkpointing
+from mmdet_ptq.wrapping.watching.channel_costs import Weigh, not_weighed
 from mmdet_ptq.wrapping.watching.layers import (
     QUANTIZABLE,
     RowLayout,
@@ -38,7 +39,11 @@ from mmdet_ptq.wrapping.weights import quantized_weights
 
 
 def prepare_detector(
-    detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any], run_many: Callable[[], Any] | None = None
+    detector: nn.Module,
+    cfg: PTQConfig,
+    run: Callable[[], Any],
+    run_many: Callable[[], Any] | None = None,
+    weigh: Weigh | None = None,
 ) -> Structure:
     """Folds and wraps a float detector, in place; weights are fitted, activations still need their ranges.
 
@@ -46,8 +51,10 @@ def prepare_detector(
         detector: The float detector with its trained weights, in eval mode.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
-        run_many: The same on more calibration images, on which ``dataflow='auto'`` and
-            ``activations.scale_migration`` measure channels. Defaults to None: ``run``.
+        run_many: The same on more calibration images, on which ``activations.scale_migration`` measures channels.
+            Defaults to None: ``run``.
+        weigh: The same, and tells which values matter, for ``dataflow='balanced'``. Defaults to None: ``run``, and all
+            matter alike.
 
     Returns:
         The structure of the quantized detector.
@@ -68,7 +75,7 @@ def prepare_detector(
     structure = plan.structure
     structure.norms = kept
     if cfg.dataflow is not None:
-        plan_dataflow(detector, structure, cfg, run, probe.outputs, run_many or run)
+        plan_dataflow(detector, structure, cfg, run, probe.outputs, weigh or not_weighed(run))
     apply_structure(detector, structure)  # the folds are done; the structure records them only now
     structure.folds = [list(pair) for pair in folds]
     for name, quantized in quantized_weights(detector).items():
@@ -202,7 +209,8 @@ def _share_inputs(
     for call in calls:
         layer = by_name[call.layer]
         if layer.inputs and not policies[call.layer].activations.float:
-            groups[call.input_key].append(call)
+            own = policies[call.layer].activations.depthwise_per_channel and is_depthwise(layers[call.layer])
+            groups[call.input_key, own].append(call)
     for readers in groups.values():
         policy = _policy_of_readers([(c.layer, policies[c.layer]) for c in readers])
         first = readers[0]

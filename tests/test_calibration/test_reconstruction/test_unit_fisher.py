@@ -33,7 +33,7 @@ def test_weights_are_the_mean_over_draws(monkeypatch):
     images = torch.rand(2, 3, 4, 5) + 0.5
     weights = unit_fisher.fisher_weights(detector, [Unit('unit', {}, 1)], dict(inputs=images, data_samples=[]), None)
     draws = next(sizes) - 1
-    assert draws == fisher.DRAWS > 1
+    assert draws == unit_fisher.DRAWS > 1
     p = images.square().sigmoid()
     expected = sum(size**2 for size in range(1, draws + 1)) / draws * (2 * images).square() * p * (1 - p)
     torch.testing.assert_close(weights['unit', 0].positions, expected.mean(1, keepdim=True))

@@ -71,7 +71,7 @@ def test_the_detector_stays_where_it_is(exported, monkeypatch):
 
 
 def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
-    assert exported.ptq.dataflow == 'auto'
+    assert exported.ptq.dataflow == 'balanced'
 
 
 def test_images_of_several_sizes_are_refused_before_anything_long_and_the_told_padding_mends_it(

@@ -1,0 +1,106 @@
+"""Which tensors keep a scale per channel: those where one scale costs the detections most for what it saves.
+
+In integers between the layers a tensor has one scale. Three kinds of tensors may have better, and are slower then: the
+output of a convolution in front of SiLU or HardSwish, which computes in float then; the input of a depthwise
+convolution; a tensor that a depthwise convolution and others read, which stays float where it is computed, so that each
+reader has a quantizer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mmengine.logging import print_log
+from torch import nn
+
+from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.wrapping.structure import Structure
+from mmdet_ptq.wrapping.watching.channel_costs import BITS, ChannelCost, Weigh, channel_costs
+from mmdet_ptq.wrapping.watching.layers import channel_axis
+
+# What tensors with one scale may add to the expected loss of all layer inputs, as a share of it. Chosen on calibration
+# images, see docs/experiments.md.
+SHARE = 0.25
+
+
+@dataclass
+class Scales:
+    """What was chosen.
+
+    Attributes:
+        gated: Layers whose output keeps a scale per channel in front of a SiLU or HardSwish.
+        own: Activations, inputs of depthwise convolutions, whose tensor stays float where it is computed.
+    """
+
+    gated: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)
+
+
+def choose_scales(
+    detector: nn.Module, structure: Structure, dataflow: str, weigh: Weigh, gated: set[str], own: set[str]
+) -> Scales:
+    """Chooses, and gives inputs of depthwise convolutions one scale in the structure where that was chosen.
+
+    Args:
+        detector: The float detector, in eval mode.
+        structure: Its structure, with inputs of depthwise convolutions per channel.
+        dataflow: ``ptq.dataflow``.
+        weigh: Runs the detector and tells what matters.
+        gated: Layers whose output nothing but SiLU or HardSwish reads.
+        own: Inputs of depthwise convolutions whose tensor others read, too, and that may stay float.
+    """
+    if dataflow == 'accuracy':
+        return Scales(set(gated), set(own))
+    if dataflow == 'speed':
+        return Scales()
+    layers = [layer.name for layer in structure.layers if layer.integer]
+    inputs, outputs = channel_costs(detector, layers, gated, weigh, channel_axis)
+    budget = SHARE * sum(_present(structure, name, cost) for name, cost in inputs.items())
+    choices: list[tuple[str, str, ChannelCost]] = [('gated', name, cost) for name, cost in outputs.items()]
+    for name, entry in structure.activations.items():
+        readers = [inputs[x.name] for x in structure.layers if name in x.inputs and x.name in inputs]
+        # fewer bits than 8 are too few for channels to lose any
+        if not readers or entry['spec'].get('num_channels') is None or entry['spec']['bits'] < BITS:
+            continue
+        if name in own:
+            choices.append(('own', name, readers[0]))
+        elif not any(cost.positive for cost in readers):
+            # else one zero point serves all channels, and the layers around absorb the scales: they cost nothing
+            choices.append(('channels', name, readers[0]))
+    return _spend(structure, choices, budget)
+
+
+def _present(structure: Structure, layer: str, cost: ChannelCost) -> float:
+    """The expected loss of a layer's input as it would be without anything between the layers."""
+    names = next(x.inputs for x in structure.layers if x.name == layer)
+    per_channel = all(structure.activations[name]['spec'].get('num_channels') for name in names)
+    return cost.apart() if per_channel else cost.together()
+
+
+def _spend(structure: Structure, choices: list[tuple[str, str, ChannelCost]], budget: float) -> Scales:
+    """Gives one scale where that costs least for the elements that gain by it, until the budget is used up."""
+    extra = {(kind, name): max(cost.together() - cost.apart(), 0.0) for kind, name, cost in choices}
+    found, left, one = Scales(), budget, 0
+    for kind, name, _ in sorted(choices, key=lambda choice: extra[choice[:2]] / max(choice[2].elements, 1)):
+        if extra[kind, name] <= left:
+            left -= extra[kind, name]
+            one += 1
+            if kind == 'channels':
+                give_one_scale(structure.activations[name])
+        elif kind == 'gated':
+            found.gated.add(name)
+        elif kind == 'own':
+            found.own.add(name)
+    print_log(
+        f'{one} of {len(choices)} tensors between the layers that could have a scale per channel have one for all; '
+        f'it adds {(budget - left) / budget * SHARE if budget else 0:.0%} to what layer inputs are expected to lose',
+        'current',
+    )
+    return found
+
+
+def give_one_scale(entry: dict) -> None:
+    """Changes an activation's format to one scale for the tensor, in its entry of the structure."""
+    spec: Mapping = {key: value for key, value in entry['spec'].items() if key != 'shared_zero_point'}
+    entry['spec'] = build_quantizer({**spec, 'num_channels': None}).spec()
