@@ -57,7 +57,7 @@ PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob(
             ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"],
         ),
         (dict(equalize='weights'), ['`ptq.equalize` is gone', 'remove it']),
-        (dict(dataflow='ful'), ['`ptq.dataflow`', "Did you mean 'full'"]),
+        (dict(dataflow='spee'), ['`ptq.dataflow`', "Did you mean 'speed'"]),
         (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),
         (dict(bias_correction=True), ['`ptq.bias_correction` is gone', 'remove it']),
         (dict(protect=True), ['`ptq.protect`', 'dict']),
@@ -213,8 +213,8 @@ def test_every_preset_has_its_file():
     'block,wanted',
     [
         (dict(export=['onnxruntime', 'openvino']), {}),
-        (dict(export=['onnxruntime', 'tensorrt']), dict(symmetric=True)),
-        (dict(export=['onnxruntime', 'openvino', 'tensorrt', 'ncnn']), dict(symmetric=True, narrow_range=True)),
+        (dict(export=['tensorrt', 'onnxruntime']), dict(symmetric=True)),
+        (dict(export=['ncnn']), dict(symmetric=True, narrow_range=True)),
         # 4-bit codes fit ncnn's int8 with a zero point, too
         (dict(preset='w4a4', export=['ncnn']), {}),
         (dict(preset='w4a4', export=['tensorrt', 'ncnn']), dict(symmetric=True)),
@@ -228,3 +228,24 @@ def test_every_preset_has_its_file():
 def test_runtimes_without_zero_points_get_symmetric_activations(block, wanted):
     quantizer = PTQConfig.from_dict(block).activations.quantizer
     assert quantizer == dict(type='mmdet_ptq.AffineQuantizer', **wanted)
+
+
+def test_runtimes_that_are_calibrated_alike_share_a_block():
+    def groups(**block):
+        return [(cfg.export, cfg.dataflow) for cfg in PTQConfig.from_dict(dict(preset='w8a8', **block)).by_runtime()]
+
+    assert groups() == [([], None)]
+    assert groups(export=['openvino', 'onnxruntime']) == [(['openvino'], None), (['onnxruntime'], 'balanced')]
+    export = ['onnxruntime', 'openvino', 'tensorrt', 'ncnn']
+    assert groups(export=export) == [
+        (['onnxruntime'], 'balanced'),
+        (['openvino'], None),
+        (['tensorrt'], None),
+        (['ncnn'], None),
+    ]
+    # what the block says holds for all
+    assert groups(export=['onnxruntime', 'openvino'], dataflow='speed') == [(['onnxruntime', 'openvino'], 'speed')]
+    symmetric = dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=True, narrow_range=True))
+    assert groups(export=export, activations=symmetric) == [(['onnxruntime'], 'balanced'), (export[1:], None)]
+    by_hand = PTQConfig()
+    assert by_hand.by_runtime() == [by_hand]

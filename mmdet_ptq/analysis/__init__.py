@@ -1,12 +1,14 @@
 """What was gained and lost: cost, drift, tables and the report."""
 
+from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.cost import PartSummary, bops, float_bops, part_summary
 from mmdet_ptq.analysis.drift import LayerError, ScoreDrift, layer_errors, score_drift
+from mmdet_ptq.analysis.figures import headline_metric
 from mmdet_ptq.analysis.latency import LatencyRatio, latency_ratio
 from mmdet_ptq.analysis.report import REPORT, ReportInputs, build_report, headlines, write_report
 from mmdet_ptq.analysis.results import new_results, read_results, result_row, versions, write_results
 from mmdet_ptq.analysis.sensitivity import print_protection
-from mmdet_ptq.analysis.table import coverage_table, headline_metric, print_results, result_lines, results_table
+from mmdet_ptq.analysis.table import coverage_table, print_results, result_lines, results_table
 from mmdet_ptq.wrapping.coverage import float_size_bytes
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     'ReportInputs',
     'ScoreDrift',
     'bops',
+    'closing_lines',
     'build_report',
     'coverage_table',
     'float_bops',

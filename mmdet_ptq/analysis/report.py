@@ -15,19 +15,12 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_ptq.analysis import pictures
+from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.cost import PartSummary, part_summary
 from mmdet_ptq.analysis.detections import detect_both
 from mmdet_ptq.analysis.drift import LayerError, layer_errors, score_drift
-from mmdet_ptq.analysis.table import (
-    closing_lines,
-    format_bytes,
-    format_count,
-    headline_metric,
-    metric_value,
-    model_name,
-    points,
-    result_lines,
-)
+from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
+from mmdet_ptq.analysis.table import format_bytes, format_count, result_lines
 from mmdet_ptq.analysis.weight_grids import weight_grids
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_text

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mmdet_ptq.analysis.advice import closing_lines
+from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
 from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 ABSENT = '-'
-# behind the name of a model whose figures this processor makes wrong
-MARK = ' (!)'
 
 
 @dataclass
@@ -33,35 +31,6 @@ class ResultLine:
     metric: bool
     values: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
-
-
-def metric_value(value: Any) -> float | None:
-    """A metric as a number; None where there is none (COCO writes -1 for "no such objects")."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value == -1:
-        return None
-    return float(value)
-
-
-def points(reference: float, value: float) -> float:
-    """Difference in points: hundredths for figures between 0 and 1, the figure's own unit for larger ones."""
-    scale = 100 if max(abs(reference), abs(value)) <= 1 else 1
-    return scale * (value - reference)
-
-
-def headline_metric(results: Mapping[str, Any]) -> str | None:
-    """The metric that stands for a run: the first named mAP, AP or PQ, else the first number, or None.
-
-    Args:
-        results: See :func:`mmdet_ptq.analysis.results.new_results`.
-    """
-    if not results['rows']:
-        return None
-    named = [name for name, value in results['rows'][0]['metrics'].items() if metric_value(value) is not None]
-    for ending in ('mAP', 'AP', 'PQ'):
-        for name in named:
-            if name.endswith(ending):
-                return name
-    return named[0] if named else None
 
 
 def result_lines(results: Mapping[str, Any]) -> list[ResultLine]:
@@ -120,43 +89,6 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
     while value >= 999.95 and place < len(units) - 1:
         value, place = value / 1000, place + 1
     return f'{value:.1f} {units[place]}' if place else f'{value:.0f} {units[0]}'
-
-
-def model_name(row: Mapping[str, Any]) -> str:
-    """A row's name, marked where this processor makes its figures wrong.
-
-    Args:
-        row: See :func:`mmdet_ptq.analysis.results.result_row`; older ones have no remark.
-    """
-    return row['model'] + (MARK if row.get('remark') else '')
-
-
-def closing_lines(results: Mapping[str, Any]) -> list[str]:
-    """What the figures do not say by themselves: which are wrong on this processor, and where integers do not pay.
-
-    Args:
-        results: See :func:`mmdet_ptq.analysis.results.new_results`.
-    """
-    lines = [f'{model_name(row)}: {row["remark"]}' for row in results['rows'] if row.get('remark')]
-    timed = {row['model']: row['latency_ratio'] for row in results['rows'] if row['latency_ratio'] is not None}
-    slow = {model: ratio for model, ratio in timed.items() if ratio < 1}
-    right = {
-        row['model']: timed[row['model']]
-        for row in results['rows']
-        if timed.get(row['model'], 0) >= 1 and not row.get('remark')
-    }
-    if slow:
-        told = ' and '.join(f'{model} ({ratio:.2f}x)' for model, ratio in slow.items())
-        best = max(right, key=right.get) if right else None
-        lines.append(
-            f'on this processor int8 is slower than float in {told}; '
-            + (
-                f'{best} is faster here ({right[best]:.2f}x).'
-                if best
-                else 'no exported runtime whose figures are right is faster here.'
-            )
-        )
-    return lines
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

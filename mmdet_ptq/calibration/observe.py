@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,11 @@ from mmdet_ptq.wrapping.state import STATE
 
 @torch.no_grad()
 def observe_activations(
-    detector: nn.Module, batches: Iterable[Any], structure: Structure, weighed: Iterable[Any] | None = None
+    detector: nn.Module,
+    batches: Iterable[Any],
+    structure: Structure,
+    weighed: Iterable[Any] | None = None,
+    known: dict[str, Observer] | None = None,
 ) -> None:
     """Sets the scale and zero point of every activation quantizer.
 
@@ -30,38 +35,51 @@ def observe_activations(
         structure: The detector's structure, which names every activation's observer.
         weighed: Calibration batches that tell which values matter, the same on every rank. Defaults to None:
             ``batches``.
+        known: What was observed on the same images with another structure of the same detector, and is not observed
+            again; what is observed is added. Defaults to None: nothing is known.
 
     Raises:
         PTQError: An activation is not finite (the layer is named), or no batch came.
     """
-    state = getattr(detector, STATE)
+    state, known = getattr(detector, STATE), {} if known is None else known
     # the range of a sigmoid is known beforehand
     observed = {
         name: quantizer for name, quantizer in state.activations.items() if 'range' not in structure.activations[name]
     }
+    keys = {}
     for name, quantizer in observed.items():
-        state.observers[name] = build_observer(
-            {
-                **structure.activations[name]['observer'],
-                'num_channels': quantizer.num_channels,
-                'channel_axis': quantizer.channel_axis,
-            }
-        )
+        channels = {'num_channels': quantizer.num_channels, 'channel_axis': quantizer.channel_axis}
+        cfg = {**structure.activations[name]['observer'], **channels}
+        keys[name] = json.dumps([name, cfg], sort_keys=True)
+        if keys[name] not in known:
+            state.observers[name] = build_observer(cfg)
     try:
-        with quantization_mode(detector, 'observe'):
-            for batch in track(batches, description='observing activation ranges'):
-                data = detector.data_preprocessor(batch, False)
-                detector(**data, mode='predict')
-        merge_ranks(state.observers)
-        weigh_activations(detector, state.observers, batches if weighed is None else weighed)
+        if state.observers:
+            _see(detector, batches, batches if weighed is None else weighed)
+            known.update({keys[name]: observer for name, observer in state.observers.items()})
         for name, quantizer in observed.items():
             try:
-                quantizer.fit_activation(state.observers[name])
+                quantizer.fit_activation(known[keys[name]])
             except PTQError as error:
                 raise PTQError(f'activation {name}: {error}') from error
     finally:
         state.observers.clear()
     print_log(f'{len(state.activations)} activation quantizers have their ranges', 'current')
+
+
+def _see(detector: nn.Module, batches: Iterable[Any], weighed: Iterable[Any]) -> None:
+    """Shows the calibration images to the observers that are there."""
+    state = getattr(detector, STATE)
+    state.only = frozenset(state.observers)
+    try:
+        with quantization_mode(detector, 'observe'):
+            for batch in track(batches, description='observing activation ranges'):
+                data = detector.data_preprocessor(batch, False)
+                detector(**data, mode='predict')
+    finally:
+        state.only = None
+    merge_ranks(state.observers)
+    weigh_activations(detector, state.observers, weighed)
 
 
 def merge_ranks(observers: dict[str, Observer]) -> None:

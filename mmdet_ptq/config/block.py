@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mmdet_ptq.config.checks import build, check_type, choice, known_keys, merge, plain
 from mmdet_ptq.config.formats import check_format
@@ -82,8 +82,12 @@ class PTQConfig:
         reconstruct: Local reconstruction; None skips the stage.
         global_loss: The global stage; None skips it.
         export: Names of the runtimes to export to (``'onnxruntime'``, ``'openvino'``, ...); each model is evaluated
-            and timed there. With ``'tensorrt'`` or ``'ncnn'``, which know no zero points, activations are symmetric
-            unless the block says otherwise.
+            and timed there. What the block leaves open is as the first of them takes it; those that take it otherwise
+            (``'tensorrt'`` and ``'ncnn'`` know no zero points, ``'onnxruntime'`` alone needs a ``dataflow``) get a
+            calibration of their own.
+
+    Attributes:
+        block: The block as it was given, with its preset.
     """
 
     preset: str | None = None
@@ -100,6 +104,7 @@ class PTQConfig:
     reconstruct: ReconstructConfig | None = None
     global_loss: GlobalLossConfig | None = None
     export: list = field(default_factory=list)
+    block: ClassVar[dict] = {}
 
     @classmethod
     def from_dict(cls, block: Mapping | None, preset: str | None = None) -> PTQConfig:
@@ -159,7 +164,26 @@ class PTQConfig:
         if 'last' in cfg.head:
             cfg.last = merge(cfg.last, cfg.head['last'])
         cfg._check_formats()
+        cfg.block = {**block, 'preset': cfg.preset}
         return cfg
+
+    def by_runtime(self) -> list[PTQConfig]:
+        """One block for each group of runtimes of ``export`` that are calibrated alike; this one where all are.
+
+        Runtimes differ in what they compute between the layers and in the number formats that they know; where the
+        block itself says so, it holds for all.
+        """
+        if not self.block:  # made by hand, not from a config
+            return [self]
+        alone = [PTQConfig.from_dict({**self.block, 'export': [name]}) for name in self.export]
+        groups: list[PTQConfig] = []
+        for block in alone:
+            known = next((g for g in groups if {**g.to_dict(), 'export': block.export} == block.to_dict()), None)
+            if known is None:
+                groups.append(block)
+            else:
+                known.export += block.export
+        return groups or [self]
 
     def _check_formats(self) -> None:
         """Of the general formats and of what differs by role; overrides are checked where their layers are known."""
@@ -183,17 +207,17 @@ def _runtimes(export: Any) -> list:
 
 
 def _needed_dataflow(export: list) -> str | None:
-    """What the first runtime that needs any says."""
-    return next((runtime.dataflow for runtime in _runtimes(export) if runtime.dataflow), None)
+    """What the first runtime needs."""
+    return next((runtime.dataflow for runtime in _runtimes(export[:1])), None)
 
 
 def _add_needed_formats(merged: dict) -> None:
-    """Gives the activations' quantizer what the formats of the runtimes take, where the block says nothing."""
+    """Gives the activations' quantizer what the first runtime's formats take, where the block says nothing."""
     activations = merged.get('activations', {})
     if not isinstance(activations, dict) or not isinstance(activations.get('quantizer', {}), dict):
         return  # told of where it is checked
     needed: dict = {}
-    for runtime in _runtimes(merged.get('export', [])):
+    for runtime in _runtimes(merged.get('export', [])[:1]):
         needed.update(runtime.needed_activations(activations.get('bits', TensorConfig().bits)))
     if needed:
         merged['activations'] = {**activations, 'quantizer': {**needed, **activations.get('quantizer', {})}}

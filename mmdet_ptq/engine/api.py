@@ -60,11 +60,12 @@ def quantize(
             log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
         )
         detector = runner.calibrate()
-        for name in block.export:
-            path = get_runtime(name).export(
-                copy.deepcopy(detector).cpu(), Path(runner.work_dir) / name, runner.input_shape
-            )
-            print_log(f'{name}: {path}', 'current')
+        for part in (runner, *map(runner.part, runner.other_blocks)):
+            calibrated = detector if part is runner else part.calibrate()
+            for name in part.ptq.export:
+                folder = Path(runner.work_dir) / name
+                path = get_runtime(name).export(copy.deepcopy(calibrated).cpu(), folder, runner.input_shape)
+                print_log(f'{name}: {path}', 'current')
     for name in ('cfg', 'dataset_meta'):
         if hasattr(model, name):
             setattr(detector, name, getattr(model, name))

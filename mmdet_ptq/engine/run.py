@@ -26,6 +26,7 @@ from mmdet_ptq.engine.evaluation import check_evaluation, dataset_meta, evaluati
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
 from mmdet_ptq.files import check_space
+from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
 
 RESULTS = 'results.json'
@@ -54,6 +55,9 @@ class Run(Runner):
         protection: What protection did, if there was any.
         units: What reconstruction did to each unit.
         results: What ``results.json`` holds.
+        folder: Where its integer checkpoint goes.
+        runtimes: All that are exported to.
+        observers: What was observed, for a part that observes the same.
     """
 
     def __init__(
@@ -64,7 +68,10 @@ class Run(Runner):
         calibration: Dataset | None = None,
         **kwargs,
     ) -> None:
-        self.ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
+        ptq = ptq if isinstance(ptq, PTQConfig) else PTQConfig.from_dict(ptq)
+        # what the runtimes have in common is done with the first of them; the others follow, see `part`
+        self.ptq, *self.other_blocks = ptq.by_runtime()
+        self.runtimes = list(ptq.export)
         self._calibration = calibration
         resume, load_from = kwargs.pop('resume', False), kwargs.pop('load_from', None)
         randomness = dict(kwargs.pop('randomness', None) or {})
@@ -72,7 +79,7 @@ class Run(Runner):
             # mmengine would draw another seed in every run, and nothing could be resumed
             randomness['seed'] = self.ptq.calibration.seed
         randomness['diff_rank_seed'] = False  # all ranks calibrate one detector
-        for name in self.ptq.export:
+        for name in self.runtimes:
             get_runtime(name)
         check_space(work_dir, 0)
         super().__init__(model=model, work_dir=work_dir, randomness=randomness, **kwargs)
@@ -80,6 +87,8 @@ class Run(Runner):
         self._has_loaded = True
         self.checkpoint = load_from
         self.stages = StageStore(work_dir, resume)
+        self.folder = Path(work_dir)
+        self.observers: dict[str, Observer] = {}
         self.detector: nn.Module = unwrapped(self.model).eval()
         self.float_detector: nn.Module | None = None
         self.structure: Structure | None = None
@@ -119,13 +128,24 @@ class Run(Runner):
         if self._test_loop is not None:
             self.check_evaluation()
         self.float_detector = copy.deepcopy(self.detector)
-        self.inputs = stage_inputs(
-            self.ptq.to_dict(),
-            self.model_inputs(),
-            [str(i) for i in self.calibration.ids],
-            self.calibration.content,
-            self.seed,
-        )
+        self.inputs = self.stage_inputs()
+
+    def stage_inputs(self) -> dict[str, str]:
+        """See :func:`.stage_store.stage_inputs`."""
+        images = [str(i) for i in self.calibration.ids]
+        return stage_inputs(self.ptq.to_dict(), self.model_inputs(), images, self.calibration.content, self.seed)
+
+    def part(self, block: PTQConfig) -> Run:
+        """The same run for runtimes that are calibrated otherwise: from the float detector, in a folder of its own.
+
+        Args:
+            block: One of ``other_blocks``.
+        """
+        part, name = copy.copy(self), block.export[0]
+        part.ptq, part.folder, part.stages = block, self.folder / name, self.stages.within(name)
+        part.detector, part.structure, part.protection, part.units = copy.deepcopy(self.float_detector), None, None, []
+        part.inputs = part.stage_inputs()
+        return part
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -185,8 +205,10 @@ class Run(Runner):
 
     def evaluate_detector(self, detector: nn.Module) -> dict[str, float]:
         """Every figure of the config's evaluator for a detector."""
-        self.model = self.wrap_model(self.cfg.get('model_wrapper_cfg'), detector)
-        return figures(self.test())
+        # of a part, too: the loop knows the runner that it was built for
+        runner = self._test_loop.runner if isinstance(self._test_loop, BaseLoop) else self
+        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), detector)
+        return figures(runner.test())
 
     def add_row(
         self,

@@ -34,18 +34,23 @@ class PTQRunner(Run):
         self.calibrate()
         self.evaluate()
         self.export()
+        for block in self.other_blocks:
+            part = self.part(block)
+            part.calibrate()
+            part.evaluate_part()
+            part.export()
         self.report()
         return self.results
 
     def begin(self) -> None:
         """Checks all that can be checked before the calibration, and exports the float detector."""
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
-        for name in self.ptq.export:
+        for name in self.runtimes:
             check_exportable(self.detector)
             get_runtime(name).check()
             get_runtime(name).check_export()
         self.load()
-        if self.ptq.export:
+        if self.runtimes:
             check_one_size(self.tensor_shape(first)[2:] for first in self.calibration.sizes.values())
         if self.ptq.reconstruct is not None:
             check_holdout('ptq.reconstruct', self.ptq.reconstruct.holdout, len(self.calibration))
@@ -83,6 +88,7 @@ class PTQRunner(Run):
     write_quantized = stages.calibrate.write_quantized
     evaluate_float = stages.measure.evaluate_float
     evaluate = stages.measure.evaluate
+    evaluate_part = stages.measure.evaluate_part
     report = stages.measure.report
     export = stages.export.export
     export_float = stages.export.export_float

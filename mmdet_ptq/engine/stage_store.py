@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -121,6 +122,13 @@ class StageStore:
         self.resume = resume
         self.seconds: dict[str, float] = {}
         self.current: str | None = None
+        self.part, self.whole = '', self
+
+    def within(self, part: str) -> StageStore:
+        """The stages of a part of the run, in a folder of their own; their times stand beside the others."""
+        store = copy.copy(self)
+        store.folder, store.part = self.folder / part, f'{part}_'
+        return store
 
     def path(self, name: str) -> Path:
         """File of a stage."""
@@ -130,18 +138,19 @@ class StageStore:
         """What the stage left for these inputs in an earlier run, if it may be taken over."""
         if not self.resume or not self.path(name).is_file():
             return None
+        told = self.part + name
         try:
             record = StageRecord(**load_tensors(self.path(name)))
         except (PTQError, TypeError) as error:
             print_log(
-                f'stage {name}: its file cannot be used ({error}); it runs again', 'current', level=logging.WARNING
+                f'stage {told}: its file cannot be used ({error}); it runs again', 'current', level=logging.WARNING
             )
             return None
         if record.inputs != inputs:
-            print_log(f'stage {name}: config, checkpoint, images, seed or version changed; it runs again', 'current')
+            print_log(f'stage {told}: config, checkpoint, images, seed or version changed; it runs again', 'current')
             return None
-        self.seconds[name] = record.seconds
-        print_log(f'stage {name}: taken over from the earlier run', 'current')
+        self.seconds[told] = record.seconds
+        print_log(f'stage {told}: taken over from the earlier run', 'current')
         return record
 
     def run(self, name: str, inputs: str, work: Callable[[], Any]) -> tuple[Any, bool]:
@@ -155,20 +164,20 @@ class StageStore:
         Returns:
             The state, and whether it was taken over.
         """
-        record = self.finished(name, inputs)
+        record, told = self.finished(name, inputs), self.part + name
         if record is not None:
             return record.state, True
         with self._added_up(name, inputs), self.timed(name):
             state = work()
         if is_main_process():
-            save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[name], state=state))
+            save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[told], state=state))
         barrier()
         return state, False
 
     @contextmanager
     def _added_up(self, name: str, inputs: str) -> Iterator[None]:
         """Keeps the time of an interrupted stage, and adds it to that of the run that finishes it."""
-        path = self.folder / f'{name}_interrupted.json'
+        path, told = self.folder / f'{name}_interrupted.json', self.part + name
         before = json.loads(path.read_text(encoding='utf-8')) if self.resume and path.is_file() else {}
         spent = before.get('seconds', 0.0) if before.get('inputs') == inputs else 0.0
         start = time.perf_counter()
@@ -178,16 +187,16 @@ class StageStore:
             if is_main_process():
                 write_json(path, dict(inputs=inputs, seconds=round(spent + time.perf_counter() - start, 2)))
             raise
-        self.seconds[name] = round(self.seconds[name] + spent, 2)
+        self.seconds[told] = round(self.seconds[told] + spent, 2)
         if is_main_process():
             path.unlink(missing_ok=True)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Announces and times a stage."""
-        self.current = name
-        print_log(f'stage {name}: begins', 'current')
+        self.whole.current = told = self.part + name
+        print_log(f'stage {told}: begins', 'current')
         start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
-        print_log(f'stage {name}: done in {self.seconds[name]:.1f} s', 'current')
+        self.seconds[told] = round(time.perf_counter() - start, 2)
+        print_log(f'stage {told}: done in {self.seconds[told]:.1f} s', 'current')

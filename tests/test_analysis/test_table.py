@@ -4,7 +4,8 @@ import pytest
 from rich.console import Console
 
 from mmdet_ptq.analysis import coverage_table, headline_metric, print_results, result_lines
-from mmdet_ptq.analysis.table import closing_lines, format_bytes, format_count, points
+from mmdet_ptq.analysis.figures import points
+from mmdet_ptq.analysis.table import format_bytes, format_count
 
 
 def shown(printable):
@@ -105,12 +106,6 @@ def test_format_count():
     assert format_count(33_400_000_000) == '33.4 G'
 
 
-def timed(results, **ratios):
-    first = results['rows'][0]
-    others = [dict(first, model=name, latency_ratio=ratio) for name, ratio in ratios.items()]
-    return dict(results, rows=[first, *others])
-
-
 def test_figures_that_the_processor_makes_wrong_are_marked(results):
     results['rows'][2]['remark'] = 'ncnn: this processor lacks something, [so] calibrate again.'
     console = Console(file=io.StringIO(), width=200)
@@ -118,33 +113,3 @@ def test_figures_that_the_processor_makes_wrong_are_marked(results):
     text = console.file.getvalue()
     name = f'{results["rows"][2]["model"]} (!)'
     assert text.count(name) == 2 and f'{name}: {results["rows"][2]["remark"]}' in text
-    # rows of older versions have no remark
-    for row in results['rows']:
-        row.pop('remark', None)
-    assert closing_lines(results) == []
-
-
-@pytest.mark.parametrize(
-    'ratios,told',
-    [
-        (dict(onnxruntime=1.4, openvino=1.1), None),
-        (
-            dict(onnxruntime=0.64, openvino=1.18, ncnn=1.02),
-            'int8 is slower than float in onnxruntime (0.64x); openvino is faster here (1.18x).',
-        ),
-        (
-            dict(onnxruntime=0.64, openvino=0.9),
-            'int8 is slower than float in onnxruntime (0.64x) and openvino (0.90x); no exported '
-            'runtime whose figures are right is faster here.',
-        ),
-    ],
-)
-def test_integers_that_do_not_pay_are_told(results, ratios, told):
-    lines = closing_lines(timed(results, **ratios))
-    assert lines == ([] if told is None else [f'on this processor {told}'])
-
-
-def test_a_runtime_whose_figures_are_wrong_is_not_recommended(results):
-    given = timed(results, onnxruntime=0.64, openvino=1.18)
-    given['rows'][2]['remark'] = 'wrong'
-    assert closing_lines(given)[-1].endswith('no exported runtime whose figures are right is faster here.')

@@ -200,7 +200,7 @@ def in_observe(patch):
 
     patch.setattr(
         f'{STAGES}.calibrate.observe_activations',
-        lambda detector, batches, structure: observe_activations(detector, first_batch_only(batches), structure),
+        lambda detector, batches, *others: observe_activations(detector, first_batch_only(batches), *others),
     )
 
 

@@ -68,7 +68,7 @@ def train_global(run: Run) -> None:
     Args:
         run: Its ``ptq`` block has a ``global_loss``, its detector is calibrated.
     """
-    cfg, folder = run.ptq.global_loss, Path(run.work_dir) / 'global' / run.inputs['global']
+    cfg, folder = run.ptq.global_loss, run.folder / 'global' / run.inputs['global']
     if not run.stages.resume and is_main_process():
         for stale in folder.glob('*.pth'):
             stale.unlink()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from pathlib import Path
 
 from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
@@ -37,7 +36,8 @@ def observe(run: Run) -> None:
     """Sets activation ranges from the calibration images."""
 
     def work() -> dict:
-        observe_activations(run.detector, run.calibration_loader(), run.structure, run.first_images(WEIGHED_IMAGES))
+        loader, first = run.calibration_loader(), run.first_images(WEIGHED_IMAGES)
+        observe_activations(run.detector, loader, run.structure, first, run.observers)
         return run.detector.state_dict()
 
     state, taken_over = run.stages.run('observe', run.inputs['observe'], work)
@@ -49,7 +49,7 @@ def protect(run: Run) -> None:
     """Gives the tensors that cost most detections better formats."""
 
     def work() -> dict:
-        measurements = Path(run.work_dir) / 'protect' / 'measurements.json'
+        measurements = run.folder / 'protect' / 'measurements.json'
         if not run.stages.resume:
             measurements.unlink(missing_ok=True)
         protection = protect_detector(
@@ -81,7 +81,7 @@ def reconstruct(run: Run) -> None:
         units = method.run(
             run.detector,
             *(run.whole_loader(part) for part in run.split(cfg.holdout)),
-            Path(run.work_dir) / 'reconstruct' / run.inputs['reconstruct'],
+            run.folder / 'reconstruct' / run.inputs['reconstruct'],
             run.seed,
             run.stages.resume,
         )
@@ -109,8 +109,9 @@ def minimise_global_loss(run: Run) -> None:
 
 def write_quantized(run: Run) -> None:
     """Writes the integer checkpoint and goes on with the detector rebuilt from it."""
-    path = Path(run.work_dir) / QUANTIZED
+    path = run.folder / QUANTIZED
     settle_biases(run.detector, run.structure)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         for stale in (RESULTS, REPORT):  # of the checkpoint that is replaced
             (path.parent / stale).unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def export(run: Run) -> None:
 
 def export_float(run: Run) -> None:
     """Exports the float detector to every runtime of ``ptq.export``, before anything that takes long."""
-    for name in run.ptq.export:
+    for name in run.runtimes:
         _exported(
             run,
             f'export_{name}_float',

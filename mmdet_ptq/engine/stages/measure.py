@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import (
     bops,
     build_report,
+    closing_lines,
     float_bops,
     float_size_bytes,
     new_results,
@@ -20,6 +19,8 @@ from mmdet_ptq.deploy import integer_arithmetic
 from mmdet_ptq.engine.evaluation import check_figures
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
+
+SIMULATED = 'simulated'
 
 
 def evaluate_float(run: Run) -> None:
@@ -38,25 +39,33 @@ def evaluate(run: Run) -> None:
         evaluate_float(run)
     run.results = new_results(
         str(run.cfg.filename or ''),
-        run.ptq.to_dict(),
+        {**run.ptq.to_dict(), 'export': run.runtimes},
         run.seed,
         run.structure,
         run.calibration.ids,
         run.calibration.skipped,
     )
+    run.results['evaluation'] = dict(num_images=len(run.evaluation_dataset()))
     if run.protection is not None:
         run.results['protection'] = run.protection.to_dict()
     if run.units:
         run.results['reconstruction'] = run.units
     run.add_row('float', run.float_figures, float_size_bytes(run.float_detector), float_bops(run.structure))
-    quantized = Path(run.work_dir) / QUANTIZED
+    _simulated(run, SIMULATED)
 
-    def simulated() -> dict:
+
+def evaluate_part(run: Run) -> None:
+    """The same for a part of a run (see :meth:`.Run.part`), whose float detector is known already."""
+    _simulated(run, f'{SIMULATED} for {run.ptq.export[0]}')
+
+
+def _simulated(run: Run, name: str) -> None:
+    def work() -> dict:
         with integer_arithmetic(run.detector):
             return run.evaluate_detector(run.detector)
 
-    row, _ = run.stages.run('evaluate_simulated', run.quantized_inputs(), simulated)
-    run.add_row('simulated', row, quantized.stat().st_size, bops(run.structure))
+    row, _ = run.stages.run('evaluate_simulated', run.quantized_inputs(), work)
+    run.add_row(name, row, (run.folder / QUANTIZED).stat().st_size, bops(run.structure))
 
 
 def report(run: Run) -> None:
@@ -65,6 +74,7 @@ def report(run: Run) -> None:
         batches = [batch for batch, _ in zip(run._test_dataloader, range(4), strict=False)]
         if is_main_process():
             build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches)
+    run.results['remarks'] = closing_lines(run.results)
     run.write_results()
     if is_main_process():
         if run.protection is not None:

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmdet_ptq import cli
-from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, runtime_detector
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, read_quantized, runtime_detector
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.stages.export import export_runtime
 from mmdet_ptq.errors import PTQError
@@ -40,16 +40,17 @@ def exported(config_file, one_thread, tmp_path_factory) -> PTQRunner:
 
 def test_every_runtime_has_a_row_of_the_evaluator(exported):
     results = json.loads((Path(exported.work_dir) / 'results.json').read_text())
-    assert [row['model'] for row in results['rows']] == ['float', 'simulated', *NAMES]
-    simulated = results['rows'][1]['metrics']
-    for row in results['rows'][2:]:
+    rows = {row['model']: row for row in results['rows']}
+    assert list(rows) == ['float', 'simulated', 'onnxruntime', 'simulated for openvino', 'openvino']
+    for name, simulated in (('onnxruntime', 'simulated'), ('openvino', 'simulated for openvino')):
+        row, simulated = rows[name], rows[simulated]['metrics']
         assert row['metrics'].keys() == simulated.keys() and row['latency_ratio'] > 0
         assert row['metrics']['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
         suffix = {'onnxruntime': 'onnx', 'openvino': 'xml'}[row['model']]
         stored = Path(exported.work_dir) / row['model'] / 'float' / f'model.{suffix}'
         assert 0 < row['size_bytes'] < model_bytes(stored)
     # what is simulated is what its integer kernels compute
-    assert results['rows'][2]['metrics'] == simulated
+    assert rows['onnxruntime']['metrics'] == rows['simulated']['metrics']
     layers = {layer['name'] for layer in results['coverage']['layers']}
     for name in NAMES:
         coverage = results['runtimes'][name]
@@ -99,9 +100,16 @@ def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_th
     cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=['onnxruntime', 'ncnn'])
     cfg.work_dir = str(tmp_path)
     results = PTQRunner.from_cfg(cfg).run()
-    simulated, onnxruntime, ncnn = (row['metrics'] for row in results['rows'][1:])
-    assert onnxruntime == simulated
-    assert ncnn['coco/bbox_mAP'] == pytest.approx(simulated['coco/bbox_mAP'], abs=0.02)
+    rows = {row['model']: row['metrics'] for row in results['rows']}
+    assert list(rows) == ['float', 'simulated', 'onnxruntime', 'simulated for ncnn', 'ncnn']
+    assert rows['onnxruntime'] == rows['simulated']
+    assert rows['ncnn']['coco/bbox_mAP'] == pytest.approx(rows['simulated for ncnn']['coco/bbox_mAP'], abs=0.02)
+    first, second = (read_quantized(tmp_path / folder / 'quantized.pth') for folder in ('.', 'ncnn'))
+    assert first['structure']['sites'] and not second['structure']['sites']
+    specs = [entry['spec'] for entry in second['structure']['activations'].values()]
+    assert specs and all(spec['symmetric'] for spec in specs)
+    assert results['recipe']['export'] == ['onnxruntime', 'ncnn'] and results['recipe']['dataflow'] == 'balanced'
+    assert {'observe', 'ncnn_observe'} <= results['stages'].keys()
     assert all(coverage['integer'] and not coverage['float'] for coverage in results['runtimes'].values())
 
 
