@@ -3,6 +3,10 @@
 ``locations`` makes every scoped name (``type='mmdet_ptq.X'``) resolve without ``custom_imports``.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
@@ -37,6 +41,28 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor', parent=MMENGINE_CONSTRUCTORS, scope=SCOPE, locations=['mmdet_ptq.engine']
 )
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_ptq.datasets'])
+
+
+def registered(registry: Registry, name: str) -> Any:
+    """What one of our registries holds under exactly this name; None if it holds nothing.
+
+    ``registry.get`` and ``registry.build`` import a name that they do not know, and hand on whatever they find there.
+
+    Args:
+        registry: The registry; no other is searched.
+        name: The name, with or without the scope ``mmdet_ptq.``; or the class's whole path, as mmengine's configs in
+            pure Python give it.
+    """
+    registry.import_from_location()
+    key = name.removeprefix(f'{SCOPE}.')
+    if key not in registry.module_dict:
+        key = path_names(registry).get(name)
+    return registry.module_dict.get(key)
+
+
+def path_names(registry: Registry) -> dict[str, str]:
+    """Whole path of what a registry holds, as ``package.module.Class``, to the name under which it does."""
+    return {f'{kind.__module__}.{kind.__qualname__}': name for name, kind in registry.module_dict.items()}
 
 
 def runtime_names() -> list[str]:
