@@ -62,7 +62,11 @@ def registered(registry: Registry, name: str) -> Any:
 
 def path_names(registry: Registry) -> dict[str, str]:
     """Whole path of what a registry holds, as ``package.module.Class``, to the name under which it does."""
-    return {f'{kind.__module__}.{kind.__qualname__}': name for name, kind in registry.module_dict.items()}
+    return {
+        f'{kind.__module__}.{kind.__qualname__}': name
+        for name, kind in registry.module_dict.items()
+        if hasattr(kind, '__qualname__')
+    }
 
 
 def runtime_names() -> list[str]:

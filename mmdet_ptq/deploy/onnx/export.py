@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_layout,
     output_shapes,
 )
+from mmdet_ptq.deploy.network.seal import check_seal, seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
@@ -194,7 +196,8 @@ def _write(model, meta: dict, path: str | os.PathLike, dialect: Dialect) -> None
     onnx.checker.check_model(proto, full_check=True)
     if dialect.check is not None:
         dialect.check(proto)
-    write_atomic(path, lambda file: file.write(proto.SerializeToString()))
+    content = seal(proto.SerializeToString())
+    write_atomic(path, lambda file: file.write(content))
 
 
 def model_meta(path: str | os.PathLike) -> dict:
@@ -226,4 +229,6 @@ def model_meta(path: str | os.PathLike) -> dict:
         raise PTQError(f'{str(path)!r} is damaged or no ONNX model; export it again with tools/export.py.') from error
     if 'mmdet_ptq' not in entries:
         raise PTQError(f'{str(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
-    return read_meta(entries['mmdet_ptq'])
+    meta = read_meta(entries['mmdet_ptq'], path)
+    check_seal(meta, Path(path))
+    return meta
