@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdet_ptq.deploy.ncnn.format import NcnnLayer, param_meta, parse_param
 from mmdet_ptq.deploy.network.meta import check_meta
-from mmdet_ptq.deploy.network.seal import check_seal
+from mmdet_ptq.deploy.network.seal import CHECKSUM, check_seal
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.fields import Malformed
@@ -121,5 +121,5 @@ def _read(param: Path) -> tuple[list[NcnnLayer], dict, Path]:
             check_meta(meta)
         except Malformed as error:
             raise PTQError(f'{str(param)!r} is damaged: {error}; export it again with tools/export.py.') from error
-    check_seal(meta, param, weights)
+    check_seal(meta.pop(CHECKSUM, None), param, weights)
     return layers, meta, weights

@@ -6,11 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mmdet_ptq.deploy.network.seal import BLANK, CHECKSUM
+from mmdet_ptq.deploy.network.seal import BLANK, CHECKSUM, check_seal
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.fields import Each, Fields, Malformed, Whole, check_form, check_plain
 from mmdet_ptq.wrapping.names import layer_of
@@ -48,25 +49,34 @@ def write_meta(meta: dict) -> str:
     return json.dumps({**meta, 'layers': calls, CHECKSUM: BLANK}, separators=(',', ':'))
 
 
-def read_meta(text: str, path: str | os.PathLike) -> dict:
-    """Inverse of :func:`write_meta`; reads what older versions wrote, too.
+def read_meta(text: str) -> dict:
+    """Inverse of :func:`write_meta`; reads what older versions wrote, too."""
+    meta = json.loads(text)
+    if isinstance(meta['layers'], list):
+        meta['layers'] = dict(call if isinstance(call, list) else (call, layer_of(call)) for call in meta['layers'])
+    meta.pop(CHECKSUM, None)
+    return meta
+
+
+def checked_meta(text: str, path: str | os.PathLike, *others: Path) -> dict:
+    """The same of a file that anybody may have written, or damaged.
 
     Args:
         text: The text.
-        path: The model, for messages.
+        path: The model that carries it.
+        *others: The files beside it.
 
     Raises:
-        PTQError: The text is damaged.
+        PTQError: The text is damaged, or the files do not have their checksum.
     """
     try:
-        meta = json.loads(text)
-        check_meta(meta)
+        told = json.loads(text)
+        check_meta(told)
+        check_seal(told.get(CHECKSUM), Path(path), *others)
+        return read_meta(text)
     except (Malformed, RecursionError, ValueError) as error:
-        told = f'{error}' if isinstance(error, Malformed) else 'what it says about itself cannot be read'
-        raise PTQError(f'{str(path)!r} is damaged: {told}; export it again with tools/export.py.') from error
-    if isinstance(meta['layers'], list):
-        meta['layers'] = dict(call if isinstance(call, list) else (call, layer_of(call)) for call in meta['layers'])
-    return meta
+        why = f'{error}' if isinstance(error, Malformed) else 'what it says about itself cannot be read'
+        raise PTQError(f'{str(path)!r} is damaged: {why}; export it again with tools/export.py.') from error
 
 
 def check_meta(meta: Any) -> None:

@@ -24,18 +24,17 @@ def seal(main: bytes, *others: bytes) -> bytes:
     return main.replace(BLANK.encode(), _digest(main, *others).encode())
 
 
-def check_seal(meta: dict, path: Path, *others: Path) -> None:
+def check_seal(told: str | None, path: Path, *others: Path) -> None:
     """Refuses a model whose files are not those that were sealed; older versions wrote no checksum.
 
     Args:
-        meta: What the model says about itself.
+        told: The checksum, or None where there is none.
         path: The file that carries it.
         *others: The files beside it.
 
     Raises:
         PTQError: A byte has changed, or a file is of another export.
     """
-    told = meta.get(CHECKSUM)
     if told is None:
         return
     main = path.read_bytes()

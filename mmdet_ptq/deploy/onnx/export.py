@@ -7,13 +7,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from mmdet_ptq.deploy.integers.biases import float_shared_biases
-from mmdet_ptq.deploy.network.meta import input_meta, read_meta, write_meta
+from mmdet_ptq.deploy.network.meta import checked_meta, input_meta, write_meta
 from mmdet_ptq.deploy.network.raw_outputs import (
     RawOutputs,
     check_exportable,
@@ -21,7 +20,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_layout,
     output_shapes,
 )
-from mmdet_ptq.deploy.network.seal import check_seal, seal
+from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
@@ -229,6 +228,4 @@ def model_meta(path: str | os.PathLike) -> dict:
         raise PTQError(f'{str(path)!r} is damaged or no ONNX model; export it again with tools/export.py.') from error
     if 'mmdet_ptq' not in entries:
         raise PTQError(f'{str(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
-    meta = read_meta(entries['mmdet_ptq'], path)
-    check_seal(meta, Path(path))
-    return meta
+    return checked_meta(entries['mmdet_ptq'], path)

@@ -33,7 +33,7 @@ def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndar
 
     core, pixels = openvino.Core(), image.cpu().numpy()
     model = core.read_model(os.fspath(path))
-    meta = read_meta(model.get_rt_info([META]).astype(str), path)
+    meta = read_meta(model.get_rt_info([META]).astype(str))
     plain = run_model(core, model, pixels)
     inputs = {call: op.input_value(0) for call, op in layer_operations(model, meta['layers']).items()}
     put_out = [_place(result.input_value(0)) for result in model.get_results()]

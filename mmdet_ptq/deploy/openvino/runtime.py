@@ -13,8 +13,8 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import report_inputs
-from mmdet_ptq.deploy.network.meta import read_meta, write_meta
-from mmdet_ptq.deploy.network.seal import check_seal, seal
+from mmdet_ptq.deploy.network.meta import checked_meta, write_meta
+from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
@@ -61,8 +61,7 @@ class OpenVino(Runtime):
         if META not in model.rt_info:
             raise PTQError(f'{path!r} was not exported by mmdet-ptq; make one with tools/export.py.')
         meta = model.get_rt_info([META]).astype(str)
-        self.meta = read_meta(meta, path)
-        check_seal(self.meta, Path(path), Path(path).with_suffix(self.weights))
+        self.meta = checked_meta(meta, path, Path(path).with_suffix(self.weights))
         options = {**FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
