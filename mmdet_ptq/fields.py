@@ -134,7 +134,7 @@ def check_plain(value: Any, where: str) -> None:
     while stack:
         inner, depth = stack.pop()
         left -= 1
-        if left < 0 or depth > MOST_NESTED:
+        if left < (len(inner) if isinstance(inner, Mapping | list | tuple) else 0) or depth > MOST_NESTED:
             raise Malformed(f'{where} holds too much: more than {MOST_VALUES} values, or {MOST_NESTED} in each other')
         if isinstance(inner, Mapping):
             for key in inner:

@@ -149,6 +149,17 @@ def _check_layers(state: Mapping, structure: Structure) -> None:
         channels = specs[name].get('num_channels')
         if channels not in (None, rows[0]):
             raise Malformed(f'{name} has {rows[0]} output channels, its format {channels!r:.40}')
+        _check_neighbours(name, specs[name].get('neighbours'), rows[1])
+
+
+def _check_neighbours(name: str, neighbours: object, columns: int) -> None:
+    """Those of a channel's weights are as many as the channel has."""
+    if neighbours is None:
+        return
+    form = Fields(dict(channels=Whole(1, 2**31)), dict(kernel=[Whole(1, 2**31)], slices=Whole(1, 2**31)))
+    check_form(neighbours, form, f'the neighbours of {name}')
+    if neighbours['channels'] * math.prod(neighbours.get('kernel', ())) != columns:
+        raise Malformed(f'{name} has {columns} weights a channel, not as many as its neighbours tell')
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:
