@@ -108,6 +108,10 @@ def first(state):
     return state['structure']['activations']['backbone/conv1']
 
 
+def twice(state):
+    state['structure']['layers'].append(state['structure']['layers'][0])
+
+
 def scale(state, value, name='backbone.conv1.parametrizations.weight.0.quantizer.scale'):
     tensors = unflatten_tensors(state['tensors'])
     tensors[name].reshape(-1)[0] = value
@@ -141,7 +145,7 @@ DAMAGES = {
     'a bias': (lambda state: scale(state, float('inf'), 'backbone.conv1.bias'), 'NaN or infinity'),
     'the size of images': (lambda state: state.update(input_shape=[64, 64]), 'no size of an image'),
     'an offset': (lambda state: state['codes']['index'][0].__setitem__(3, 10**9), 'not within the numbers'),
-    'an index entry': (lambda state: state['codes']['index'][0].pop(0), 'shape must be a list'),
+    'an index entry': (lambda state: state['codes']['index'][0].pop(0), 'dtype must be text'),
 }
 
 
