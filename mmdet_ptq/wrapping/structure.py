@@ -113,6 +113,8 @@ class Structure:
         if unknown:
             raise Malformed(f'the structure names the activation {min(unknown)[:100]}, which it does not have')
         for name, entry in self.activations.items():
+            if 'readers' not in entry:
+                raise Malformed(f'the activation {name[:100]} lacks the field `readers`')
             if entry['readers'] != read[name]:
                 told = f'{entry["readers"]} readers, and {read[name]} layers read it'
                 raise Malformed(f'the activation {name[:100]} tells of {told}')
@@ -143,8 +145,9 @@ _LAYER = Fields(
     dict(weight=(None, _format), inputs=[_MAYBE], outputs=[_MAYBE], reason=str),
 )
 _ACTIVATION = Fields(
-    dict(spec=_format, readers=_COUNT),
+    dict(spec=_format),
     dict(
+        readers=_COUNT,
         observer=(None, dict),
         range=[float],
         moved=bool,
