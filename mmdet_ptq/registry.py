@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -54,19 +55,23 @@ def registered(registry: Registry, name: str) -> Any:
             pure Python give it.
     """
     registry.import_from_location()
-    key = name.removeprefix(f'{SCOPE}.')
+    key: str | None = name.removeprefix(f'{SCOPE}.')
     if key not in registry.module_dict:
-        key = path_names(registry).get(name)
+        key = name_by_path(registry, name)
     return registry.module_dict.get(key)
 
 
-def path_names(registry: Registry) -> dict[str, str]:
-    """Whole path of what a registry holds, as ``package.module.Class``, to the name under which it does."""
-    return {
-        f'{kind.__module__}.{kind.__qualname__}': name
-        for name, kind in registry.module_dict.items()
-        if hasattr(kind, '__qualname__')
-    }
+def name_by_path(registry: Registry, path: str) -> str | None:
+    """The name under which a registry holds what stands at ``package.module.Class``; None if it does not hold it.
+
+    Nothing is imported: what a registry holds, and the modules that hand it on, are imported already.
+    """
+    package, _, name = path.rpartition('.')
+    found = vars(sys.modules[package]).get(name) if package in sys.modules else None
+    for key, kind in registry.module_dict.items():
+        if kind is found or f'{kind.__module__}.{getattr(kind, "__qualname__", key)}' == path:
+            return key
+    return None
 
 
 def runtime_names() -> list[str]:

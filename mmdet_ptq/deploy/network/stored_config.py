@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 
 from mmdet_ptq.errors import PTQError, did_you_mean
-from mmdet_ptq.registry import SCOPE, path_names
+from mmdet_ptq.registry import SCOPE, name_by_path
 
 SCOPES = ('mmdet', 'mmengine', SCOPE)
 # packages whose modules a config may name, once they are imported
@@ -29,7 +29,12 @@ _OPERATIONS = {
     'deform_roi_pool': ('DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack'),
 }
 OPERATIONS = {name: name for names in _OPERATIONS.values() for name in names}
-OPERATIONS |= {f'mmcv.ops.{module}.{name}': name for module, names in _OPERATIONS.items() for name in names}
+OPERATIONS |= {
+    f'{package}.{name}': name
+    for module, names in _OPERATIONS.items()
+    for name in names
+    for package in ('mmcv.ops', f'mmcv.ops.{module}')
+}
 # what these do when they are built or run: they evaluate text, read other files, or fetch some
 ACTING = {
     'CameraMotionCompensation': 'evaluates text as code',
@@ -78,13 +83,17 @@ class _Role:
         if name in self.others:
             return self.others[name], self.others[name]
         scope, _, key = name.rpartition('.')
+        searched: set[str] = set()
         for registry in self.chain():
             held = registry.module_dict
             if key in held and scope in ('', registry.scope):
                 return name, getattr(held[key], '__name__', key)
             # configs in pure Python have classes for types, of which the whole path is stored
-            if own := path_names(registry).get(name):
-                return f'{registry.scope}.{own}', getattr(held[own], '__name__', own)
+            if own := name_by_path(registry, name):
+                # some modules compare the plain name
+                plain = own if own not in searched else f'{registry.scope}.{own}'
+                return plain, getattr(held[own], '__name__', own)
+            searched |= held.keys()
         return None
 
     def known(self) -> set[str]:
