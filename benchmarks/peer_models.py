@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.meta import read_meta
 from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.folding import fold_norms
@@ -100,9 +101,10 @@ def quantize_onnxruntime(float_path: Path, out: Path, images: Sequence[np.ndarra
     )
     prepared.unlink()
     model = onnx.load(out)
-    if all(entry.key != META for entry in model.metadata_props):
-        model.metadata_props.add(key=META, value=json.dumps(model_meta(float_path)))
-        onnx.save(model, out)
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    # without the checksum, which is of the float model
+    onnx.helper.set_model_props(model, {**kept, META: json.dumps(model_meta(float_path))})
+    onnx.save(model, out)
 
 
 def quantize_nncf(float_path: Path, out: Path, images: Sequence[np.ndarray], preset: str = 'PERFORMANCE') -> None:
@@ -120,7 +122,8 @@ def quantize_nncf(float_path: Path, out: Path, images: Sequence[np.ndarray], pre
     import openvino
 
     model = openvino.Core().read_model(str(float_path))
-    meta = model.get_rt_info([META]).astype(str)
+    # without the checksum, which is of the float model
+    meta = json.dumps(read_meta(model.get_rt_info([META]).astype(str)))
     quantized = nncf.quantize(
         model, nncf.Dataset(images), preset=nncf.QuantizationPreset[preset], subset_size=len(images)
     )

@@ -229,7 +229,14 @@ def _export(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--compare', metavar='IMAGE', help='image file: compare the codes of every quantized tensor with the simulation'
     )
+    parser.add_argument('--config', help='config file that replaces the one in the checkpoint')
+    parser.add_argument(
+        '--trust-config',
+        action='store_true',
+        help='let the config in the checkpoint import modules: it can run any code',
+    )
     args = parser.parse_args(argv)
+    config = None if args.config is None else load_config(args.config)
     from mmdet_ptq.engine.export_again import export_checkpoint
 
     export_checkpoint(
@@ -241,6 +248,8 @@ def _export(argv: list[str] | None = None) -> None:
         not args.unpacked,
         args.compare,
         args.end2end,
+        config,
+        args.trust_config,
     )
 
 

@@ -8,13 +8,19 @@ import os
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.limits import MIB, bounded
+
+# what reading a checkpoint may take besides twice its size, and how fast it is at least
+READING, READING_SECONDS, READING_SPEED = 512 * MIB, 5, 20 * MIB
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) -> None:
@@ -83,8 +89,13 @@ def load_tensors(path: str | os.PathLike) -> Any:
     """
     if not Path(path).is_file():
         raise PTQError(f'there is no checkpoint {str(path)!r}; check the path.')
+    _check_archive(path)
+    size = Path(path).stat().st_size
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with bounded(f'reading {str(path)!r}', 2 * size + READING, READING_SECONDS + size / READING_SPEED):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except PTQError:
+        raise
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):  # an object of a class outside torch's own
             raise PTQError(
@@ -94,6 +105,41 @@ def load_tensors(path: str | os.PathLike) -> Any:
         raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way
         raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Refuses an archive that unpacks to more than it is; torch stores tensors as they are.
+
+    Raises:
+        PTQError: An entry is compressed, or entries share bytes.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # of torch before 1.6, or nothing at all
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
+        raise PTQError(f'the checkpoint {str(path)!r} is damaged or no torch checkpoint.') from error
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+        raise PTQError(
+            f'the checkpoint {str(path)!r} unpacks to more than it is, which torch never writes; load it with torch '
+            'and save it again if you trust it.'
+        )
+
+
+def check_tensor(tensor: Tensor) -> str:
+    """What is wrong with a tensor that a file gave, in words; '' if it is plain numbers, and the file holds them."""
+    if tensor.layout is not torch.strided:
+        return 'is sparse'
+    if tensor.is_meta:
+        return 'is on the meta device, without its numbers'
+    if tensor.is_quantized or tensor.is_nested or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f'is a {type(tensor).__name__} of another kind than plain numbers'
+    # a few numbers may stand for many, as `expand` leaves them
+    if tensor.numel() > MIB and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return 'claims more numbers than the file holds'
+    return ''
 
 
 def check_space(folder: str | os.PathLike, needed: int, option: str = '--work-dir') -> None:

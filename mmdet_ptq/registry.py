@@ -3,6 +3,11 @@
 ``locations`` makes every scoped name (``type='mmdet_ptq.X'``) resolve without ``custom_imports``.
 """
 
+from __future__ import annotations
+
+import sys
+from typing import Any
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
@@ -37,6 +42,36 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor', parent=MMENGINE_CONSTRUCTORS, scope=SCOPE, locations=['mmdet_ptq.engine']
 )
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_ptq.datasets'])
+
+
+def registered(registry: Registry, name: str) -> Any:
+    """What one of our registries holds under exactly this name; None if it holds nothing.
+
+    ``registry.get`` and ``registry.build`` import a name that they do not know, and hand on whatever they find there.
+
+    Args:
+        registry: The registry; no other is searched.
+        name: The name, with or without the scope ``mmdet_ptq.``; or the class's whole path, as mmengine's configs in
+            pure Python give it.
+    """
+    registry.import_from_location()
+    key: str | None = name.removeprefix(f'{SCOPE}.')
+    if key not in registry.module_dict:
+        key = name_by_path(registry, name)
+    return registry.module_dict.get(key)
+
+
+def name_by_path(registry: Registry, path: str) -> str | None:
+    """The name under which a registry holds what stands at ``package.module.Class``; None if it does not hold it.
+
+    Nothing is imported: what a registry holds, and the modules that hand it on, are imported already.
+    """
+    package, _, name = path.rpartition('.')
+    found = vars(sys.modules[package]).get(name) if package in sys.modules else None
+    for key, kind in registry.module_dict.items():
+        if kind is found or f'{kind.__module__}.{getattr(kind, "__qualname__", key)}' == path:
+            return key
+    return None
 
 
 def runtime_names() -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from mmdet.apis import inference_detector
 from mmengine.config import Config
 
-from mmdet_ptq import cli, load_quantized
+from mmdet_ptq import PTQError, cli, load_quantized
 from mmdet_ptq.testing import tiny_config
 
 
@@ -253,7 +253,10 @@ def test_a_custom_detector_and_a_seed(config_file, tmp_path, monkeypatch, capfd,
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['seed'] == 7 and results['recipe']['calibration']['seed'] == 7
     assert results['coverage']['integer_mac_share'] == 1.0
-    assert type(load_quantized(tmp_path / 'out' / 'quantized.pth')).__name__ == 'UsersDetector'
+    with pytest.raises(PTQError, match=r'needs users_detector.*trust_config=True \(--trust-config\)'):
+        load_quantized(tmp_path / 'out' / 'quantized.pth')
+    trusted = load_quantized(tmp_path / 'out' / 'quantized.pth', trust_config=True)
+    assert type(trusted).__name__ == 'UsersDetector'
     capfd.readouterr()
     with pytest.raises(SystemExit):
         cli.ptq([str(config_file), str(tmp_path / 'out' / 'quantized.pth')])

@@ -7,7 +7,7 @@ import inspect
 from mmdet_ptq.config.sections import TensorConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import build_observer, build_quantizer
-from mmdet_ptq.registry import QUANTIZERS
+from mmdet_ptq.registry import QUANTIZERS, registered
 
 
 def check_format(policy: TensorConfig, part: str, key: str) -> None:
@@ -36,7 +36,7 @@ def check_format(policy: TensorConfig, part: str, key: str) -> None:
 def _channels(policy: TensorConfig, part: str) -> dict:
     if part == 'weights':
         return dict(num_channels=1)
-    kind = QUANTIZERS.get(policy.quantizer['type'])
+    kind = registered(QUANTIZERS, policy.quantizer['type'])
     options = inspect.signature(kind).parameters if kind is not None else {}
     if (
         kind is not None

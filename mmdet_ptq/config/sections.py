@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mmdet_ptq.config.checks import choice, positive
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.registry import RECONSTRUCTIONS, SCOPE
+from mmdet_ptq.registry import RECONSTRUCTIONS, SCOPE, registered
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SATURATIONS = ('safe', 'ignore')
@@ -322,7 +322,7 @@ class ReconstructConfig:
     cache_gib: float = 4
 
     def check(self, key: str) -> None:
-        if RECONSTRUCTIONS.get(self.type) is None:
+        if registered(RECONSTRUCTIONS, self.type) is None:
             choice(f'{key}.type', self.type, tuple(f'{SCOPE}.{name}' for name in RECONSTRUCTIONS.module_dict))
         positive(key, self, 'batch_size', 'max_positions', 'rounding_lr', 'damping')
         choice(f'{key}.granularity', self.granularity, ('block', 'layer', 'paper'))

@@ -5,18 +5,24 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmengine.logging import MMLogger, print_log
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.limits import MIB, bounded
 from mmdet_ptq.registry import RUNTIMES, runtime_names
 from mmdet_ptq.wrapping import Structure
+
+# what opening a model may take besides what its size asks for
+OPENING, OPENING_SECONDS = 768 * MIB, 60
 
 
 @dataclass
@@ -203,10 +209,21 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
     """
     if not Path(path).is_file():
         raise PTQError(f'there is no model {str(path)!r}; check the path.')
-    model = runtime_of(path)(path, threads)
+    kind = runtime_of(path)
+    size = model_bytes(path)
+    with _opening(f'opening {str(path)!r}', OPENING + 12 * size, OPENING_SECONDS + size / MIB):
+        model = kind(path, threads)
     if remark := model.remark():
         warn_once(remark)
     return model
+
+
+def _opening(what: str, memory: int, seconds: float) -> AbstractContextManager:
+    """What a model may take while it is opened: runtimes compute what is constant, however large.
+
+    On a GPU they reserve more addresses than there is memory, which says nothing.
+    """
+    return nullcontext() if torch.cuda.is_available() else bounded(what, memory, seconds)
 
 
 def runtime_of(path: str | os.PathLike) -> type[Runtime]:
@@ -225,7 +242,7 @@ def model_bytes(path: str | os.PathLike) -> int:
     """Size of an exported model, all its files together."""
     path = Path(path)
     beside = {runtime.suffix: runtime.weights for runtime in map(RUNTIMES.get, runtime_names())}.get(path.suffix)
-    files = [path, path.with_suffix(beside)] if beside else [path]
+    files = [path, path.with_suffix(beside)] if beside and path.with_suffix(beside).is_file() else [path]
     return sum(file.stat().st_size for file in files)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,16 @@ from torch import nn
 from mmdet_ptq.calibration import LoadedSamples
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import build_detector, get_runtime, load_quantized_state, read_quantized
+from mmdet_ptq.deploy.checkpoint.check import declared_numbers
+from mmdet_ptq.deploy.network.guard import only_registered
+from mmdet_ptq.deploy.network.stored_config import stored_config
 from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.limits import MIB, bounded
+
+# what loading may take: bytes and seconds of any detector, and more by its numbers
+LOADING, LOADING_PER_NUMBER = 768 * MIB, 24
+LOADING_SECONDS, NUMBERS_PER_SECOND = 6, 10**6
 
 
 def quantize(
@@ -72,29 +82,59 @@ def quantize(
     return detector
 
 
-def load_quantized(path: str | os.PathLike, config: Config | str | None = None, device: str = 'cpu') -> nn.Module:
+def load_quantized(
+    path: str | os.PathLike, config: Config | str | None = None, device: str = 'cpu', *, trust_config: bool = False
+) -> nn.Module:
     """Loads a quantized detector, ready for ``mmdet.apis.inference_detector``.
 
     Args:
         path: A ``quantized.pth``.
         config: Replaces the config stored in the checkpoint.
         device: Where the detector goes. Defaults to ``'cpu'``.
+        trust_config: Whether the stored config may import modules and name what nobody has registered, as the user's
+            own may. Defaults to False: its model and its test pipeline are built from what mmdet and mmengine
+            register, and the rest of it is left out.
 
     Returns:
         The detector in eval mode, its weights exactly the values of the integer codes.
 
     Raises:
-        PTQError: The file is no quantized checkpoint, or does not fit the config.
+        PTQError: The file is no quantized checkpoint, does not fit the config, or has a config that needs other code.
     """
     state = read_quantized(path)
-    if config is None:
+    foreign = config is None and not trust_config
+    if foreign:
+        config = stored_config(state['config'], str(path))
+    elif config is None:
         config = Config(state['config'])
     elif not isinstance(config, Config):
         config = Config.fromfile(str(config))
     if config.get('model') is None:
         raise PTQError(f'{str(path)!r} carries no model config; give `config`.')
-    detector = build_detector(config)
-    load_quantized_state(detector, state)
+    bounds = _bounds(state, str(path))
+    detector = _build_foreign(config, str(path), bounds) if foreign else build_detector(config)
+    with bounds():
+        load_quantized_state(detector, state)
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']
     return detector.to(device).eval()
+
+
+def _bounds(state: dict, path: str) -> Callable[[], AbstractContextManager]:
+    """What building a checkpoint's detector, and loading it, may take, by how many numbers the detector has."""
+    numbers = declared_numbers(state)
+    memory, seconds = LOADING + LOADING_PER_NUMBER * numbers, LOADING_SECONDS + numbers / NUMBERS_PER_SECOND
+    return partial(bounded, f'loading {path!r}', memory, seconds)
+
+
+def _build_foreign(config: Config, path: str, bounds: Callable[[], AbstractContextManager]) -> nn.Module:
+    try:
+        with bounds(), only_registered(path):
+            return build_detector(config)
+    except (PTQError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever a constructor makes of arguments that are not its own
+        told = ' '.join(str(error).split())[:200].rstrip('.')
+        raise PTQError(
+            f'the config inside {path!r} gives no detector ({type(error).__name__}: {told}); give the config file.'
+        ) from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ def export_checkpoint(
     packed: bool = True,
     image: str | None = None,
     end2end: bool = False,
+    config: Config | str | None = None,
+    trust_config: bool = False,
 ) -> list[Path]:
     """Exports an integer checkpoint to runtimes and says what they compute in integers.
 
@@ -42,6 +45,8 @@ def export_checkpoint(
         packed: Whether weights of 4 bits and less are stored as codes with a table. Defaults to True.
         image: Image file; the codes that runtimes compute on it are compared with the simulation's. Defaults to None.
         end2end: Whether the models decode and suppress too, and give boxes, scores and labels. Defaults to False.
+        config: Config that replaces the one in the checkpoint. Defaults to None.
+        trust_config: See :func:`.load_quantized`. Defaults to False.
 
     Returns:
         Paths of the models.
@@ -69,7 +74,7 @@ def export_checkpoint(
     shape = (1, 3, *size) if size else tuple(state['input_shape'])
     if len(shape) != 4:
         raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
-    detector = load_quantized(checkpoint)
+    detector = load_quantized(checkpoint, config, trust_config=trust_config)
     check_exportable(detector)
     first_outputs(detector, shape)
     if end2end:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy import is_quantized_checkpoint
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.files import load_tensors
+from mmdet_ptq.files import check_tensor, load_tensors
 
 
 def load_float_checkpoint(detector: nn.Module, path: str) -> None:
@@ -36,11 +36,23 @@ def load_float_checkpoint(detector: nn.Module, path: str) -> None:
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise PTQError(f'{path!r} holds no `state_dict`; give a checkpoint written by mmdet.')
+    strange = next((key for key in state if not isinstance(key, str)), None)
+    if strange is not None:
+        raise PTQError(
+            f'the `state_dict` of {Path(path).name} has the key {strange!r:.60}, a {type(strange).__name__}, where '
+            'names of weights should be; give a checkpoint written by mmdet.'
+        )
     tensors = OrderedDict(
         (key.removeprefix('module.'), value) for key, value in state.items() if isinstance(value, Tensor)
     )
     # tells layers of which version of theirs the tensors are: mmdet's rename those of early ones
-    tensors._metadata = {key.removeprefix('module.'): value for key, value in getattr(state, '_metadata', {}).items()}
+    metadata = getattr(state, '_metadata', None)
+    tensors._metadata = {
+        key.removeprefix('module.'): value
+        for key, value in (metadata.items() if isinstance(metadata, dict) else ())
+        if isinstance(key, str) and isinstance(value, dict)
+    }
+    _check_kinds(tensors, detector, path)
     _check_finite(tensors, path)
     _load(detector, tensors, path)
     print_log(f'loaded the float detector from {path}', 'current')
@@ -56,6 +68,21 @@ def _read(path: str) -> object:
             f'the checkpoint {path!r} cannot be fetched ({type(error).__name__}: {error}); download it '
             'and give the local file.'
         ) from error
+
+
+def _check_kinds(state: dict[str, Tensor], detector: nn.Module, path: str) -> None:
+    """Refuses what cannot be the numbers of a weight."""
+    own = detector.state_dict()
+    for key, value in state.items():
+        wrong = check_tensor(value)
+        if not wrong and value.is_complex():
+            wrong = 'is complex'
+        if not wrong and key in own and own[key].is_floating_point() and not value.is_floating_point():
+            wrong = f'holds {str(value.dtype).removeprefix("torch.")} where the detector has real numbers'
+        if wrong:
+            raise PTQError(
+                f'the weight {key:.100} of {Path(path).name} {wrong}; give the float checkpoint that mmdet wrote.'
+            )
 
 
 def _check_finite(state: dict[str, Tensor], path: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.quantizers.base import Quantizer
-from mmdet_ptq.registry import OBSERVERS, QUANTIZERS
+from mmdet_ptq.registry import OBSERVERS, QUANTIZERS, registered
 
 
 def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:
@@ -20,8 +20,7 @@ def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:
         raise PTQError(f'A {what} must be a dict with a `type`, got {cfg!r}.')
     kwargs = dict(cfg)
     kind = kwargs.pop('type')
-    # `get` and not `build`: the default scope of a running mmdet job would be searched first, with a warning each time
-    cls = kind if isinstance(kind, type) else registry.get(kind)
+    cls = kind if isinstance(kind, type) else registered(registry, kind)
     if cls is None:
         known = sorted(registry.module_dict)
         raise PTQError(
@@ -33,7 +32,10 @@ def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:
         for key in kwargs:
             if key not in accepted:
                 raise PTQError(f"{cls.__name__} has no option '{key}'.{did_you_mean(key, accepted)}")
-    return cls(**kwargs)
+    try:
+        return cls(**kwargs)
+    except (TypeError, ValueError) as error:
+        raise PTQError(f'{cls.__name__} cannot be built from {kwargs!r}: {error}.') from error
 
 
 def build_quantizer(spec: Mapping[str, Any]) -> Quantizer:

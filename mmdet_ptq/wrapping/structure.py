@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.fields import Each, Fields, Malformed, Whole, check_form
 from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.registry import QUANTIZERS, registered
 from mmdet_ptq.wrapping.flow import Site, attach_dataflow
 from mmdet_ptq.wrapping.folding import fold_norms
 from mmdet_ptq.wrapping.inputs import attach_inputs
 from mmdet_ptq.wrapping.state import ChannelDivision, QuantizationState, is_quantized
 from mmdet_ptq.wrapping.watching.layers import add_bias
 from mmdet_ptq.wrapping.weights import attach_weight
+
+# more than the widest layers of any detector have
+MOST_CHANNELS = 2**20
 
 
 @dataclass
@@ -82,8 +89,86 @@ class Structure:
 
     @classmethod
     def from_dict(cls, data: dict) -> Structure:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            PTQError: A field is missing, unknown or of another form.
+        """
+        try:
+            check_form(data, _STRUCTURE, 'the structure')
+        except Malformed as error:
+            raise PTQError(f'{error}; the file is damaged, run tools/ptq.py again.') from error
         return cls(**{**data, 'layers': [LayerStructure(**layer) for layer in data['layers']]})
+
+    def check(self) -> None:
+        """Refuses names of activations that are not there, and counts of readers that are not those of the layers.
+
+        Raises:
+            Malformed: What does not fit together.
+        """
+        read = Counter(name for layer in self.layers for name in layer.inputs if name)
+        written = {name for layer in self.layers for name in layer.outputs if name}
+        written |= {name for site in self.sites for name in (site['activation'], site.get('gate')) if name}
+        unknown = (read.keys() | written) - self.activations.keys()
+        if unknown:
+            raise Malformed(f'the structure names the activation {min(unknown)[:100]}, which it does not have')
+        for name, entry in self.activations.items():
+            if 'readers' not in entry:
+                raise Malformed(f'the activation {name[:100]} lacks the field `readers`')
+            if entry['readers'] != read[name]:
+                told = f'{entry["readers"]} readers, and {read[name]} layers read it'
+                raise Malformed(f'the activation {name[:100]} tells of {told}')
+            if len(entry.get('range', (0, 1))) != 2:
+                raise Malformed(f'the range of the activation {name[:100]} has not two ends')
+        names = Counter(layer.name for layer in self.layers)
+        if len(names) < len(self.layers):
+            raise Malformed(f'the structure has the layer {names.most_common(1)[0][0][:100]} twice')
+        if any(len(pair) != 2 for pair in self.folds):
+            raise Malformed('a fold of the structure has not two names')
+
+
+def _format(spec: Any) -> str:
+    """What is wrong with the spec of a quantizer; '' if nothing is."""
+    if not isinstance(spec, dict) or not isinstance(spec.get('type'), str):
+        return 'must be a dict with a `type`'
+    if registered(QUANTIZERS, spec['type']) is None:
+        return f'has the unknown format {spec["type"][:100]!r}'
+    channels = spec.get('num_channels')
+    if channels is not None and not (type(channels) is int and 1 <= channels <= MOST_CHANNELS):
+        return f'has {channels!r:.40} channels'
+    return ''
+
+
+_TEXTS, _COUNT, _MAYBE = [str], Whole(), (None, str)
+_LAYER = Fields(
+    dict(name=str, kind=str, part=str, macs=_COUNT, numel=_COUNT),
+    dict(weight=(None, _format), inputs=[_MAYBE], outputs=[_MAYBE], reason=str),
+)
+_ACTIVATION = Fields(
+    dict(spec=_format),
+    dict(
+        readers=_COUNT,
+        observer=(None, dict),
+        range=[float],
+        moved=bool,
+        divided=Fields(dict(channels=Whole(1, MOST_CHANNELS), axis=Whole(-8, 8))),
+    ),
+)
+_SITE = Fields(
+    dict(module=str, call=_COUNT, function=str, index=_COUNT, activation=_MAYBE), dict(gate=_MAYBE, observes=bool)
+)
+_STRUCTURE = Fields(
+    dict(layers=[_LAYER], activations=Each(_ACTIVATION)),
+    dict(
+        folds=[_TEXTS],
+        norms=Each(str),
+        uncovered=[dict],
+        biases=_TEXTS,
+        sites=[_SITE],
+        module_calls=Each(Whole(1)),
+        islands=[dict],
+    ),
+)
 
 
 def apply_structure(detector: nn.Module, structure: Structure) -> None:

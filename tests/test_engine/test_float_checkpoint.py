@@ -78,3 +78,33 @@ def test_a_renamed_tensor_of_another_shape_is_told(tmp_path):
     torch.save(dict(state_dict=early), tmp_path / 'early.pth')
     with pytest.raises(PTQError, match='does not fit the model.*bbox_head.conv_cls.bias.*7'):
         load_float_checkpoint(fcos('FCOSHead', 2), str(tmp_path / 'early.pth'))
+
+
+def damaged(change):
+    """A float checkpoint's weights, one of them changed."""
+    state = fcos('FCOSHead', 1).state_dict()
+    change(state)
+    return state
+
+
+KEY = 'bbox_head.conv_cls.weight'
+STRANGE = {
+    'integer': (lambda state: state.update({KEY: state[KEY].to(torch.int32)}), 'holds int32 where'),
+    'bool': (lambda state: state.update({KEY: state[KEY] > 0}), 'holds bool where'),
+    'complex': (lambda state: state.update({KEY: state[KEY].to(torch.complex64)}), 'is complex'),
+    'sparse': (lambda state: state.update({KEY: state[KEY].to_sparse()}), 'is sparse'),
+    'meta': (lambda state: state.update({KEY: state[KEY].to('meta')}), 'is on the meta device'),
+    'not a number': (lambda state: state[KEY].fill_(float('nan')), 'holds NaN or infinity'),
+    'infinite': (lambda state: state[KEY].fill_(float('inf')), 'holds NaN or infinity'),
+    'endless': (lambda state: state.update({KEY: torch.zeros(1).expand(2**40)}), 'claims more numbers'),
+    'a number for a name': (lambda state: state.update({7: torch.ones(1)}), 'has the key 7, a int, where names'),
+    'a pair for a name': (lambda state: state.update({('a', 1): torch.ones(1)}), r"has the key \('a', 1\), a tuple"),
+}
+
+
+@pytest.mark.parametrize(('change', 'told'), STRANGE.values(), ids=STRANGE)
+def test_what_cannot_be_weights_is_told_in_a_sentence(change, told, tmp_path):
+    torch.save(dict(state_dict=damaged(change)), tmp_path / 'float.pth')
+    with pytest.raises(PTQError, match=told) as error:
+        load_float_checkpoint(fcos('FCOSHead', 2), str(tmp_path / 'float.pth'))
+    assert '\n' not in str(error.value)

@@ -7,19 +7,22 @@ import os
 import sys
 import zlib
 from collections.abc import Mapping
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.checkpoint.check import CHECKSUM, check_packed, check_state, checksum
 from mmdet_ptq.deploy.checkpoint.packing import flatten_tensors, pack_codes, unflatten_tensors, unpack_codes
 from mmdet_ptq.deploy.checkpoint.text import pack_state, unpack_state
 from mmdet_ptq.deploy.integers.biases import round_shared_biases
 from mmdet_ptq.deploy.integers.weights import integer_weight
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.fields import Malformed
 from mmdet_ptq.files import load_tensors, save_tensors
-from mmdet_ptq.quantizers import LogAffineQuantizer
+from mmdet_ptq.quantizers import AffineQuantizer, LogAffineQuantizer, Quantizer
 from mmdet_ptq.version import __version__
-from mmdet_ptq.wrapping import Structure, apply_structure, float_weight, quantized_weights
+from mmdet_ptq.wrapping import QuantizedWeight, Structure, apply_structure, float_weight, quantized_weights
 
 FORMAT = 'mmdet_ptq.quantized'
 SCHEMA = 3
@@ -68,6 +71,10 @@ def quantized_state(
             tables[name] = levels.to(torch.int8)
     coded = _float_weights(detector)
     floats = {key: value for key, value in _own_tensors(detector).items() if id(value) not in coded}
+    for name, module in detector.named_modules():
+        if isinstance(module, AffineQuantizer):
+            # training may have left one outside its bounds, where it counts as the bound
+            floats[f'{name}.scale'] = module.positive_scale().detach()
     return _plain(
         dict(
             format=FORMAT,
@@ -87,14 +94,19 @@ def quantized_state(
 
 def save_quantized(path: str | os.PathLike, state: dict) -> None:
     """Writes the integer checkpoint, atomically."""
-    save_tensors(path, pack_state(state))
+    save_tensors(path, _sealed(state))
 
 
 def stored_bytes(state: dict) -> int:
     """Size of the file that :func:`save_quantized` would write."""
     buffer = io.BytesIO()
-    torch.save(pack_state(state), buffer)
+    torch.save(_sealed(state), buffer)
     return buffer.tell()
+
+
+def _sealed(state: dict) -> dict:
+    packed = pack_state(state)
+    return {**packed, CHECKSUM: checksum(packed)}
 
 
 def read_quantized(path: str | os.PathLike) -> dict:
@@ -106,21 +118,27 @@ def read_quantized(path: str | os.PathLike) -> dict:
     state = load_tensors(path)
     if not is_quantized_checkpoint(state):
         raise PTQError(f'{str(path)!r} is no quantized checkpoint; make one with tools/ptq.py.')
-    if not {'schema', 'version'} <= state.keys():
-        raise PTQError(f'{str(path)!r} is damaged; run tools/ptq.py again.')
+    damaged = f'{str(path)!r} is damaged; run tools/ptq.py again'
+    for key, kind in (('schema', int), ('version', str)):
+        if not isinstance(state.get(key), kind):
+            raise PTQError(f'{damaged}: the field `{key}` is missing or of another kind.')
     if state['schema'] > SCHEMA:
-        raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]}); upgrade mmdet-ptq.')
+        raise PTQError(f'{str(path)!r} was written by a newer mmdet-ptq ({state["version"]:.20}); upgrade mmdet-ptq.')
     if state['schema'] < OLDEST:
         raise PTQError(
-            f'{str(path)!r} was written by mmdet-ptq {state["version"]}, whose weights are decoded in '
+            f'{str(path)!r} was written by mmdet-ptq {state["version"]:.20}, whose weights are decoded in '
             'another way; run tools/ptq.py again.'
         )
-    if state['schema'] < SCHEMA:
-        return state
     try:
-        return unpack_state(state)
-    except (KeyError, ValueError, zlib.error) as error:
-        raise PTQError(f'{str(path)!r} is damaged; run tools/ptq.py again.') from error
+        if state['schema'] == SCHEMA:
+            check_packed(state)
+            state = unpack_state(state)
+        check_state(state)
+    except (Malformed, PTQError) as error:
+        raise PTQError(f'{damaged}: {error}.') from error
+    except (ValueError, zlib.error) as error:
+        raise PTQError(f'{damaged}: its text cannot be read.') from error
+    return state
 
 
 def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
@@ -141,7 +159,14 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
         PTQError: The detector is of another architecture.
     """
     structure = Structure.from_dict(state['structure'])
-    apply_structure(detector, structure)
+    try:
+        apply_structure(detector, structure)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        # names and formats that this detector's layers do not take
+        raise PTQError(
+            f'the quantized checkpoint does not fit the detector ({type(error).__name__}: {error}); use the config it '
+            'was made with, or run tools/ptq.py again.'
+        ) from error
     weights, coded = quantized_weights(detector), _float_weights(detector)
     stored = {name for name, value in _own_tensors(detector).items() if id(value) not in coded}
     try:
@@ -161,14 +186,64 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
         for name, quantized in weights.items():
             entry = state['layers'][name]
             codes = unpack_codes(packed[name], entry['bits'], entry['lowest'], tuple(entry['rows']))
+            weight = float_weight(detector.get_submodule(name))
+            _check_codes(name, codes, quantized, entry, weight)
+            _check_table(name, quantized.quantizer, tables, len(codes))
             values = integer_weight(
                 quantized.quantizer, codes, tables.get(name), tables.get(f'{name}{TABLE_SCALE}')
             ).values()
-            weight = float_weight(detector.get_submodule(name))
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
+    _check_zero_points(detector)
     round_shared_biases(detector, structure)
     return structure
+
+
+def _check_codes(name: str, codes: Tensor, quantized: QuantizedWeight, entry: dict, weight: Tensor) -> None:
+    low, high = quantized.quantizer.code_range
+    if (entry['lowest'], entry['bits']) != (low, max(1, (high - low).bit_length())) or codes.max() > high:
+        raise PTQError(
+            f'the codes of {name} are not those of its format ({low} to {high}); the checkpoint is damaged, run '
+            'tools/ptq.py again.'
+        )
+    if list(weight.shape) != entry['shape'] or quantized.layout.to_rows(weight).shape != codes.shape:
+        raise PTQError(
+            f'the quantized checkpoint does not fit the detector ({name} is {tuple(weight.shape)}, not '
+            f'{tuple(entry["shape"])}); use the config it was made with.'
+        )
+
+
+def _check_table(name: str, quantizer: Quantizer, tables: dict[str, Tensor], rows: int) -> None:
+    if not isinstance(quantizer, LogAffineQuantizer):
+        return
+    levels, scale = tables.get(name), tables.get(f'{name}{TABLE_SCALE}')
+    wanted = 2**quantizer.bits
+    fits = (
+        levels is not None
+        and scale is not None
+        and levels.dim() == 2
+        and levels.shape[1] == wanted
+        and {len(levels), *scale.shape} <= {1, rows}
+        and scale.dim() == 1
+        and int(levels.abs().max()) <= quantizer.table_max
+        and bool((torch.isfinite(scale) & (scale >= 0)).all())
+    )
+    if not fits:
+        raise PTQError(
+            f'the table of {name} does not have {wanted} levels within {quantizer.table_max} and a scale; the '
+            'checkpoint is damaged, run tools/ptq.py again.'
+        )
+
+
+def _check_zero_points(detector: nn.Module) -> None:
+    for name, module in detector.named_modules():
+        if isinstance(module, AffineQuantizer):
+            low, high = module.code_range
+            if module.zero_point.min() < low - 1 or module.zero_point.max() > high:
+                raise PTQError(
+                    f'a zero point of {name} is not within its codes ({low} to {high}); the checkpoint is damaged, run '
+                    'tools/ptq.py again.'
+                )
 
 
 def _own_tensors(detector: nn.Module) -> dict[str, Tensor]:
@@ -197,7 +272,7 @@ def _plain(value: object) -> object:
         return [_plain(v) for v in value]
     if isinstance(value, tuple):
         return tuple(_plain(v) for v in value)
-    if isinstance(value, type):
+    if isinstance(value, type | FunctionType):
         return sys.intern(f'{value.__module__}.{value.__qualname__}')
     if isinstance(value, (int, float, bool, Tensor)) or value is None:
         return value

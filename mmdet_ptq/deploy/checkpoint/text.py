@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmdet_ptq.fields import Fields, Malformed, check_form, check_plain
+from mmdet_ptq.limits import MIB
+
 TEXT = 'text'
 # what a reader of any schema must see
-_PLAIN = ('format', 'schema', 'version')
+PLAIN = ('format', 'schema', 'version')
 # groups of tensors: their data stays as it is, their index is text
-_GROUPS = ('codes', 'tables', 'tensors')
+GROUPS = ('codes', 'tables', 'tensors')
+# the largest detectors take a tenth of it
+MOST_TEXT = 16 * MIB
 _TUPLE = '__tuple__'
 
 
@@ -30,12 +35,12 @@ def pack_state(state: dict) -> dict:
         ``dict(format, schema, version, text=uint8 tensor, codes, tables, tensors)``; the last three are dtype to flat
         tensor.
     """
-    described = {key: value for key, value in state.items() if key not in (*_PLAIN, *_GROUPS)}
-    described['index'] = {group: state[group]['index'] for group in _GROUPS}
+    described = {key: value for key, value in state.items() if key not in (*PLAIN, *GROUPS)}
+    described['index'] = {group: state[group]['index'] for group in GROUPS}
     packed = zlib.compress(json.dumps(_marked(described), separators=(',', ':')).encode(), 9)
     return dict(
-        {key: state[key] for key in _PLAIN},
-        **{group: state[group]['data'] for group in _GROUPS},
+        {key: state[key] for key in PLAIN},
+        **{group: state[group]['data'] for group in GROUPS},
         **{TEXT: torch.from_numpy(np.frombuffer(packed, np.uint8).copy())},
     )
 
@@ -44,12 +49,29 @@ def unpack_state(packed: dict) -> dict:
     """Inverse of :func:`pack_state`.
 
     Raises:
-        KeyError, ValueError, zlib.error: It is damaged.
+        ValueError, zlib.error: It is damaged.
     """
-    described = _unmarked(json.loads(zlib.decompress(packed[TEXT].numpy().tobytes())))
-    index = described.pop('index')
-    groups = {group: dict(index=index[group], data=packed[group]) for group in _GROUPS}
-    return dict({key: packed[key] for key in _PLAIN}, **described, **groups)
+    try:
+        marked = json.loads(_decompressed(packed[TEXT].numpy().tobytes()))
+    except RecursionError as error:
+        raise Malformed('its text is nested too deep') from error
+    check_plain(marked, 'its text')
+    described = _unmarked(marked)
+    check_form(described, dict, 'its text')
+    index = described.pop('index', None)
+    check_form(index, Fields(dict.fromkeys(GROUPS, list)), 'the index')
+    groups = {group: dict(index=index[group], data=packed[group]) for group in GROUPS}
+    return dict({key: packed[key] for key in PLAIN}, **described, **groups)
+
+
+def _decompressed(data: bytes) -> bytes:
+    """The text; a small file may hold a bomb, so that it ends where no text of ours would be as long."""
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(data, MOST_TEXT)
+    if not unpacker.eof:
+        long = len(text) == MOST_TEXT
+        raise Malformed(f'its text is longer than {MOST_TEXT // MIB} MiB' if long else 'its text breaks off')
+    return text
 
 
 def _marked(value: Any) -> Any:
@@ -66,7 +88,7 @@ def _unmarked(value: Any) -> Any:
     if isinstance(value, dict):
         return (
             tuple(map(_unmarked, value[_TUPLE]))
-            if value.keys() == {_TUPLE}
+            if value.keys() == {_TUPLE} and isinstance(value[_TUPLE], list)
             else {key: _unmarked(inner) for key, inner in value.items()}
         )
     return value

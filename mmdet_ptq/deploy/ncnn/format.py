@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdet_ptq.deploy.network.seal import BLANK, CHECKSUM, seal
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import remove, write_atomic, write_text
 
@@ -70,6 +71,8 @@ def parse_param(text: str) -> list[NcnnLayer]:
 
 def _parse_layer(words: list[str]) -> NcnnLayer:
     first, second = int(words[2]), int(words[3])
+    if min(first, second) < 0:
+        raise ValueError
     blobs, params = words[4 : 4 + first + second], words[4 + first + second :]
     if len(blobs) != first + second:
         raise ValueError
@@ -94,7 +97,7 @@ def param_meta(text: str) -> dict | None:
         return None
     try:
         return json.loads(last.removeprefix(REMARK))
-    except ValueError:
+    except (RecursionError, ValueError):
         return None
 
 
@@ -106,8 +109,10 @@ def write_network(layers: list[NcnnLayer], folder: Path, meta: dict) -> Path:
     path = folder / 'model.param'
     meta = {**meta, 'weights': sum(len(layer.weights) for layer in layers)}
     remove(path)
-    write_atomic(path.with_suffix('.bin'), lambda file: file.writelines(layer.weights for layer in layers))
-    write_text(path, param_text(layers, meta))
+    weights = b''.join(layer.weights for layer in layers)
+    text = seal(param_text(layers, {**meta, CHECKSUM: BLANK}).encode(), weights).decode()
+    write_atomic(path.with_suffix('.bin'), lambda file: file.write(weights))
+    write_text(path, text)
     return path
 
 

@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 
 from mmdet_ptq.deploy.ncnn.format import NcnnLayer, param_meta, parse_param
+from mmdet_ptq.deploy.network.meta import check_meta
+from mmdet_ptq.deploy.network.seal import CHECKSUM, check_seal
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.fields import Malformed
+from mmdet_ptq.limits import MIB
 
+# of a .param: a line a layer
+MOST_TEXT = 64 * MIB
 NCNN = ('ncnn>=1.0.20250503',)
 
 
@@ -93,12 +99,14 @@ def _read(param: Path) -> tuple[list[NcnnLayer], dict, Path]:
     for file in (param, weights):
         if not file.is_file():
             raise PTQError(f'there is no file {str(file)!r}; an ncnn network is a .param and a .bin of one name.')
+    if param.stat().st_size > MOST_TEXT:
+        raise PTQError(f'{str(param)!r} is longer than {MOST_TEXT // MIB} MiB, which no network is; export it again.')
     try:
         text = param.read_text(encoding='ascii')
         layers, meta = parse_param(text), param_meta(text)
     except (PTQError, UnicodeDecodeError):
         raise PTQError(f'{str(param)!r} is no ncnn .param file, or only a part of one; export it again.') from None
-    if meta is None or 'weights' not in meta:
+    if not isinstance(meta, dict) or not isinstance(meta.get('weights'), int):
         raise PTQError(
             f'{str(param)!r} was not exported by mmdet-ptq, or is only a part of such a file; make one with '
             'tools/export.py.'
@@ -108,4 +116,10 @@ def _read(param: Path) -> tuple[list[NcnnLayer], dict, Path]:
             f'{str(weights)!r} has {weights.stat().st_size} bytes instead of {meta["weights"]}: it is '
             'truncated or belongs to another .param; export it again.'
         )
+    if 'format' in meta:
+        try:
+            check_meta(meta)
+        except Malformed as error:
+            raise PTQError(f'{str(param)!r} is damaged: {error}; export it again with tools/export.py.') from error
+    check_seal(meta.pop(CHECKSUM, None), param, weights)
     return layers, meta, weights

@@ -16,6 +16,7 @@ from mmdet_ptq.deploy.ncnn.layer_inputs import ncnn_inputs
 from mmdet_ptq.deploy.ncnn.layers import is_integer
 from mmdet_ptq.deploy.ncnn.network import NCNN, NcnnNetwork
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.registry import RUNTIMES
 from mmdet_ptq.wrapping import Structure
 from mmdet_ptq.wrapping.flow import without_dataflow
@@ -43,6 +44,8 @@ class NcnnRuntime(Runtime):
     def __init__(self, path: str | os.PathLike, threads: int | None = None, packing: bool = False) -> None:
         self._network = NcnnNetwork(path, threads or 1, packing)
         self.meta = self._network.meta
+        if 'format' not in self.meta:
+            raise PTQError(f'{os.fspath(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
 
     @classmethod
     def check_formats(cls, structure: Structure) -> None:

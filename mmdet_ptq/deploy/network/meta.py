@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from mmdet_ptq.deploy.network.seal import BLANK, CHECKSUM, check_seal
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.fields import Each, Fields, Malformed, Whole, check_form, check_plain
 from mmdet_ptq.wrapping.names import layer_of
 
 
@@ -32,13 +40,13 @@ def input_meta(detector: nn.Module) -> dict:
 
 
 def write_meta(meta: dict) -> str:
-    """The text; each layer is named once, not with each of its calls.
+    """The text; each layer is named once, not with each of its calls. It has a place for :func:`.seal.seal`.
 
     Args:
         meta: See :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
     """
     calls = [call if layer_of(call) == layer else [call, layer] for call, layer in meta['layers'].items()]
-    return json.dumps({**meta, 'layers': calls}, separators=(',', ':'))
+    return json.dumps({**meta, 'layers': calls, CHECKSUM: BLANK}, separators=(',', ':'))
 
 
 def read_meta(text: str) -> dict:
@@ -46,4 +54,86 @@ def read_meta(text: str) -> dict:
     meta = json.loads(text)
     if isinstance(meta['layers'], list):
         meta['layers'] = dict(call if isinstance(call, list) else (call, layer_of(call)) for call in meta['layers'])
+    meta.pop(CHECKSUM, None)
     return meta
+
+
+def checked_meta(text: str, path: str | os.PathLike, *others: Path) -> dict:
+    """The same of a file that anybody may have written, or damaged.
+
+    Args:
+        text: The text.
+        path: The model that carries it.
+        *others: The files beside it.
+
+    Raises:
+        PTQError: The text is damaged, or the files do not have their checksum.
+    """
+    try:
+        told = json.loads(text)
+        check_meta(told)
+        check_seal(told.get(CHECKSUM), Path(path), *others)
+        return read_meta(text)
+    except (Malformed, RecursionError, ValueError) as error:
+        why = f'{error}' if isinstance(error, Malformed) else 'what it says about itself cannot be read'
+        raise PTQError(f'{str(path)!r} is damaged: {why}; export it again with tools/export.py.') from error
+
+
+def check_meta(meta: Any) -> None:
+    """Refuses what no export of ours says.
+
+    Raises:
+        Malformed: What is wrong.
+    """
+    check_plain(meta, 'its meta')
+    check_form(meta, _META, 'its meta')
+    shape = meta['input_shape']
+    if len(shape) != 4 or math.prod(shape) > _LARGEST:
+        raise Malformed(f'its input_shape is {shape[:8]}, which is no size of an image')
+    places = sorted(_places(meta['outputs']))
+    if places != list(range(len(places))) or not places or len(meta.get('raw_shapes', places)) < 1:
+        raise Malformed('its outputs do not name each tensor once')
+    if not meta.get('end2end') and len(meta.get('raw_shapes', places)) != len(places):
+        raise Malformed(f'it tells {len(meta["raw_shapes"])} shapes of {len(places)} outputs')
+
+
+def _layout(value: Any) -> str:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return '' if whole or (isinstance(value, list) and not any(map(_layout, value))) else 'must be lists of places'
+
+
+def _places(layout: Any) -> Iterator[int]:
+    if isinstance(layout, int):
+        yield layout
+        return
+    for inner in layout:
+        yield from _places(inner)
+
+
+# the largest image, with all its channels, and a batch of them
+_LARGEST = 2**28
+_SIZES = [Whole(0, 2**31)]
+_OFFSETS = Each(list)
+_INPUT = Fields({}, dict(channels=str, pad_value=(float, [float]), mean=[float], std=[float], classes=[str]))
+_META = Fields(
+    dict(
+        format=str,
+        version=str,
+        runtime=str,
+        input_shape=[Whole(1, 2**20)],
+        dynamic_batch=bool,
+        outputs=_layout,
+        layers=(Each(str), [(str, [str])]),
+    ),
+    # what older versions did not write, or only some runtimes have
+    dict(
+        end2end=bool,
+        raw_shapes=[_SIZES],
+        input=_INPUT,
+        saturating=[str],
+        space_to_depth=_OFFSETS,
+        folded=_OFFSETS,
+        weights=Whole(),
+        checksum=str,
+    ),
+)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmdet_ptq.deploy.integers.biases import float_shared_biases
-from mmdet_ptq.deploy.network.meta import input_meta, read_meta, write_meta
+from mmdet_ptq.deploy.network.meta import checked_meta, input_meta, write_meta
 from mmdet_ptq.deploy.network.raw_outputs import (
     RawOutputs,
     check_exportable,
@@ -20,6 +20,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_layout,
     output_shapes,
 )
+from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
@@ -194,7 +195,8 @@ def _write(model, meta: dict, path: str | os.PathLike, dialect: Dialect) -> None
     onnx.checker.check_model(proto, full_check=True)
     if dialect.check is not None:
         dialect.check(proto)
-    write_atomic(path, lambda file: file.write(proto.SerializeToString()))
+    content = seal(proto.SerializeToString())
+    write_atomic(path, lambda file: file.write(content))
 
 
 def model_meta(path: str | os.PathLike) -> dict:
@@ -226,4 +228,4 @@ def model_meta(path: str | os.PathLike) -> dict:
         raise PTQError(f'{str(path)!r} is damaged or no ONNX model; export it again with tools/export.py.') from error
     if 'mmdet_ptq' not in entries:
         raise PTQError(f'{str(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')
-    return read_meta(entries['mmdet_ptq'])
+    return checked_meta(entries['mmdet_ptq'], path)

@@ -13,7 +13,8 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import report_inputs
-from mmdet_ptq.deploy.network.meta import read_meta, write_meta
+from mmdet_ptq.deploy.network.meta import checked_meta, write_meta
+from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
@@ -60,7 +61,7 @@ class OpenVino(Runtime):
         if META not in model.rt_info:
             raise PTQError(f'{path!r} was not exported by mmdet-ptq; make one with tools/export.py.')
         meta = model.get_rt_info([META]).astype(str)
-        self.meta = read_meta(meta)
+        self.meta = checked_meta(meta, path, Path(path).with_suffix(self.weights))
         options = {**FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
@@ -104,8 +105,9 @@ class OpenVino(Runtime):
             strip_layout(Path(temporary) / 'model.xml')
             # the file that is opened goes first and comes last: it never lies beside the weights of another model
             remove(folder / f'model{cls.suffix}')
-            for suffix in ('.bin', cls.suffix):
-                content = (Path(temporary) / f'model{suffix}').read_bytes()
+            weights = (Path(temporary) / f'model{cls.weights}').read_bytes()
+            text = seal((Path(temporary) / f'model{cls.suffix}').read_bytes(), weights)
+            for suffix, content in ((cls.weights, weights), (cls.suffix, text)):
                 write_atomic(folder / f'model{suffix}', lambda file, content=content: file.write(content))
         return folder / f'model{cls.suffix}'
 

@@ -15,7 +15,7 @@ from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantize
 from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
 from mmdet_ptq.engine.run import QUANTIZED, RESULTS, Run
-from mmdet_ptq.registry import RECONSTRUCTIONS
+from mmdet_ptq.registry import RECONSTRUCTIONS, registered
 from mmdet_ptq.wrapping import integer_mac_share, prepare_detector
 
 
@@ -77,7 +77,7 @@ def reconstruct(run: Run) -> None:
 
     def work() -> dict:
         cfg = run.ptq.reconstruct
-        method = RECONSTRUCTIONS.get(cfg.type)(cfg)
+        method = registered(RECONSTRUCTIONS, cfg.type)(cfg)
         units = method.run(
             run.detector,
             *(run.whole_loader(part) for part in run.split(cfg.holdout)),

@@ -18,7 +18,7 @@ from mmdet_ptq.quantizers import (
     build_quantizer,
     resolve_auto,
 )
-from mmdet_ptq.registry import QUANTIZERS
+from mmdet_ptq.registry import QUANTIZERS, registered
 
 # the largest magnitude of which any two fit the sum
 _SAFE = SUM_LIMIT // 2
@@ -42,7 +42,7 @@ def fit_weight_quantizer(
         The fitted quantizer, one scale per output channel.
     """
     cfg = {**policy.quantizer, 'bits': policy.bits, 'num_channels': rows.shape[0]}
-    kind, bounded = QUANTIZERS.get(cfg['type']), policy.saturation == 'safe' and neighbours is not None
+    kind, bounded = registered(QUANTIZERS, cfg['type']), policy.saturation == 'safe' and neighbours is not None
     if _is(kind, AffineQuantizer):
         given = {name: value for name, value in _WEIGHT_DEFAULTS.items() if name in signature(kind).parameters}
         cfg = {**given, **cfg}
