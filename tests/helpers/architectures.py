@@ -37,6 +37,16 @@ def swin() -> dict:
     )
 
 
+def sepbn() -> dict:
+    """A head whose convolutions have two names each, one per level, and a normalisation per level."""
+    model = tiny_model_cfg('retinanet')
+    model['backbone'].update(num_stages=2, strides=(2, 2), dilations=(1, 1), out_indices=(0, 1))
+    model['neck'].update(in_channels=[8, 16], num_outs=2)
+    model['bbox_head'].update(type='RetinaSepBNHead', num_ins=2, norm_cfg=dict(type='BN'))
+    model['bbox_head']['anchor_generator']['strides'] = [8, 16]
+    return model
+
+
 def pvt() -> dict:
     """Blocks of tokens whose last layer may be a convolution."""
     return _retinanet(
@@ -144,6 +154,7 @@ def two_stage_detr() -> dict:
 
 ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     swin=swin,
+    sepbn=sepbn,
     pvt=pvt,
     mask_rcnn=mask_rcnn,
     cascade_rcnn=cascade_rcnn,

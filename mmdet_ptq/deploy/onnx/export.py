@@ -80,7 +80,7 @@ def export_onnx(
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
     graph = model.graph
-    meta['layers'] = name_layers(graph)
+    meta['layers'] = name_layers(graph, detector)
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
         # a float detector stays what PyTorch exports
@@ -94,7 +94,7 @@ def export_onnx(
     for pack in dialect.packings if packed else ():
         pack(graph)
     if dialect.compact:
-        compact(model, meta['layers'])
+        compact(model, meta['layers'], dialect.shares)
     _write(model, meta, path, dialect)
     return meta
 

@@ -112,13 +112,19 @@ class OpenVino(Runtime):
     @classmethod
     def dialect(cls) -> Dialect:
         from mmdet_ptq.deploy.onnx import passes
-        from mmdet_ptq.deploy.onnx.channel_scales import fold_divisions
+        from mmdet_ptq.deploy.onnx.channel_scales import fold_divisions, fold_norms
 
         # between layers it computes in what fuses best; more quantizers make it slower
         return Dialect(
             between_layers=False,
             rounds_wide=False,
-            passes=(passes.drop_redundant_clips, fold_divisions, partial(passes.integer_biases, stored=False)),
+            shares=False,  # weights that share their codes, and not their scales, become float
+            passes=(
+                passes.drop_redundant_clips,
+                fold_divisions,
+                fold_norms,
+                partial(passes.integer_biases, stored=False),
+            ),
         )
 
     @classmethod
