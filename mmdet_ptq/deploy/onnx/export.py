@@ -20,6 +20,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_layout,
     output_shapes,
 )
+from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
@@ -108,7 +109,7 @@ def exported_program(
     network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
     try:
-        with _writing(detector, dialect), _quiet():
+        with _writing(detector, dialect), deformable_nodes(), _quiet():
             program = torch.onnx.export(
                 network.eval(),
                 (example,),

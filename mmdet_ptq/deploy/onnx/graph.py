@@ -16,6 +16,8 @@ from mmdet_ptq.wrapping.names import call_name
 SCOPES = 'pkg.torch.onnx.name_scopes'
 ROOT = 'detector.'
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+# they have a weight, too, which no runtime computes with in integers
+_FLOAT_ONLY = ('DeformConv',)
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -102,7 +104,7 @@ def name_layers(graph: ir.Graph, detector: nn.Module) -> dict[str, str]:
     for node in graph:
         scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
         modules = [known[path] for path in (scope.removeprefix(ROOT) for scope in scopes) if path in known]
-        if node.op_type not in WEIGHTED or not modules:
+        if node.op_type not in WEIGHTED + _FLOAT_ONLY or not modules:
             continue
         layer = modules[-1]
         node.name = call_name(layer, calls[layer])

@@ -209,6 +209,7 @@ class _Planner:
             op for op in graph.operations if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op)
         ]
         self._one_scale_where_others_read(found)
+        self._one_zero_point_where_layers_write(found)
         for op in found:
             self.name_of(op)
         for op in found:
@@ -247,6 +248,15 @@ class _Planner:
                 entry = self._entry(name)
                 one = {key: value for key, value in entry['spec'].items() if key != 'shared_zero_point'}
                 entry['spec'] = build_quantizer({**one, 'num_channels': None}).spec()
+
+    def _one_zero_point_where_layers_write(self, found: list[Operation]) -> None:
+        """A layer absorbs the scales of what it writes; its kernel adds one zero point for all channels."""
+        for op in found:
+            name = self.graph.input_names.get(op.outputs[0]) if op.kind == LAYER else None
+            if name is not None and self._entry(name)['spec'].get('num_channels') is not None:
+                entry = self._entry(name)
+                if build_quantizer(entry['spec']).has_zero_point:
+                    entry['spec'] = build_quantizer({**entry['spec'], 'shared_zero_point': True}).spec()
 
     def name_of(self, op: Operation) -> str:
         """The quantizer of what an operation computes."""
