@@ -38,6 +38,7 @@ KEYS = (
     'reconstruct',
     'global_loss',
     'export',
+    'export_size',
 )
 DATAFLOWS = ('auto', 'full', 'per_channel')
 # keys of earlier versions, and why they are no more; where they were off, nothing is said
@@ -80,6 +81,9 @@ class PTQConfig:
         export: Names of the runtimes to export to (``'onnxruntime'``, ``'openvino'``, ...); each model is evaluated
             and timed there. With ``'tensorrt'`` or ``'ncnn'``, which know no zero points, activations are symmetric
             unless the block says otherwise.
+        export_size: Height and width of the tensor that exported models take; None takes what the test pipeline gives,
+            and where it gives several sizes (``keep_ratio``) a canvas that holds them all. Smaller images are padded to
+            it at the right and below, as mmdet pads images in a batch.
     """
 
     preset: str | None = None
@@ -96,6 +100,7 @@ class PTQConfig:
     reconstruct: ReconstructConfig | None = None
     global_loss: GlobalLossConfig | None = None
     export: list = field(default_factory=list)
+    export_size: tuple | None = None
 
     @classmethod
     def from_dict(cls, block: Mapping | None, preset: str | None = None) -> PTQConfig:
@@ -140,6 +145,11 @@ class PTQConfig:
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])),
         )
+        if merged.get('export_size') is not None:
+            size = merged['export_size']
+            if not isinstance(size, list | tuple) or [type(side) for side in size] != [int, int] or min(size) < 1:
+                raise PTQError(f'`ptq.export_size` must be a height and a width, as (800, 1344), got {size!r}.')
+            cfg.export_size = tuple(size)
         for name, section in (
             ('protect', ProtectConfig),
             ('reconstruct', ReconstructConfig),

@@ -15,6 +15,7 @@ from mmdet_ptq.deploy.checkpoint.packing import flatten_tensors, pack_codes, unf
 from mmdet_ptq.deploy.checkpoint.text import pack_state, unpack_state
 from mmdet_ptq.deploy.integers.biases import round_shared_biases
 from mmdet_ptq.deploy.integers.weights import integer_weight
+from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors
 from mmdet_ptq.quantizers import LogAffineQuantizer
@@ -39,6 +40,7 @@ def quantized_state(
     config: dict,
     dataset_meta: dict | None,
     input_shape: tuple[int, ...] = (),
+    padded: bool = False,
 ) -> dict:
     """Collects the integer checkpoint of a calibrated detector.
 
@@ -50,6 +52,8 @@ def quantized_state(
         dataset_meta: Class names and palette, as mmdet keeps them.
         input_shape: Shape of one image as the test pipeline gives it, (1, 3, H, W): exported models take it.
             Defaults to (): not known.
+        padded: Whether smaller images are padded to that size, see :func:`mmdet_ptq.deploy.network.canvas.pad_to`.
+            Defaults to False.
 
     Returns:
         Plain containers of tensors, numbers and strings.
@@ -76,6 +80,7 @@ def quantized_state(
             config=config,
             dataset_meta=dataset_meta or {},
             input_shape=list(input_shape),
+            padded=padded,
             structure=structure.to_dict(),
             layers=layers,
             codes=flatten_tensors(packed),
@@ -168,6 +173,8 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
     round_shared_biases(detector, structure)
+    if state.get('padded'):
+        pad_to(detector, tuple(state['input_shape'][2:]))
     return structure
 
 
