@@ -16,6 +16,7 @@ from torch import nn
 from mmdet_ptq.calibration import LoadedSamples
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import build_detector, get_runtime, load_quantized_state, read_quantized
+from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.errors import PTQError
 
@@ -94,6 +95,8 @@ def load_quantized(path: str | os.PathLike, config: Config | str | None = None, 
         raise PTQError(f'{str(path)!r} carries no model config; give `config`.')
     detector = build_detector(config)
     load_quantized_state(detector, state)
+    if state.get('padded'):
+        pad_to(detector, tuple(state['input_shape'][2:]))
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']
     return detector.to(device).eval()

@@ -15,7 +15,6 @@ from mmdet_ptq.deploy.checkpoint.packing import flatten_tensors, pack_codes, unf
 from mmdet_ptq.deploy.checkpoint.text import pack_state, unpack_state
 from mmdet_ptq.deploy.integers.biases import round_shared_biases
 from mmdet_ptq.deploy.integers.weights import integer_weight
-from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors
 from mmdet_ptq.quantizers import LogAffineQuantizer
@@ -52,8 +51,7 @@ def quantized_state(
         dataset_meta: Class names and palette, as mmdet keeps them.
         input_shape: Shape of one image as the test pipeline gives it, (1, 3, H, W): exported models take it.
             Defaults to (): not known.
-        padded: Whether smaller images are padded to that size, see :func:`mmdet_ptq.deploy.network.canvas.pad_to`.
-            Defaults to False.
+        padded: Whether smaller images are to be padded to that size. Defaults to False.
 
     Returns:
         Plain containers of tensors, numbers and strings.
@@ -173,8 +171,6 @@ def load_quantized_state(detector: nn.Module, state: dict) -> Structure:
             weight.copy_(quantized.layout.from_rows(values, torch.Size(entry['shape'])))
             quantized.fix(weight)
     round_shared_biases(detector, structure)
-    if state.get('padded'):
-        pad_to(detector, tuple(state['input_shape'][2:]))
     return structure
 
 

@@ -76,24 +76,6 @@ def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
     assert exported.ptq.dataflow == 'auto'
 
 
-def test_images_of_several_sizes_are_refused_before_anything_long_and_the_told_padding_mends_it(
-    config_file, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(PTQRunner, 'export_float', lambda runner: pytest.fail(f'passed: {runner.input_shape}'))
-    for name, size in (('a', (64, 64)), ('b', (64, 32)), ('c', (64, 31))):
-        mmcv.imwrite(np.zeros((*size, 3), np.uint8), str(tmp_path / 'images' / f'{name}.png'))
-    cfg = Config.fromfile(config_file)
-    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(images=str(tmp_path / 'images')), export=['onnxruntime'])
-    cfg.work_dir = str(tmp_path / 'work_dir')
-    with pytest.raises(PTQError, match=r"2: 64x32, 64x64 \(height x width\); .* dict\(type='Pad', size=\(64, 64\)\)"):
-        PTQRunner.from_cfg(cfg).run()
-    pipeline = cfg.test_dataloader.dataset.pipeline
-    resize = [step.type for step in pipeline].index('Resize')
-    pipeline.insert(resize + 1, dict(type='Pad', size=(64, 64)))
-    with pytest.raises(pytest.fail.Exception, match=r'passed: \(1, 3, 64, 64\)'):
-        PTQRunner.from_cfg(cfg).run()
-
-
 def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
     pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
     monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
