@@ -15,12 +15,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from mmengine.config import Config
-from mmengine.dataset import Compose
-from mmengine.registry import init_default_scope
 
 from mmdet_ptq import cli
 from mmdet_ptq.config import (
@@ -244,17 +241,6 @@ def test_ptq_blocks_validate(path, tmp_path):
             continue
         (tmp_path / 'block.py').write_text(block)
         assert PTQConfig.from_dict(Config.fromfile(tmp_path / 'block.py').ptq)
-
-
-def test_the_padded_pipeline_gives_one_size(tmp_path):
-    (tmp_path / 'my_detector.py').write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n")
-    (block,) = (b for b in code_blocks(ROOT / 'docs' / 'runtimes.md', 'python') if "type='Pad'" in b)
-    (tmp_path / 'block.py').write_text(block)
-    pipeline = Config.fromfile(tmp_path / 'block.py').test_dataloader.dataset.pipeline
-    init_default_scope('mmdet')
-    resize_and_pad = Compose([step for step in pipeline if step.type in ('Resize', 'Pad')])
-    for size in ((480, 640), (640, 480), (500, 500), (427, 640)):
-        assert resize_and_pad(dict(img=np.zeros((*size, 3), np.uint8)))['img'].shape == (1344, 1344, 3)
 
 
 @cache

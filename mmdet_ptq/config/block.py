@@ -39,6 +39,7 @@ KEYS = (
     'reconstruct',
     'global_loss',
     'export',
+    'export_size',
 )
 DATAFLOWS = ('accuracy', 'balanced', 'speed')
 # as they were called before
@@ -85,6 +86,9 @@ class PTQConfig:
             and timed there. What the block leaves open is as the first of them takes it; those that take it otherwise
             (``'tensorrt'`` and ``'ncnn'`` know no zero points, ``'onnxruntime'`` alone needs a ``dataflow``) get a
             calibration of their own.
+        export_size: Height and width of the tensor that exported models take; None takes what the test pipeline gives,
+            and where it gives several sizes (``keep_ratio``) a canvas that holds them all. Smaller images are padded to
+            it at the right and below, as mmdet pads images in a batch.
 
     Attributes:
         block: The block as it was given, with its preset.
@@ -104,6 +108,7 @@ class PTQConfig:
     reconstruct: ReconstructConfig | None = None
     global_loss: GlobalLossConfig | None = None
     export: list = field(default_factory=list)
+    export_size: tuple | None = None
     block: ClassVar[dict] = {}
 
     @classmethod
@@ -150,6 +155,11 @@ class PTQConfig:
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])),
         )
+        if merged.get('export_size') is not None:
+            size = merged['export_size']
+            if not isinstance(size, list | tuple) or [type(side) for side in size] != [int, int] or min(size) < 1:
+                raise PTQError(f'`ptq.export_size` must be a height and a width, as (800, 1344), got {size!r}.')
+            cfg.export_size = tuple(size)
         for name, section in (
             ('protect', ProtectConfig),
             ('reconstruct', ReconstructConfig),

@@ -19,6 +19,7 @@ from mmdet_ptq.calibration import LoadedSamples
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import build_detector, get_runtime, load_quantized_state, read_quantized
 from mmdet_ptq.deploy.checkpoint.check import declared_numbers
+from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.guard import only_registered
 from mmdet_ptq.deploy.network.stored_config import stored_config
 from mmdet_ptq.engine.runner import PTQRunner
@@ -115,6 +116,8 @@ def load_quantized(
     detector = _build_foreign(config, str(path), bounds) if foreign else build_detector(config)
     with bounds():
         load_quantized_state(detector, state)
+    if state.get('padded'):
+        pad_to(detector, tuple(state['input_shape'][2:]))
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']
     return detector.to(device).eval()

@@ -232,6 +232,16 @@ def dataset_meta(dataset: Dataset | None) -> dict:
     return meta[0] if isinstance(meta, list) else meta
 
 
+def image_sizes(dataset: Dataset | None) -> set[tuple[int, int]]:
+    """Heights and widths of what a data set's pipeline gives; of images of one size only the first is read."""
+    first: dict[object, int] = {}
+    for index in range(0 if dataset is None else len(dataset)):
+        info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+        known = 'height' in info and 'width' in info
+        first.setdefault((info['height'], info['width']) if known else index, index)
+    return {tuple(dataset[index]['inputs'].shape[-2:]) for index in first.values()}
+
+
 def figures(metrics: dict) -> dict[str, float]:
     """What an evaluator returned, as numbers; what is none of them is told and left out."""
     numbers = {}

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
@@ -21,8 +22,16 @@ from mmdet_ptq.analysis import result_row, write_results
 from mmdet_ptq.calibration import CalibrationDataset, Protection, source_datasets
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
+from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
 from mmdet_ptq.engine.arguments import runner_arguments
-from mmdet_ptq.engine.evaluation import check_evaluation, dataset_meta, evaluation_files, evaluation_inputs, figures
+from mmdet_ptq.engine.evaluation import (
+    check_evaluation,
+    dataset_meta,
+    evaluation_files,
+    evaluation_inputs,
+    figures,
+    image_sizes,
+)
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
 from mmdet_ptq.files import check_space
@@ -58,6 +67,8 @@ class Run(Runner):
         folder: Where its integer checkpoint goes.
         runtimes: All that are exported to.
         observers: What was observed, for a part that observes the same.
+        canvas: Height and width that images of several sizes are padded to; None where they have one or nothing is
+            exported.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class Run(Runner):
         self.units: list[dict] = []
         self.results: dict = {}
         self.float_figures: dict[str, float] | None = None
+        self.canvas: tuple[int, int] | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> Run:
@@ -149,13 +161,29 @@ class Run(Runner):
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the tensor that exported models take: one image as the test pipeline gives it."""
-        return self.tensor_shape(0)
+        """Shape of the tensor that exported models take: one image, on the canvas where there is one."""
+        batch = pseudo_collate([self.calibration[0]])
+        shape = tuple(self.detector.data_preprocessor(batch, False)['inputs'].shape)
+        return shape if self.canvas is None else (*shape[:2], *self.canvas)
 
-    def tensor_shape(self, position: int) -> tuple[int, int, int, int]:
-        """Shape of the tensor that a calibration image becomes."""
-        batch = pseudo_collate([self.calibration[position]])
-        return tuple(self.detector.data_preprocessor(batch, False)['inputs'].shape)
+    def choose_canvas(self) -> None:
+        """Chooses the canvas on which quantized and exported detectors see images of several sizes, and says so.
+
+        Raises:
+            PTQError: ``ptq.export_size`` does not hold an image.
+        """
+        sizes = {*self.calibration.sizes, *image_sizes(self.evaluation_dataset())}
+        if self.ptq.export_size is not None:
+            check_canvas(self.ptq.export_size, sizes)
+        elif len(sizes) == 1:
+            return
+        self.canvas = self.ptq.export_size or canvas_of(self.detector, sizes)
+        print_log(
+            f'images have {len(sizes)} sizes: exported models take {self.canvas[0]}x{self.canvas[1]} (height x width), '
+            'to which every image is padded at the right and below; the simulated row is made so, too, the float '
+            'row as mmdet does (`ptq.export_size` chooses another size)',
+            'current',
+        )
 
     def one_image(self) -> Callable[[], Any]:
         """Calls the detector on the first calibration image."""
@@ -201,7 +229,7 @@ class Run(Runner):
         # where and how often it was run is no part of the detector: a resumed run writes the same file
         config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
         meta = dataset_meta(self.evaluation_dataset())
-        return quantized_state(self.detector, self.structure, config, meta, self.input_shape)
+        return quantized_state(self.detector, self.structure, config, meta, self.input_shape, self.canvas is not None)
 
     def evaluate_detector(self, detector: nn.Module) -> dict[str, float]:
         """Every figure of the config's evaluator for a detector."""
@@ -255,7 +283,9 @@ class Run(Runner):
 
     def quantized_inputs(self) -> str:
         """Hash of the quantized detector and of what it is evaluated on."""
-        return fingerprint(self.inputs['global'], self.evaluation_inputs, tensor_hash(self.detector.state_dict()))
+        return fingerprint(
+            self.inputs['global'], self.evaluation_inputs, str(self.canvas), tensor_hash(self.detector.state_dict())
+        )
 
     @cached_property
     def evaluation_inputs(self) -> str:

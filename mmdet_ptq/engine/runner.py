@@ -7,7 +7,7 @@ from torch import nn
 from mmdet_ptq.analysis import float_size_bytes
 from mmdet_ptq.deploy import check_exportable, get_runtime
 from mmdet_ptq.engine import stages
-from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, check_one_size, rehearse_global
+from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.files import check_space
 from mmdet_ptq.registry import RUNNERS
@@ -51,7 +51,7 @@ class PTQRunner(Run):
             get_runtime(name).check_export()
         self.load()
         if self.runtimes:
-            check_one_size(self.tensor_shape(first)[2:] for first in self.calibration.sizes.values())
+            self.choose_canvas()
         if self.ptq.reconstruct is not None:
             check_holdout('ptq.reconstruct', self.ptq.reconstruct.holdout, len(self.calibration))
         if self.ptq.global_loss is not None:

@@ -50,7 +50,7 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
     """
     recipe = {**_GONE, **recipe}
     # what the preset and the runtimes stand for is in the other keys
-    skipped = ('preset', 'export', *_OWN_KEYS.values())
+    skipped = ('preset', 'export', 'export_size', *_OWN_KEYS.values())
     first = {key: value for key, value in recipe.items() if key not in skipped}
     inputs = dict.fromkeys(('prepare', 'observe'), fingerprint(first, *others))
     for stage, key in _OWN_KEYS.items():

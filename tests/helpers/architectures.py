@@ -37,6 +37,41 @@ def swin() -> dict:
     )
 
 
+def sepbn() -> dict:
+    """A head whose convolutions have two names each, one per level, and a normalisation per level."""
+    model = tiny_model_cfg('retinanet')
+    model['backbone'].update(num_stages=2, strides=(2, 2), dilations=(1, 1), out_indices=(0, 1))
+    model['neck'].update(in_channels=[8, 16], num_outs=2)
+    model['bbox_head'].update(type='RetinaSepBNHead', num_ins=2, norm_cfg=dict(type='BN'))
+    model['bbox_head']['anchor_generator']['strides'] = [8, 16]
+    return model
+
+
+def tood() -> dict:
+    """Deformable convolutions with masks, and without them and weights of their own: these only sample."""
+    model = sepbn()
+    model['type'] = 'TOOD'
+    model['bbox_head'] = dict(
+        type='TOODHead',
+        num_classes=NUM_CLASSES,
+        in_channels=16,
+        feat_channels=16,
+        stacked_convs=2,
+        num_dcn=1,
+        anchor_type='anchor_free',
+        norm_cfg=None,
+        anchor_generator=dict(
+            type='AnchorGenerator', ratios=[1.0], octave_base_scale=2, scales_per_octave=1, strides=[8, 16]
+        ),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
+        initial_loss_cls=dict(type='FocalLoss', use_sigmoid=True, activated=True),
+        loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, activated=True, beta=2.0),
+        loss_bbox=dict(type='GIoULoss'),
+    )
+    model['train_cfg'] = None
+    return model
+
+
 def pvt() -> dict:
     """Blocks of tokens whose last layer may be a convolution."""
     return _retinanet(
@@ -144,6 +179,8 @@ def two_stage_detr() -> dict:
 
 ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     swin=swin,
+    sepbn=sepbn,
+    tood=tood,
     pvt=pvt,
     mask_rcnn=mask_rcnn,
     cascade_rcnn=cascade_rcnn,

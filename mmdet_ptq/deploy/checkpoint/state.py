@@ -42,6 +42,7 @@ def quantized_state(
     config: dict,
     dataset_meta: dict | None,
     input_shape: tuple[int, ...] = (),
+    padded: bool = False,
 ) -> dict:
     """Collects the integer checkpoint of a calibrated detector.
 
@@ -53,6 +54,7 @@ def quantized_state(
         dataset_meta: Class names and palette, as mmdet keeps them.
         input_shape: Shape of one image as the test pipeline gives it, (1, 3, H, W): exported models take it.
             Defaults to (): not known.
+        padded: Whether smaller images are to be padded to that size. Defaults to False.
 
     Returns:
         Plain containers of tensors, numbers and strings.
@@ -83,6 +85,7 @@ def quantized_state(
             config=config,
             dataset_meta=dataset_meta or {},
             input_shape=list(input_shape),
+            padded=padded,
             structure=structure.to_dict(),
             layers=layers,
             codes=flatten_tensors(packed),

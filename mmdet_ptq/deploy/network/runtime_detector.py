@@ -11,6 +11,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.build import build_detector
+from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, output_shapes
 from mmdet_ptq.deploy.runtime import Runtime
 from mmdet_ptq.errors import PTQError
@@ -80,6 +81,7 @@ def with_runtime(
     else:
         detector.bbox_head.forward = _RawHead(runtime, device)
     classes = runtime.meta.get('input', {}).get('classes')
+    pad_to(detector, tuple(runtime.meta['input_shape'][2:]))
     detector.cfg = config
     detector.dataset_meta = dataset_meta or (dict(classes=tuple(classes)) if classes else {})
     return detector.eval()
@@ -114,7 +116,7 @@ class _Network:
             raise PTQError(
                 f'the model was exported for images of {wanted[2]}x{wanted[3]} (height x width), the test pipeline '
                 f'gives {image.shape[2]}x{image.shape[3]}; export it with --input-shape {image.shape[2]} '
-                f'{image.shape[3]}, or make the pipeline pad to one size.'
+                f'{image.shape[3]}: smaller images are padded.'
             )
         missing = 0 if self.runtime.meta['dynamic_batch'] else wanted[0] - len(image)
         if missing > 0:

@@ -73,6 +73,48 @@ def fold_divisions(graph: ir.Graph) -> int:
     return moved
 
 
+def fold_norms(graph: ir.Graph) -> int:
+    """Moves normalisations behind one call of a convolution into this call's weight scale and bias.
+
+    They stand where several normalisations share a convolution, so that no weight in the detector could take them over.
+    OpenVINO folds them, too, but into weights that are float then.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many were moved.
+    """
+    moved = 0
+    for node in list(graph):
+        convolution = produced_by(node.inputs[0], 'Conv') if node.op_type == 'BatchNormalization' else None
+        weight = None if convolution is None else produced_by(convolution.inputs[1], 'DequantizeLinear')
+        numbers = [constant(value) for value in node.inputs[1:5]]
+        if weight is None or only_consumer(convolution.outputs[0]) is not node or any(n is None for n in numbers):
+            continue
+        bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.float32(0)
+        if bias is None:
+            continue
+        gamma, beta, mean, variance = (n.astype(np.float64) for n in numbers)
+        epsilon = node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5
+        gain = gamma / np.sqrt(variance + epsilon)
+        codes = constant(weight.inputs[0])
+        # scales are positive: the codes change their sign
+        turned = codes.astype(np.int64) * np.where(gain < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
+        if turned.max() > np.iinfo(codes.dtype).max:
+            continue
+        own = _scale_weight(graph, convolution, np.abs(gain))
+        # codes of its own even where no sign changes: OpenVINO makes weights float that have two scales
+        own.replace_input_with(0, add_constant(graph, f'{convolution.name}.weight', turned.astype(codes.dtype)))
+        shifted = ((bias - mean) * gain + beta).astype(np.float32)
+        convolution.resize_inputs(3)
+        convolution.replace_input_with(2, add_constant(graph, f'{convolution.name}.bias', shifted))
+        node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        moved += 1
+    return moved
+
+
 def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
     """QuantizeLinear that writes what a node dequantizes, perhaps behind a clip of the codes."""
     clip = produced_by(dequantize.inputs[0], 'Clip')

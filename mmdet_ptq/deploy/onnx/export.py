@@ -21,6 +21,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_shapes,
 )
 from mmdet_ptq.deploy.network.seal import seal
+from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
@@ -81,7 +82,7 @@ def export_onnx(
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
     graph = model.graph
-    meta['layers'] = name_layers(graph)
+    meta['layers'] = name_layers(graph, detector)
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
         # a float detector stays what PyTorch exports
@@ -95,7 +96,7 @@ def export_onnx(
     for pack in dialect.packings if packed else ():
         pack(graph)
     if dialect.compact:
-        compact(model, meta['layers'])
+        compact(model, meta['layers'], dialect.shares)
     _write(model, meta, path, dialect)
     return meta
 
@@ -109,7 +110,7 @@ def exported_program(
     network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
     try:
-        with _writing(detector, dialect), _quiet():
+        with _writing(detector, dialect), deformable_nodes(), _quiet():
             program = torch.onnx.export(
                 network.eval(),
                 (example,),

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from torch import nn
 
 from mmdet_ptq.wrapping.names import call_name
 
 SCOPES = 'pkg.torch.onnx.name_scopes'
 ROOT = 'detector.'
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+# they have a weight, too, which no runtime computes with in integers
+_FLOAT_ONLY = ('DeformConv',)
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -82,20 +85,26 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
             )
 
 
-def name_layers(graph: ir.Graph) -> dict[str, str]:
+def name_layers(graph: ir.Graph, detector: nn.Module) -> dict[str, str]:
     """Names operations after the detector's layers instead of after the exporter's counters.
+
+    Torch tells a module by the path that it was reached by, of which a shared one has several, and which begins at the
+    detector itself where its forward is a bound method. The layer is called as the detector names it first.
 
     Args:
         graph: A graph as torch exports it, with its scopes in the nodes' metadata.
+        detector: The detector that was exported.
 
     Returns:
         Name of each convolution or matrix product to the layer in the detector it is a call of.
     """
+    first = {module: name for name, module in detector.named_modules()}
+    known = {name: first[module] for name, module in detector.named_modules(remove_duplicate=False) if name}
     calls, found = Counter(), {}
     for node in graph:
         scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
-        modules = [scope.removeprefix(ROOT) for scope in scopes if scope.startswith(ROOT)]
-        if node.op_type not in WEIGHTED or not modules:
+        modules = [known[path] for path in (scope.removeprefix(ROOT) for scope in scopes) if path in known]
+        if node.op_type not in WEIGHTED + _FLOAT_ONLY or not modules:
             continue
         layer = modules[-1]
         node.name = call_name(layer, calls[layer])

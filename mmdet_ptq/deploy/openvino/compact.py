@@ -51,7 +51,8 @@ def share_constants(model: openvino.Model) -> int:
     """
     first, removed = {}, 0
     for op in model.get_ordered_ops():
-        if op.get_type_name() != 'Constant':
+        # weights that share their codes, and not their scales, become float
+        if op.get_type_name() != 'Constant' or op.get_element_type().get_type_name() == 'i8':
             continue
         key = (op.get_element_type().get_type_name(), tuple(op.get_output_shape(0)), op.get_data().tobytes())
         kept = first.setdefault(key, op)

@@ -19,6 +19,7 @@ from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.openvino.compact import compact, strip_layout
+from mmdet_ptq.deploy.openvino.deformable import deformable_extension
 from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
 from mmdet_ptq.deploy.openvino.model import FLOAT32, META
 from mmdet_ptq.deploy.requirements import ONNX
@@ -98,7 +99,7 @@ class OpenVino(Runtime):
         folder = Path(folder)
         with tempfile.TemporaryDirectory() as temporary:
             meta = export_onnx(detector, Path(temporary) / 'model.onnx', input_shape, runtime=cls.name, **options)
-            model = openvino.convert_model(Path(temporary) / 'model.onnx')
+            model = openvino.convert_model(Path(temporary) / 'model.onnx', extension=[deformable_extension()])
             compact(model, meta['layers'])
             model.set_rt_info(write_meta(meta), [META])
             openvino.save_model(model, Path(temporary) / 'model.xml', compress_to_fp16=False)
@@ -114,13 +115,19 @@ class OpenVino(Runtime):
     @classmethod
     def dialect(cls) -> Dialect:
         from mmdet_ptq.deploy.onnx import passes
-        from mmdet_ptq.deploy.onnx.channel_scales import fold_divisions
+        from mmdet_ptq.deploy.onnx.channel_scales import fold_divisions, fold_norms
 
         # between layers it computes in what fuses best; more quantizers make it slower
         return Dialect(
             between_layers=False,
             rounds_wide=False,
-            passes=(passes.drop_redundant_clips, fold_divisions, partial(passes.integer_biases, stored=False)),
+            shares=False,  # weights that share their codes, and not their scales, become float
+            passes=(
+                passes.drop_redundant_clips,
+                fold_divisions,
+                fold_norms,
+                partial(passes.integer_biases, stored=False),
+            ),
         )
 
     @classmethod

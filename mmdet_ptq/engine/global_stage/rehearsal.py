@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from mmengine.logging import print_log
@@ -61,26 +61,6 @@ def rehearse_global(cfg: GlobalLossConfig, images: int) -> None:
         key = f'{KEY}.hooks[{index}]'
         hook = _type(key, HOOKS, hook, ('priority',))
         _built(key, lambda h=hook: HOOKS.build(h))
-
-
-def check_one_size(sizes: Iterable[tuple[int, int]]) -> None:
-    """Refuses images of several sizes where a model is exported, which takes one.
-
-    Args:
-        sizes: Height and width of the calibration images' tensors.
-
-    Raises:
-        PTQError: They differ.
-    """
-    sizes = sorted(set(sizes))
-    if len(sizes) > 1:
-        side = max(map(max, sizes))
-        raise PTQError(
-            f'exported models (`ptq.export`) take images of one size, the calibration images have {len(sizes)}: '
-            f'{", ".join(f"{h}x{w}" for h, w in sizes[:3])}{", ..." * (len(sizes) > 3)} (height x width); pad '
-            f"them: put dict(type='Pad', size=({side}, {side})) after Resize in "
-            '`test_dataloader.dataset.pipeline`.'
-        )
 
 
 def check_holdout(key: str, share: float, images: int) -> None:

@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mmdet_ptq.analysis import REPORT
 from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, observe_activations, protect_detector, weigh_tensors
 from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantized, settle_biases
+from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
 from mmdet_ptq.engine.run import QUANTIZED, RESULTS, Run
@@ -119,6 +120,8 @@ def write_quantized(run: Run) -> None:
     barrier()
     run.detector = copy.deepcopy(run.float_detector)
     load_quantized_state(run.detector, read_quantized(path))
+    if run.canvas is not None:
+        pad_to(run.detector, run.canvas)
     run.detector.to(run.device).eval()
     run.detector.dataset_meta = run.float_detector.dataset_meta = dataset_meta(run.evaluation_dataset())
     size, limit = path.stat().st_size, run.protection and run.protection.size_limit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
@@ -16,6 +18,7 @@ from mmdet_ptq.analysis import (
     print_results,
 )
 from mmdet_ptq.deploy import integer_arithmetic
+from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.engine.evaluation import check_figures
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
@@ -31,6 +34,23 @@ def evaluate_float(run: Run) -> None:
         lambda: run.evaluate_detector(run.float_detector),
     )
     check_figures(run.float_figures, run._test_loop)
+
+
+def _evaluate_padding(run: Run) -> dict[str, float]:
+    """Evaluates the float detector on the canvas: what padding changes is not the quantization's."""
+
+    def padded() -> dict:
+        detector = copy.deepcopy(run.float_detector)
+        pad_to(detector, run.canvas)
+        return run.evaluate_detector(detector)
+
+    inputs = fingerprint(run.model_inputs(), run.evaluation_inputs, list(run.canvas))
+    found, _ = run.stages.run('evaluate_float_padded', inputs, padded)
+    for key, value in found.items():
+        if key in run.float_figures:
+            change = value - run.float_figures[key]
+            print_log(f'{key} of the float detector with padding: {value:.4f} ({change:+.4f})', 'current')
+    return found
 
 
 def evaluate(run: Run) -> None:
@@ -51,6 +71,8 @@ def evaluate(run: Run) -> None:
     if run.units:
         run.results['reconstruction'] = run.units
     run.add_row('float', run.float_figures, float_size_bytes(run.float_detector), float_bops(run.structure))
+    if run.canvas is not None:
+        run.results['canvas'] = dict(size=list(run.canvas), float_metrics=_evaluate_padding(run))
     _simulated(run, SIMULATED)
 
 

@@ -248,6 +248,7 @@ class _Planner:
             for op in graph.operations
             if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op) and op not in self.left_float
         ]
+        self._one_zero_point_where_layers_write(found)
         for op in found:
             self.name_of(op)
         for op in found:
@@ -293,6 +294,15 @@ class _Planner:
         for layer in self.structure.layers:
             layer.inputs = [into if known == name else known for known in layer.inputs]
         self._entry(into)['readers'] += self.structure.activations.pop(name)['readers']
+
+    def _one_zero_point_where_layers_write(self, found: list[Operation]) -> None:
+        """A layer absorbs the scales of what it writes; its kernel adds one zero point for all channels."""
+        for op in found:
+            name = self.graph.input_names.get(op.outputs[0]) if op.kind == LAYER else None
+            if name is not None and self._entry(name)['spec'].get('num_channels') is not None:
+                entry = self._entry(name)
+                if build_quantizer(entry['spec']).has_zero_point:
+                    entry['spec'] = build_quantizer({**entry['spec'], 'shared_zero_point': True}).spec()
 
     def name_of(self, op: Operation) -> str:
         """The quantizer of what an operation computes."""

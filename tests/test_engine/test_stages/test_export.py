@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,11 +14,12 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmdet_ptq import cli
-from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, read_quantized, runtime_detector
+from mmdet_ptq.deploy import get_runtime, integer_arithmetic, model_bytes, open_model, read_quantized, runtime_detector
 from mmdet_ptq.engine import PTQRunner
+from mmdet_ptq.engine.api import load_quantized
 from mmdet_ptq.engine.stages.export import export_runtime
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_model_cfg
+from mmdet_ptq.testing import tiny_config, tiny_model_cfg
 from mmdet_ptq.testing.processors import PROCESSORS
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
@@ -73,24 +75,6 @@ def test_the_detector_stays_where_it_is(exported, monkeypatch):
 
 def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
     assert exported.ptq.dataflow == 'balanced'
-
-
-def test_images_of_several_sizes_are_refused_before_anything_long_and_the_told_padding_mends_it(
-    config_file, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(PTQRunner, 'export_float', lambda runner: pytest.fail(f'passed: {runner.input_shape}'))
-    for name, size in (('a', (64, 64)), ('b', (64, 32)), ('c', (64, 31))):
-        mmcv.imwrite(np.zeros((*size, 3), np.uint8), str(tmp_path / 'images' / f'{name}.png'))
-    cfg = Config.fromfile(config_file)
-    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(images=str(tmp_path / 'images')), export=['onnxruntime'])
-    cfg.work_dir = str(tmp_path / 'work_dir')
-    with pytest.raises(PTQError, match=r"2: 64x32, 64x64 \(height x width\); .* dict\(type='Pad', size=\(64, 64\)\)"):
-        PTQRunner.from_cfg(cfg).run()
-    pipeline = cfg.test_dataloader.dataset.pipeline
-    resize = [step.type for step in pipeline].index('Resize')
-    pipeline.insert(resize + 1, dict(type='Pad', size=(64, 64)))
-    with pytest.raises(pytest.fail.Exception, match=r'passed: \(1, 3, 64, 64\)'):
-        PTQRunner.from_cfg(cfg).run()
 
 
 def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
@@ -281,3 +265,60 @@ def test_a_model_of_another_size_is_refused(exported, config_file):
     detector = runtime_detector(exported.cfg, model)
     with pytest.raises(PTQError, match='was exported for images of 32x32'):
         inference_detector(detector, str(sorted((config_file.parent / 'val').glob('*.png'))[0]))
+
+
+def cut(folder: Path, split: str, sizes: list[tuple[int, int]]) -> None:
+    """Cuts the images of a tiny COCO to several sizes."""
+    path = folder / 'annotations' / f'instances_{split}.json'
+    told = json.loads(path.read_text())
+    for entry, (height, width) in zip(told['images'], itertools.cycle(sizes), strict=False):
+        file = str(folder / split / entry['file_name'])
+        mmcv.imwrite(mmcv.imread(file)[:height, :width].copy(), file)
+        entry.update(height=height, width=width)
+    path.write_text(json.dumps(told))
+
+
+@pytest.fixture(scope='module')
+def several_sizes(one_thread, tmp_path_factory) -> PTQRunner:
+    """A run whose test pipeline keeps the ratio of the images, as stock ones do."""
+    folder = tmp_path_factory.mktemp('several_sizes')
+    cfg = tiny_config('retinanet', folder)
+    cut(folder, 'train', [(64, 48), (40, 64)])
+    cut(folder, 'val', [(64, 64), (32, 64), (64, 25)])
+    cfg.model.data_preprocessor.pad_size_divisor = 16
+    cfg.test_dataloader.dataset.pipeline[2].scale = (80, 48)  # the longer side, the shorter one
+    cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=2, batch_size=2), export=['onnxruntime'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+        runner = PTQRunner.from_cfg(cfg)
+        runner.run()
+    return runner
+
+
+def test_images_of_several_sizes_are_padded_and_computed_as_simulated(several_sizes, tmp_path):
+    # 64x64 -> 48x48, 32x64 -> 40x80, 64x25 -> 80x31, 64x48 -> 64x48, 40x64 -> 48x77
+    assert several_sizes.canvas == (80, 80)
+    model = open_model(f'{several_sizes.work_dir}/onnxruntime/model.onnx')
+    assert model.meta['input_shape'] == [1, 3, 80, 80]
+    results = json.loads((Path(several_sizes.work_dir) / 'results.json').read_text())
+    rows = {row['model']: row['metrics'] for row in results['rows']}
+    assert rows['onnxruntime'] == rows['simulated']
+    # what padding changes is told apart from what quantization does
+    assert results['canvas']['size'] == [80, 80]
+    assert results['canvas']['float_metrics'].keys() == rows['float'].keys()
+    loaded = load_quantized(f'{several_sizes.work_dir}/quantized.pth')
+    exported = runtime_detector(several_sizes.cfg, model)
+    for detector in (loaded, exported):
+        detector.cfg = several_sizes.cfg
+    for file in sorted((Path(several_sizes.cfg.load_from).parent / 'val').glob('*.png'))[:3]:
+        with integer_arithmetic(loaded):
+            ours = inference_detector(loaded, str(file)).pred_instances
+        theirs = inference_detector(exported, str(file)).pred_instances
+        assert len(ours) == len(theirs) > 0
+        torch.testing.assert_close(ours.bboxes, theirs.bboxes, atol=1e-3, rtol=1e-3)
+
+
+def test_a_size_that_does_not_hold_an_image_is_refused_before_the_calibration(make_runner, tmp_path):
+    with pytest.raises(PTQError, match=r'`ptq.export_size` is 32x64 .* image of 64x64'):
+        make_runner({'ptq.export': ['onnxruntime'], 'ptq.export_size': (32, 64)}).calibrate()
+    assert not list((tmp_path / 'work_dir').glob('stages/*'))

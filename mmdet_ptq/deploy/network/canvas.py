@@ -1,0 +1,72 @@
+"""One size for images of several: a canvas that holds them all, padded as mmdet's data preprocessor pads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn import functional
+
+from mmdet_ptq.errors import PTQError
+
+
+def canvas_of(detector: nn.Module, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The smallest canvas that holds images of all sizes, a multiple of what the detector's maps need.
+
+    Args:
+        detector: The detector, with its data preprocessor.
+        sizes: Heights and widths as the test pipeline gives them.
+    """
+    divisor = getattr(detector.data_preprocessor, 'pad_size_divisor', 1)
+    return tuple(-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+
+
+def check_canvas(canvas: tuple[int, int], sizes: Iterable[tuple[int, int]]) -> None:
+    """Refuses a canvas that does not hold an image.
+
+    Args:
+        canvas: ``ptq.export_size``.
+        sizes: Heights and widths as the test pipeline gives them.
+
+    Raises:
+        PTQError: Names the image's size.
+    """
+    for height, width in sizes:
+        if height > canvas[0] or width > canvas[1]:
+            raise PTQError(
+                f'`ptq.export_size` is {canvas[0]}x{canvas[1]} (height x width), and the test pipeline gives an '
+                f'image of {height}x{width}; make it larger, or leave it out: it is chosen then.'
+            )
+
+
+def pad_to(detector: nn.Module, canvas: tuple[int, int]) -> None:
+    """Lets a detector's data preprocessor pad every image to a canvas from now on, in place.
+
+    At the right and below, behind the normalization, with the preprocessor's value: what mmdet does with an image that
+    is in one batch with larger ones. Larger images stay as they are.
+
+    Args:
+        detector: The detector, with mmdet's data preprocessor.
+        canvas: Height and width.
+    """
+    for key, hook in list(detector.data_preprocessor._forward_hooks.items()):
+        if isinstance(hook, _Canvas):
+            del detector.data_preprocessor._forward_hooks[key]
+    detector.data_preprocessor.register_forward_hook(_Canvas(canvas))
+
+
+class _Canvas:
+    """Forward hook of a data preprocessor."""
+
+    def __init__(self, canvas: tuple[int, int]) -> None:
+        self.canvas = canvas
+
+    def __call__(self, preprocessor: nn.Module, args: tuple, data: dict) -> dict:
+        images = data['inputs']
+        bottom, right = (max(0, side - have) for side, have in zip(self.canvas, images.shape[-2:], strict=True))
+        if not bottom and not right:
+            return data
+        images = functional.pad(images, (0, right, 0, bottom), value=getattr(preprocessor, 'pad_value', 0))
+        for sample in data.get('data_samples') or ():
+            sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
+        return {**data, 'inputs': images}
