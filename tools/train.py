@@ -15,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config')
     parser.add_argument('--export', type=Path, help='where to write the slim checkpoint (no optimizer, no history)')
+    parser.add_argument('--half', action='store_true', help='store the weights as float16')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the work directory')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     args = parser.parse_args()
@@ -27,7 +28,15 @@ def main() -> None:
     runner.model.to(memory_format=torch.channels_last)
     runner.train()
     if args.export:
-        weights = {name: value.cpu().contiguous() for name, value in runner.model.state_dict().items()}
+        # as torch returns it, with the versions of the layers
+        weights, stored = runner.model.state_dict(), {}
+        for name, value in weights.items():
+            # what modules share is stored once
+            place = value.data_ptr(), value.shape
+            if place not in stored:
+                plain = value.cpu().contiguous()
+                stored[place] = plain.half() if args.half and plain.is_floating_point() else plain
+            weights[name] = stored[place]
         meta = dict(
             dataset_meta={key: list(value) for key, value in runner.train_dataloader.dataset.metainfo.items()},
             config=Path(args.config).name,
