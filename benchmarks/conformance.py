@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 
 import runs
@@ -158,7 +157,7 @@ def last_line(path: Path) -> str:
     return lines[-1] if lines else 'it printed nothing'
 
 
-def measure(config: Path, rows: Sequence[dict], work_dir: Path) -> list[Outcome]:
+def measure(config: Path, rows: Sequence[dict], export: Sequence[str], work_dir: Path) -> list[Outcome]:
     """Runs one detector with one preset; an outcome for each row.
 
     Where a run with several runtimes fails, each of them is tried by itself: a row does not fail for another's sake.
@@ -166,32 +165,31 @@ def measure(config: Path, rows: Sequence[dict], work_dir: Path) -> list[Outcome]
     Args:
         config: The config.
         rows: Rows of the table that differ in runtime and metric alone.
+        export: Runtimes that it is calibrated for.
         work_dir: Where it runs; what is finished there is taken over.
     """
-    part, preset = rows[0]['part'], rows[0]['preset']
-    options, runtimes = options_of(config, part), list(dict.fromkeys(row['runtime'] for row in rows))
-    if runtimes == ['float']:
+    part, preset, output = rows[0]['part'], rows[0]['preset'], work_dir / 'output.txt'
+    work_dir.mkdir(parents=True, exist_ok=True)
+    options = options_of(config, part)
+    if {row['runtime'] for row in rows} == {'float'}:
         metrics = float_metrics(config, options, work_dir)
         return [Outcome(row, metrics[row['metric']], 0.0) for row in rows]
-    export, output = [name for name in runtimes if name not in WITHOUT_EXPORT], work_dir / 'output.txt'
+    options.append(f'ptq.export=[{",".join(export)}]')
     try:
-        _, results = run_ptq(config, preset, work_dir, [f'ptq.export=[{",".join(export)}]', *options], output=output)
+        _, results = run_ptq(config, preset, work_dir, options, output=output)
     except subprocess.CalledProcessError:
         if len(export) < 2:
             return [Outcome(row, reason=last_line(output)) for row in rows]
-        outcomes = []
+        best = {}
         for name in export:
             own = [row for row in rows if row['runtime'] in (*WITHOUT_EXPORT, name)]
-            outcomes += measure(config, own, work_dir / f'{name}_alone')
-        # the rows without export from the first run that gave them
-        best = {}
-        for outcome in outcomes:
-            key = tuple(outcome.row[name] for name in KEY)
-            if key not in best or best[key].figure is None:
-                best[key] = outcome
+            for outcome in measure(config, own, [name], work_dir / f'{name}_alone') if own else ():
+                key = tuple(outcome.row[name] for name in KEY)
+                # what needs no export from the first run that gave it
+                if key not in best or best[key].figure is None:
+                    best[key] = outcome
         return list(best.values())
-    found = {row['model']: row for row in results['rows']}
-    outcomes = []
+    found, outcomes = {row['model']: row for row in results['rows']}, []
     for row in rows:
         entry, metric = found[row['runtime']], row['metric']
         figure = entry['metrics'][metric]
@@ -200,16 +198,31 @@ def measure(config: Path, rows: Sequence[dict], work_dir: Path) -> list[Outcome]
     return outcomes
 
 
-def outcomes_of(rows: Sequence[dict], args: argparse.Namespace) -> Iterable[Outcome]:
-    """Outcomes of the rows, detector by detector."""
+def by_run(rows: Iterable[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """Rows that one run gives, by detector, part and preset."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row['detector'], row['part'], row['preset']), []).append(row)
+    return groups
+
+
+def outcomes_of(rows: Sequence[dict], table: Sequence[dict], args: argparse.Namespace) -> Iterable[Outcome]:
+    """Outcomes of the rows, run by run.
+
+    Args:
+        rows: The rows.
+        table: All of the table: a detector is calibrated for all runtimes that it has there, whichever are asked for.
+        args: The command line.
+    """
     missing = {}
-    for name in {row['runtime'] for row in rows}.difference(WITHOUT_EXPORT):
+    for name in {row['runtime'] for row in table}.difference(WITHOUT_EXPORT):
         try:
             get_runtime(name).check()
         except PTQError as error:
             missing[name] = str(error)
-    for key, group in groupby(rows, lambda row: (row['detector'], row['part'], row['preset'])):
-        config, group = config_of(key[0], args.zoo), list(group)
+    whole = by_run(table)
+    for key, group in by_run(rows).items():
+        config = config_of(key[0], args.zoo)
         if config is None:
             reason = (
                 f'there is no {key[0]}.py in {args.zoo / "configs"}; set MMDET_PTQ_ZOO or --zoo to the detector zoo'
@@ -217,12 +230,14 @@ def outcomes_of(rows: Sequence[dict], args: argparse.Namespace) -> Iterable[Outc
             yield from (Outcome(row, reason=reason, skipped=True) for row in group)
             continue
         here = [row for row in group if row['runtime'] not in missing]
-        work_dir = args.work_dir.resolve().joinpath(*key)
+        export = dict.fromkeys(
+            row['runtime'] for row in whole[key] if row['runtime'] not in (*WITHOUT_EXPORT, *missing)
+        )
+        work_dir = args.work_dir.joinpath(*key)
         if not args.resume:
             shutil.rmtree(work_dir, ignore_errors=True)
-        work_dir.mkdir(parents=True, exist_ok=True)
         print(f'{" ".join(key)}: {", ".join(dict.fromkeys(row["runtime"] for row in here))} ...', flush=True)
-        yield from measure(config, here, work_dir) if here else ()
+        yield from measure(config, here, list(export), work_dir) if here else ()
         yield from (
             Outcome(row, reason=missing[row['runtime']], skipped=True) for row in group if row['runtime'] in missing
         )
@@ -290,10 +305,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--resume', action='store_true', help='take over finished stages; only where no code has changed since'
     )
     args = parser.parse_args(argv)
-    table, args.zoo = read_table(args.table), args.zoo.resolve()
+    table, out = read_table(args.table), (args.out or args.work_dir / 'results.csv').resolve()
+    args.table, args.zoo, args.work_dir = args.table.resolve(), args.zoo.resolve(), args.work_dir.resolve()
     rows = select(select(table, part=[args.part]), detector=args.detectors, runtime=args.runtimes, preset=args.presets)
     if not rows:
         raise PTQError(f'no row of {args.table.name} has all that was asked for; leave out an option.')
+    # where the data of the configs lie
+    os.chdir(ROOT)
     # the plug-ins of the zoo
     paths = [str(args.zoo), *filter(None, [os.environ.get('PYTHONPATH')])]
     os.environ['PYTHONPATH'] = os.pathsep.join(paths)
@@ -305,11 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f'on {installed["processor"]}')
     outcomes = []
-    for entry in outcomes_of(rows, args):
+    for entry in outcomes_of(rows, table, args):
         outcomes.append(entry)
-        write_csv(
-            args.out or args.work_dir / 'results.csv', [result(entry, about) for entry in outcomes], RESULT_FIELDS
-        )
+        write_csv(out, [result(entry, about) for entry in outcomes], RESULT_FIELDS)
     print_outcomes(outcomes)
     if args.update:
         for entry in outcomes:

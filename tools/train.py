@@ -23,6 +23,7 @@ def main() -> None:
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options)
     config.resume = args.resume
+    config.work_dir = config.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     runner = Runner.from_cfg(config)
     # twice as fast on a CPU, where a convolution takes the layout of its weights
     runner.model.to(memory_format=torch.channels_last)

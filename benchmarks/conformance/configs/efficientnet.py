@@ -1,5 +1,5 @@
 # RetinaNet on the first stages of EfficientNet with HardSwish: squeeze-and-excitation, as in MobileNetV3.
-_base_ = './base.py'
+_base_ = './short.py'
 
 model = dict(
     type='RetinaNet',
@@ -51,4 +51,3 @@ _base_.test_pipeline[1].scale = (96, 96)
 train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=_base_.test_pipeline))
 test_dataloader = val_dataloader
-work_dir = './work_dirs/conformance/efficientnet'

@@ -3,6 +3,9 @@ _base_ = './resnet_fpn.py'
 
 model = dict(
     type='GFL',
+    backbone=dict(
+        init_cfg=dict(type='Pretrained', checkpoint='{{ fileDirname }}/../weights/atss.pth', prefix='backbone.')
+    ),
     bbox_head=dict(
         type='GFLHead',
         num_classes=6,
@@ -23,4 +26,3 @@ model = dict(
         nms_pre=1000, min_bbox_size=0, score_thr=0.01, nms=dict(type='nms', iou_threshold=0.6), max_per_img=100
     ),
 )
-work_dir = './work_dirs/conformance/gfl'

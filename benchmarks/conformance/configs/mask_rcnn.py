@@ -7,6 +7,9 @@ regions = dict(pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5, match_low_qual
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(pad_mask=True),
+    backbone=dict(
+        init_cfg=dict(type='Pretrained', checkpoint='{{ fileDirname }}/../weights/atss.pth', prefix='backbone.')
+    ),
     neck=dict(start_level=0, num_outs=4),
     rpn_head=dict(
         type='RPNHead',
@@ -82,4 +85,3 @@ val_dataloader = dict(dataset=dict(pipeline=_base_.test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
-work_dir = './work_dirs/conformance/mask_rcnn'

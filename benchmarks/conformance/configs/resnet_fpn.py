@@ -1,5 +1,6 @@
-# What the members on a residual network share: three stages of ResNet-18 with a quarter of its channels.
-_base_ = './base.py'
+# What the members on a residual network share: three stages of ResNet-18 with a quarter of its channels. GFL and
+# Mask R-CNN start from the backbone of ATSS.
+_base_ = './short.py'
 
 model = dict(
     data_preprocessor=dict(

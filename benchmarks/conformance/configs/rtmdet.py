@@ -49,4 +49,3 @@ model = dict(
         nms_pre=1000, min_bbox_size=0, score_thr=0.01, nms=dict(type='nms', iou_threshold=0.65), max_per_img=100
     ),
 )
-work_dir = './work_dirs/conformance/rtmdet'

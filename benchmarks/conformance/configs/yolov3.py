@@ -1,5 +1,5 @@
 # YOLOv3 on MobileNetV2: LeakyReLU throughout, depthwise convolutions, three anchors at each place.
-_base_ = './base.py'
+_base_ = './short.py'
 
 act_cfg = dict(type='LeakyReLU', negative_slope=0.1)
 model = dict(
@@ -34,4 +34,3 @@ model = dict(
         max_per_img=100,
     ),
 )
-work_dir = './work_dirs/conformance/yolov3'
