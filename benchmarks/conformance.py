@@ -56,7 +56,7 @@ WITHOUT_EXPORT = ('float', 'simulated')
 # what 8 bits may cost a detector, and all of them on the mean, in points
 MOST, MOST_ON_MEAN = 0.5, 0.3
 # the drawn images of the quick part: the first ones of the whole data set
-QUICK_ROOT, QUICK_IMAGES = 'data/embedded_quick', dict(train=32, val=40)
+QUICK_ROOT, QUICK_IMAGES = 'data/embedded_quick', dict(train=16, val=40)
 
 
 @dataclass
@@ -137,7 +137,8 @@ def options_of(config: Path, part: str) -> list[str]:
             options += [f'{split}_dataloader.dataset.num_images.{key}={count}' for key, count in QUICK_IMAGES.items()]
             if split != 'train':
                 options.append(f'{split}_evaluator.ann_file={QUICK_ROOT}/annotations/instances_val.json')
-        options.append(f'ptq.calibration.num_images={QUICK_IMAGES["train"]}')
+        # nothing is exported, which would take most of the time, but what a runtime needs is quantized
+        options += [f'ptq.calibration.num_images={QUICK_IMAGES["train"]}', 'ptq.dataflow=auto']
     return options
 
 

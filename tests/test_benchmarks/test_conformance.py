@@ -78,7 +78,7 @@ def test_the_table_names_detectors_that_exist():
     assert {row['part'] for row in rows} == set(conformance.PARTS)
     for row in rows:
         assert tuple(row) == conformance.FIELDS
-        assert 0 < float(row['tolerance_points']) <= 1
+        assert 0 < float(row['tolerance_points']) <= 2
         # whatever is asked of integers is asked of the float detector, too
         assert (*(row[name] for name in conformance.KEY[:3]), 'float', row['metric']) in keys
         if row['runtime'] == 'float':
@@ -159,12 +159,11 @@ def test_what_the_table_does_not_have_is_refused(table, run):
 
 
 def test_the_quick_part_holds(tmp_path, monkeypatch):
-    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     monkeypatch.setenv('PYTHONPATH', str(conformance.ROOT))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(conformance.ROOT)
     code = conformance.main(['--part', 'quick', '--work-dir', str(tmp_path)])
     with (tmp_path / 'results.csv').open(encoding='utf-8') as file:
         results = list(csv.DictReader(file))
-    assert code == 0 and {line['runtime'] for line in results} >= {'float', 'simulated', 'onnxruntime'}
+    assert code == 0 and {line['runtime'] for line in results} == {'float', 'simulated'}
     assert {line['state'] for line in results} <= {'same', 'rose'}

@@ -1,4 +1,4 @@
-# The schedule of the members that learn fast.
+# Half the schedule, for members that learn fast.
 _base_ = './base.py'
 
 max_epochs = 10
