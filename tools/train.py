@@ -9,6 +9,24 @@ import mmengine
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+from torch import Tensor, nn
+
+
+def slim_state(model: nn.Module, half: bool) -> dict[str, Tensor]:
+    """A model's state on the CPU, with the versions of its layers; what modules share stands there once.
+
+    Args:
+        model: The model.
+        half: Whether floating point values become float16.
+    """
+    state, stored = model.state_dict(), {}
+    for name, value in state.items():
+        place = value.data_ptr(), value.shape
+        if place not in stored:
+            plain = value.cpu().contiguous()
+            stored[place] = plain.half() if half and plain.is_floating_point() else plain
+        state[name] = stored[place]
+    return state
 
 
 def main() -> None:
@@ -29,15 +47,6 @@ def main() -> None:
     runner.model.to(memory_format=torch.channels_last)
     runner.train()
     if args.export:
-        # as torch returns it, with the versions of the layers
-        weights, stored = runner.model.state_dict(), {}
-        for name, value in weights.items():
-            # what modules share is stored once
-            place = value.data_ptr(), value.shape
-            if place not in stored:
-                plain = value.cpu().contiguous()
-                stored[place] = plain.half() if args.half and plain.is_floating_point() else plain
-            weights[name] = stored[place]
         meta = dict(
             dataset_meta={key: list(value) for key, value in runner.train_dataloader.dataset.metainfo.items()},
             config=Path(args.config).name,
@@ -47,7 +56,7 @@ def main() -> None:
             mmengine_version=mmengine.__version__,
         )
         args.export.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state_dict=weights, meta=meta), args.export)
+        torch.save(dict(state_dict=slim_state(runner.model, args.half), meta=meta), args.export)
 
 
 if __name__ == '__main__':

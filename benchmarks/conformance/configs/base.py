@@ -1,4 +1,8 @@
 # What every member shares: the drawn images of the package at 128 x 128, and a schedule of minutes on one core.
+#
+# Train a member, and write the weights that the suite loads:
+#   OMP_NUM_THREADS=1 python tools/train.py benchmarks/conformance/configs/NAME.py --half \
+#       --export benchmarks/conformance/weights/NAME.pth
 default_scope = 'mmdet'
 custom_imports = dict(imports=['mmdet_ptq'], allow_failed_imports=False)
 input_size = 128
