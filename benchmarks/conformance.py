@@ -173,7 +173,10 @@ def measure(config: Path, rows: Sequence[dict], export: Sequence[str], work_dir:
     work_dir.mkdir(parents=True, exist_ok=True)
     options = options_of(config, part)
     if {row['runtime'] for row in rows} == {'float'}:
-        metrics = float_metrics(config, options, work_dir)
+        try:
+            metrics = float_metrics(config, options, work_dir)
+        except Exception as error:  # of any kind: a detector that breaks fails its own rows alone
+            return [Outcome(row, reason=f'{type(error).__name__}: {error}') for row in rows]
         return [Outcome(row, metrics[row['metric']], 0.0) for row in rows]
     options.append(f'ptq.export=[{",".join(export)}]')
     try:

@@ -144,6 +144,16 @@ def test_a_runtime_that_breaks_spoils_no_other_row(table, run, capsys):
     assert 'FAILED yolox whole w8a8_observe onnxruntime coco/bbox_mAP: RuntimeError: onnxruntime broke' in told
 
 
+def test_a_float_detector_that_breaks_fails_its_own_rows(table, run, monkeypatch, capsys):
+    def broken(config, options, work_dir):
+        raise RuntimeError('no weights')
+
+    monkeypatch.setattr(conformance, 'float_metrics', broken)
+    code, (line,), _ = run(table('yolox', float='0.500', simulated='0.500'), {}, '--runtimes', 'float')
+    assert code == 1 and line['state'] == 'failed'
+    assert 'FAILED yolox whole w8a8_observe float coco/bbox_mAP: RuntimeError: no weights' in capsys.readouterr().out
+
+
 def test_the_zoo_is_skipped_where_there_is_none(table, run, tmp_path, capsys):
     path = table('nanodet_m_coco', float='0.266', simulated='0.266')
     code, results, exported = run(path, {}, '--zoo', str(tmp_path / 'nowhere'))
