@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mmdet_ptq.analysis import read_results
@@ -36,7 +37,12 @@ CALIBRATION = ('prepare', 'observe', 'protect', 'reconstruct', 'global')
 
 
 def run_ptq(
-    config: Path, preset: str, work_dir: Path, options: Sequence[str] = (), arguments: Sequence[str] = ()
+    config: Path,
+    preset: str,
+    work_dir: Path,
+    options: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    output: Path | None = None,
 ) -> tuple[list[str], dict]:
     """Runs tools/ptq.py, taking over the stages that are finished.
 
@@ -46,6 +52,7 @@ def run_ptq(
         work_dir: Where it runs.
         options: ``--cfg-options``.
         arguments: Further arguments.
+        output: File that takes what the run prints. Defaults to None: the terminal shows it.
 
     Returns:
         The command, and what ``results.json`` holds.
@@ -53,7 +60,8 @@ def run_ptq(
     command = ['tools/ptq.py', str(config), '--preset', preset, '--work-dir', str(work_dir), '--resume', *arguments]
     if options:
         command += ['--cfg-options', *options]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    with output.open('w') if output else nullcontext() as file:
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=file, stderr=file)
     return command, read_results(work_dir / 'results.json')
 
 

@@ -9,12 +9,31 @@ import mmengine
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+from torch import Tensor, nn
+
+
+def slim_state(model: nn.Module, half: bool) -> dict[str, Tensor]:
+    """A model's state on the CPU, with the versions of its layers; what modules share stands there once.
+
+    Args:
+        model: The model.
+        half: Whether floating point values become float16.
+    """
+    state, stored = model.state_dict(), {}
+    for name, value in state.items():
+        place = value.data_ptr(), value.shape
+        if place not in stored:
+            plain = value.cpu().contiguous()
+            stored[place] = plain.half() if half and plain.is_floating_point() else plain
+        state[name] = stored[place]
+    return state
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config')
     parser.add_argument('--export', type=Path, help='where to write the slim checkpoint (no optimizer, no history)')
+    parser.add_argument('--half', action='store_true', help='store the weights as float16')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the work directory')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     args = parser.parse_args()
@@ -22,12 +41,12 @@ def main() -> None:
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options)
     config.resume = args.resume
+    config.work_dir = config.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     runner = Runner.from_cfg(config)
     # twice as fast on a CPU, where a convolution takes the layout of its weights
     runner.model.to(memory_format=torch.channels_last)
     runner.train()
     if args.export:
-        weights = {name: value.cpu().contiguous() for name, value in runner.model.state_dict().items()}
         meta = dict(
             dataset_meta={key: list(value) for key, value in runner.train_dataloader.dataset.metainfo.items()},
             config=Path(args.config).name,
@@ -37,7 +56,7 @@ def main() -> None:
             mmengine_version=mmengine.__version__,
         )
         args.export.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state_dict=weights, meta=meta), args.export)
+        torch.save(dict(state_dict=slim_state(runner.model, args.half), meta=meta), args.export)
 
 
 if __name__ == '__main__':

@@ -12,15 +12,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 import cv2
+import numpy as np
 from mmengine.logging import print_log
 from mmengine.utils import track_iter_progress
+from pycocotools import mask as rle
 
 from mmdet_ptq.datasets.scenes import make_scene
 from mmdet_ptq.datasets.shapes import CLASSES
 from mmdet_ptq.errors import PTQError
 
 # raise it whenever an image or an annotation changes: data of another version are generated anew
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 SPLITS = ('train', 'val')  # the position is the number of the split's random stream
 NUM_IMAGES: Mapping[str, int] = MappingProxyType(dict(train=1600, val=250))
 ID_OFFSET = 1_000_000  # between the image ids of two splits, so that no id occurs in both
@@ -107,14 +109,16 @@ def _write(root: Path, tasks: list[tuple[str, int]], seed: int) -> None:
         height, width = scene.image.shape[:2]
         coco[split]['images'].append(dict(id=image_id, file_name=name, height=height, width=width))
         annotations = coco[split]['annotations']
-        for placement, (x1, y1, x2, y2), area in zip(scene.placements, scene.boxes.tolist(), scene.areas, strict=True):
+        for placement, (x1, y1, x2, y2), mask in zip(scene.placements, scene.boxes.tolist(), scene.masks, strict=True):
+            runs = rle.encode(np.asfortranarray(mask, np.uint8))
             annotations.append(
                 dict(
                     id=10 * stream * ID_OFFSET + len(annotations) + 1,
                     image_id=image_id,
                     category_id=placement.label + 1,
                     bbox=[x1, y1, x2 - x1, y2 - y1],
-                    area=area,
+                    area=int(mask.sum()),
+                    segmentation=dict(size=runs['size'], counts=runs['counts'].decode('ascii')),
                     iscrowd=0,
                 )
             )

@@ -87,14 +87,14 @@ class Scene:
         placements: The annotated objects.
         boxes: (n, 4), int64, ``x1, y1, x2, y2``: the tight box of the whole shape, occluded parts included,
             clipped to the image; ``x2`` and ``y2`` are one past the last pixel.
-        areas: Pixels of each shape inside the image, occluded ones included.
+        masks: (H, W), bool: the pixels of each shape inside the image, occluded ones included.
         visible: Share of each shape that is inside the image and not covered.
     """
 
     image: ndarray
     placements: list[Placement] = field(default_factory=list)
     boxes: ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
-    areas: list[int] = field(default_factory=list)
+    masks: list[ndarray] = field(default_factory=list)
     visible: list[float] = field(default_factory=list)
 
 
@@ -116,7 +116,7 @@ def make_scene(seed: int, stream: int, index: int) -> Scene:
     for _ in range(dice.integer(0, 3)):
         _paint_blob(dice, canvas)
 
-    placements, full, boxes, areas = [], [], [], []
+    placements, full, boxes, masks = [], [], [], []
     for placement in _place(dice, height, width):
         silhouette, window = _paint_shape(dice, canvas, placement)
         inside = silhouette[window.inner]
@@ -124,10 +124,11 @@ def make_scene(seed: int, stream: int, index: int) -> Scene:
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         placements.append(placement)
         full.append(int(silhouette.sum()))
-        areas.append(int(inside.sum()))
+        masks.append(np.zeros((height, width), bool))
+        masks[-1][window.outer] = inside
         boxes.append(
             (columns[0] + window.x1, rows[0] + window.y1, columns[-1] + 1 + window.x1, rows[-1] + 1 + window.y1)
-            if areas[-1]
+            if inside.any()
             else (0, 0, 0, 0)
         )
     if dice.chance(0.35):
@@ -141,7 +142,7 @@ def make_scene(seed: int, stream: int, index: int) -> Scene:
         image=_sensor(dice, canvas),
         placements=[placements[i] for i in kept],
         boxes=np.array([boxes[i] for i in kept], np.int64).reshape(-1, 4),
-        areas=[areas[i] for i in kept],
+        masks=[masks[i] for i in kept],
         visible=[float(visible[i]) for i in kept],
     )
 

@@ -5,6 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pycocotools import mask as rle
 
 from mmdet_ptq.datasets import generate
 from mmdet_ptq.datasets.generate import SPLITS, STAMP, ensure_generated
@@ -54,6 +55,8 @@ def test_splits_are_disjoint_and_the_annotations_consistent(tmp_path):
             assert x >= 0 and y >= 0 and width > 0 and height > 0
             assert x + width <= sizes[annotation['image_id']][0] and y + height <= sizes[annotation['image_id']][1]
             assert 0 < annotation['area'] <= width * height
+            assert annotation['area'] == rle.area(annotation['segmentation'])
+            assert list(rle.toBbox(annotation['segmentation'])) == annotation['bbox']
 
 
 def test_second_call_generates_nothing(tmp_path, monkeypatch):
