@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, deform_conv2d
 
-from mmdet_ptq.deploy import get_runtime, open_model
+from mmdet_ptq.deploy import get_runtime, open_model, settle_biases
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
@@ -84,6 +84,7 @@ def test_a_detector_with_them_computes_what_was_simulated_and_names_them(runtime
     pytest.importorskip(runtime)
     architectures.register(monkeypatch)
     detector, structure = tiny_quantized('tood', dict(OBSERVE, dataflow='auto'))
+    settle_biases(detector, structure)
     assert 'ModulatedDeformConv2dPack' in {entry['operation'] for entry in structure.uncovered}
     model = open_model(get_runtime(runtime).export(detector, tmp_path, (1, 3, 64, 64)), 1)
     assert 'bbox_head.inter_convs.0.conv' in model.coverage().float

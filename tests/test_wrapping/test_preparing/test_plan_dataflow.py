@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import architectures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -370,3 +371,13 @@ def test_what_stays_float_in_tiny_detectors(flowing):
 
 
 # ------------------------------------------------------------------ the forward pass
+
+
+def test_what_a_layer_writes_has_one_zero_point_where_a_depthwise_convolution_reads_it(monkeypatch):
+    """ONNX Runtime's convolutions write no other: the first run failed."""
+    architectures.register(monkeypatch)
+    _, structure = tiny_quantized('pvt', dict(OBSERVE, dataflow='auto'))
+    written = {name for layer in structure.layers for name in layer.outputs if name}
+    uneven = [name for name in written if structure.activations[name]['spec'].get('num_channels') is not None]
+    assert any('/ffn/' in name for name in uneven)
+    assert all(structure.activations[name]['spec']['shared_zero_point'] for name in uneven)
