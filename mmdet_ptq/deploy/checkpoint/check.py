@@ -18,7 +18,7 @@ from mmdet_ptq.wrapping import Structure
 
 CHECKSUM = 'checksum'
 # absent in files of earlier versions
-_LATER = {CHECKSUM: str, 'input_shape': [Whole(1, 2**16)]}
+_LATER = {CHECKSUM: str, 'input_shape': [Whole(1, 2**16)], 'padded': bool}
 _DTYPES = {
     name: getattr(torch, name) for name in 'bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64'.split()
 }

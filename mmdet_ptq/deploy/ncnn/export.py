@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import tempfile
 from collections import Counter
@@ -103,7 +104,15 @@ def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall], shape:
     import pnnx
 
     with tempfile.TemporaryDirectory() as folder:
-        traced.save(f'{folder}/model.pt')
+        try:
+            traced.save(f'{folder}/model.pt')
+        except RuntimeError as error:
+            if (found := re.search(r"Python function call '(\w+)'", str(error))) is None:
+                raise
+            raise PTQError(
+                f'ncnn cannot take this detector: its forward calls {found[1]}, an autograd function without an '
+                "operator; leave 'ncnn' out."
+            ) from error
         opaque = {opaque_type(IntegerCall if call.integer else RoundedInput, name) for name, call in calls.items()}
         command = [pnnx.EXEC_PATH, 'model.pt', f'inputshape={list(shape)}f32'.replace(' ', ''), 'fp16=0']
         if opaque:

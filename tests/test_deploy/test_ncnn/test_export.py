@@ -319,6 +319,21 @@ def test_operator_that_ncnn_lacks_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+
+def test_python_function_that_cannot_be_traced_is_named(tmp_path, monkeypatch):
+    detector = tiny_detector('retinanet')
+    kind = type(detector.neck)
+    forward = kind.forward
+    monkeypatch.setattr(kind, 'forward', lambda self, x: tuple(Twice.apply(part) for part in forward(self, x)))
+    with pytest.raises(PTQError, match="calls Twice, an autograd function .* leave 'ncnn' out"):
+        export_ncnn(detector, (1, 3, 64, 64), tmp_path)
+
+
 def test_a_float_detector_is_exported_to_compare_with(tmp_path):
     detector = tiny_detector('ssd')
     x = torch.rand(1, 3, 64, 64)
