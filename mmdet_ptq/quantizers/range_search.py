@@ -12,7 +12,9 @@ from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
 # thresholds tried by the KL search, and ratios tried in a sweep of the squared-error search
 _KL_CANDIDATES = 64
 _COARSE, _FINE = [0.9**i for i in range(45)], torch.linspace(1.06, 0.94, 13).tolist()
-# rows of a histogram evaluated at once: 2^22 float32 elements
+# of many channels, so many bins are joined: the error is integrated over bins, and channels spread less than tensors
+_JOINED = 4
+# rows of a histogram evaluated at once: 2^22 elements
 _ROWS = 2**22 // NUM_BINS
 
 
@@ -164,6 +166,8 @@ def mse_range(
     found = []
     for rows in torch.arange(len(low), device=low.device).split(_ROWS):
         edges, counts = histogram.edges()[rows], histogram.spread()[rows]
+        if len(low) > 1:
+            edges, counts = edges[:, ::_JOINED], counts.unflatten(1, (-1, _JOINED)).mean(2)
         full = torch.stack([low[rows], high[rows]])
         ends, best = full, _squared_error(edges, counts, *full, bits, symmetric)
         for ratios, (move_low, move_high) in order:
