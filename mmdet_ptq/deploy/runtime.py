@@ -162,7 +162,7 @@ class Runtime:
             logger: Where.
             detector: The quantized detector that the model was exported from.
             path: The model.
-            image: (N, 3, H, W), normalized.
+            image: (N, C, H, W), normalized.
         """
         raise NotImplementedError
 
@@ -170,7 +170,7 @@ class Runtime:
         """Raw head outputs, flat.
 
         Args:
-            image: (N, 3, H, W), float32, normalized as mmdet's data preprocessor does.
+            image: (N, C, H, W), float32, normalized as mmdet's data preprocessor does.
         """
         raise NotImplementedError
 

@@ -24,8 +24,8 @@ from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.engine.arguments import runner_arguments
 from mmdet_ptq.engine.evaluation import check_evaluation, dataset_meta, evaluation_files, evaluation_inputs, figures
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
-from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
-from mmdet_ptq.files import check_space
+from mmdet_ptq.engine.stage_store import StageStore, fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.wrapping import Structure, apply_structure
 from mmdet_ptq.wrapping.watching.tensors import detach_computed
 

@@ -26,7 +26,7 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
 
     Args:
         detector: Float or quantized detector, or its data parallel wrapper.
-        batch_inputs: (N, 3, H, W) preprocessed images.
+        batch_inputs: (N, C, H, W) preprocessed images.
         batch_data_samples: Meta information of the N images.
     """
     with _same_part(detector):
@@ -82,7 +82,7 @@ def predict_aligned(
 
     Args:
         detector: Float or quantized detector, or its data parallel wrapper.
-        batch_inputs: (N, 3, H, W) preprocessed images.
+        batch_inputs: (N, C, H, W) preprocessed images.
         batch_data_samples: Meta information of the N images.
         reference: The float detector's predictions on the same images. Two-stage
             detectors need them: the quantized second stage is evaluated on the float detector's proposals and

@@ -20,7 +20,7 @@ from mmdet_ptq.predictions import (
     raw_predictions,
     two_stage,
 )
-from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_model_cfg
+from mmdet_ptq.testing import tiny_batch, tiny_detector
 
 IMAGE = (64, 96)
 BACKBONE = dict(
