@@ -40,9 +40,9 @@ from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import check_exportable, get_runtime, model_bytes, open_model, with_runtime
 from mmdet_ptq.engine import evaluate
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
-from mmdet_ptq.engine.stage_store import file_hash, fingerprint
+from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.files import write_json
+from mmdet_ptq.files import file_hash, write_json
 
 RUNTIMES = ('onnxruntime', 'openvino')
 FIELDS = (

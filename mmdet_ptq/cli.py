@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.errors import PTQError, did_you_mean, one_line
 
 # calibration images of --fast: ranges of 8 bits hardly change with more
 FAST_IMAGES = 32
@@ -69,7 +69,7 @@ def load_config(path: str, options: list[str] | None = None):
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code, which may fail in its own way
-        raise PTQError(f'the config {path!r} cannot be read: {_one_line(error)}.') from error
+        raise PTQError(f'the config {path!r} cannot be read: {one_line(error)}.') from error
     for option in options or []:
         if '=' not in option:
             raise PTQError(f'--cfg-options takes KEY=VALUE pairs, got {option!r}.')
@@ -78,12 +78,8 @@ def load_config(path: str, options: list[str] | None = None):
         try:
             cfg.merge_from_dict(parser.parse_args([f'--cfg-options={option}']).cfg_options)
         except (AssertionError, KeyError, TypeError) as error:
-            raise PTQError(f'--cfg-options {option} cannot be applied to the config: {_one_line(error)}.') from error
+            raise PTQError(f'--cfg-options {option} cannot be applied to the config: {one_line(error)}.') from error
     return cfg
-
-
-def _one_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip('.')
 
 
 def _prepare(args: argparse.Namespace):

@@ -14,3 +14,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the nearest of the known names, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ''
+
+
+def one_line(error: Exception) -> str:
+    """Another program's error as a part of a sentence: its type and its message in one line."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip('.')

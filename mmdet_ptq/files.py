@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -165,3 +166,12 @@ def check_space(folder: str | os.PathLike, needed: int, option: str = '--work-di
             f'the folder {folder} has {free >> 20} MiB free and this run writes about {needed >> 20} MiB; '
             f'free some space or choose another {option}.'
         )
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -104,7 +104,8 @@ def detect_both(
 
 
 def _image(inputs: torch.Tensor, meta: dict[str, Any]) -> np.ndarray:
-    """A pipeline's image (3, H, W), blue first, as (H, W, 3), red first, without its padding."""
+    """A pipeline's image (C, H, W), blue first or gray, as (H, W, 3), red first, without its padding."""
+    inputs = inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
     if 'ori_shape' in meta and 'scale_factor' in meta:
         (height, width), (x, y) = meta['ori_shape'][:2], meta['scale_factor'][:2]
         inputs = inputs[:, : round(height * y), : round(width * x)]

@@ -17,7 +17,7 @@ class Augmented(Dataset):
     Annotations are left as they are: this is for losses whose target the float detector gives.
 
     Args:
-        samples: Samples as pipelines pack them, with ``inputs`` of shape (3, H, W).
+        samples: Samples as pipelines pack them, with ``inputs`` of shape (C, H, W).
         versions: Versions of each; 1: the samples as they are, 2: mirror images, too.
         seed: Of the random parts.
     """
@@ -39,7 +39,7 @@ class Augmented(Dataset):
 
 
 def _enlarged_part(image: Tensor, random: np.random.Generator) -> Tensor:
-    """A random part of an image, (3, H, W), of the same proportions, in the image's size."""
+    """A random part of an image, (C, H, W), of the same proportions, in the image's size."""
     size = image.shape[-2:]
     share = random.uniform(SMALLEST_CROP, 1)
     height, width = (max(round(share * side), 1) for side in size)

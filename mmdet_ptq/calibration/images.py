@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from mmdet_ptq.config import CalibrationConfig
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.files import file_hash
 from mmdet_ptq.progress import track
 
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.tif', '.tiff', '.webp'}
@@ -82,7 +83,8 @@ class FolderDataset(Dataset):
         return self.pipeline(self.get_data_info(index))
 
 
-def _without_annotations(pipeline: list[dict]) -> list[dict]:
+def without_annotations(pipeline: list[dict]) -> list[dict]:
+    """A pipeline that reads images alone."""
     return [step for step in pipeline if 'LoadAnnotations' not in str(step['type'])]
 
 
@@ -91,7 +93,7 @@ def _with_annotations(pipeline: list[dict]) -> list[dict]:
 
     mmdet's test pipelines load them last: its metrics want boxes in pixels of the original image.
     """
-    steps = _without_annotations(pipeline)
+    steps = without_annotations(pipeline)
     loads = [step for step in pipeline if step not in steps] or [dict(type='LoadAnnotations', with_bbox=True)]
     images = [i for i, step in enumerate(steps) if 'Load' in str(step['type'])]
     return steps[: images[-1] + 1] + loads + steps[images[-1] + 1 :] if images else loads + steps
@@ -119,7 +121,7 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
             )
         pipeline = _with_annotations(pipeline)
     if calibration.images is not None:
-        return [FolderDataset(calibration.images, _without_annotations(pipeline))]
+        return [FolderDataset(calibration.images, without_annotations(pipeline))]
     if calibration.dataset is not None:
         key, sources = 'ptq.calibration.dataset', inner_dataset_cfgs(calibration.dataset)
     elif cfg.get('train_dataloader'):
@@ -169,7 +171,7 @@ def image_path(info: dict) -> str:
 
 
 def check_no_overlap(chosen: Sequence[dict], evaluation: Dataset) -> None:
-    """Refuses calibration images that are also evaluation images.
+    """Refuses calibration images that are also evaluation images, or copies of them byte by byte.
 
     Args:
         chosen: Data infos of the calibration images.
@@ -179,12 +181,31 @@ def check_no_overlap(chosen: Sequence[dict], evaluation: Dataset) -> None:
         PTQError: At least one image is in both.
     """
     evaluated = {image_path(evaluation.get_data_info(i)) for i in range(len(evaluation))}
-    both = sorted({image_path(info) for info in chosen} & evaluated)
+    mine = {image_path(info) for info in chosen}
+    both = sorted(mine & evaluated) or _copies(mine, evaluated)
     if both:
         raise PTQError(
-            f'{len(both)} calibration images are also evaluation images (first: {Path(both[0]).name}); '
-            'calibrate on the training set: set `ptq.calibration.dataset` or `train_dataloader` to other images.'
+            f'{len(both)} calibration images are also evaluation images, or copies of them (first: '
+            f'{Path(both[0]).name}); calibrate on the training set: set `ptq.calibration.dataset` or '
+            '`train_dataloader` to other images.'
         )
+
+
+def _copies(paths: set[str], others: set[str]) -> list[str]:
+    """Files that are equal, byte by byte, to one of the others; few are read as a whole."""
+    mine = {path: _glimpse(path) for path in map(Path, paths) if path.is_file()}
+    sizes, glimpses = {size for size, _ in mine.values()}, set(mine.values())
+    alike = [path for path in map(Path, others) if path.is_file() and path.stat().st_size in sizes]
+    contents = {file_hash(path) for path in alike if _glimpse(path) in glimpses}
+    return sorted(str(path) for path in mine if contents and file_hash(path) in contents)
+
+
+def _glimpse(path: Path) -> tuple[int, bytes]:
+    """A file's size and a piece of its middle, which tells images of one size apart."""
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        file.seek(size // 2)
+        return size, file.read(1024)
 
 
 def content_hash(digest: Any, sample: dict) -> None:

@@ -53,7 +53,7 @@ def compare_layer_inputs(
     Args:
         detector: The quantized detector the runtime's model was exported from.
         inputs: What every call of a layer reads in the runtime, before it is quantized; None where it is not.
-        image: (N, 3, H, W), normalized, which the runtime read.
+        image: (N, C, H, W), normalized, which the runtime read.
         follow: Whether the simulation goes on with what the runtime's layer reads, so that each is compared for
             itself. Defaults to False.
         within: What surrounds the simulation, given the detector: :func:`mmdet_ptq.wrapping.state.only_read_tensors`
@@ -167,7 +167,7 @@ def report_inputs(
         logger: Where.
         detector: The quantized detector that the model was exported from.
         inputs: What every call of a layer reads in the runtime, see :func:`compare_layer_inputs`.
-        image: (N, 3, H, W), normalized, which the runtime read.
+        image: (N, C, H, W), normalized, which the runtime read.
         runtime: What the runtime is called.
         given: What the runtime is given, as ``within`` of :func:`compare_layer_inputs`.
     """

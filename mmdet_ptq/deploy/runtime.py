@@ -168,7 +168,7 @@ class Runtime:
             logger: Where.
             detector: The quantized detector that the model was exported from.
             path: The model.
-            image: (N, 3, H, W), normalized.
+            image: (N, C, H, W), normalized.
         """
         raise NotImplementedError
 
@@ -176,7 +176,7 @@ class Runtime:
         """Raw head outputs, flat.
 
         Args:
-            image: (N, 3, H, W), float32, normalized as mmdet's data preprocessor does.
+            image: (N, C, H, W), float32, normalized as mmdet's data preprocessor does.
         """
         raise NotImplementedError
 

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmdet_ptq.deploy import integer_arithmetic
-from mmdet_ptq.engine.stage_store import file_hash, fingerprint
+from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.files import check_space
+from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.wrapping import is_quantized
 
 _CHECK = 'check `test_dataloader.dataset` and `test_evaluator.ann_file`.'

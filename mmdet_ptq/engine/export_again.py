@@ -6,17 +6,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from mmdet_ptq.calibration.images import test_pipeline, without_annotations
 from mmdet_ptq.deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
 from mmdet_ptq.deploy.network.raw_outputs import first_outputs
 from mmdet_ptq.deploy.onnx.end2end import check_end2end
 from mmdet_ptq.engine.api import load_quantized
 from mmdet_ptq.engine.stages.export import announce_coverage
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, one_line
 from mmdet_ptq.files import check_space
 from mmdet_ptq.registry import runtime_names
 from mmdet_ptq.wrapping import Structure
@@ -71,9 +73,13 @@ def export_checkpoint(
         # what can be written without the runtime itself is written for another machine
         runtime.check_export()
         runtime.check_formats(structure)
-    shape = (1, 3, *size) if size else tuple(state['input_shape'])
+    shape = tuple(state['input_shape'])
     if len(shape) != 4:
-        raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
+        if not size:
+            raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
+        shape = (1, 3)  # of a version that knew no other channels
+    if size:
+        shape = (*shape[:2], *size)
     detector = load_quantized(checkpoint, config, trust_config=trust_config)
     check_exportable(detector)
     first_outputs(detector, shape)
@@ -109,11 +115,26 @@ def _names(ability: str) -> list[str]:
 
 
 def read_image(detector: nn.Module, path: str, shape: tuple[int, ...]) -> Tensor:
-    """An image file as the network reads it, resized to the exported shape."""
-    import mmcv
+    """An image file as the network reads it: through the config's test pipeline, in the exported size.
 
-    image = mmcv.imread(path) if Path(path).is_file() else None
-    if image is None:
+    Args:
+        detector: The detector, with its config.
+        path: The image file.
+        shape: Shape of the exported model's input.
+
+    Raises:
+        PTQError: There is no such file, or the pipeline cannot read it as images of this shape.
+    """
+    if not Path(path).is_file():
         raise PTQError(f'--compare cannot read the image {path!r}; check the path.')
-    tensor = torch.from_numpy(mmcv.imresize(image, (shape[3], shape[2]))).permute(2, 0, 1).contiguous()
-    return detector.data_preprocessor(dict(inputs=[tensor], data_samples=None), False)['inputs']
+    pipeline = Compose(without_annotations(test_pipeline(detector.cfg)))
+    try:
+        batch = pseudo_collate([pipeline(dict(img_path=str(path), img_id=0))])
+        image = detector.data_preprocessor(batch, False)['inputs']
+    except Exception as error:  # of any step of the pipeline
+        raise PTQError(
+            f'--compare cannot read the image {path!r} through the test pipeline: {one_line(error)}.'
+        ) from error
+    if image.shape[1] != shape[1]:
+        raise PTQError(f'--compare reads {image.shape[1]} channels from {path!r}, the detector takes {shape[1]}.')
+    return image if image.shape == shape else F.interpolate(image, shape[2:], mode='bilinear')

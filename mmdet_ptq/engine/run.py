@@ -33,10 +33,11 @@ from mmdet_ptq.engine.evaluation import (
     image_sizes,
 )
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
-from mmdet_ptq.engine.stage_store import StageStore, file_hash, fingerprint, stage_inputs, tensor_hash
-from mmdet_ptq.files import check_space
+from mmdet_ptq.engine.stage_store import StageStore, fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
+from mmdet_ptq.wrapping.watching.tensors import detach_computed
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
@@ -139,6 +140,7 @@ class Run(Runner):
             load_float_checkpoint(self.detector, self.checkpoint)
         if self._test_loop is not None:
             self.check_evaluation()
+        detach_computed(self.detector)
         self.float_detector = copy.deepcopy(self.detector)
         self.inputs = self.stage_inputs()
 

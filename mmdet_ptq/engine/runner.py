@@ -10,6 +10,7 @@ from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.files import check_space
+from mmdet_ptq.predictions import check_raw_outputs
 from mmdet_ptq.registry import RUNNERS
 
 
@@ -49,6 +50,8 @@ class PTQRunner(Run):
             check_exportable(self.detector)
             get_runtime(name).check()
             get_runtime(name).check_export()
+        if (self.ptq.protect, self.ptq.reconstruct, self.ptq.global_loss) != (None, None, None):
+            check_raw_outputs(self.detector)
         self.load()
         if self.runtimes:
             self.choose_canvas()

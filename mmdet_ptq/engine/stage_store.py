@@ -60,15 +60,6 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
     return inputs
 
 
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors; unlike a file's, it is the same however they were written."""
     digest = hashlib.sha256()

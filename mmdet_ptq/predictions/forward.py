@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.detectors import SemiBaseDetector, SingleStageDetector
+from mmdet.models.mot import BaseMOTModel
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
 from mmdet_ptq.predictions.dispatch import align_head
 from mmdet_ptq.predictions.queries import chooses_queries, chosen_queries
@@ -22,15 +26,53 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
 
     Args:
         detector: Float or quantized detector, or its data parallel wrapper.
-        batch_inputs: (N, 3, H, W) preprocessed images.
+        batch_inputs: (N, C, H, W) preprocessed images.
         batch_data_samples: Meta information of the N images.
     """
-    return detector(batch_inputs, batch_data_samples, mode='tensor')
+    with _same_part(detector):
+        return detector(batch_inputs, batch_data_samples, mode='tensor')
+
+
+def check_raw_outputs(detector: nn.Module) -> None:
+    """Refuses detectors that have no raw outputs to learn from.
+
+    Raises:
+        PTQError: The detector's class does without ``mode='tensor'``, as mmdet's trackers do.
+    """
+    if isinstance(detector, BaseMOTModel) and type(detector)._forward is BaseMOTModel._forward:
+        raise PTQError(
+            f"{type(detector).__name__} has no forward in `mode='tensor'`, whose outputs `ptq.protect`, `reconstruct` "
+            "and `global_loss` compare; quantize it with preset='w8a8_observe', or quantize its detector by itself."
+        )
+
+
+def predicting_part(detector: nn.Module) -> nn.Module:
+    """The detector that predicts: a semi-supervised one holds two, any other is it itself."""
+    model = detector.module if is_model_wrapper(detector) else detector
+    if isinstance(model, SemiBaseDetector):
+        return getattr(model, 'teacher' if model.semi_test_cfg.get('predict_on', 'teacher') == 'teacher' else 'student')
+    return model
+
+
+@contextmanager
+def _same_part(detector: nn.Module) -> Iterator[None]:
+    """Raw outputs of a semi-supervised detector come from the part that predicts, whatever its config says."""
+    model = detector.module if is_model_wrapper(detector) else detector
+    if not isinstance(model, SemiBaseDetector):
+        yield
+        return
+    before = model.semi_test_cfg
+    model.semi_test_cfg = {**before, 'forward_on': before.get('predict_on', 'teacher')}
+    try:
+        yield
+    finally:
+        model.semi_test_cfg = before
 
 
 def needs_reference(detector: nn.Module) -> bool:
     """Returns whether a quantized detector pairs with the float one only where it is told what that looked at."""
-    return is_two_stage(detector) or chooses_queries(detector)
+    model = predicting_part(detector)
+    return is_two_stage(model) or chooses_queries(model)
 
 
 def predict_aligned(
@@ -40,7 +82,7 @@ def predict_aligned(
 
     Args:
         detector: Float or quantized detector, or its data parallel wrapper.
-        batch_inputs: (N, 3, H, W) preprocessed images.
+        batch_inputs: (N, C, H, W) preprocessed images.
         batch_data_samples: Meta information of the N images.
         reference: The float detector's predictions on the same images. Two-stage
             detectors need them: the quantized second stage is evaluated on the float detector's proposals and
@@ -49,9 +91,10 @@ def predict_aligned(
     Raises:
         PTQError: If the detector is in training mode.
     """
-    model = detector.module if is_model_wrapper(detector) else detector
+    model = predicting_part(detector)
     if is_two_stage(model):
-        return predict_two_stage(detector, model, batch_inputs, batch_data_samples, reference)
+        with _same_part(detector):
+            return predict_two_stage(detector, model, batch_inputs, batch_data_samples, reference)
     metas = [sample.metainfo for sample in batch_data_samples]
     if chooses_queries(model):
         given = None if reference is None else reference.regions.queries

@@ -7,8 +7,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.config import ConfigDict
+from mmengine.registry import init_default_scope
+from torch import nn
 
-from mmdet_ptq.testing import tiny_batch
+from mmdet_ptq.testing import tiny_batch, tiny_detector
 from mmdet_ptq.testing.models import MODELS, NUM_CLASSES, tiny_model_cfg
 
 
@@ -202,3 +206,23 @@ def sized_batch(height: int, width: int, num_images: int = 2, seed: int = 0) -> 
     for sample in batch['data_samples']:
         sample.set_metainfo(dict(img_shape=(height, width), ori_shape=(height, width)))
     return batch
+
+
+def semi_supervised_cfg(inner: dict, **test_cfg) -> dict:
+    """SoftTeacher around a tiny detector's config."""
+    return dict(
+        type='SoftTeacher',
+        detector=inner,
+        data_preprocessor=dict(type='MultiBranchDataPreprocessor', data_preprocessor=inner['data_preprocessor']),
+        semi_train_cfg=dict(freeze_teacher=True),
+        semi_test_cfg=test_cfg or dict(predict_on='teacher'),
+    )
+
+
+def semi_supervised(kind: str, seed: int = 0, **test_cfg) -> nn.Module:
+    """SoftTeacher with a tiny detector as teacher and another one as student."""
+    init_default_scope('mmdet')
+    wrapper = MMDET_MODELS.build(ConfigDict(semi_supervised_cfg(tiny_model_cfg(kind), **test_cfg)))
+    wrapper.teacher.load_state_dict(tiny_detector(kind, seed).state_dict())
+    wrapper.student.load_state_dict(tiny_detector(kind, seed + 5).state_dict())
+    return wrapper.eval()

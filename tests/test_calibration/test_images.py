@@ -1,6 +1,7 @@
 import copy
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,20 @@ def test_the_draw_is_seeded_and_stable(cfg):
     assert sorted(_draw(cfg, 8, seed=1).ids) == list(range(1, 9))
     drawn = _draw(cfg, 8)
     assert [drawn[i]['data_samples'].img_id for i in range(8)] == drawn.ids
+
+
+def test_copies_of_evaluation_images_are_refused(cfg, tmp_path):
+    evaluation = DATASETS.build(cfg.test_dataloader.dataset)
+    copies = Path(shutil.copytree(_root(cfg) / 'val', tmp_path / 'copies'))
+    (copies / '000000.png').rename(copies / 'other_name.png')
+    with pytest.raises(PTQError, match='8 calibration images are also evaluation images, or copies of them'):
+        _draw(cfg, 8, evaluation=evaluation, images=str(copies))
+    # another image of the same size in bytes is none
+    for path in copies.glob('*.png'):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert len(_draw(cfg, 8, evaluation=evaluation, images=str(copies))) == 8
 
 
 def test_fewer_images_than_asked_for(cfg):

@@ -3,12 +3,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import semi_supervised
+from mmdet.models.mot import BaseMOTModel
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.registry import MODEL_WRAPPERS
 
-from mmdet_ptq.predictions import align_head, dispatch, predict_aligned, raw_predictions, two_stage
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions import (
+    align_head,
+    check_raw_outputs,
+    dispatch,
+    needs_reference,
+    predict_aligned,
+    raw_predictions,
+    two_stage,
+)
+from mmdet_ptq.testing import tiny_batch, tiny_detector
 
 IMAGE = (64, 96)
 BACKBONE = dict(
@@ -237,3 +249,30 @@ def test_padding_keeps_images_apart():
     aligned = two_stage.align_rois(None, scores, None, rois, 3, None)
     assert aligned.cls_logits[..., 0].tolist() == [[1, 0], [2, 3], [0, 0]]
     assert aligned.boxes is None
+
+
+@pytest.mark.parametrize('part', ['teacher', 'student'])
+@pytest.mark.parametrize('kind', ['faster_rcnn', 'retinanet'])
+def test_a_semi_supervised_detector_answers_as_the_part_that_predicts(kind, part):
+    other = 'student' if part == 'teacher' else 'teacher'
+    # `forward_on` may say something else than `predict_on`
+    wrapper = semi_supervised(kind, predict_on=part, forward_on=other)
+    inner = tiny_detector(kind, seed=1)
+    getattr(wrapper, part).load_state_dict(inner.state_dict())
+    data = inner.data_preprocessor(tiny_batch(2), False)
+    with torch.no_grad():
+        expected = predict_aligned(inner, data['inputs'], copy.deepcopy(data['data_samples']))
+        found = predict_aligned(wrapper, data['inputs'], copy.deepcopy(data['data_samples']))
+        again = predict_aligned(wrapper, data['inputs'], copy.deepcopy(data['data_samples']), found)
+    assert torch.equal(found.cls_logits, expected.cls_logits) and torch.equal(again.boxes, expected.boxes)
+    assert needs_reference(wrapper) == (kind == 'faster_rcnn')
+    assert wrapper.semi_test_cfg == dict(predict_on=part, forward_on=other)
+
+
+def test_a_tracker_is_told_what_it_lacks():
+    class Tracker(BaseMOTModel):
+        loss = predict = None
+
+    with pytest.raises(PTQError, match="Tracker has no forward in `mode='tensor'`.*preset='w8a8_observe'"):
+        check_raw_outputs(Tracker())
+    check_raw_outputs(tiny_detector('yolox'))

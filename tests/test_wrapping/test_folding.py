@@ -3,8 +3,13 @@ import copy
 import pytest
 import torch
 from mmcv.cnn import ConvAWS2d, ConvWS2d
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 from mmdet.apis import init_detector
+from mmengine.model.utils import _BatchNormXd
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from mmdet_ptq.cli import load_config
@@ -192,9 +197,61 @@ class _Tokens(nn.Sequential):
         return super().forward(x.flatten(2))
 
 
+class _NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return super().forward(x).relu_()
+
+
+class _ScaledConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).mul_(0.3) + 0.1
+
+
+class _BiaslessConv(nn.Conv2d):
+    """Would ignore the bias that it got from folding."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, None)
+
+
+def _activated(channels, kind=nn.BatchNorm2d):
+    norm = _norm(channels)
+    other = kind(channels)
+    other.load_state_dict(norm.state_dict())
+    return other
+
+
+def _hooked(module):
+    module.register_forward_hook(lambda _, args, output: 2 * output)
+    return module
+
+
+def _patched(module):
+    forward = type(module).forward
+    module.forward = lambda x: 2 * forward(module, x)
+    return module
+
+
+def _pruned(module):
+    return prune.l1_unstructured(module, 'weight', 2)
+
+
+OWN = 'has a forward or hooks of its own'
+
+
 @pytest.mark.parametrize(
     ('net', 'reason'),
     [
+        (nn.Sequential(nn.Conv2d(3, 3, 1), _activated(3, _NormAct)), f'1 (_NormAct) {OWN}'),
+        (nn.Sequential(_ScaledConv(3, 3, 1), _norm(3)), f'0 (_ScaledConv) {OWN}'),
+        (nn.Sequential(_BiaslessConv(3, 3, 1, bias=False), _norm(3)), f'0 (_BiaslessConv) {OWN}'),
+        (nn.Sequential(_hooked(nn.Conv2d(3, 3, 1)), _norm(3)), f'0 (Conv2d) {OWN}'),
+        (nn.Sequential(nn.Conv2d(3, 3, 1), _patched(_norm(3))), f'1 (BatchNorm2d) {OWN}'),
+        (nn.Sequential(_pruned(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
+        (nn.Sequential(old_weight_norm(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
+        (nn.Sequential(old_spectral_norm(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
         (nn.Sequential(ConvAWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
         (nn.Sequential(ConvWS2d(3, 3, 1), _norm(3)), 'transforms its weight'),
         (nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), _norm(3)), 'transforms its weight'),
@@ -204,7 +261,24 @@ class _Tokens(nn.Sequential):
         (_OtherSkips(nn.Conv2d(3, 3, 1), _norm(3), nn.Conv2d(3, 3, 1)), 'no single convolution'),
         (_Tokens(nn.Linear(64, 64), nn.BatchNorm1d(3)), 'no single convolution'),
     ],
-    ids=['standardised', 'standardised, too', 'spectral', 'tied', 'borrowed', 'norm twice', 'other skips', 'tokens'],
+    ids=[
+        'activated',
+        'scaled',
+        'no bias',
+        'hooked',
+        'patched',
+        'pruned',
+        'old weight norm',
+        'old spectral norm',
+        'standardised',
+        'standardised, too',
+        'spectral',
+        'tied',
+        'borrowed',
+        'norm twice',
+        'other skips',
+        'tokens',
+    ],
 )
 def test_what_folding_would_change_stays(net, reason):
     net.eval()
@@ -215,6 +289,13 @@ def test_what_folding_would_change_stays(net, reason):
     assert kept and all(reason in told for told in kept.values())
     fold_norms(net, folds)
     torch.testing.assert_close(net(x), before)
+
+
+@pytest.mark.parametrize('layer', [wrappers.Conv2d, wrappers.ConvTranspose2d, Conv2dAdaptivePadding, nn.Conv2d])
+def test_forwards_that_are_those_of_torch_are_folded(layer):
+    net = nn.Sequential(layer(3, 3, 3), _BatchNormXd(3)).eval()
+    folds, kept = find_folds(net, probe_detector(net, lambda: net(torch.randn(1, 3, 8, 8))))
+    assert (folds, kept) == ([('0', '1')], {})
 
 
 def test_a_pair_called_twice_is_folded():

@@ -19,10 +19,10 @@ from mmdet_ptq.progress import track
 from mmdet_ptq.quantizers import Quantizer, build_observer, build_quantizer
 from mmdet_ptq.wrapping import Structure, float_weight, quantization_mode, quantized_weights
 from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer
-from mmdet_ptq.wrapping.preparing.policy import LayerRole, resolve_policies
+from mmdet_ptq.wrapping.preparing.policy import layer_roles, resolve_policies
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.watching.layers import RowLayout, channel_axis, in_channels, is_depthwise, neighbours
-from mmdet_ptq.wrapping.watching.probe import head_names, probe_detector
+from mmdet_ptq.wrapping.watching.probe import probe_detector
 
 _RANGES = {
     'FisherObserver': 'Fisher range',
@@ -77,11 +77,7 @@ def weight_policies(
     """
     with quantization_mode(detector, 'float'):
         probe = probe_detector(detector, run)
-    heads, first = head_names(detector), {call.layer for call in probe.calls if call.reads_image}
-    roles = [
-        LayerRole(layer.name, layer.name.split('.')[0] in heads, layer.name in first, layer.name in probe.outputs)
-        for layer in structure.layers
-    ]
+    roles = layer_roles(detector, probe, [layer.name for layer in structure.layers])
     return {name: policy.weights for name, policy in resolve_policies(cfg, roles).items()}
 
 

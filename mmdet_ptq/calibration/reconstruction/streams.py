@@ -70,7 +70,7 @@ class Batch:
     """A preprocessed calibration batch.
 
     Attributes:
-        inputs: Number of the (N, 3, H, W) images in the store.
+        inputs: Number of the (N, C, H, W) images in the store.
         samples: Meta information of the N images.
         reference: The float detector's predictions, for detectors whose second stage needs them.
         fisher: (unit, call) to how much its outputs matter, for units to come; empty where all count alike.

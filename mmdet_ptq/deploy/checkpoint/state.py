@@ -52,7 +52,7 @@ def quantized_state(
         config: The config as a plain dict; the float detector is built from it. Kept as data, not as text, so
             that loading runs no code.
         dataset_meta: Class names and palette, as mmdet keeps them.
-        input_shape: Shape of one image as the test pipeline gives it, (1, 3, H, W): exported models take it.
+        input_shape: Shape of one image as the test pipeline gives it, (1, C, H, W): exported models take it.
             Defaults to (): not known.
         padded: Whether smaller images are to be padded to that size. Defaults to False.
 

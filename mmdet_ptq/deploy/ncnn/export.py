@@ -50,7 +50,7 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
 
     Args:
         detector: The calibrated quantized detector, or a float one to compare with.
-        input_shape: (1, 3, H, W) of the preprocessed images; ncnn networks take one image.
+        input_shape: (1, C, H, W) of the preprocessed images; ncnn networks take one image.
         folder: Gets the two files.
 
     Returns:
@@ -94,7 +94,7 @@ def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> 
         dynamic_batch=False,
         outputs=output_layout(outputs),
         raw_shapes=output_shapes(outputs),
-        input=input_meta(detector),
+        input=input_meta(detector, example.shape[1]),
         layers={name: call.layer for name, call in calls.items()},
     )
 

@@ -15,7 +15,7 @@ def ncnn_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray 
 
     Args:
         path: The ``.param`` file.
-        image: (1, 3, H, W), normalized.
+        image: (1, C, H, W), normalized.
 
     Returns:
         Name of the layer, with ``#k`` for further calls, to the tensor, (1, ...); None where it is not quantized.

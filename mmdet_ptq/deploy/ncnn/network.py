@@ -68,7 +68,7 @@ class NcnnNetwork:
         """Runs one image.
 
         Args:
-            image: (3, H, W), float32, contiguous.
+            image: (C, H, W), float32, contiguous.
             blobs: What is read. Defaults to None: the detector's raw outputs in order.
 
         Returns:

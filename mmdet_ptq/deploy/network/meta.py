@@ -17,21 +17,23 @@ from mmdet_ptq.fields import Each, Fields, Malformed, Whole, check_form, check_p
 from mmdet_ptq.wrapping.names import layer_of
 
 
-def input_meta(detector: nn.Module) -> dict:
+def input_meta(detector: nn.Module, channels: int) -> dict:
     """What a program without mmdet must know to feed a model and to read what it finds.
 
     Args:
         detector: The detector, with mmdet's data preprocessor.
+        channels: How many channels its images have.
 
     Returns:
-        ``dict(channels, mean, std, pad_value, classes)``: the order of the channels (of images that are read as BGR, as
-        mmcv does), what is subtracted from and divided out of pixels of 0 .. 255, and the names of the labels; what
-        the detector does not tell is left out.
+        ``dict(channels, mean, std, pad_value, classes)``: ``'RGB'``, ``'BGR'`` or ``'GRAY'`` (of images that are read
+        as BGR, as mmcv does; left out where they have other channels), what is subtracted from and divided out of
+        pixels of 0 .. 255, and the names of the labels; what the detector does not tell is left out.
     """
     preprocessor = getattr(detector, 'data_preprocessor', None)
     told = {}
     if hasattr(preprocessor, '_channel_conversion'):
-        told['channels'] = 'RGB' if preprocessor._channel_conversion else 'BGR'
+        names = {1: 'GRAY', 3: 'RGB' if preprocessor._channel_conversion else 'BGR'}
+        told |= dict(channels=names[channels]) if channels in names else {}
         told['pad_value'] = preprocessor.pad_value
     if getattr(preprocessor, '_enable_normalize', False):
         told['mean'], told['std'] = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()

@@ -27,7 +27,7 @@ class RawOutputs(nn.Module):
         """Raw head outputs, group by group, level by level.
 
         Args:
-            input: (N, 3, H, W), normalized as mmdet's data preprocessor does.
+            input: (N, C, H, W), normalized as mmdet's data preprocessor does.
         """
         return tuple(flatten_outputs(self.detector(input, None, mode='tensor')))
 
@@ -47,7 +47,7 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
 
     Args:
         detector: The detector, in eval mode.
-        input_shape: (N, 3, H, W).
+        input_shape: (N, C, H, W).
 
     Raises:
         PTQError: The detector does not take images of this size.

@@ -44,7 +44,7 @@ class EndToEnd(nn.Module):
         """Detections, best first.
 
         Args:
-            input: (N, 3, H, W), normalized as mmdet's data preprocessor does.
+            input: (N, C, H, W), normalized as mmdet's data preprocessor does.
 
         Returns:
             Boxes (N, K, 4) as x1, y1, x2, y2 in pixels of the input, scores (N, K) and labels (N, K), int64; K is

@@ -55,7 +55,7 @@ def export_onnx(
     Args:
         detector: A calibrated quantized detector, or a float one, in eval mode.
         path: The ``.onnx`` file; it is complete or absent.
-        input_shape: (N, 3, H, W).
+        input_shape: (N, C, H, W).
         runtime: Name of the runtime whose graph it is. Defaults to None: the one that reads such files.
         dynamic_batch: Whether N stays open. Defaults to False.
         packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, and biases that fit as
@@ -143,7 +143,7 @@ def exported_program(
         outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
         end2end=end2end,
         raw_shapes=output_shapes(outputs),
-        input=input_meta(detector),
+        input=input_meta(detector, input_shape[1]),
     )
     return program.model, meta
 

@@ -31,7 +31,7 @@ def compare_codes(
     Args:
         detector: The quantized detector the model was exported from.
         model: The ``.onnx`` file, exported for ONNX Runtime.
-        image: (N, 3, H, W), normalized.
+        image: (N, C, H, W), normalized.
         follow: Whether the simulation goes on with the runtime's codes after each tensor. Each is then compared for
             itself; otherwise a code that falls to the other side of a boundary changes what comes behind, too.
             Defaults to False.

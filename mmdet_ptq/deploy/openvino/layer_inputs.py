@@ -21,7 +21,7 @@ def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndar
 
     Args:
         path: The ``.xml`` file.
-        image: (N, 3, H, W), normalized.
+        image: (N, C, H, W), normalized.
 
     Returns:
         Name of the layer, with ``#k`` for further calls, to the tensor.

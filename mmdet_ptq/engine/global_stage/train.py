@@ -167,7 +167,7 @@ class GlobalLossModel(BaseModel):
         """Returns the loss terms; there is no other mode.
 
         Args:
-            inputs: (N, 3, H, W) preprocessed images.
+            inputs: (N, C, H, W) preprocessed images.
             data_samples: Meta information of the N images; for ``target='ground_truth'`` with ``gt_instances``
                 in pixels of the network input, as pipelines leave them that load annotations before resizing.
             mode: ``'loss'``.

@@ -6,16 +6,17 @@ from collections import Counter, defaultdict
 
 from torch import nn
 
+from mmdet_ptq.wrapping.watching.layers import is_plain
 from mmdet_ptq.wrapping.watching.probe import Probe
 
 
 def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Chooses which normalisations can be folded.
 
-    A pair is folded when the convolution feeds this normalisation in every call, nothing else reads it, and the
-    convolution computes with its own weight as it is stored. A convolution shared by several normalisations (RTMDet's
-    SepBN head, NAS-FPN, FPG) keeps them: folding would need one weight per normalisation. So does one that standardises
-    its weight (DetectoRS): the folded gain would be normalised away.
+    A pair is folded when the convolution feeds this normalisation in every call, nothing else reads it, both do no more
+    than their base classes in torch, and the convolution computes with its own weight as it is stored. A convolution
+    shared by several normalisations (RTMDet's SepBN head, NAS-FPN, FPG) keeps them: folding would need one weight per
+    normalisation. So does one that standardises its weight (DetectoRS): the folded gain would be normalised away.
 
     Args:
         detector: The float detector, in eval mode.
@@ -38,6 +39,7 @@ def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]]
             continue
         conv = next(iter(convs_of[name]))
         weight = modules[conv]._parameters.get('weight')
+        odd = next((part for part in (conv, name) if not is_plain(modules[part])), None)
         if len(norms_of[conv]) != 1:
             kept[name] = f'its convolution {conv} is shared by several normalisations'
         elif module.running_mean is None:
@@ -46,6 +48,8 @@ def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]]
             kept[name] = f'its convolution {conv} transforms its weight in the forward pass'
         elif owners[id(weight)] > 1 or id(weight) in probe.borrowed:
             kept[name] = f'something else reads the weight of its convolution {conv}'
+        elif odd is not None:
+            kept[name] = f'{odd} ({type(modules[odd]).__name__}) has a forward or hooks of its own'
         else:
             folds.append((conv, name))
     return folds, kept

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import build_observer, build_quantizer
-from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, in_channels, is_transposed
+from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, in_channels, is_plain, is_transposed
 from mmdet_ptq.wrapping.weights import float_weight
 
 # channels are divided by at most this, and at least its inverse; 4.3 and 0.17 on YOLOX-nano
@@ -44,9 +44,10 @@ class Migration:
 def can_migrate(module: nn.Module, calls: int) -> bool:
     """Whether a layer's weight can take over factors of its input's channels.
 
-    A layer that several levels share reads several tensors, each with factors of its own; groups are left out.
+    A layer that several levels share reads several tensors, each with factors of its own; groups are left out, and so
+    are layers that may do more to their input than to multiply it.
     """
-    return calls == 1 and getattr(module, 'groups', 1) == 1
+    return calls == 1 and is_plain(module) and getattr(module, 'groups', 1) == 1
 
 
 def measure_factors(

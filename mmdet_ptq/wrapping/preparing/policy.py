@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+
+from mmengine.logging import print_log
+from torch import nn
 
 from mmdet_ptq.config import POLICY_KEYS, PTQConfig, TensorConfig, apply_policy, check_format
 from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.wrapping.watching.layers import matches
+from mmdet_ptq.wrapping.watching.probe import Probe, head_names, part_of
 
 
 @dataclass
@@ -38,6 +43,23 @@ class LayerRole:
     in_head: bool
     first: bool
     last: bool
+    runs: bool = True
+
+
+def layer_roles(detector: nn.Module, probe: Probe, layers: Iterable[str]) -> list[LayerRole]:
+    """Where layers stand in a detector.
+
+    Args:
+        detector: The detector.
+        probe: What a pass of it showed.
+        layers: Names of its layers.
+    """
+    heads = set(head_names(detector))
+    first, runs = {call.layer for call in probe.calls if call.reads_image}, {call.layer for call in probe.calls}
+    return [
+        LayerRole(name, part_of(name, heads) in heads, name in first, name in probe.outputs, name in runs)
+        for name in layers
+    ]
 
 
 def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, LayerPolicy]:
@@ -53,7 +75,8 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
         Layer name to policy.
 
     Raises:
-        PTQError: An override pattern matches no layer, or its format does not exist or take its options.
+        PTQError: An override pattern, `head`, `first` or `last` matches no layer, or its format does not exist or take
+            its options.
     """
     roles = list(roles)
     names = [role.name for role in roles]
@@ -61,6 +84,7 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
         if not any(matches(pattern, name) for name in names):
             hint = did_you_mean(pattern, _prefixes(names))
             raise PTQError(f'`ptq.overrides[{pattern!r}]` matches no layer of this detector.{hint}')
+    _check_roles(cfg, [role for role in roles if role.runs])
     policies = {}
     for role in roles:
         policy = LayerPolicy(cfg.weights, cfg.activations)
@@ -76,6 +100,23 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
             check_format(getattr(policy, part), part, f'{key}.{part}')
         policies[role.name] = policy
     return policies
+
+
+def _check_roles(cfg: PTQConfig, running: list[LayerRole]) -> None:
+    """Refuses a policy for layers that the detector does not have; where it is the preset's own, says so."""
+    preset = PTQConfig.from_dict({}, cfg.preset) if cfg.preset else PTQConfig()
+    for key, attribute, what in (
+        ('head', 'in_head', 'no module whose name ends with `head` and whose layers run in `predict`'),
+        ('first', 'first', 'no layer that reads the image'),
+        ('last', 'last', 'no layer that writes the output of a module whose name ends with `head`'),
+    ):
+        policy = getattr(cfg, key)
+        if not policy or any(getattr(role, attribute) for role in running):
+            continue
+        told = f'`ptq.{key}` applies to nothing: the detector has {what}; name the layers in `ptq.overrides` instead.'
+        if policy != getattr(preset, key):
+            raise PTQError(told)
+        print_log(told, 'current', level=logging.WARNING)
 
 
 def _change(policy: LayerPolicy, change: dict, key: str) -> LayerPolicy:

@@ -19,9 +19,10 @@ from mmdet_ptq.wrapping.folding import fold_norms
 from mmdet_ptq.wrapping.names import input_name
 from mmdet_ptq.wrapping.preparing.find_folds import find_folds
 from mmdet_ptq.wrapping.preparing.fit_weight import fit_weight_quantizer
+from mmdet_ptq.wrapping.preparing.float_outputs import FloatOutputs
 from mmdet_ptq.wrapping.preparing.migration import Migration, can_migrate, measure_factors, migrate, times_factor
 from mmdet_ptq.wrapping.preparing.plan_dataflow import plan_dataflow
-from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, LayerRole, resolve_policies
+from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, layer_roles, resolve_policies
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.structure import LayerStructure, Structure, apply_structure, disable_checkpointing
 from mmdet_ptq.wrapping.watching.channel_costs import Weigh, not_weighed
@@ -34,7 +35,7 @@ from mmdet_ptq.wrapping.watching.layers import (
     kind,
     neighbours,
 )
-from mmdet_ptq.wrapping.watching.probe import LayerCall, Probe, head_names, probe_detector
+from mmdet_ptq.wrapping.watching.probe import LayerCall, Probe, head_names, part_of, probe_detector
 from mmdet_ptq.wrapping.weights import quantized_weights
 
 
@@ -68,7 +69,9 @@ def prepare_detector(
     if not probe.calls:
         raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
     # before anything is changed: an override may be refused
-    policies = resolve_policies(cfg, _roles(detector, probe))
+    layers = [name for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)]
+    policies = resolve_policies(cfg, layer_roles(detector, probe, layers))
+    before = FloatOutputs(detector, run)
     folds, kept = find_folds(detector, probe)
     fold_norms(detector, folds)
     plan = _plan(detector, cfg, probe, policies, run_many or run)
@@ -83,6 +86,7 @@ def prepare_detector(
     migrate(detector, getattr(detector, STATE), plan.factors, plan.migrations)
     device = next(detector.parameters()).device
     detector.to(device)
+    before.check(detector, folds)
     return structure
 
 
@@ -112,15 +116,6 @@ class _Plan:
     migrations: dict[str, Migration]
 
 
-def _roles(detector: nn.Module, probe: Probe) -> list[LayerRole]:
-    heads, first = head_names(detector), {call.layer for call in probe.calls if call.reads_image}
-    return [
-        LayerRole(name, in_head=name.split('.')[0] in heads, first=name in first, last=name in probe.outputs)
-        for name, module in detector.named_modules()
-        if isinstance(module, QUANTIZABLE)
-    ]
-
-
 def _plan(
     detector: nn.Module, cfg: PTQConfig, probe: Probe, policies: dict[str, LayerPolicy], run_many: Callable[[], Any]
 ) -> _Plan:
@@ -128,10 +123,11 @@ def _plan(
     for call in probe.calls:
         calls[call.layer].append(call)
     layers = {n: m for n, m in detector.named_modules() if isinstance(m, QUANTIZABLE)}
+    heads = head_names(detector)
     structure = Structure(uncovered=[vars(u) for u in probe.uncovered])
     for name, module in layers.items():
         layer = LayerStructure(
-            name, kind(module), name.split('.')[0], sum(c.macs for c in calls[name]), module.weight.numel()
+            name, kind(module), part_of(name, heads), sum(c.macs for c in calls[name]), module.weight.numel()
         )
         layer.reason = _obstacle(name, module, calls[name], probe)
         structure.layers.append(layer)
@@ -167,6 +163,8 @@ def _plan(
 def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe) -> str:
     if not calls:
         return 'it never runs in `predict`'
+    if 'weight' not in module._parameters:
+        return 'its weight is computed from others before each pass (pruning, weight or spectral norm)'
     if name not in probe.direct:
         return 'its weight is transformed inside the forward pass'
     return ''

@@ -14,6 +14,25 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from mmdet_ptq.quantizers.selection import build_quantizer
 
 QUANTIZABLE = (_ConvNd, nn.Linear)
+# where forwards are defined that return what the convolution, or the normalisation, of their torch base returns;
+# mmcv's differ for empty tensors and in the padding
+_PLAIN_FORWARDS = frozenset(
+    {
+        'torch.nn.modules.conv',
+        'torch.nn.modules.linear',
+        'torch.nn.modules.batchnorm',
+        'mmcv.cnn.bricks.wrappers',
+        'mmcv.cnn.bricks.conv2d_adaptive_padding',
+    }
+)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer or normalisation returns what its torch base class would: nothing scales or activates besides."""
+    methods = [getattr(module, name) for name in ('forward', '_conv_forward') if hasattr(module, name)]
+    return all(method.__module__ in _PLAIN_FORWARDS for method in methods) and not (
+        module._forward_hooks or module._forward_pre_hooks
+    )
 
 
 def is_transposed(module: nn.Module) -> bool:

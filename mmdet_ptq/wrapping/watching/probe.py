@@ -9,7 +9,7 @@ graph of the same pass tells which layers read the image and which ones write th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -94,8 +94,35 @@ class Probe:
 
 
 def head_names(detector: nn.Module) -> list[str]:
-    """Names of the detector's children that predict: bbox_head, rpn_head, roi_head, mask_head, ..."""
-    return [name for name, _ in detector.named_children() if name.endswith('head')]
+    """Names of the outermost modules that predict: bbox_head, rpn_head, roi_head, mask_head, ...
+
+    A wrapper's detectors have theirs (``teacher.rpn_head``); what a backbone or neck calls a head is none.
+    """
+    found = []
+    for name, child in detector.named_children():
+        if name.endswith('head'):
+            found.append(name)
+        elif not name.endswith(('backbone', 'neck')):
+            found += [f'{name}.{inner}' for inner in head_names(child)]
+    return found
+
+
+def part_of(layer: str, heads: Sequence[str]) -> str:
+    """The part of the detector that a layer belongs to: backbone, neck, bbox_head, ..., teacher.backbone, ...
+
+    Args:
+        layer: Its name.
+        heads: See :func:`head_names`.
+    """
+    owners = sorted({head.rpartition('.')[0] for head in heads}, key=len)
+    owner = next((owner for owner in reversed(owners) if layer.startswith(f'{owner}.')), '')
+    prefix = f'{owner}.' if owner else ''
+    return prefix + layer.removeprefix(prefix).split('.')[0]
+
+
+def is_head(name: str, module: nn.Module) -> bool:
+    """Whether a module is named as a head, or its class is: also one within another."""
+    return name.endswith('head') or type(module).__name__.endswith('Head')
 
 
 class _Operations(TorchFunctionMode):
@@ -202,14 +229,14 @@ class _Prober:
                         output.numel() * prod(module.weight.shape[1:]),
                     )
                 )
-            elif name in self.heads or type(module).__name__.endswith('Head'):
+            elif name in self.heads or is_head('', module):
                 self.head_outputs += outputs
 
         return hook
 
     def weighted(self, operation: str, weight: Tensor, macs: int) -> None:
         name, module = self.stack[-1] if self.stack else ('', None)
-        if isinstance(module, QUANTIZABLE) and weight is module.weight:
+        if isinstance(module, QUANTIZABLE) and weight is module._parameters.get('weight'):
             self.probe.direct.add(name)
         else:
             self.probe.borrowed.add(id(weight))

@@ -58,6 +58,18 @@ def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        detach_computed(detector)
+
+
+def detach_computed(detector: nn.Module) -> None:
+    """Cuts tensors that modules keep from the graph they were computed in, which cannot be copied.
+
+    Hooks leave them there (``torch.nn.utils.prune``, ``weight_norm``) and compute them anew in the next pass.
+    """
+    for module in detector.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 def walk_back(starts: Iterable[Any], stop: Container) -> Iterator[tuple[Any, list]]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from mmdet_ptq.config import PTQConfig
@@ -89,3 +91,27 @@ def test_patterns_name_layers_or_their_parents():
     assert matches('*.conv', 'backbone.stem.conv')
     assert not matches('back', 'backbone.stem.conv')
     assert not matches('stem', 'backbone.stem.conv')
+
+
+@pytest.mark.parametrize(('key', 'attribute'), [('head', 'in_head'), ('first', 'first'), ('last', 'last')])
+def test_a_policy_for_layers_that_are_not_there_is_refused(key, attribute):
+    roles = [replace(role, **{attribute: False}) for role in ROLES]
+    asked = PTQConfig.from_dict({'preset': 'w8a8', key: 'float'})
+    with pytest.raises(PTQError, match=f'`ptq.{key}` applies to nothing: the detector has no .* `ptq.overrides`'):
+        resolve_policies(asked, roles)
+    asleep = [replace(role, runs=not getattr(role, attribute)) for role in ROLES]
+    with pytest.raises(PTQError, match=f'`ptq.{key}` applies to nothing'):
+        resolve_policies(asked, asleep)
+    resolve_policies(asked, ROLES)
+
+
+def test_what_only_the_preset_says_of_such_layers_is_a_warning(monkeypatch):
+    lines = []
+    monkeypatch.setattr('mmdet_ptq.wrapping.preparing.policy.print_log', lambda text, *_, **__: lines.append(text))
+    resolve_policies(PTQConfig.from_dict(dict(preset='w4a8')), [replace(role, first=False) for role in ROLES])
+    assert len(lines) == 1 and lines[0].startswith('`ptq.first` applies to nothing')
+    with pytest.raises(PTQError, match='applies to nothing'):
+        resolve_policies(
+            PTQConfig.from_dict(dict(preset='w4a8', first=dict(weights=dict(bits=6)))),
+            [replace(role, first=False) for role in ROLES],
+        )

@@ -3,11 +3,13 @@ from collections import Counter
 
 import pytest
 import torch
+from architectures import semi_supervised
 from torch import nn
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import KINDS, predict, raw_outputs, tiny_batch, tiny_detector
+from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping import (
     Structure,
     apply_structure,
@@ -360,3 +362,30 @@ def test_a_layer_that_never_runs_is_named(toy, image):
     spare = next(layer for layer in structure.layers if layer.name == 'spare')
     assert (spare.integer, spare.reason) == (False, 'it never runs in `predict`')
     assert integer_mac_share(structure) == 1.0
+
+
+@pytest.mark.parametrize('kind', ['faster_rcnn', 'retinanet'])
+def test_named_policies_hold_in_nested_heads(kind):
+    detector = semi_supervised(kind)
+    structure = prepare_detector(
+        detector,
+        PTQConfig.from_dict(OBSERVE | dict(head='float', first=dict(weights=dict(bits=7)))),
+        lambda: predict(detector, tiny_batch(1)),
+    )
+    heads = [layer for layer in structure.layers if layer.name.startswith('teacher.') and 'head' in layer.name]
+    assert heads and not any(layer.integer for layer in heads) and integer_mac_share(structure) < 1
+    rest = [layer for layer in structure.layers if layer.name.startswith('teacher.') and layer not in heads]
+    assert {layer.weight['bits'] for layer in rest} == {7, 8}
+    assert next(layer for layer in rest if layer.weight['bits'] == 7).name == 'teacher.backbone.conv1'
+
+
+def test_the_output_layers_of_nested_heads_are_found():
+    detector = semi_supervised('retinanet')
+    structure = prepare_detector(
+        detector, PTQConfig.from_dict(OBSERVE | dict(last='float')), lambda: predict(detector, tiny_batch(1))
+    )
+    float_layers = {layer.name for layer in structure.layers if layer.inputs == [] or not layer.integer}
+    assert {name for name in float_layers if name.startswith('teacher.')} == {
+        'teacher.bbox_head.retina_cls',
+        'teacher.bbox_head.retina_reg',
+    }

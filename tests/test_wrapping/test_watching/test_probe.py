@@ -1,12 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import semi_supervised
 from torch import nn
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.testing import predict, tiny_batch, tiny_detector
 from mmdet_ptq.wrapping import coverage_rows, integer_mac_share, prepare_detector
-from mmdet_ptq.wrapping.watching.probe import probe_detector
+from mmdet_ptq.wrapping.watching.probe import head_names, part_of, probe_detector
 
 
 def _layers(probe):
@@ -196,3 +197,18 @@ def test_attention_is_counted_once(toy, image):
     macs = {op['operation']: op['macs'] for op in structure.uncovered}
     # four projections of 64 positions, and two products over all their pairs
     assert macs == {'multi_head_attention_forward': 4 * 64 * 8 * 8 + 2 * 64 * 64 * 8}
+
+
+def test_heads_are_found_wherever_a_wrapper_keeps_them():
+    assert head_names(tiny_detector('faster_rcnn')) == ['rpn_head', 'roi_head']
+    teacher = semi_supervised('faster_rcnn')
+    heads = head_names(teacher)
+    assert heads == ['student.rpn_head', 'student.roi_head', 'teacher.rpn_head', 'teacher.roi_head']
+    # a backbone's own head is none that predicts
+    teacher.teacher.backbone.head = nn.Linear(4, 4)
+    assert head_names(teacher) == heads
+    parts = [
+        part_of(name, heads) for name in ('teacher.roi_head.bbox_head.fc_cls', 'teacher.neck.fpn_convs.0', 'other.x')
+    ]
+    assert parts == ['teacher.roi_head', 'teacher.neck', 'other']
+    assert part_of('backbone.layer1.conv', ['bbox_head']) == 'backbone'
