@@ -71,7 +71,8 @@ def load_config(path: str, options: list[str] | None = None):
     except Exception as error:  # a config is Python code, which may fail in its own way
         raise PTQError(f'the config {path!r} cannot be read: {one_line(error)}.') from error
     for option in options or []:
-        if '=' not in option:
+        key, given, _ = option.partition('=')
+        if not given or not all(key.split('.')):
             raise PTQError(f'--cfg-options takes KEY=VALUE pairs, got {option!r}.')
         parser = argparse.ArgumentParser()
         parser.add_argument('--cfg-options', nargs=1, action=DictAction)
@@ -90,6 +91,8 @@ def _prepare(args: argparse.Namespace):
         os.environ['CUDA_VISIBLE_DEVICES'] = _visible_gpu(args.device)
     elif args.device not in (None, 'cuda'):
         raise PTQError(f'--device must be cpu, cuda or cuda:N, got {args.device!r}.')
+    if args.launcher != 'none':
+        _check_launcher(args.launcher)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     if args.device and args.device != 'cpu':
@@ -100,6 +103,25 @@ def _prepare(args: argparse.Namespace):
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     return cfg
+
+
+# launcher to what it sets in the environment, and how processes are started by it
+_LAUNCHERS = dict(
+    pytorch=(('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'), 'torchrun --nproc_per_node N tools/ptq.py ...'),
+    slurm=(('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'), 'srun python tools/ptq.py ...'),
+    mpi=(('OMPI_COMM_WORLD_LOCAL_RANK',), 'mpirun -n N python tools/ptq.py ...'),
+)
+
+
+def _check_launcher(launcher: str) -> None:
+    """Refuses a launcher that did not start this process."""
+    variables, command = _LAUNCHERS[launcher]
+    missing = [name for name in variables if name not in os.environ]
+    if missing:
+        raise PTQError(
+            f'--launcher {launcher} needs {", ".join(missing)} in the environment, which the launcher sets; start with '
+            f'`{command}`, or leave the option out.'
+        )
 
 
 def _visible_gpu(device: str) -> str:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 
 
 class PTQError(Exception):
@@ -19,3 +25,78 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def one_line(error: Exception) -> str:
     """Another program's error as a part of a sentence: its type and its message in one line."""
     return f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip('.')
+
+
+@contextmanager
+def building(config: Mapping, *keys: str) -> Iterator[None]:
+    """Turns what fails while mmengine builds parts of a config into one sentence.
+
+    Args:
+        config: The config.
+        keys: Its parts that are built. Defaults to all.
+
+    Raises:
+        PTQError: A type or argument is unknown, a package is missing, or a class refuses its arguments.
+    """
+    try:
+        yield
+    except PTQError:
+        raise
+    except Exception as error:  # the classes are anybody's
+        parts = {key: config.get(key) for key in keys} if keys else config
+        frames = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == 'build_from_cfg']
+        # by default the whole: what mmengine builds on its own stands in no config
+        whole = ' and '.join(f'`{key}`' for key in keys) or 'the config'
+        raise PTQError(_told_of(error, frames[-1] if frames else {}, parts, whole)) from error
+
+
+def _told_of(error: Exception, frame: Mapping[str, Any], config: Mapping, whole: str) -> str:
+    """What mmengine's registry was building when it failed."""
+    kind, cls = frame.get('obj_type'), frame.get('obj_cls')
+    place = _place(config, frame.get('cfg'))
+    where = f'`{place}` ({getattr(kind, "__name__", kind)})' if place else whole
+    if isinstance(kind, str) and cls is None:
+        package, dot, _ = kind.partition('.')
+        if dot and find_spec(package) is None:
+            return f'{where} needs the package {package}, which is not installed; install it, or use another type.'
+        hint = did_you_mean(kind, _registered(frame['registry'])) or ' If it is your own, import it: `custom_imports`.'
+        return f'{f"`{place}.type`" if place else f"a type in {whole}"} is {kind!r}, which is unknown.{hint}'
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if isinstance(error, TypeError) and unexpected:
+        return f'{where} takes no argument {unexpected[1]!r}.{did_you_mean(unexpected[1], _arguments(cls))}'
+    if isinstance(error, ImportError):
+        return f'{where} needs a package that is missing: {" ".join(str(error).split()).rstrip(".")}.'
+    return f'{where} cannot be built: {one_line(error)}.'
+
+
+def _place(value: Any, part: Any, path: str = '') -> str:
+    """Where a part stands in a config: the place that is equal, or else the first of its type."""
+    if not isinstance(part, Mapping):
+        return ''
+    found = list(_places(value, part.get('type'), path))
+    equal = [place for place, other in found if dict(other) == dict(part)]
+    return next(iter(equal or [place for place, _ in found]), '')
+
+
+def _places(value: Any, kind: Any, path: str) -> Iterator[tuple[str, Mapping]]:
+    if isinstance(value, Mapping):
+        if kind is not None and value.get('type') == kind:
+            yield path, value
+        for key, item in value.items():
+            yield from _places(item, kind, f'{path}.{key}' if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _places(item, kind, f'{path}[{index}]')
+
+
+def _registered(registry: Any) -> set[str]:
+    """Names in a registry, its parents and their children."""
+    while registry.parent is not None:
+        registry = registry.parent
+    return {*registry.module_dict}.union(*(child.module_dict for child in registry.children.values()))
+
+
+def _arguments(cls: Any) -> set[str]:
+    """Names of a class's arguments, its base classes' included."""
+    makers = [base.__init__ for base in cls.__mro__] if inspect.isclass(cls) else [cls]
+    return {name for maker in makers for name in inspect.signature(maker).parameters} - {'self', 'args', 'kwargs'}

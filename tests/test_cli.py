@@ -86,6 +86,8 @@ def test_no_ptq_block(refused, config_file, tmp_path):
         ('ptq.preset=w8a9', "'w8a9', which is unknown. Did you mean 'w8a8'?"),
         ('ptq=w8a8', '`ptq` must be a dict'),
         ('ptq.weights.bits', 'KEY=VALUE'),
+        ('=8', 'KEY=VALUE'),
+        ('ptq..bits=8', 'KEY=VALUE'),
         ('ptq.weights.bits=[1,2', 'cannot be applied'),
         ('test_evaluator.ann_file=missing.json', "'missing.json', which does not exist"),
         ('test_dataloader.dataset.ann_file=missing.json', "missing.json', which does not exist"),
@@ -307,3 +309,17 @@ def test_installed_commands_are_those_of_tools():
     for target in scripts.values():
         module, _, name = target.partition(':')
         assert module == 'mmdet_ptq.cli' and callable(getattr(cli, name))
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'missing'), [('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM')]
+)
+def test_a_launcher_that_did_not_start_the_process(refused, monkeypatch, launcher, missing):
+    for name in [name for name in os.environ if name.startswith(('RANK', 'WORLD_', 'MASTER_', 'SLURM', 'OMPI'))]:
+        monkeypatch.delenv(name)
+    said = refused('--launcher', launcher)
+    assert f'--launcher {launcher} needs {missing}' in said and 'or leave the option out' in said
+
+
+def test_a_seed_out_of_range(refused):
+    assert 'must be a whole number from 0 to 4294967295, got -1' in refused('--seed', '-1')

@@ -21,6 +21,10 @@ def closing_lines(results: Mapping[str, Any]) -> list[str]:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
     """
     lines = [f'{model_name(row)}: {row["remark"]}' for row in results['rows'] if row.get('remark')]
+    if any(row['metrics'] for row in results['rows']) and headline_metric(results) is None:
+        lines.append(
+            'the evaluation gives no figures: its annotations have no objects; check `test_evaluator.ann_file`.'
+        )
     timed = {row['model']: row['latency_ratio'] for row in results['rows'] if row['latency_ratio'] is not None}
     slow = {model: ratio for model, ratio in timed.items() if ratio < 1}
     right = {

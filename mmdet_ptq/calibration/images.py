@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from torch.utils.data import Dataset, Subset
 
+from mmdet_ptq.calibration.annotations import TO_LOAD, check_annotation_file, complete
 from mmdet_ptq.config import CalibrationConfig
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, building
 from mmdet_ptq.files import file_hash
 from mmdet_ptq.progress import track
 
@@ -135,8 +137,52 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
         # test mode: nothing is filtered and an unreadable image is not replaced by another in silence
         source = {**copy.deepcopy(dict(source)), 'pipeline': pipeline, 'test_mode': True}
         source.pop('filter_cfg', None)  # XMLDataset, of VOC and WIDER FACE, refuses one in test mode
-        datasets.append(build_dataset(DATASETS, source, key))
+        check_classes(source, key)
+        if (cls := coco_class(source)) is not None:
+            path = annotation_path(source)
+            if annotated and Path(path).is_file():
+                check_annotation_file(path, f'{key}.ann_file', TO_LOAD)
+            source['type'] = cls if annotated else _images_of(cls, f'`{key}`: the annotation file {path!r}')
+        with building(cfg):
+            datasets.append(build_dataset(DATASETS, source, key))
     return datasets
+
+
+def check_classes(cfg: dict, key: str) -> None:
+    """Refuses class names without a comma, which Python takes for one text."""
+    classes = (cfg.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str) and not Path(classes).is_file():
+        raise PTQError(
+            f"`{key}.metainfo.classes` is the text '{classes}', and must be a tuple; a comma is missing: "
+            f"('{classes}',)."
+        )
+
+
+def coco_class(cfg: dict) -> type | None:
+    """The class of a dataset config, if it reads annotation files as mmdet's ``CocoDataset`` does."""
+    from mmdet.datasets import CocoDataset
+    from mmdet.registry import DATASETS
+
+    cls = DATASETS.get(cfg['type']) if isinstance(cfg.get('type'), str) else cfg.get('type')
+    if not isinstance(cls, type) or not issubclass(cls, CocoDataset):
+        return None
+    return cls if cls.load_data_list is CocoDataset.load_data_list else None
+
+
+def annotation_path(cfg: dict) -> str:
+    """The annotation file of a dataset config, as mmengine joins it."""
+    return str(Path(cfg.get('data_root') or '', cfg.get('ann_file') or ''))
+
+
+def _images_of(cls: type, what: str) -> type:
+    """A dataset of the same images that asks their annotations for nothing that calibration does not need."""
+
+    class Complete(cls.COCOAPI):
+        def createIndex(self) -> None:
+            complete(self.dataset, what)
+            super().createIndex()
+
+    return type(cls.__name__, (cls,), dict(COCOAPI=Complete))
 
 
 def build_dataset(registry, cfg: dict, key: str) -> Dataset:
@@ -157,6 +203,8 @@ def build_dataset(registry, cfg: dict, key: str) -> Dataset:
         raise PTQError(
             f'`{key}` needs the file {str(path)!r}, which does not exist; check `data_root` and `ann_file`.'
         ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PTQError(f'`{key}`: the annotation file {annotation_path(cfg)!r} is no valid JSON ({error}).') from error
     except ValueError as error:
         if 'need at least one array' not in str(error):  # mmengine joining the records of no image
             raise

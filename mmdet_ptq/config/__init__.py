@@ -1,6 +1,7 @@
 """The ``ptq`` block of a config: typed sections, presets resolved, validated with did-you-mean."""
 
 from mmdet_ptq.config.block import KEYS, POLICY_KEYS, PTQConfig, apply_policy
+from mmdet_ptq.config.checks import check_seed
 from mmdet_ptq.config.formats import check_format
 from mmdet_ptq.config.sections import (
     CalibrationConfig,
@@ -21,4 +22,5 @@ __all__ = [
     'TensorConfig',
     'apply_policy',
     'check_format',
+    'check_seed',
 ]

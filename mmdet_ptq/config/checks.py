@@ -62,6 +62,12 @@ def positive(key: str, obj: Any, *names: str) -> None:
             raise PTQError(f'`{key}.{name}` must be positive, got {getattr(obj, name)!r}.')
 
 
+def check_seed(key: str, seed: Any) -> None:
+    """Refuses what NumPy's generators do not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise PTQError(f'`{key}` must be a whole number from 0 to 4294967295, got {seed!r}.')
+
+
 def merge(base: dict, change: Mapping) -> dict:
     """Deep merge; a dict with a new ``type`` replaces the old one instead of inheriting its arguments."""
     out = dict(base)

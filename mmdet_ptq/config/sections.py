@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mmdet_ptq.config.checks import choice, positive
+from mmdet_ptq.config.checks import check_seed, choice, positive
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.registry import RECONSTRUCTIONS, SCOPE, registered
 
@@ -33,6 +33,7 @@ class CalibrationConfig:
 
     def check(self, key: str) -> None:
         positive(key, self, 'num_images', 'batch_size')
+        check_seed(f'{key}.seed', self.seed)
         if self.images is not None and self.dataset is not None:
             raise PTQError(f'`{key}` names both `images` and `dataset`; keep one of them.')
 

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
 from mmdet.evaluation.evaluator import MultiDatasetsEvaluator
+from mmdet.evaluation.metrics import CocoMetric
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.mot import BaseMOTModel
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner, TestLoop
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset
 
+from mmdet_ptq.calibration.annotations import TO_EVALUATE, TO_LOAD, check_annotation_file
+from mmdet_ptq.calibration.images import annotation_path, check_classes, coco_class, inner_dataset_cfgs
 from mmdet_ptq.deploy import integer_arithmetic
 from mmdet_ptq.engine.stage_store import fingerprint
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, building, one_line
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.wrapping import is_quantized
 
@@ -50,7 +58,17 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         if cfg.get(key) is None:
             raise PTQError(f'the config has no `{key}`, which detectors are evaluated with.')
     check_space(cfg['work_dir'], 0)
-    runner = Runner(
+    with building(cfg):
+        runner = _runner(cfg, detector)
+    loop = build_evaluation(cfg, lambda: runner.test_loop)
+    check_evaluation(loop, detector)
+    runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
+    with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
+        return figures(runner.test())
+
+
+def _runner(cfg: Config, detector: nn.Module) -> Runner:
+    return Runner(
         model=detector,
         work_dir=cfg['work_dir'],
         test_dataloader=cfg['test_dataloader'],
@@ -65,12 +83,40 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         default_scope=cfg.get('default_scope') or 'mmdet',
         cfg=cfg,
     )
-    with evaluation_files():
-        loop = runner.test_loop
-    check_evaluation(loop, detector)
-    runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
-    with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
-        return figures(runner.test())
+
+
+def build_evaluation(cfg: Config, build: Callable[[], TestLoop]) -> TestLoop:
+    """Builds the test loop; what the config or its annotation files get wrong becomes one sentence.
+
+    Args:
+        cfg: The config.
+        build: Builds the loop.
+
+    Raises:
+        PTQError: A part of the config cannot be built, or a file is missing or damaged.
+    """
+    sources = inner_dataset_cfgs(cfg['test_dataloader']['dataset'])
+    for source in sources:
+        check_classes(source, 'test_dataloader.dataset')
+        if any('TestTimeAug' in str(step.get('type')) for step in source.get('pipeline') or []):
+            raise PTQError(
+                '`test_dataloader.dataset.pipeline` has TestTimeAug, which makes several images of one; use the '
+                'plain test pipeline, and keep augmentations in `tta_pipeline`.'
+            )
+    with building(cfg, 'test_dataloader', 'test_evaluator'), evaluation_files():
+        for source in sources:
+            if coco_class(source) is not None and Path(annotation_path(source)).is_file():
+                check_annotation_file(annotation_path(source), 'test_dataloader.dataset.ann_file', TO_LOAD)
+        for metric in _metrics(cfg['test_evaluator']):
+            if str(metric.get('type')).endswith('CocoMetric') and Path(str(metric.get('ann_file'))).is_file():
+                check_annotation_file(metric['ann_file'], 'test_evaluator.ann_file', TO_EVALUATE)
+        return build()
+
+
+def _metrics(evaluator: Any) -> list[dict]:
+    if isinstance(evaluator, list | tuple):
+        return [metric for part in evaluator for metric in _metrics(part)]
+    return _metrics(evaluator['metrics']) if 'metrics' in evaluator else [evaluator]
 
 
 def test_loop_cfg(cfg: Config) -> dict:
@@ -153,15 +199,8 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
     if not len(dataset):
         raise PTQError(f'the evaluation has no images; {_CHECK}')
     with evaluation_files():
-        try:
-            dataset[0]
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except Exception as error:  # of any step of the pipeline
-            raise PTQError(
-                f'the first evaluation image cannot be read: {type(error).__name__}: {error}; check '
-                '`test_dataloader.dataset`.'
-            ) from error
+        _read(dataset, 0)
+        _check_images(dataset)
     classes = dataset_meta(dataset).get('classes')
     known = next(
         (
@@ -179,6 +218,7 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
             level=logging.WARNING,
         )
     metrics = loop.evaluator.metrics
+    _rehearse(loop, detector)
     if _only_writes_files(loop):
         print_log(
             '`test_evaluator.format_only` writes detections to files and gives no figures.',
@@ -191,6 +231,57 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
         annotations = getattr(metric, '_coco_api', None)
         if annotations is not None:
             _check_annotations(annotations, part)
+
+
+def _read(dataset: Dataset, index: int) -> Any:
+    try:
+        return dataset[index]
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except Exception as error:  # of any step of the pipeline
+        info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+        named = f'the evaluation image {info["img_path"]}' if 'img_path' in info else f'evaluation image {index}'
+        raise PTQError(f'{named} cannot be read: {one_line(error)}; check `test_dataloader.dataset`.') from error
+
+
+def _check_images(dataset: Dataset) -> None:
+    """Reads the images that look as if they could not be; the head of a file tells."""
+    count = len(dataset) if hasattr(dataset, 'get_data_info') else 0
+    paths = [str(dataset.get_data_info(index).get('img_path')) for index in range(count)]
+    if not paths or not Path(paths[0]).is_file():  # what is fetched from elsewhere is not fetched twice
+        return
+    for index, path in enumerate(paths):
+        try:
+            Image.open(path).close()
+        except Exception:  # whatever a damaged header leads to
+            _read(dataset, index)
+
+
+@torch.no_grad()
+def _rehearse(loop: TestLoop, detector: nn.Module) -> None:
+    """Takes one image through the detector and the metrics, which tell only then what they miss."""
+    evaluator, dataset = loop.evaluator, loop.dataloader.dataset
+    if isinstance(detector, BaseMOTModel) or isinstance(evaluator, MultiDatasetsEvaluator):
+        return  # they keep what they saw
+    batch = loop.dataloader.collate_fn([dataset[0]])
+    try:
+        found = detector.eval().test_step(copy.deepcopy(batch))
+        evaluator.process(data_samples=found, data_batch=batch)
+    except PTQError:
+        raise
+    except Exception as error:  # of the detector's, or the metric's, own code
+        raise PTQError(
+            f'the first evaluation image fails in the detector or in `test_evaluator`: {one_line(error)}.'
+        ) from error
+    finally:
+        for metric in evaluator.metrics:
+            metric.results.clear()
+    for metric in evaluator.metrics:
+        masks = isinstance(metric, CocoMetric) and 'segm' in metric.metrics
+        if masks and any('masks' not in sample.get('pred_instances', {}) for sample in found):
+            raise PTQError(
+                "`test_evaluator.metric` asks for 'segm', and the detector predicts boxes, no masks; leave it out."
+            )
 
 
 def _only_writes_files(loop: TestLoop) -> bool:

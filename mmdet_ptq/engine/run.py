@@ -20,20 +20,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdet_ptq.analysis import result_row, write_results
 from mmdet_ptq.calibration import CalibrationDataset, Protection, source_datasets
-from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.config import PTQConfig, check_seed
 from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
 from mmdet_ptq.engine.arguments import runner_arguments
 from mmdet_ptq.engine.evaluation import (
+    build_evaluation,
     check_evaluation,
     dataset_meta,
-    evaluation_files,
     evaluation_inputs,
     figures,
     image_sizes,
 )
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import StageStore, fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
@@ -94,7 +95,9 @@ class Run(Runner):
         for name in self.runtimes:
             get_runtime(name)
         check_space(work_dir, 0)
-        super().__init__(model=model, work_dir=work_dir, randomness=randomness, **kwargs)
+        check_seed('randomness.seed', randomness['seed'])
+        with building(dict(model=model, **{key: value for key, value in kwargs.items() if key != 'cfg'})):
+            super().__init__(model=model, work_dir=work_dir, randomness=randomness, **kwargs)
         # checkpoints are loaded here, with checks, not by mmengine's lenient loader
         self._has_loaded = True
         self.checkpoint = load_from
@@ -269,8 +272,8 @@ class Run(Runner):
     def check_evaluation(self) -> None:
         """Builds the evaluation's data and metrics before anything that takes long."""
         if not isinstance(self._test_loop, BaseLoop):
-            with evaluation_files():
-                self._test_loop = self.build_test_loop(self._test_loop)
+            cfg = dict(test_dataloader=self._test_dataloader, test_evaluator=self._test_evaluator)
+            self._test_loop = build_evaluation(cfg, lambda: self.build_test_loop(self._test_loop))
             check_evaluation(self._test_loop, self.detector)
             self._test_dataloader = self._test_loop.dataloader
 

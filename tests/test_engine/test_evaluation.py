@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
+from mmdet_ptq.analysis.table import closing_lines
 from mmdet_ptq.engine.evaluation import NOTHING_FOUND, figures
 from mmdet_ptq.errors import PTQError
 
@@ -65,7 +66,7 @@ def test_images_that_no_reader_knows_are_told(make_runner, config_file, tmp_path
         },
         tmp_path,
     )
-    assert said.startswith('the first evaluation image cannot be read: UnidentifiedImageError')
+    assert 'evaluation image' in said and '.png cannot be read: UnidentifiedImageError' in said
 
 
 def test_annotations_of_other_images_are_refused(make_runner, annotations, tmp_path):
@@ -89,7 +90,7 @@ def test_broken_annotations_are_refused(make_runner, tmp_path):
     path = tmp_path / 'broken.json'
     path.write_text('{"images": [')
     said = refused(make_runner, {'test_evaluator.ann_file': str(path)}, tmp_path)
-    assert said.startswith('an annotation file of the evaluation is no valid JSON')
+    assert said.startswith('`test_evaluator.ann_file`: the annotation file') and 'is no valid JSON' in said
 
 
 def test_a_float_detector_that_finds_nothing_is_warned_of_before_the_calibration(make_runner, monkeypatch):
@@ -178,3 +179,66 @@ def test_figures_that_are_no_numbers_are_left_out(monkeypatch):
 
 def test_half_precision_is_left_out(make_runner):
     assert make_runner({'test_cfg': dict(type='TestLoop', fp16=True)})._test_loop == dict(type='TestLoop')
+
+
+def test_any_image_that_cannot_be_read_is_named(make_runner, config_file, tmp_path):
+    shutil.copytree(config_file.parent / 'val', tmp_path / 'val')
+    (tmp_path / 'val' / '000005.png').write_bytes(b'no image')
+    changes = {'test_dataloader.dataset.data_prefix': dict(img=f'{tmp_path}/val/')}
+    said = refused(make_runner, changes, tmp_path)
+    assert f'the evaluation image {tmp_path}/val/000005.png cannot be read' in said
+    (tmp_path / 'val' / '000005.png').unlink()
+    assert '000005.png' in refused(make_runner, changes, tmp_path)
+
+
+MISTAKES = {
+    'segm': ({'test_evaluator.metric': ['bbox', 'segm']}, "asks for 'segm', and the detector predicts boxes, no masks"),
+    'metric': ({'test_evaluator.metric': 'bboxes'}, '`test_evaluator` (CocoMetric) cannot be built: KeyError'),
+    'format': ({'test_evaluator.format_only': True}, '`test_evaluator` (CocoMetric) cannot be built: AssertionError'),
+    'no file': ({'test_evaluator.ann_file': None}, 'ground truth is required for evaluation'),
+    'evaluator': ({'test_evaluator.type': 'CoccoMetric'}, "`test_evaluator.type` is 'CoccoMetric', which is unknown."),
+    'dataset': ({'test_dataloader.dataset.type': 'CocoDatset'}, "`test_dataloader.dataset.type` is 'CocoDatset'"),
+    'workers': ({'test_dataloader.persistent_workers': True}, 'persistent_workers option needs num_workers > 0'),
+    'loader': ({'test_dataloader.batch_siz': 2}, 'batch_siz'),
+    'classes': (
+        {'test_dataloader.dataset.metainfo': dict(classes='person')},
+        "is the text 'person', and must be a tuple; a comma is missing: ('person',)",
+    ),
+    'training classes': (
+        {'train_dataloader.dataset.metainfo': dict(classes='person')},
+        "`train_dataloader.dataset.metainfo.classes` is the text 'person'",
+    ),
+    'back end': (
+        {'visualizer.vis_backends': [dict(type='LocalVisBackendd')], 'visualizer.name': 'other'},
+        "`visualizer.vis_backends[0].type` is 'LocalVisBackendd', which is unknown. Did you mean 'LocalVisBackend'?",
+    ),
+    'seed': ({'randomness.seed': -1}, '`randomness.seed` must be a whole number from 0 to 4294967295, got -1'),
+    'calibration seed': ({'ptq.calibration.seed': 2**32}, '`ptq.calibration.seed` must be a whole number from 0'),
+    'backbone': ({'model.backbone.type': 'ResNett'}, "`model.backbone.type` is 'ResNett', which is unknown."),
+}
+
+
+@pytest.mark.parametrize(('changes', 'told'), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_config_is_one_sentence(make_runner, tmp_path, changes, told):
+    assert told in refused(make_runner, changes, tmp_path)
+
+
+def test_augmentations_of_the_test_are_refused(make_runner, tmp_path, config_file):
+    load, _, resize, *rest = Config.fromfile(config_file).test_dataloader.dataset.pipeline
+    flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+    augmented = [load, dict(type='TestTimeAug', transforms=[[resize], flips, rest])]
+    said = refused(make_runner, {'test_dataloader.dataset.pipeline': augmented}, tmp_path)
+    assert '`test_dataloader.dataset.pipeline` has TestTimeAug' in said
+
+
+def test_the_rehearsal_leaves_no_trace(make_runner):
+    runner = make_runner()
+    runner.load()
+    assert all(not metric.results for metric in runner.test_loop.evaluator.metrics)
+
+
+def test_an_evaluation_without_objects_is_told_under_the_table():
+    rows = [dict(model='float', metrics={'coco/bbox_mAP': -1.0}, latency_ratio=None)]
+    assert any('its annotations have no objects' in line for line in closing_lines(dict(rows=rows)))
+    rows[0]['metrics'] = {'coco/bbox_mAP': 0.0}
+    assert not closing_lines(dict(rows=rows))

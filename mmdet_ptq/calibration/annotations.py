@@ -1,0 +1,97 @@
+"""Annotation files in COCO's format: what is missing or damaged is named before anything reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdet_ptq.errors import PTQError
+
+# what is needed of each entry, by who needs it
+_BOXES = dict(annotations=('id', 'image_id', 'category_id', 'bbox', 'area'), categories=('id', 'name'))
+TO_LOAD_IMAGES = dict(images=('id', 'file_name'))
+TO_LOAD = dict(images=('id', 'file_name', 'width', 'height'), **_BOXES)
+TO_EVALUATE = dict(images=('id',), **{**_BOXES, 'annotations': (*_BOXES['annotations'], 'iscrowd')})
+
+
+def check_annotation_file(path: str | Path, key: str, needed: Mapping[str, Iterable[str]]) -> None:
+    """Reads an annotation file and checks it, see :func:`check_annotations`.
+
+    Args:
+        path: The file.
+        key: Where the config names it.
+        needed: One of :data:`TO_LOAD`, :data:`TO_EVALUATE`, ...
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise PTQError(f'`{key}`: the annotation file {str(path)!r} is no valid JSON ({error}).') from error
+    check_annotations(content, f'`{key}`: the annotation file {str(path)!r}', needed)
+
+
+def check_annotations(content: Any, what: str, needed: Mapping[str, Iterable[str]]) -> None:
+    """Checks that the entries of an annotation file have what is needed.
+
+    Args:
+        content: The parsed file.
+        what: Names the file, for the message.
+        needed: List of the file to the fields of each of its entries.
+
+    Raises:
+        PTQError: A list, a field or an id is missing or there twice, or a box is none.
+    """
+    for part, fields in needed.items():
+        entries = content.get(part) if isinstance(content, Mapping) else None
+        if not isinstance(entries, list):
+            raise PTQError(f'{what} has no list `{part}`; is it in the format of COCO?')
+        seen = set()
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, Mapping):
+                raise PTQError(f'{what}: `{part}[{place}]` is no dict.')
+            named = f'{what}: `{part}` with the id {entry["id"]!r}' if 'id' in entry else f'{what}: `{part}[{place}]`'
+            for field in fields:
+                if entry.get(field) is None:
+                    raise PTQError(f'{named} has no `{field}`; add it.')
+            if entry['id'] in seen:
+                raise PTQError(f'{named} is there twice; give each entry an id of its own.')
+            seen.add(entry['id'])
+            if 'bbox' in fields and not is_box(entry['bbox']):
+                raise PTQError(f'{named} has the `bbox` {entry["bbox"]}, which is not four finite numbers.')
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value is a box: x, y, width, height."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 4
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
+    )
+
+
+def complete(content: Any, what: str) -> None:
+    """Fills in, in place, what reading images does not need; boxes that are none are left out.
+
+    Args:
+        content: The parsed file.
+        what: Names the file, for the message.
+
+    Raises:
+        PTQError: It names no images.
+    """
+    check_annotations(content, what, TO_LOAD_IMAGES)
+    for image in content['images']:
+        image.setdefault('width', 0)
+        image.setdefault('height', 0)
+    boxes = [
+        box
+        for box in content.get('annotations') or []
+        if {'image_id', 'category_id'} <= box.keys() and is_box(box.get('bbox'))
+    ]
+    for place, box in enumerate(boxes):
+        box.setdefault('area', box['bbox'][2] * box['bbox'][3])
+        box.setdefault('id', f'box {place}')
+    content['annotations'] = list({box['id']: box for box in boxes}.values())
+    content['categories'] = [c for c in content.get('categories') or [] if {'id', 'name'} <= c.keys()]
