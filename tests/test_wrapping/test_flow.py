@@ -301,6 +301,13 @@ def test_weights_are_quantized_once_a_pass(flowing, monkeypatch):
     assert calls == {id(w): 1 for w in quantized_weights(detector).values()}
 
 
+class Kept(tuple):
+    """Tensors with gradients, in a detector that can be copied all the same."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 @pytest.mark.parametrize(
     'act, channels, gate',
     [
@@ -315,8 +322,9 @@ def test_weights_are_quantized_once_a_pass(flowing, monkeypatch):
 )
 def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
     def between(self, a, b):
-        self.seen = a, self.act(a)
-        return self.seen[1] + b
+        active = self.act(a)
+        self.seen = Kept((a, active))
+        return active + b
 
     detector, structure, image = toy(between, dict(dataflow='per_channel'), act=act)
     entry = structure.activations['stem:out']

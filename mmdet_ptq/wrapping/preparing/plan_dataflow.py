@@ -174,8 +174,15 @@ class _Graph:
             name
             for key in self.readers
             for name in self.depthwise_names(key)
-            if self.others_read(key, modules) and (origin := self.origin(key)) is not None and not origin.joins
+            if self.others_read(key, modules) and self._computes_alone(self.origin(key))
         }
+
+    def _computes_alone(self, op: Operation | None) -> bool:
+        """Whether an operation may put out floats: no layer needs its result quantized to compute in integers itself."""
+        if op is None or op.kind == LAYER or op.joins:
+            return False
+        makers = (self.producer.get(key) for key in op.inputs)
+        return not any(maker is not None and self.between(maker) and self.fused(maker) for maker in makers)
 
     def others_read(self, key: Key, modules: dict[str, nn.Module]) -> bool:
         """Whether anything but depthwise convolutions computes with a tensor."""

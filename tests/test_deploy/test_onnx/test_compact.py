@@ -31,7 +31,7 @@ def pair(detector, tmp_path_factory):
     """The same model with every name and constant, and compact."""
     folder = tmp_path_factory.mktemp('onnx')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_names, 'compact', lambda model, calls: None)
+        patch.setattr(onnx_names, 'compact', lambda model, calls, share=True: None)
         export_onnx(detector, folder / 'plain.onnx', SHAPE)
     export_onnx(detector, folder / 'compact.onnx', SHAPE)
     return folder / 'plain.onnx', folder / 'compact.onnx'
@@ -127,8 +127,8 @@ def test_openvino_gets_the_same_numbers_in_fewer_bytes(detector, tmp_path, monke
     from mmdet_ptq.deploy.openvino import runtime as openvino
 
     small = get_runtime('openvino').export(detector, tmp_path / 'small', SHAPE)
-    monkeypatch.setattr(onnx_names, 'compact', lambda model, calls: None)
-    monkeypatch.setattr(openvino, 'compact', lambda model, calls: None)
+    monkeypatch.setattr(onnx_names, 'compact', lambda model, calls, share=True: None)
+    monkeypatch.setattr(openvino, 'compact', lambda model, calls, share=True: None)
     monkeypatch.setattr(openvino, 'strip_layout', lambda path: None)
     plain = get_runtime('openvino').export(detector, tmp_path / 'plain', SHAPE)
     assert model_bytes(small) < 0.8 * model_bytes(plain)
