@@ -178,7 +178,7 @@ class _Graph:
         }
 
     def _computes_alone(self, op: Operation | None) -> bool:
-        """Whether an operation may put out floats: no layer needs its result quantized to compute in integers itself."""
+        """Whether an operation may put out floats: no layer needs its result quantized to compute in integers."""
         if op is None or op.kind == LAYER or op.joins:
             return False
         makers = (self.producer.get(key) for key in op.inputs)
