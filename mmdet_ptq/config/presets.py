@@ -6,6 +6,7 @@ _LOG_AFFINE = dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')
 # Per layer whichever of log-affine and uniform has the least error.
 _AUTO = dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto')
 _AFFINE = dict(type='mmdet_ptq.AffineQuantizer')
+_MSE = dict(type='mmdet_ptq.MSEObserver')
 
 # Policies for the detection heads, by name: ptq = dict(head='float_outputs').
 HEAD_POLICIES = {
@@ -42,7 +43,11 @@ def _low_bit(weights: int, activations: int) -> dict:
     migration, training = (
         ({}, dict(iters=200, lr=1e-4, weight_lr=1e-3))
         if activations >= 8
-        else (dict(scale_migration=1.0), dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3))
+        # with few levels FisherObserver's ranges have not been measured yet
+        else (
+            dict(scale_migration=1.0, observer=_MSE),
+            dict(iters=500, augment=4, lr=3e-4, weight_lr=5e-3, bias_lr=3e-3),
+        )
     )
     return dict(
         weights=dict(bits=weights, quantizer=_AUTO),
