@@ -39,7 +39,8 @@ def bounded(what: str, memory: int, seconds: float) -> Iterator[None]:
         PTQError: It took more.
     """
     try:
-        with _ONE, _within(seconds), _address_space(memory):
+        # the watchdog is gone before the limit is taken back: it must not interrupt that
+        with _ONE, _address_space(memory), _within(seconds):
             yield
     except _OutOfTime:
         raise PTQError(f'{what} takes more than {seconds:.0f} s; the file is damaged or was made to do so.') from None
@@ -93,8 +94,12 @@ def _within(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
-        watcher.join()
+        while watcher.is_alive():
+            try:
+                over.set()
+                watcher.join()
+            except _OutOfTime:  # one more, sent meanwhile
+                pass
         # one that was sent and has not arrived
         raise_in(ctypes.c_ulong(thread), None)
 

@@ -33,6 +33,10 @@ MOST_SECONDS, MOST_MEMORY = 10, 1 << 30
 LOADS = ''
 
 
+# each may take seconds of its time bound; a process of its own keeps what is left of limits away from other tests
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope='module')
 def good():
     return read_quantized(OLD / 'quantized.pth')
