@@ -18,7 +18,7 @@ from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import build_detector, get_runtime, load_quantized_state, read_quantized
 from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.wrapping.watching.tensors import detach_computed
+from mmdet_ptq.wrapping.watching.tensors import deep_copy
 
 
 def quantize(
@@ -50,10 +50,9 @@ def quantize(
     if block.export and work_dir is None:
         raise PTQError('`ptq.export` writes models into `work_dir`; give `quantize` one.')
     samples = LoadedSamples(calibration_loader)
-    detach_computed(model)
     with tempfile.TemporaryDirectory() as temporary:
         runner = PTQRunner(
-            model=copy.deepcopy(model),
+            model=deep_copy(model),
             work_dir=work_dir or temporary,
             ptq=block,
             calibration=samples,
