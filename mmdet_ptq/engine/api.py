@@ -25,7 +25,7 @@ from mmdet_ptq.deploy.network.stored_config import stored_config
 from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.limits import MIB, bounded
-from mmdet_ptq.wrapping.watching.tensors import detach_computed
+from mmdet_ptq.wrapping.watching.tensors import deep_copy
 
 # what loading may take: bytes and seconds of any detector, and more by its numbers
 LOADING, LOADING_PER_NUMBER = 768 * MIB, 24
@@ -61,10 +61,9 @@ def quantize(
     if block.export and work_dir is None:
         raise PTQError('`ptq.export` writes models into `work_dir`; give `quantize` one.')
     samples = LoadedSamples(calibration_loader)
-    detach_computed(model)
     with tempfile.TemporaryDirectory() as temporary:
         runner = PTQRunner(
-            model=copy.deepcopy(model),
+            model=deep_copy(model),
             work_dir=work_dir or temporary,
             ptq=block,
             calibration=samples,

@@ -38,7 +38,7 @@ from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
-from mmdet_ptq.wrapping.watching.tensors import detach_computed
+from mmdet_ptq.wrapping.watching.tensors import deep_copy
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
@@ -143,8 +143,7 @@ class Run(Runner):
             load_float_checkpoint(self.detector, self.checkpoint)
         if self._test_loop is not None:
             self.check_evaluation()
-        detach_computed(self.detector)
-        self.float_detector = copy.deepcopy(self.detector)
+        self.float_detector = deep_copy(self.detector)
         self.inputs = self.stage_inputs()
 
     def stage_inputs(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.state import quantization_mode
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
 from mmdet_ptq.wrapping.watching.probe import is_head
-from mmdet_ptq.wrapping.watching.tensors import tensors_in
+from mmdet_ptq.wrapping.watching.tensors import deep_copy, tensors_in
 
 # in dB; float32 rounds at 144, which a deep network brings down to about 100
 SAME, CHANGED = 80.0, 60.0
@@ -47,7 +47,7 @@ class FloatOutputs:
     """
 
     def __init__(self, detector: nn.Module, run: Callable[[], Any]) -> None:
-        self.original, self.run = copy.deepcopy(detector), run
+        self.original, self.run = deep_copy(detector), run
         self.given: tuple[tuple, dict] | None = None
         keeping = detector.register_forward_pre_hook(self._keep, with_kwargs=True)
         self.calls = _head_calls(detector, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
 
 
 def detach_computed(detector: nn.Module) -> None:
-    """Cuts tensors that modules keep from the graph they were computed in, which cannot be copied.
+    """Cuts tensors that modules keep from the graph they were computed in.
 
     Hooks leave them there (``torch.nn.utils.prune``, ``weight_norm``) and compute them anew in the next pass.
     """
@@ -70,6 +71,14 @@ def detach_computed(detector: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 setattr(module, name, value.detach())
+
+
+def deep_copy(detector: nn.Module) -> nn.Module:
+    """A deep copy, also of a detector whose modules keep tensors that torch does not copy: those of a graph."""
+    kept = [
+        tensor for module in detector.modules() for tensor in tensors_in(vars(module)) if tensor.grad_fn is not None
+    ]
+    return copy.deepcopy(detector, {id(tensor): tensor.detach().clone() for tensor in kept})
 
 
 def walk_back(starts: Iterable[Any], stop: Container) -> Iterator[tuple[Any, list]]:

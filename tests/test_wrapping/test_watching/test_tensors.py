@@ -1,0 +1,22 @@
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from mmdet_ptq.wrapping.watching.tensors import deep_copy, gradients_everywhere
+
+
+def test_modules_that_keep_tensors_of_a_graph_are_copied():
+    net = nn.Sequential(prune.l1_unstructured(nn.Conv2d(3, 3, 1), 'weight', 2), nn.ReLU())
+    x = torch.randn(1, 3, 4, 4)
+    net[1].seen = {'levels': (net(x), net[0].weight)}
+    twin = deep_copy(net)
+    assert torch.equal(twin(x), net(x)) and twin[1].seen['levels'][0].grad_fn is None
+    # the original keeps its graph
+    assert net[1].seen['levels'][0].grad_fn is not None and net[0].weight.grad_fn is not None
+
+
+def test_a_pass_with_gradients_leaves_no_weight_that_cannot_be_copied():
+    net = prune.l1_unstructured(nn.Conv2d(3, 3, 1), 'weight', 2).eval().requires_grad_(False)
+    with gradients_everywhere(net):
+        net(torch.randn(1, 3, 4, 4))
+    assert net.weight.grad_fn is None and not net.weight_orig.requires_grad
