@@ -17,6 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
 from mmdet_ptq.progress import track
 from mmdet_ptq.quantizers import Observer
@@ -113,7 +114,10 @@ def _single_images(detector: nn.Module, batches: Iterable[Any]) -> Iterator[tupl
 def _squared_gradients(predictions: AlignedPredictions, tensors: list[Tensor]) -> list[Tensor]:
     # one draw: an image more tells more than a draw more
     gradients = torch.autograd.grad(noisy_loss(predictions), tensors, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g.square() for x, g in zip(tensors, gradients, strict=True)]
+    squares = [torch.zeros_like(x) if g is None else g.square() for x, g in zip(tensors, gradients, strict=True)]
+    if not all(bool(torch.isfinite(square).all()) for square in squares):
+        raise PTQError('gradients are not finite')
+    return squares
 
 
 def noisy_loss(predictions: AlignedPredictions) -> Tensor:

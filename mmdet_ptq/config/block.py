@@ -65,13 +65,14 @@ class PTQConfig:
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
             models then compute the same everywhere. ``'ignore'`` leaves the scales alone: on such processors the model
             is wrong.
-        dataflow: What else is quantized between the layers, and where the heads' output layers write: layer outputs,
-            sums, products, activation functions, poolings, in 8 bits, which ONNX Runtime needs to compute every
-            convolution and addition in integers. There a tensor has one scale. With ``'accuracy'`` convolutions in
-            front of SiLU or HardSwish keep a scale per channel and the activation function computes in float, and what
-            depthwise convolutions and others read stays float where it is computed; ``'speed'`` gives one scale to
-            every tensor; ``'balanced'`` gives it where it costs the detections least, measured on calibration images,
-            and is the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but layer inputs. The
+        dataflow: What else is quantized between the layers, and where the heads' output layers write: layer
+            outputs, sums, products, activation functions, poolings, in 8 bits, which ONNX Runtime needs to
+            compute every convolution and addition in integers. There a tensor has one scale. With
+            ``'accuracy'`` convolutions in front of SiLU or HardSwish keep a scale per channel and the
+            activation function computes in float, and what depthwise convolutions and others read stays float
+            where it is computed; ``'speed'`` gives one scale to all but what depthwise convolutions alone read;
+            ``'balanced'`` gives it where it costs the detections least, measured on calibration images, and is
+            the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but layer inputs. The
             earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,25 @@ def test_a_head_without_gradients_leaves_ranges_and_says_so(monkeypatch):
     observe_activations(detector, [tiny_batch(2)], structure)
     for name, quantizer in detector.ptq.activations.items():
         assert torch.equal(ranges[name], quantizer.scale)
+
+
+def test_an_image_whose_gradients_are_not_finite_is_left_out_and_told(monkeypatch):
+    detector, structure = tiny_quantized('yolox', dict(preset='w8a8_observe'))
+    predict, calls = fisher.predict_aligned, []
+
+    def broken_first(*args):
+        calls.append(args)
+        predictions = predict(*args)
+        return (
+            replace(predictions, cls_logits=predictions.cls_logits * float('nan')) if len(calls) == 1 else predictions
+        )
+
+    monkeypatch.setattr(fisher, 'predict_aligned', broken_first)
+    logged = []
+    monkeypatch.setattr(fisher, 'print_log', lambda text, *_: logged.append(text))
+    observe_activations(detector, [tiny_batch(2)], structure)
+    assert 'on 1 of 2 images (PTQError: gradients are not finite)' in logged[0]
+    assert all(torch.isfinite(q.scale).all() for q in detector.ptq.activations.values())
 
 
 def test_tensors_that_are_written_to_in_place_are_weighed_as_they_were(monkeypatch):

@@ -38,7 +38,7 @@ def observe(run: Run) -> None:
 
     def work() -> dict:
         loader, first = run.calibration_loader(), run.first_images(WEIGHED_IMAGES)
-        observe_activations(run.detector, loader, run.structure, first, run.observers)
+        observe_activations(run.detector, loader, run.structure, first, run.observers if run.other_blocks else None)
         return run.detector.state_dict()
 
     state, taken_over = run.stages.run('observe', run.inputs['observe'], work)
