@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile import trap  # noqa: F401
 
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.testing.processors import cannot_emulate, environment

@@ -7,30 +7,23 @@ canary; memory is the kernel's own peak.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import pickle
-import sys
-import time
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hostile import LOADS, OLD, Payload, expect, within_limits
 
 from mmdet_ptq import PTQError, load_quantized
-from mmdet_ptq.deploy import open_model, read_quantized, save_quantized
+from mmdet_ptq.deploy import read_quantized, save_quantized
 from mmdet_ptq.deploy.checkpoint.text import TEXT
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.testing import tiny_detector
 
-OLD = Path(__file__).resolve().parent / 'old_files' / 'schema_3'
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)), dict(type='PackDetInputs')]
-MOST_SECONDS, MOST_MEMORY = 10, 1 << 30
-# what a case ends in, where it is no refusal
-LOADS = ''
 
 
 # each may take seconds of its time bound; a process of its own keeps what is left of limits away from other tests
@@ -40,59 +33,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope='module')
 def good():
     return read_quantized(OLD / 'quantized.pth')
-
-
-@pytest.fixture
-def trap(tmp_path, monkeypatch):
-    """A folder with modules that leave a canary when they are imported, and a command that does."""
-    canary = tmp_path / 'canary'
-    act = f'open({str(canary)!r}, "w").close()\n'
-    (tmp_path / 'canary_module.py').write_text(act)
-    (tmp_path / 'mc.py').write_text(act)
-    (tmp_path / 'canary_library').mkdir()
-    for name in ('__init__', 'registry'):
-        (tmp_path / 'canary_library' / f'{name}.py').write_text(act)
-    (tmp_path / 'config.py').write_text(act + 'model = dict()\n')
-    torch.save(Payload(f'touch {canary}'), tmp_path / 'payload.pth')
-    monkeypatch.syspath_prepend(str(tmp_path))
-    # as long as a good file of this size takes, several times over
-    monkeypatch.setattr('mmdet_ptq.engine.api.LOADING_SECONDS', 1.5)
-    yield Trap(tmp_path, f'touch {canary}')
-    assert not canary.exists(), 'the file ran something'
-    assert not [name for name in sys.modules if name.startswith('canary')]
-
-
-class Trap:
-    def __init__(self, folder, command):
-        self.folder, self.command = folder, command
-
-
-class Payload:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def peak() -> int:
-    status = Path('/proc/self/status').read_text()
-    return 1024 * int(status.split('VmHWM:')[1].split()[0])
-
-
-def within_limits(work):
-    """Runs a case; returns the sentence that refuses it, or LOADS."""
-    Path('/proc/self/clear_refs').write_text('5')
-    before, start = peak(), time.process_time()
-    try:
-        work()
-        told = LOADS
-    except PTQError as error:
-        told = str(error)
-        assert told and '\n' not in told and len(told) < 1000
-    assert time.process_time() - start < MOST_SECONDS
-    assert peak() - before < MOST_MEMORY
-    return told
 
 
 def command(trap):
@@ -260,13 +200,6 @@ def test_a_stored_pipeline_is_data(good, trap, value, told, place):
     expect(within_limits(lambda: load_quantized(path)), told)
 
 
-def expect(found, told):
-    import re
-
-    assert (found == LOADS) == (told == LOADS), found
-    assert re.search(told, found), found
-
-
 def first_activation(state):
     return next(iter(state['structure']['activations'].values()))
 
@@ -422,125 +355,8 @@ def test_a_checkpoint_unpacks_to_data(trap, write, told):
         expect(within_limits(lambda: load_float_checkpoint(detector, str(path))), told)
 
 
-def meta_of(**changes):
-    def write(path, trap):
-        import onnx
-
-        model = onnx.load(OLD / 'model.onnx')
-        entry = next(e for e in model.metadata_props if e.key == 'mmdet_ptq')
-        entry.value = json.dumps({**json.loads(entry.value), **changes})
-        onnx.save(model, path)
-
-    return write
-
-
-def nested_meta(path, trap):
-    import onnx
-
-    model = onnx.load(OLD / 'model.onnx')
-    entry = next(e for e in model.metadata_props if e.key == 'mmdet_ptq')
-    entry.value = '[' * 10**6
-    onnx.save(model, path)
-
-
-def outside(path, trap):
-    """Weights that lie in a file somewhere else on the machine."""
-    import onnx
-
-    model = onnx.load(OLD / 'model.onnx')
-    tensor = model.graph.initializer[0]
-    tensor.ClearField('raw_data')
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key='location', value='../../../../../../etc/passwd')
-    path.write_bytes(model.SerializeToString())
-
-
-def growing(path, trap):
-    """A constant of 16 GiB, which a runtime could compute beforehand."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    model = onnx.load(OLD / 'model.onnx')
-    model.graph.initializer.append(numpy_helper.from_array(np.array([2**32]), 'big_shape'))
-    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), 'big_one'))
-    model.graph.node.append(helper.make_node('Expand', ['big_one', 'big_shape'], ['big']))
-    model.graph.node.append(helper.make_node('ReduceSum', ['big'], ['big_sum'], keepdims=0))
-    model.graph.output.append(helper.make_tensor_value_info('big_sum', 1, []))
-    path.write_bytes(model.SerializeToString())
-
-
-MODELS = {
-    'an endless image': (meta_of(input_shape=[1, 3, 10**6, 10**6]), 'no size of an image'),
-    'meta that is no meta': (meta_of(layers=7), 'layers'),
-    'an unknown field': (meta_of(command='x'), 'unknown field `command`'),
-    'nested meta': (nested_meta, 'cannot be read'),
-    'weights of somewhere else': (outside, 'cannot open|keeps its weights'),
-    'a constant that grows': (growing, LOADS),
-}
-
-
-@pytest.mark.parametrize(('write', 'told'), MODELS.values(), ids=MODELS)
-def test_an_exported_model_is_data(trap, write, told):
-    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
-    path = trap.folder / 'model.onnx'
-    write(path, trap)
-    expect(within_limits(lambda: open_model(path)), told)
-
-
-def ncnn_layer(**params):
-    """A network of one layer that tells of more than it has."""
-
-    def write(folder):
-        from mmdet_ptq.deploy.ncnn.format import NcnnLayer, write_network
-
-        meta = dict(format='mmdet_ptq.ncnn', version='0', runtime='ncnn', input_shape=[1, 3, 64, 64], layers={})
-        layers = [
-            NcnnLayer('Input', 'in0', [], ['in0']),
-            NcnnLayer(params['type'], 'x', ['in0'], ['out0'], params['params'], b'0' * 40),
-        ]
-        return write_network(layers, folder, {**meta, 'dynamic_batch': False, 'outputs': [0], 'raw_shapes': [[1]]})
-
-    return write
-
-
-def entities(folder):
-    """Text that doubles itself, and a file of the machine."""
-    folder.joinpath('model.bin').write_bytes(b'')
-    doubled = ''.join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 12))
-    path = folder / 'model.xml'
-    path.write_text(
-        f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a0 "aaaaaaaaaa">{doubled}<!ENTITY f SYSTEM "file:///etc/passwd">]>'
-        '<net name="&a11;&f;" version="11"><layers></layers><edges></edges></net>'
-    )
-    return path
-
-
-OTHERS = {
-    'more weights than there are': (
-        'ncnn',
-        ncnn_layer(type='InnerProduct', params={0: '10', 1: '1', 2: '2000000000'}),
-        'cannot load',
-    ),
-    'a number beyond numbers': (
-        'ncnn',
-        ncnn_layer(type='InnerProduct', params={0: '10', 2: '1000000000000'}),
-        'cannot load',
-    ),
-    'a long array': ('ncnn', ncnn_layer(type='Reshape', params={-23300: '1000000000,1'}), 'cannot load'),
-    'an unknown layer': ('ncnn', ncnn_layer(type='System', params={}), 'cannot load'),
-    'entities': ('openvino', entities, 'not exported by mmdet-ptq|no OpenVINO model'),
-}
-
-
-@pytest.mark.parametrize(('package', 'write', 'told'), OTHERS.values(), ids=OTHERS)
-def test_a_model_of_another_runtime_is_data(trap, package, write, told):
-    pytest.importorskip(package, reason=f"needs pip install 'mmdet-ptq[{package}]'")
-    path = write(trap.folder)
-    expect(within_limits(lambda: open_model(path)), told)
-
-
 def test_there_are_at_least_forty():
-    assert len(CONFIGS) + len(PIPELINES) + len(STRUCTURES) + len(PACKED) + len(MODELS) >= 40
+    assert len(CONFIGS) + len(PIPELINES) + len(STRUCTURES) + len(PACKED) >= 40
 
 
 def test_the_second_wall_stands_without_the_first(trap):
