@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,10 +153,12 @@ def float_metrics(config: Path, options: Sequence[str], work_dir: Path) -> dict:
         return evaluate(cfg, init_detector(cfg, cfg.load_from, device='cpu'))
 
 
-def last_line(path: Path) -> str:
-    """What a failed run printed last."""
-    lines = [line.strip() for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if line.strip()]
-    return lines[-1] if lines else 'it printed nothing'
+def what_broke(path: Path) -> str:
+    """The sentence or the exception with which a failed run ended; its last line where there is none."""
+    text = path.read_text(encoding='utf-8', errors='replace').strip()
+    # the message may begin on the line below the exception's name, and a list of frames may follow it
+    found = re.findall(r'^(?:error|[\w.]*(?:Error|Exception|Interrupt)):\s+\S.*$', text, re.MULTILINE)
+    return ' '.join((found or text.splitlines()[-1:] or ['it printed nothing'])[-1].split())
 
 
 def measure(config: Path, rows: Sequence[dict], export: Sequence[str], work_dir: Path) -> list[Outcome]:
@@ -183,7 +186,7 @@ def measure(config: Path, rows: Sequence[dict], export: Sequence[str], work_dir:
         _, results = run_ptq(config, preset, work_dir, options, output=output)
     except subprocess.CalledProcessError:
         if len(export) < 2:
-            return [Outcome(row, reason=last_line(output)) for row in rows]
+            return [Outcome(row, reason=what_broke(output)) for row in rows]
         best = {}
         for name in export:
             own = [row for row in rows if row['runtime'] in (*WITHOUT_EXPORT, name)]

@@ -12,6 +12,15 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 
+def to_fast_layout(model: nn.Module) -> None:
+    """Trains twice as fast on a CPU, where a convolution takes the layout of its weights.
+
+    Two-stage detectors stay as they are: on a CPU mmcv's RoIAlign ignores the layout, and reads other numbers.
+    """
+    if not hasattr(model, 'roi_head'):
+        model.to(memory_format=torch.channels_last)
+
+
 def slim_state(model: nn.Module, half: bool) -> dict[str, Tensor]:
     """A model's state on the CPU, with the versions of its layers; what modules share stands there once.
 
@@ -43,8 +52,7 @@ def main() -> None:
     config.resume = args.resume
     config.work_dir = config.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     runner = Runner.from_cfg(config)
-    # twice as fast on a CPU, where a convolution takes the layout of its weights
-    runner.model.to(memory_format=torch.channels_last)
+    to_fast_layout(runner.model)
     runner.train()
     if args.export:
         meta = dict(

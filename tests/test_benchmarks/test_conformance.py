@@ -144,6 +144,24 @@ def test_a_runtime_that_breaks_spoils_no_other_row(table, run, capsys):
     assert 'FAILED yolox whole w8a8_observe onnxruntime coco/bbox_mAP: RuntimeError: onnxruntime broke' in told
 
 
+@pytest.mark.parametrize(
+    'text, wanted',
+    [
+        ('loading\nerror: the config has no `ptq` block.\n', 'error: the config has no `ptq` block.'),
+        (
+            'Traceback:\n  f()\nRuntimeError: \nCould not export f.\nmodel.py(1): f\n',
+            'RuntimeError: Could not export f.',
+        ),
+        ('Traceback:\ntorch.onnx.ExportError: no operator\n  at 0x0\n\n', 'torch.onnx.ExportError: no operator'),
+        ('Killed\n', 'Killed'),
+        ('', 'it printed nothing'),
+    ],
+)
+def test_what_broke_a_run_is_found_in_its_output(tmp_path, text, wanted):
+    (tmp_path / 'output.txt').write_text(text)
+    assert conformance.what_broke(tmp_path / 'output.txt') == wanted
+
+
 def test_a_float_detector_that_breaks_fails_its_own_rows(table, run, monkeypatch, capsys):
     def broken(config, options, work_dir):
         raise RuntimeError('no weights')
@@ -172,7 +190,7 @@ def test_the_quick_part_holds(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(conformance.ROOT))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(conformance.ROOT)
-    code = conformance.main(['--part', 'quick', '--work-dir', str(tmp_path)])
+    code = conformance.main(['--part', 'quick', '--detectors', 'yolox', '--work-dir', str(tmp_path)])
     with (tmp_path / 'results.csv').open(encoding='utf-8') as file:
         results = list(csv.DictReader(file))
     assert code == 0 and {line['runtime'] for line in results} == {'float', 'simulated'}

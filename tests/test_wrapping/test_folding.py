@@ -80,6 +80,7 @@ def _trained(config):
     return detector, folds, x
 
 
+@pytest.mark.slow
 def test_a_trained_detector_keeps_its_float_outputs():
     torch.manual_seed(0)
     _, before, after = _before_and_after(*_trained('configs/ssdlite_mbv2_ptq.py'))

@@ -1,4 +1,5 @@
-# RetinaNet on the first stages of EfficientNet with HardSwish: squeeze-and-excitation, as in MobileNetV3.
+# RetinaNet on the first stages of EfficientNet with HardSwish: squeeze-and-excitation, as in MobileNetV3. Trained
+# twice, the second time with --cfg-options load_from=benchmarks/conformance/weights/efficientnet.pth
 _base_ = './short.py'
 
 model = dict(

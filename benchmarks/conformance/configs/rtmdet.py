@@ -39,6 +39,7 @@ model = dict(
         bbox_coder=dict(type='DistancePointBBoxCoder'),
         loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2.0, loss_weight=1.0),
         loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
+        with_objectness=False,
         exp_on_reg=False,
         share_conv=True,
         norm_cfg=norm_cfg,

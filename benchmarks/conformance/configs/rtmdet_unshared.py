@@ -1,8 +1,8 @@
-# RTMDet whose levels each have head convolutions of their own, and whose head returns logarithms of distances. Trained
-# on from the shared one.
+# RTMDet whose levels each have head convolutions of their own, whose head returns logarithms of distances, and which
+# has an objectness. Trained on from the shared one.
 _base_ = './rtmdet.py'
 
-model = dict(bbox_head=dict(share_conv=False, exp_on_reg=True))
+model = dict(bbox_head=dict(share_conv=False, exp_on_reg=True, with_objectness=True))
 load_from = '{{ fileDirname }}/../weights/rtmdet.pth'
 max_epochs = 8
 train_cfg = dict(max_epochs=max_epochs, val_interval=4)
