@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from mmengine.dist import is_distributed
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.utils import manager
 
 from mmdet_ptq.errors import PTQError
 
@@ -131,6 +132,42 @@ def _allow_history() -> None:
     torch.serialization.add_safe_globals(_mmengine_globals())
 
 
+# ---- the lock of mmengine's loggers and other global instances ----
+
+
+def _manager_keeps_its_lock() -> bool:
+    class Nothing(manager.ManagerMixin):
+        pass
+
+    try:
+        Nothing.get_current_instance()
+    except RuntimeError:
+        pass
+    if not manager._lock._is_owned():
+        return False
+    manager._release_lock()
+    return True
+
+
+def _release_on_error(method: classmethod) -> classmethod:
+    function = method.__func__
+
+    @functools.wraps(function)
+    def releasing(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(cls, *args, **kwargs)
+        except BaseException:
+            manager._release_lock()
+            raise
+
+    return classmethod(releasing)
+
+
+def _let_manager_release_its_lock() -> None:
+    for name in ('get_instance', 'get_current_instance'):
+        setattr(manager.ManagerMixin, name, _release_on_error(vars(manager.ManagerMixin)[name]))
+
+
 WORKAROUNDS: tuple[Workaround, ...] = (
     Workaround(
         name='SSDHead.loss_cls',
@@ -146,6 +183,14 @@ WORKAROUNDS: tuple[Workaround, ...] = (
         why="torch.load refuses the HistoryBuffer and numpy values of mmengine's own checkpoints",
         applies=_weights_only_refuses_history,
         apply=_allow_history,
+    ),
+    Workaround(
+        name='lock of global instances',
+        versions='mmengine <= 0.10.7',
+        why='a visualizer or logger that cannot be built keeps the lock of all of them, so that another thread of the '
+        'same process waits for ever as soon as it logs',
+        applies=_manager_keeps_its_lock,
+        apply=_let_manager_release_its_lock,
     ),
 )
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import mmengine
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.utils import digit_version
+from mmengine.utils import ManagerMixin, digit_version
 from torch import nn
 
 from mmdet_ptq import compat
@@ -34,6 +35,32 @@ def test_package_that_fails_to_import_is_announced(monkeypatch):
     monkeypatch.setattr(compat, 'WORKAROUNDS', (compat.Workaround('some fault', 'all', 'it fails', broken, broken),))
     assert compat.apply_workarounds() == []
     assert len(told) == 1 and 'some fault' in told[0][0] and told[0][1] >= 30
+
+
+# ---- the lock of mmengine's global instances ----
+
+
+class Unbuildable(ManagerMixin):
+    def __init__(self, name):
+        raise ValueError('no such back end')
+
+
+def _wait_for_an_instance(timeout: float = 10) -> bool:
+    thread = threading.Thread(target=lambda: MMLogger.get_instance('another thread'), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    'error, ask',
+    [(ValueError, lambda: Unbuildable.get_instance('x')), (RuntimeError, Unbuildable.get_current_instance)],
+)
+def test_what_cannot_be_built_keeps_no_other_thread_waiting(error, ask):
+    compat.apply_workarounds()
+    with pytest.raises(error):
+        ask()
+    assert _wait_for_an_instance()
 
 
 # ---- SSDHead ----

@@ -27,7 +27,6 @@ PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)),
 
 
 # each may take seconds of its time bound; a process of its own keeps what is left of limits away from other tests
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')

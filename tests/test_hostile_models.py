@@ -11,7 +11,6 @@ from hostile import LOADS, OLD, expect, within_limits
 from mmdet_ptq.deploy import open_model
 
 # each may take seconds of its time bound; a process of its own keeps what is left of limits away from other tests
-pytestmark = pytest.mark.slow
 
 
 def meta_of(**changes):
