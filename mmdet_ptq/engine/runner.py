@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mmdet_ptq.analysis import float_size_bytes
-from mmdet_ptq.deploy import check_exportable, get_runtime
+from mmdet_ptq.deploy import get_runtime
 from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 from mmdet_ptq.engine.run import Run
@@ -47,7 +47,7 @@ class PTQRunner(Run):
         """Checks all that can be checked before the calibration, and exports the float detector."""
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         for name in self.runtimes:
-            check_exportable(self.detector)
+            get_runtime(name).check_detector(self.detector)
             get_runtime(name).check()
             get_runtime(name).check_export()
         if (self.ptq.protect, self.ptq.reconstruct, self.ptq.global_loss) != (None, None, None):
