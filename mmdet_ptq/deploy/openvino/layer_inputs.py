@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mmdet_ptq.deploy.network.meta import read_meta
-from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations
+from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations, shared_core
 from mmdet_ptq.errors import PTQError
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def openvino_inputs(path: str | os.PathLike, *tensors: Tensor) -> dict[str, np.n
     Raises:
         PTQError: OpenVINO computes something else as soon as it is watched.
     """
-    import openvino
-
-    core, given = openvino.Core(), [tensor.cpu().numpy() for tensor in tensors]
+    core, given = shared_core(), [tensor.cpu().numpy() for tensor in tensors]
     model = core.read_model(os.fspath(path))
     meta = read_meta(model.get_rt_info([META]).astype(str))
     plain = run_model(core, model, given)

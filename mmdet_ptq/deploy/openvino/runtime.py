@@ -23,7 +23,7 @@ from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.openvino.compact import compact, strip_layout
 from mmdet_ptq.deploy.openvino.deformable import deformable_extension
 from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
-from mmdet_ptq.deploy.openvino.model import FLOAT32, META
+from mmdet_ptq.deploy.openvino.model import FLOAT32, META, shared_core
 from mmdet_ptq.deploy.requirements import ONNX
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, file_digest, remove_parts, worst_case
 from mmdet_ptq.errors import PTQError
@@ -48,9 +48,7 @@ class OpenVino(Runtime):
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.check()
-        import openvino
-
-        core = openvino.Core()
+        core = shared_core()
         path = os.fspath(path)
         if not Path(path).with_suffix('.bin').is_file():
             raise PTQError(
@@ -83,7 +81,7 @@ class OpenVino(Runtime):
         # a scale of 1 would be folded away, and the convolution would be a float one
         kernel = ops.multiply(ops.convert(ops.constant(weight), 'f32'), np.float32(0.5))
         sums = ops.convolution(codes, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
-        compiled = openvino.Core().compile_model(
+        compiled = shared_core().compile_model(
             openvino.Model([sums], [given]), 'CPU', {**FLOAT32, 'INFERENCE_NUM_THREADS': 1}
         )
         return bool((compiled([image.astype(np.float32)])[0] < 0.9 * 0.5 * exact).any())
