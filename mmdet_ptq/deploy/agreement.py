@@ -70,9 +70,11 @@ def compare_layer_inputs(
     """
     agreements: list[TensorAgreement] = []
     missing: set[str] = set()
-    with torch.no_grad(), within(detector), _compared(detector, inputs, follow, agreements, missing):
-        for part in parts_of(detector, image):
-            RawOutputs(detector, part)(*part.inputs)
+    with torch.no_grad(), within(detector):
+        parts = parts_of(detector, image)
+        with _compared(detector, inputs, follow, agreements, missing):
+            for part in parts:
+                RawOutputs(detector, part)(*part.inputs)
     wanted = missing & _feeding(detector, image) if missing else missing
     if wanted:
         raise PTQError(f'the exported model has no layer {min(wanted)}; export it again.')
@@ -81,7 +83,7 @@ def compare_layer_inputs(
 
 def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
     """The calls of layers that an output of the detector depends on."""
-    calls, nodes = Counter(), {}
+    calls, nodes, parts = Counter(), {}, parts_of(detector, image)
 
     def note(layer: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -95,7 +97,7 @@ def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
             stack.callback(detector.get_submodule(layer).register_forward_hook(note(layer)).remove)
         outputs = [
             output
-            for part in parts_of(detector, image)
+            for part in parts
             for output in RawOutputs(detector, part)(*(x.detach().clone().requires_grad_() for x in part.inputs))
         ]
     return {nodes[node] for node, _ in walk_back(outputs, stop=()) if node in nodes}
