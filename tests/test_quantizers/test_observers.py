@@ -13,6 +13,7 @@ from mmdet_ptq.quantizers import (
     build_observer,
 )
 from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
+from mmdet_ptq.quantizers.range_search import mse_range
 
 ALL = [MinMaxObserver, MovingAverageObserver, PercentileObserver, KLObserver, MSEObserver, FisherObserver]
 
@@ -178,6 +179,41 @@ def test_fisher_range_follows_what_matters():
     assert fisher.range(8, False) == plain.range(8, False)  # nothing was told
     fisher.weigh(x, (x < 5).float())
     assert fisher.range(8, False)[1] < 6 < 100 < plain.range(8, False)[1]
+
+
+def test_fisher_range_does_not_move_values_into_where_the_function_is_not_flat():
+    """Far below zero SiLU has no slope, and yet a value clipped from there to -1 changes by 0.27."""
+    torch.manual_seed(0)
+    x = torch.randn(20000) * 3
+    steps = x.detach().requires_grad_()
+    torch.nn.functional.silu(steps).sum().backward()
+    fisher = FisherObserver()
+    fisher.update(x)
+    fisher.weigh(x, steps.grad.square())
+    low, high = fisher.range(8, False)
+    # as if each value's own slope told what clipping it changes
+    own = mse_range(fisher.weighted, x.min()[None].double(), x.max()[None].double(), 8, False)
+
+    def change(low, high):
+        quantizer = AffineQuantizer(8, False)
+        quantizer.set_range(low.float().reshape(()), high.float().reshape(()))
+        return (torch.nn.functional.silu(quantizer(x)) - torch.nn.functional.silu(x)).square().mean().item()
+
+    least = min(change(low, high) for low in -torch.linspace(1, 14, 131))
+    assert change(low, high) <= 1.01 * least < 1.1 * least < change(*own)
+
+
+def test_fisher_range_is_wider_where_more_channels_are_clipped_at_once():
+    x = torch.randn(1, 1, 20000) ** 3
+    ends = []
+    for channels in (1, 4, 64):
+        observer = FisherObserver()
+        shared = x.reshape(-1, 1).expand(-1, channels)
+        observer.update(shared)
+        observer.weigh(shared, torch.ones_like(shared))
+        assert observer.together == channels
+        ends.append(float(observer.range(4, False)[1]))
+    assert ends[0] < ends[1] < ends[2]
 
 
 def test_fisher_weights_that_are_all_alike_change_nothing_and_silent_channels_count_alike():

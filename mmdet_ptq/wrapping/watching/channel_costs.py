@@ -38,7 +38,7 @@ class ChannelCost:
     def __init__(self, channels: int) -> None:
         self.low, self.high, self.weight, self.energy = torch.zeros(4, channels, dtype=torch.float64)
         self.elements = 0
-        self._observer = FisherObserver()
+        self._observer = FisherObserver(channel_axis=0)
 
     def see(self, x: Tensor, weight: Tensor | None, axis: int) -> None:
         """Takes in a tensor and how much its values matter, both of any shape with the channels on the axis.
