@@ -101,7 +101,7 @@ class Mmcv:
             download = 'pip download --no-deps --no-build-isolation --no-binary :all: -d'.split()
             command = [self.venv.python, '-m', *download, self.source, self.pin]
             self.venv.run('Fetching the source of mmcv', command, 'mmcv-source')
-        say('mmcv publishes no wheel for this torch: it is compiled now, once (2 to 4 minutes on 2 cores).')
+        say('mmcv publishes no wheel for this torch: it is compiled now, once (1 to 3 minutes on 2 cores).')
         if not self.plain.exists():
             try:
                 self.compile('few', merge=True)
