@@ -9,9 +9,9 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.version import __version__
 
 if TYPE_CHECKING:
-    from mmdet_ptq.engine import PTQRunner, load_quantized, quantize
+    from mmdet_ptq.engine import PTQRunner, load_exported, load_quantized, quantize
 
-__all__ = ['PTQError', 'PTQRunner', '__version__', 'load_quantized', 'quantize']
+__all__ = ['PTQError', 'PTQRunner', '__version__', 'load_exported', 'load_quantized', 'quantize']
 
 # Anything that imports us, a config's scoped type included, gets the faults of the stack mended. Without mmdet the
 # package still imports, so that the doctor can say what is missing.
@@ -23,7 +23,7 @@ if find_spec('mmdet') and find_spec('mmengine'):
 
 def __getattr__(name: str) -> object:
     # the engine imports all of mmdet: only on demand
-    if name in ('PTQRunner', 'load_quantized', 'quantize'):
+    if name in ('PTQRunner', 'load_exported', 'load_quantized', 'quantize'):
         from mmdet_ptq import engine
 
         return getattr(engine, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,5 +184,17 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     console.print(results_table(results))
     if len(results['rows']) > 2:
         console.print(models_table(results))
-    for line in closing_lines(results):
-        console.print(line, style='yellow', markup=False, highlight=False)
+    print_lines(closing_lines(results), console, 'yellow')
+
+
+def print_lines(lines: Iterable[str], console: Console | None = None, style: str | None = None) -> None:
+    """Prints lines as they are: a name in one is not split, and can be copied.
+
+    Args:
+        lines: The lines.
+        console: Where to. Defaults to the terminal.
+        style: Their colour. Defaults to None.
+    """
+    console = console or Console()
+    for line in lines:
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """How a run goes."""
 
-from mmdet_ptq.engine.api import load_quantized, quantize
+from mmdet_ptq.engine.api import load_exported, load_quantized, quantize
 from mmdet_ptq.engine.evaluation import evaluate
 from mmdet_ptq.engine.global_stage.hooks import FilteredGlobalLossHook
 from mmdet_ptq.engine.global_stage.loops import GlobalCalibrationLoop, HeldOutLossLoop
@@ -14,6 +14,7 @@ __all__ = [
     'PTQRunner',
     'QuantizationParamsConstructor',
     'evaluate',
+    'load_exported',
     'load_quantized',
     'quantize',
 ]
