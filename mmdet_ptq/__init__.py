@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdet_ptq.errors import PTQError
@@ -13,9 +15,22 @@ if TYPE_CHECKING:
 
 __all__ = ['PTQError', 'PTQRunner', '__version__', 'load_exported', 'load_quantized', 'quantize']
 
+# programs that end in mmdet_ptq.cli, installed and in a clone
+_COMMANDS = ('mmdet-ptq', 'mmdet-ptq-analyze', 'mmdet-ptq-export', 'mmdet-ptq-test')
+_TOOLS = ('analyze', 'export', 'ptq', 'test')
+
+
+def _is_command() -> bool:
+    """Whether a command line of ours imports the package, which mends when it begins to work."""
+    path = Path(sys.argv[0] if sys.argv else '').absolute()
+    return (
+        path.stem in _COMMANDS or path.parent == Path(__file__).absolute().parents[1] / 'tools' and path.stem in _TOOLS
+    )
+
+
 # Anything that imports us, a config's scoped type included, gets the faults of the stack mended. Without mmdet the
 # package still imports, so that the doctor can say what is missing.
-if find_spec('mmdet') and find_spec('mmengine'):
+if find_spec('mmdet') and find_spec('mmengine') and not _is_command():
     from mmdet_ptq.compat import apply_workarounds
 
     apply_workarounds()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
+from mmdet_ptq.progress import output
 from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 ABSENT = '-'
@@ -180,7 +181,7 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
         console: Where to. Defaults to the terminal.
     """
-    console = console or Console()
+    console = console or output()
     console.print(results_table(results))
     if len(results['rows']) > 2:
         console.print(models_table(results))
@@ -195,6 +196,6 @@ def print_lines(lines: Iterable[str], console: Console | None = None, style: str
         console: Where to. Defaults to the terminal.
         style: Their colour. Defaults to None.
     """
-    console = console or Console()
+    console = console or output()
     for line in lines:
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -82,6 +82,6 @@ def test_an_evaluation_without_figures(run):
 
 
 def test_the_program_is_three_lines_of_python():
-    program = running_program(Path('a\'b/model.onnx'), True, 'config.py', None)
+    program = running_program(Path("a'b/model.onnx"), True, 'config.py', None)
     assert len(program) == 3
     compile('\n'.join(program), 'program', 'exec')
