@@ -16,7 +16,7 @@ from typing import Any
 
 from mmengine.logging import MMLogger, print_log
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # seconds between two lines of progress where there is no terminal, and between two pictures of a bar where there is
 EVERY, REDRAWN = 10.0, 0.1
@@ -45,18 +45,27 @@ class Screen:
             total: Of how many; None where nobody knows.
         """
         now = time.monotonic()
+        if self.stage and not what.startswith(self.stage):
+            what = f'{self.stage}: {what}'
         if not self.console.is_terminal:
             if total is not None and now - self.told >= EVERY:
                 self.told = now
-                self.line(f'  {self.stage or what}: {what}, {done} of {total}')
+                self.line(f'  {what}, {done} of {total}')
             return
         if self.bar is None:
-            columns = TextColumn('  {task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            # no thread of its own: data loaders fork
-            self.bar = Progress(*columns, console=self.console, transient=True, auto_refresh=False)
+            count = TextColumn('{task.fields[count]}')
+            columns = TextColumn('  {task.description}'), BarColumn(), count, TimeRemainingColumn(compact=True)
+            self.bar = Progress(
+                *columns,
+                console=self.console,
+                transient=True,
+                auto_refresh=False,  # by a thread of its own, while data loaders fork
+                redirect_stdout=False,  # what others print is in the log file
+                redirect_stderr=False,
+            )
+            self.bar.add_task(what, total=total, count='')
             self.bar.start()
-            self.bar.add_task('')
-            self.shown = ''
+            self.shown = what
         task = self.bar.task_ids[0]
         if what != self.shown:
             self.shown = what
@@ -64,7 +73,8 @@ class Screen:
         elif now - self.told < REDRAWN and done != total:
             return
         self.told = now
-        self.bar.update(task, completed=done, refresh=True)
+        count = '' if total is None else f'{done}/{total}'
+        self.bar.update(task, completed=done, count=count, refresh=True)
 
     def clear(self) -> None:
         """Takes the bar away."""

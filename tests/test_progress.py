@@ -63,14 +63,16 @@ def test_on_a_terminal_there_is_one_bar_at_a_time(clock):
             bar = shown.bar
             for _ in progress.track(range(3), 'inner'):
                 clock[0] += 1
-            assert shown.bar is bar and len(bar.tasks) == 1 and bar.tasks[0].description == 'inner'
+            assert shown.bar is bar and len(bar.tasks) == 1 and bar.tasks[0].description == 'observe: inner'
     assert shown.bar is None
     assert all(word in out.getvalue() for word in ('outer', 'inner', 'observe (about 2 min)'))
 
 
-def test_what_others_print_goes_to_the_log_file(tmp_path, capsys):
-    out, console = screen(False)
-    with progress.for_people(console):
+@pytest.mark.parametrize('terminal', [True, False])
+def test_what_others_print_goes_to_the_log_file(terminal, tmp_path, capsys):
+    out, console = screen(terminal)
+    with progress.for_people(console), progress.stage('evaluate'):
+        progress.step('batches', 1, 2)
         logger = MMLogger('people', logger_name='people', log_file=str(tmp_path / 'all.log'))
         progress.adopted(logger)
         MMLogger._instance_dict['people'] = logger
@@ -83,7 +85,9 @@ def test_what_others_print_goes_to_the_log_file(tmp_path, capsys):
             FileClient('disk')
         finally:
             MMLogger._instance_dict.pop('people')
-    assert out.getvalue().splitlines() == ['warning: a layer stays float']
+    shown = out.getvalue()
+    assert 'warning: a layer stays float' in shown and 'evaluate  ' in shown
+    assert not [words for words in ('DONE', 'more', 'environment', 'deprecated') if words in shown]
     assert capsys.readouterr().out == ''
     kept = (tmp_path / 'all.log').read_text()
     for words in (
