@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger, print_log
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,6 +45,8 @@ class Screen:
             done: How many are.
             total: Of how many; None where nobody knows.
         """
+        if not is_main_process():
+            return
         now = time.monotonic()
         if self.stage and not what.startswith(self.stage):
             what = f'{self.stage}: {what}'
@@ -83,8 +86,9 @@ class Screen:
             self.bar = None
 
     def line(self, text: str, style: str | None = None) -> None:
-        """Prints one line as it is."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        """Prints one line as it is, once for all processes."""
+        if is_main_process():
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def adopt(self, logger: MMLogger) -> None:
         """Of a logger, shows warnings alone; its file keeps all."""

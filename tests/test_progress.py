@@ -111,6 +111,16 @@ def test_afterwards_all_is_as_before(capsys):
     assert capsys.readouterr().out == 'seen\n'
 
 
+@pytest.mark.parametrize('terminal', [True, False])
+def test_of_several_processes_one_speaks(terminal, clock, monkeypatch):
+    monkeypatch.setattr(progress, 'is_main_process', lambda: False)
+    out, console = screen(terminal)
+    with progress.for_people(console), progress.stage('observe'):
+        for _ in progress.track(range(9), 'images'):
+            clock[0] += 20
+    assert out.getvalue() == ''
+
+
 @pytest.mark.parametrize(
     ('seconds', 'told'), [(0.04, '0.0 s'), (9.2, '9.2 s'), (61, '61 s'), (600, '10 min'), (7200, '2.0 h')]
 )
