@@ -138,7 +138,7 @@ def test_a_run_shows_stages_table_and_a_program_that_runs(config_file, tmp_path,
         assert words in kept
     start = lines.index('run it:') + 1
     program = '\n'.join(line.strip() for line in lines[start : start + 3])
-    assert loader in program
+    assert loader in program and "('work_dirs/tiny/w8a8_observe/" in program
     exec(compile(program, 'program', 'exec'), {})
     assert 'bboxes' in capsys.readouterr().out
     cli.main([str(config_file), '--preset', 'w8a8', '--dry-run', '--verbose'])

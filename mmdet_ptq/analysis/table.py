@@ -125,7 +125,8 @@ def models_table(results: Mapping[str, Any]) -> Table:
     table = Table(title='models')
     table.add_column('model', no_wrap=True)
     for heading in (metric or 'metric', 'points', 'size', 'speed', 'integer convolutions'):
-        table.add_column(heading, justify='right')
+        # on a narrow terminal two lines, not a name without its end
+        table.add_column(heading, justify='right', overflow='fold')
     speeds = lines.get('speed against float')
     for place, row in enumerate(results['rows']):
         coverage = results.get('runtimes', {}).get(row['model'])

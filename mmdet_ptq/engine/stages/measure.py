@@ -9,6 +9,7 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import (
+    REPORT,
     bops,
     build_report,
     closing_lines,
@@ -99,6 +100,11 @@ def exported_models(run: Run) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path.is_file()}
 
 
+def _as_typed(path: Path) -> Path:
+    """A path as a person would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def _first_image(run: Run) -> str | None:
     dataset = run.evaluation_dataset()
     return dataset.get_data_info(0).get('img_path') if hasattr(dataset, 'get_data_info') else None
@@ -116,5 +122,8 @@ def report(run: Run) -> None:
         if run.protection is not None:
             print_protection(run.protection)
         print_results(run.results)
-        print_lines(verdict_lines(run.results, exported_models(run), run.folder / QUANTIZED, _first_image(run)))
+        models = {name: _as_typed(path) for name, path in exported_models(run).items()}
+        checkpoint = _as_typed(run.folder / QUANTIZED)
+        print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run)))
+        print_lines([f'more: {_as_typed(Path(run.work_dir) / REPORT)}'])
     print_log(f'results, integer checkpoint and report are in {run.work_dir}', 'current')
