@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,10 @@ _TOOLS = ('analyze', 'export', 'ptq', 'test')
 
 def _is_command() -> bool:
     """Whether a command line of ours imports the package, which mends when it begins to work."""
-    path = Path(sys.argv[0] if sys.argv else '').absolute()
-    return (
-        path.stem in _COMMANDS or path.parent == Path(__file__).absolute().parents[1] / 'tools' and path.stem in _TOOLS
-    )
+    path, tools = Path(sys.argv[0] if sys.argv else '').absolute(), Path(__file__).absolute().parents[1] / 'tools'
+    ours = path.stem in _COMMANDS or (path.parent == tools and path.stem in _TOOLS)
+    # a process that a command spawns, as data loaders do, has its name and never comes by the command line
+    return ours and parent_process() is None
 
 
 # Anything that imports us, a config's scoped type included, gets the faults of the stack mended. Without mmdet the

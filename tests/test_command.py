@@ -45,6 +45,41 @@ def program(tmp_path):
     return run
 
 
+# imports the package where nothing is there to be mended, and tells whether it would have been
+IMPORTS = """
+import multiprocessing, sys, types
+told = types.ModuleType('mmdet_ptq.compat')
+told.apply_workarounds = lambda: print('mended', flush=True)
+
+def work():
+    sys.modules['mmdet_ptq.compat'] = told
+    import mmdet_ptq
+
+if __name__ == '__main__':
+    if 'spawn' in sys.argv:
+        process = multiprocessing.get_context('spawn').Process(target=work)
+        process.start()
+        process.join()
+    else:
+        work()
+"""
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments', 'mended'),
+    [('mmdet-ptq', (), False), ('mmdet-ptq', ('spawn',), True), ('train.py', (), True), ('ptq.py', (), True)],
+)
+def test_all_but_our_own_programs_are_mended_by_the_import(tmp_path, name, arguments, mended):
+    (tmp_path / name).write_text(IMPORTS)
+    done = subprocess.run(
+        [sys.executable, tmp_path / name, *arguments],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, 'mended\n' if mended else ''), done.stderr
+
+
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
