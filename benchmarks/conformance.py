@@ -184,9 +184,10 @@ def measure(config: Path, rows: Sequence[dict], export: Sequence[str], work_dir:
     options.append(f'ptq.export=[{",".join(export)}]')
     try:
         _, results = run_ptq(config, preset, work_dir, options, output=output)
-    except subprocess.CalledProcessError:
+    except subprocess.CalledProcessError as error:
         if len(export) < 2:
-            return [Outcome(row, reason=what_broke(output)) for row in rows]
+            # a signal has a negative number
+            return [Outcome(row, reason=f'exit code {error.returncode}: {what_broke(output)}') for row in rows]
         best = {}
         for name in export:
             own = [row for row in rows if row['runtime'] in (*WITHOUT_EXPORT, name)]

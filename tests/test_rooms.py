@@ -25,7 +25,7 @@ ROOMS = {
     'config': {'quantizers'},
     'wrapping': {'config', 'quantizers'},
     'calibration': {'config', 'predictions', 'quantizers', 'wrapping'},
-    'deploy': {'quantizers', 'wrapping'},
+    'deploy': {'predictions', 'quantizers', 'wrapping'},
     'analysis': {'calibration', 'predictions', 'quantizers', 'wrapping'},
     'engine': {'analysis', 'calibration', 'config', 'deploy', 'predictions', 'quantizers', 'wrapping'},
     'testing': {'calibration', 'config', 'wrapping'},

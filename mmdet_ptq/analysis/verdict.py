@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from mmdet_ptq.analysis.table import format_bytes
 
 
 def verdict_lines(
-    results: Mapping[str, Any], models: Mapping[str, Path], checkpoint: Path, image: str | None = None
+    results: Mapping[str, Any], models: Mapping[str, Sequence[Path]], checkpoint: Path, image: str | None = None
 ) -> list[str]:
     """What a person needs to decide, in plain words.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
-        models: Row to its exported model.
+        models: Row to the files of its exported model, the one that is opened first.
         checkpoint: The integer checkpoint, which mmdet runs.
         image: An image file for the program that is shown. Defaults to None: a made-up name.
     """
@@ -34,21 +34,25 @@ def verdict_lines(
         row = others[0] if others else first
         told = [f'ship: nothing yet, {why}; {checkpoint} is for mmdet, which computes what integers would, and slower']
     else:
-        told = [f'ship: {models[row["model"]]}']
+        first_file, *beside = models[row['model']]
+        names = ' and '.join(path.name for path in beside)
+        told = [f'ship: {first_file}' + (f', with {names} beside it' if beside else '')]
     lines = [f'gained: {_gain(first, row)}', f'cost: {_cost(results, row)}']
     if not any(other.get('remark') for other in others):
         processor = results.get('versions', {}).get('processor', 'unknown')
         lines.append(f'on this processor ({processor}): nothing is known that makes these figures wrong')
-    program = running_program(models.get(row['model'], checkpoint), row['model'] in models, results['config'], image)
+    exported = row['model'] in models
+    path = models[row['model']][0] if exported else checkpoint
+    program = running_program(path, exported, results['config'], image)
     return [*lines, *told, 'run it:', *(f'    {line}' for line in program)]
 
 
-def shipped_row(results: Mapping[str, Any], models: Mapping[str, Path]) -> Mapping[str, Any] | None:
+def shipped_row(results: Mapping[str, Any], models: Collection[str]) -> Mapping[str, Any] | None:
     """The row of the model to ship: right on this processor, without a loss that matters, then the fastest.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
-        models: Row to its exported model.
+        models: Rows that have an exported model.
 
     Returns:
         None where there is none.

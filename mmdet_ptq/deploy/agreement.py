@@ -12,6 +12,7 @@ import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.parts import parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.inputs import QuantizedInput
@@ -69,8 +70,11 @@ def compare_layer_inputs(
     """
     agreements: list[TensorAgreement] = []
     missing: set[str] = set()
-    with torch.no_grad(), within(detector), _compared(detector, inputs, follow, agreements, missing):
-        RawOutputs(detector)(image)
+    with torch.no_grad(), within(detector):
+        parts = parts_of(detector, image)
+        with _compared(detector, inputs, follow, agreements, missing):
+            for part in parts:
+                RawOutputs(detector, part)(*part.inputs)
     wanted = missing & _feeding(detector, image) if missing else missing
     if wanted:
         raise PTQError(f'the exported model has no layer {min(wanted)}; export it again.')
@@ -79,7 +83,7 @@ def compare_layer_inputs(
 
 def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
     """The calls of layers that an output of the detector depends on."""
-    calls, nodes = Counter(), {}
+    calls, nodes, parts = Counter(), {}, parts_of(detector, image)
 
     def note(layer: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -91,7 +95,11 @@ def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
     with ExitStack() as stack, torch.enable_grad():
         for layer in {hook.layer for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)}:
             stack.callback(detector.get_submodule(layer).register_forward_hook(note(layer)).remove)
-        outputs = RawOutputs(detector)(image.detach().clone().requires_grad_())
+        outputs = [
+            output
+            for part in parts
+            for output in RawOutputs(detector, part)(*(x.detach().clone().requires_grad_() for x in part.inputs))
+        ]
     return {nodes[node] for node, _ in walk_back(outputs, stop=()) if node in nodes}
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from mmengine.logging import MMLogger, print_log
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.parts import HEADS, part_path
+from mmdet_ptq.deploy.network.raw_outputs import check_exportable
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.limits import MIB, bounded
+from mmdet_ptq.predictions.two_stage import is_two_stage
 from mmdet_ptq.registry import RUNTIMES, runtime_names
 from mmdet_ptq.wrapping import Structure
 
@@ -56,6 +63,8 @@ class Runtime:
         end2end: Whether its models can decode and suppress, too.
         packs: Whether it stores fewer than 8 bits a weight.
         compares: Whether :meth:`report_agreement` works.
+        takes_parts: Whether a detector may be several networks, see :mod:`mmdet_ptq.deploy.network.parts`.
+        parts: The other networks of the detector, opened, by name.
         meta: What the model says about itself, see :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
     """
 
@@ -69,6 +78,8 @@ class Runtime:
     end2end: bool = False
     packs: bool = False
     compares: bool = False
+    takes_parts: bool = False
+    parts: Mapping[str, Runtime] = MappingProxyType({})
     meta: dict
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
@@ -123,6 +134,21 @@ class Runtime:
         require(*cls.export_packages, extra=cls.name)
 
     @classmethod
+    def check_detector(cls, detector: nn.Module) -> None:
+        """Refuses detectors that have no form in this runtime.
+
+        Raises:
+            PTQError: The detector has a forward of its own, or a second stage and the runtime takes one network.
+        """
+        check_exportable(detector)
+        if is_two_stage(detector) and not cls.takes_parts:
+            able = [name for name in runtime_names() if RUNTIMES.get(name).takes_parts]
+            raise PTQError(
+                f'{type(detector).__name__} has two stages, and {cls.name} takes detectors of one; '
+                f'export it to {" or ".join(able)}.'
+            )
+
+    @classmethod
     def needed_activations(cls, bits: int) -> dict:
         """Arguments of the activations' quantizer that its number formats take, where the config says nothing.
 
@@ -172,17 +198,30 @@ class Runtime:
         """
         raise NotImplementedError
 
-    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Raw head outputs, flat.
 
         Args:
-            image: (N, C, H, W), float32, normalized as mmdet's data preprocessor does.
+            *inputs: The image, (N, C, H, W), float32, normalized as mmdet's data preprocessor does; or what another
+                network of the detector reads.
         """
         raise NotImplementedError
 
     def coverage(self) -> IntegerCoverage:
-        """Which convolutions run in integers, by the runtime's own optimized graph."""
+        """Which convolutions of this network run in integers, by the runtime's own optimized graph."""
         raise NotImplementedError
+
+    def whole_coverage(self) -> IntegerCoverage:
+        """The same of all networks of the detector."""
+        found = [self.coverage(), *(part.coverage() for part in self.parts.values())]
+        return IntegerCoverage([c for f in found for c in f.integer], [c for f in found for c in f.float])
+
+    def run_all(self, image: np.ndarray) -> None:
+        """Runs every network of the detector once, for its time: an image and as many regions as an empty one has."""
+        self(image)
+        random = np.random.default_rng(0)
+        for part in self.parts.values():
+            part(*(random.standard_normal(shape, dtype=np.float32) for shape in part.meta['inputs']))
 
 
 def get_runtime(name: str, key: str = 'ptq.export') -> type[Runtime]:
@@ -213,9 +252,27 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
     size = model_bytes(path)
     with _opening(f'opening {str(path)!r}', OPENING + 12 * size, OPENING_SECONDS + size / MIB):
         model = kind(path, threads)
+        model.parts = {
+            name: _opened_part(kind, part_path(path, name), digest, threads)
+            for name, digest in model.meta.get('parts', {}).items()
+        }
     if remark := model.remark():
         warn_once(remark)
     return model
+
+
+def _opened_part(kind: type[Runtime], path: Path, digest: str, threads: int | None) -> Runtime:
+    if not path.is_file() or file_digest(path) != digest:
+        state = 'of another model' if path.is_file() else 'missing'
+        raise PTQError(
+            f'{str(path)!r}, a network of the same detector, is {state}; keep all files together or export again.'
+        )
+    return kind(path, threads)
+
+
+def file_digest(path: Path) -> str:
+    """Tells a file from all others."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _opening(what: str, memory: int, seconds: float) -> AbstractContextManager:
@@ -238,12 +295,25 @@ def runtime_of(path: str | os.PathLike) -> type[Runtime]:
     return known[Path(path).suffix]
 
 
-def model_bytes(path: str | os.PathLike) -> int:
-    """Size of an exported model, all its files together."""
+def model_files(path: str | os.PathLike) -> list[Path]:
+    """All files of an exported model: of each of its networks, with their weights."""
     path = Path(path)
     beside = {runtime.suffix: runtime.weights for runtime in map(RUNTIMES.get, runtime_names())}.get(path.suffix)
-    files = [path, path.with_suffix(beside)] if beside and path.with_suffix(beside).is_file() else [path]
-    return sum(file.stat().st_size for file in files)
+    found = [path, *sorted(path.parent.glob(f'{glob.escape(path.stem)}-{HEADS}.*{path.suffix}'))]
+    files = [f for file in found for f in (file, file.with_suffix(beside or path.suffix)) if f.is_file()]
+    return list(dict.fromkeys(files))
+
+
+def remove_parts(path: str | os.PathLike) -> None:
+    """Removes a model that has several networks, the file that names them first."""
+    files = model_files(path)
+    for file in files if len(files) > 1 else []:
+        file.unlink()
+
+
+def model_bytes(path: str | os.PathLike) -> int:
+    """Size of an exported model, all its files together."""
+    return sum(file.stat().st_size for file in model_files(path))
 
 
 def worst_case() -> tuple[np.ndarray, np.ndarray, int]:

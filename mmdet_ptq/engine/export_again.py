@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.calibration.images import test_pipeline, without_annotations
-from mmdet_ptq.deploy import check_exportable, get_runtime, model_bytes, open_model, read_quantized
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, read_quantized
 from mmdet_ptq.deploy.network.raw_outputs import first_outputs
 from mmdet_ptq.deploy.onnx.end2end import check_end2end
 from mmdet_ptq.engine.api import load_quantized
@@ -81,7 +81,8 @@ def export_checkpoint(
     if size:
         shape = (*shape[:2], *size)
     detector = load_quantized(checkpoint, config, trust_config=trust_config)
-    check_exportable(detector)
+    for runtime in chosen:
+        runtime.check_detector(detector)
     first_outputs(detector, shape)
     if end2end:
         check_end2end(detector)
@@ -97,7 +98,7 @@ def export_checkpoint(
         )
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
         if path.suffix == runtime.suffix:
-            coverage = open_model(path).coverage()
+            coverage = open_model(path).whole_coverage()
             announce_coverage(runtime.name, coverage, runtime.evidence)
             if coverage.float and (why := runtime.explain_float(structure)):
                 logger.warning(why)

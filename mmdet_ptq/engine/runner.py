@@ -6,7 +6,7 @@ from mmengine.dist import is_main_process
 from torch import nn
 
 from mmdet_ptq.analysis import float_size_bytes, print_lines
-from mmdet_ptq.deploy import check_exportable, get_runtime
+from mmdet_ptq.deploy import get_runtime
 from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 from mmdet_ptq.engine.plan import make_plan, plan_lines
@@ -64,7 +64,7 @@ class PTQRunner(Run):
         """Checks all that can be checked before anything that takes long."""
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         for name in self.runtimes:
-            check_exportable(self.detector)
+            get_runtime(name).check_detector(self.detector)
             get_runtime(name).check()
             get_runtime(name).check_export()
         if (self.ptq.protect, self.ptq.reconstruct, self.ptq.global_loss) != (None, None, None):

@@ -269,6 +269,7 @@ class FisherObserver(MSEObserver):
     def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
         super().__init__(num_channels, channel_axis)
         self.weighted: StreamingHistogram | None = None
+        self.weighed: StreamingHistogram | None = None  # the same values, each counted once
 
     @torch.no_grad()
     def weigh(self, x: Tensor, weight: Tensor) -> None:
@@ -279,14 +280,17 @@ class FisherObserver(MSEObserver):
             weight: Their diagonal Fisher information, of the same shape, up to a factor that all tensors share.
         """
         view = self._view(x.float())
+        self.together = x.shape[self.channel_axis] if x.dim() > 1 else 1
         if self.weighted is None:
-            self.weighted = StreamingHistogram(view.shape[1], view.device)
-        self.weighted.add(_sample(view), view.amin((0, 2)), view.amax((0, 2)), _sample(self._view(weight.float())))
+            self.weighted, self.weighed = (StreamingHistogram(view.shape[1], view.device) for _ in range(2))
+        values = _sample(view), view.amin((0, 2)), view.amax((0, 2))
+        self.weighted.add(*values, _sample(self._view(weight.float())))
+        self.weighed.add(*values)
 
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if self.weighted is None:
             return super()._range(low, high, bits, symmetric)
-        ends = mse_range(self.weighted, low, high, bits, symmetric)
+        ends = mse_range(self.weighted, low, high, bits, symmetric, self.weighed, self.together)
         silent = self.weighted.counts.sum(1) == 0
         plain = super()._range(low, high, bits, symmetric) if bool(silent.any()) else ends
         return torch.where(silent, plain[0], ends[0]), torch.where(silent, plain[1], ends[1])

@@ -138,8 +138,53 @@ def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bit
     return (integral.diff(dim=1).mul_(counts).sum(1, keepdim=True) * scale**3).squeeze(1)
 
 
+class _Clipping:
+    """What values lose that lie beyond an end, where the histogram counts them by what matters.
+
+    A value that is clipped moves through all values up to the end. How much that changes is the sum of their
+    sensitivities, not its own alone: far below zero SiLU is flat, and a value moved from there to where it is not does
+    change. The sensitivity at a value is the root of the mean weight of the values like it.
+
+    Args:
+        weights: What the values of each bin matter, of shape (C, B).
+        counts: How many they are, of the same shape.
+        edges: The bins' edges, of shape (C, B + 1).
+    """
+
+    def __init__(self, weights: Tensor, counts: Tensor, edges: Tensor) -> None:
+        self.centers = (edges[:, 1:] + edges[:, :-1]) / 2
+        self.counts = counts
+        slope = torch.where(counts > 0, (weights / counts.clamp_min(1e-30)).sqrt(), 0)
+        # values are moved through empty bins, too, to which they are as sensitive as they were where they were
+        last = counts.shape[1] - 1
+        index = torch.arange(last + 1, device=counts.device).expand_as(counts)
+        below = torch.where(counts > 0, index, 0).cummax(1).values
+        above = torch.where(counts > 0, index, last).flip(1).cummin(1).values.flip(1)
+        slope = slope.gather(1, torch.where(self.centers < 0, below, above))
+        self.effect = (slope * edges.diff(dim=1)).cumsum(1)
+
+    def loss(self, low: Tensor, high: Tensor) -> Tensor:
+        """Expected squared change by the values outside of the ends of shape (C,)."""
+        total = torch.zeros_like(low)
+        for end, beyond in ((low, self.centers < low[:, None]), (high, self.centers > high[:, None])):
+            place = torch.searchsorted(self.centers, end[:, None]).clamp_max(self.centers.shape[1] - 1)
+            moved = self.effect - self.effect.gather(1, place)
+            total += torch.where(beyond, self.counts * moved.square(), 0).sum(1)
+        return total
+
+    def inside(self, low: Tensor, high: Tensor) -> Tensor:
+        """Which bins lie between the ends."""
+        return (self.centers >= low[:, None]) & (self.centers <= high[:, None])
+
+
 def mse_range(
-    histogram: StreamingHistogram, low: Tensor, high: Tensor, bits: int, symmetric: bool
+    histogram: StreamingHistogram,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    symmetric: bool,
+    plain: StreamingHistogram | None = None,
+    together: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ends with the least squared quantization error, found by coordinate descent on clip ratios.
 
@@ -149,6 +194,10 @@ def mse_range(
         high: Observed maximum, at least 0, of shape (C,).
         bits: Bits of the codes.
         symmetric: Whether both ends are the same, and codes signed.
+        plain: The number of the values, where the histogram counts them by what matters. Defaults to None: all matter
+            alike.
+        together: How many values are clipped at once, all the same way: errors of rounding cancel out, these do not.
+            Defaults to 1.
 
     Returns:
         Ends of shape (C,), within the observed ones (symmetric: within the larger of them).
@@ -168,8 +217,19 @@ def mse_range(
         edges, counts = histogram.edges()[rows], histogram.spread()[rows]
         if len(low) > 1:
             edges, counts = edges[:, ::_JOINED], counts.unflatten(1, (-1, _JOINED)).mean(2)
+        clipping = None
+        if plain is not None:
+            pair = [h.counts[rows].unflatten(1, (-1, NUM_BINS // counts.shape[1])).sum(2) for h in (histogram, plain)]
+            clipping = _Clipping(*pair, edges)
+
+        def error_of(trial: Tensor, edges=edges, counts=counts, clipping=clipping) -> Tensor:
+            if clipping is None:
+                return _squared_error(edges, counts, *trial, bits, symmetric)
+            inside = _squared_error(edges, counts * clipping.inside(*trial), *trial, bits, symmetric)
+            return inside + together * clipping.loss(*trial)
+
         full = torch.stack([low[rows], high[rows]])
-        ends, best = full, _squared_error(edges, counts, *full, bits, symmetric)
+        ends, best = full, error_of(full)
         for ratios, (move_low, move_high) in order:
             start = ends
             for ratio in ratios:
@@ -177,7 +237,7 @@ def mse_range(
                 moved = (full if ratios is _COARSE else start) * ratio
                 trial = torch.stack([moved[0] if move_low else start[0], moved[1] if move_high else start[1]])
                 trial = torch.maximum(torch.minimum(trial, full[1]), full[0])
-                error = _squared_error(edges, counts, *trial, bits, symmetric)
+                error = error_of(trial)
                 better = error < best
                 best, ends = torch.where(better, error, best), torch.where(better, trial, ends)
         found.append(ends)

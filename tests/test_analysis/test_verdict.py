@@ -24,7 +24,7 @@ def run(results):
                 dict(first, model=name, metrics=metrics, size_bytes=1_200_000, latency_ratio=ratio, remark=remark)
             )
         given = dict(results, rows=made, evaluation=dict(num_images=250), versions=dict(processor='a processor'))
-        return given, {name: Path('out') / name / 'model.bin' for name in rows}
+        return given, {name: [Path('out') / name / 'model.bin'] for name in rows}
 
     return make
 
@@ -39,6 +39,8 @@ def test_gain_cost_and_the_file_to_ship_are_told(run):
     assert cost == 'cost: coco/bbox_mAP 0.500 -> 0.499 (-0.1 points), fast on 250 images'
     assert processor.startswith('on this processor (a processor): nothing is known')
     assert ship == 'ship: out/fast/model.bin'
+    models['fast'].append(Path('out/fast/weights.bin'))
+    assert verdict_lines(results, models, CHECKPOINT)[3] == f'{ship}, with weights.bin beside it'
 
 
 def test_a_slower_model_is_called_slower(run):

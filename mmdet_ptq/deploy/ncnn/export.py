@@ -80,8 +80,21 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
 
 def _export_float(detector: nn.Module, input_shape: tuple[int, int, int, int], folder: Path) -> Path:
     example = torch.zeros(1, *input_shape[1:])
-    layers = _convert(trace(copy.deepcopy(detector).cpu().eval(), example), {}, tuple(example.shape))
+    twin = _without_sharing(copy.deepcopy(detector).cpu().eval())
+    layers = _convert(trace(twin, example), {}, tuple(example.shape))
     return write_network(layers, folder, _meta(detector, example, {}))
+
+
+def _without_sharing(detector: nn.Module) -> nn.Module:
+    """Gives each name of a module a module of its own, in place: pnnx converts a shared one under one name alone."""
+    seen = set()
+    for parent in detector.modules():
+        for name, child in parent._modules.items():
+            if child in seen:
+                parent._modules[name] = copy.deepcopy(child)
+            elif child is not None:
+                seen.add(child)
+    return detector
 
 
 def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> dict:

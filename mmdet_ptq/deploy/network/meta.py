@@ -100,7 +100,7 @@ def check_meta(meta: Any) -> None:
 
 
 def _layout(value: Any) -> str:
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
     return '' if whole or (isinstance(value, list) and not any(map(_layout, value))) else 'must be lists of places'
 
 
@@ -108,7 +108,7 @@ def _places(layout: Any) -> Iterator[int]:
     if isinstance(layout, int):
         yield layout
         return
-    for inner in layout:
+    for inner in layout or ():
         yield from _places(inner)
 
 
@@ -135,6 +135,9 @@ _META = Fields(
         saturating=[str],
         space_to_depth=_OFFSETS,
         folded=_OFFSETS,
+        parts=Each(str),
+        inputs=[_SIZES],
+        constants=list,
         weights=Whole(),
         checksum=str,
     ),

@@ -1,4 +1,4 @@
-"""A detector as runtimes see it: one image tensor in, the head's raw outputs out, flat."""
+"""A network of a detector as runtimes see it: the image in, the head's raw outputs out, flat."""
 
 from __future__ import annotations
 
@@ -9,41 +9,46 @@ import torch
 from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.parts import FIRST, Part
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.two_stage import is_two_stage
 
 
 class RawOutputs(nn.Module):
-    """Calls a detector's ``mode='tensor'`` forward and flattens what it returns.
+    """Calls one network of a detector and flattens what it returns.
 
     Args:
         detector: The detector, float or quantized, in eval mode.
+        part: The network. Defaults to the one that reads the image: the detector's ``mode='tensor'`` forward, of two
+            stages the first.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, part: Part = FIRST) -> None:
         super().__init__()
         self.detector = detector
+        self.part = part
 
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Raw head outputs, group by group, level by level.
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Raw outputs, group by group, level by level.
 
         Args:
-            input: (N, C, H, W), normalized as mmdet's data preprocessor does.
+            *inputs: The image, (N, C, H, W), normalized as mmdet's data preprocessor does; or what the part reads.
         """
-        return tuple(flatten_outputs(self.detector(input, None, mode='tensor')))
+        return tuple(flatten_outputs(self.part.run(self.detector, *inputs)))
 
 
 def flatten_outputs(outputs: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples and lists, in order."""
+    """Every tensor of nested tuples and lists, in order; heads return None for what they do not predict."""
     if isinstance(outputs, Tensor):
         yield outputs
-        return
-    for item in outputs:
-        yield from flatten_outputs(item)
+    elif outputs is not None:
+        for item in outputs:
+            yield from flatten_outputs(item)
 
 
 @torch.no_grad()
 def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -> Any:
-    """Raw outputs on an empty image, as nested as the head returns them.
+    """Raw outputs on an empty image, as nested as the detector's code returns them.
 
     Args:
         detector: The detector, in eval mode.
@@ -57,7 +62,7 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
     if min(height, width) < 1:
         raise PTQError(f'--input-shape must be two positive numbers, got {size}.')
     try:
-        return detector(torch.zeros(input_shape, device=next(detector.parameters()).device), None, mode='tensor')
+        return FIRST.run(detector, torch.zeros(input_shape, device=next(detector.parameters()).device))
     except RuntimeError as error:
         told = str(error).strip().splitlines()[0].rstrip('.')
         raise PTQError(
@@ -76,6 +81,8 @@ def output_layout(outputs: Any) -> Any:
     count = iter(range(10**6))
 
     def layout(value: Any) -> Any:
+        if value is None:
+            return None
         return next(count) if isinstance(value, Tensor) else [layout(item) for item in value]
 
     return layout(outputs)
@@ -83,17 +90,21 @@ def output_layout(outputs: Any) -> Any:
 
 def nest_outputs(flat: Sequence[Tensor], layout: Any) -> Any:
     """Inverse of :func:`flatten_outputs` for a layout of :func:`output_layout`; tuples, as heads return them."""
+    if layout is None:
+        return None
     return flat[layout] if isinstance(layout, int) else tuple(nest_outputs(flat, item) for item in layout)
 
 
 def check_exportable(detector: nn.Module) -> None:
-    """Refuses detectors whose raw outputs do not come from the image alone.
+    """Refuses detectors whose networks do not read the image, or features of its regions, alone.
 
     Raises:
-        PTQError: The detector has a second stage or a forward of its own.
+        PTQError: The detector has a forward of its own.
     """
+    if is_two_stage(detector):
+        return
     if not isinstance(detector, SingleStageDetector) or type(detector)._forward is not SingleStageDetector._forward:
         raise PTQError(
-            f'{type(detector).__name__} cannot be exported: runtimes take detectors of one stage, whose '
-            'head reads nothing but the features; remove `ptq.export`.'
+            f'{type(detector).__name__} cannot be exported: runtimes take detectors of one or two stages, whose '
+            'heads read nothing but features; remove `ptq.export`.'
         )

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.canvas import pad_to
+from mmdet_ptq.deploy.network.parts import constants_in, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, output_shapes
 from mmdet_ptq.deploy.runtime import Runtime
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 
 def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None = None) -> nn.Module:
@@ -32,7 +35,7 @@ def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None
         A detector on the CPU, in eval mode, for mmdet's test loop and ``mmdet.apis.inference_detector``.
 
     Raises:
-        PTQError: The config's detector has two stages, or is not the one that was exported.
+        PTQError: The config's detector is not the one that was exported.
     """
     detector = build_detector(config).eval()
     check_exportable(detector)
@@ -44,7 +47,16 @@ def _check_outputs(detector: nn.Module, meta: dict) -> None:
     """Refuses a model whose head returns something else than the config's; older models do not tell."""
     if 'raw_shapes' not in meta:
         return
-    expected = output_shapes(first_outputs(detector, (1, *meta['input_shape'][1:])))
+    shape = (1, *meta['input_shape'][1:])
+    expected = output_shapes(first_outputs(detector, shape))
+    if is_two_stage(detector):
+        names = [part.name for part in parts_of(detector, torch.zeros(shape))[1:]]
+        if names != list(meta.get('parts', {})):
+            theirs = ', '.join(meta.get('parts', {})) or 'of one stage'
+            raise PTQError(
+                f"the model was exported from another detector than the config's: it has the networks {theirs}, "
+                f"the config's {', '.join(names)}; give the config that it was exported from."
+            )
     if expected != meta['raw_shapes']:
         raise PTQError(
             f"the model was exported from another detector than the config's: its head returns "
@@ -63,7 +75,7 @@ def with_runtime(
     """Puts a runtime in place of a detector's network, in place.
 
     Args:
-        detector: A detector of one stage.
+        detector: A detector of one or two stages.
         runtime: The opened model.
         config: Kept as ``detector.cfg``. Defaults to None.
         dataset_meta: Class names and palette. Defaults to None: the model's own class names.
@@ -75,7 +87,12 @@ def with_runtime(
     if detector.with_neck:
         detector.neck = nn.Identity()
     detector.extract_feat = _Features()
-    if runtime.meta.get('end2end'):
+    if is_two_stage(detector):
+        first = _FirstStage(runtime, device)
+        detector.extract_feat, detector.rpn_head.forward = first, first.proposals
+        for name, part in runtime.parts.items():
+            detector.get_submodule(name).forward = _Head(name, part, device)
+    elif runtime.meta.get('end2end'):
         clips = getattr(getattr(detector.bbox_head, 'bbox_coder', None), 'clip_border', False)
         detector.bbox_head.predict = _Detections(runtime, device, clips)
     else:
@@ -130,6 +147,42 @@ class _RawHead(_Network):
 
     def __call__(self, image: Tensor) -> Any:
         return nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+
+
+class _FirstStage(_Network):
+    """Stands in for backbone, neck and the region proposal network's forward."""
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
+        features, *self.proposed = nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+        return features
+
+    def proposals(self, features: tuple[Tensor, ...]) -> Any:
+        """What the network said of the features that it gave last."""
+        return self.proposed[0]
+
+
+class _Head:
+    """Stands in for the forward of a head behind regions."""
+
+    def __init__(self, name: str, runtime: Runtime, device: torch.device) -> None:
+        self.name = name
+        self.runtime = runtime
+        self.device = device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        meta = self.runtime.meta
+        constants = constants_in((args, kwargs))
+        if constants != meta['constants']:
+            raise PTQError(
+                f'{self.name} was exported as it is called with {meta["constants"]}, and is called with {constants}; '
+                'such a detector cannot run in a runtime.'
+            )
+        inputs = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors_in((args, kwargs))]
+        if len(inputs[0]):
+            flat = [torch.from_numpy(output) for output in self.runtime(*inputs)]
+        else:  # no runtime takes so few
+            flat = [torch.zeros(0, *shape) for shape in meta['raw_shapes']]
+        return nest_outputs([output.to(self.device) for output in flat], meta['outputs'])
 
 
 class _Detections(_Network):

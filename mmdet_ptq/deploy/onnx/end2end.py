@@ -116,13 +116,13 @@ def check_end2end(detector: nn.Module) -> None:
     Raises:
         PTQError: Its head decodes in a way of its own, or its NMS is not the plain one; names the head.
     """
-    head = detector.bbox_head
-    name = type(head).__name__
     if type(detector).predict is not SingleStageDetector.predict:
         raise PTQError(
-            f'{type(detector).__name__} around {name} predicts in a way of its own, which --end2end does '
-            'not know; export without --end2end.'
+            f'{type(detector).__name__} predicts in a way of its own, which --end2end does not know; '
+            'export without --end2end.'
         )
+    head = detector.bbox_head
+    name = type(head).__name__
     decoding_of(head)
     test_cfg = head.test_cfg
     if not test_cfg or 'score_thr' not in test_cfg or not test_cfg.get('nms'):

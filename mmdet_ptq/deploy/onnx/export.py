@@ -1,18 +1,20 @@
-"""The quantized detector as one ONNX graph with explicit QuantizeLinear and DequantizeLinear."""
+"""The quantized detector as ONNX graphs with explicit QuantizeLinear and DequantizeLinear: one for each network."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet_ptq.deploy.integers.biases import float_shared_biases
 from mmdet_ptq.deploy.network.meta import checked_meta, input_meta, write_meta
+from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import (
     RawOutputs,
     check_exportable,
@@ -27,12 +29,15 @@ from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
 from mmdet_ptq.deploy.onnx.trouble import failing_module
 from mmdet_ptq.deploy.requirements import ONNX, require
-from mmdet_ptq.deploy.runtime import get_runtime, runtime_of
+from mmdet_ptq.deploy.runtime import file_digest, get_runtime, remove_parts, runtime_of
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_atomic
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import is_quantized, quantization_mode
 from mmdet_ptq.wrapping.state import only_read_tensors
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 FORMAT = 'mmdet_ptq.onnx'
 
@@ -48,6 +53,9 @@ def export_onnx(
     end2end: bool = False,
 ) -> dict:
     """Writes a detector as ONNX, one graph from the normalized image to the head's raw outputs or to detections.
+
+    Of a detector with two stages that is the first one; each head behind its regions has a file beside it
+    (:func:`mmdet_ptq.deploy.network.parts.part_path`).
 
     The quantized detector itself is exported, its quantizers writing their nodes
     (:mod:`mmdet_ptq.deploy.onnx.nodes`), with torch's exporter (``torch.onnx.export(dynamo=True)``).
@@ -66,22 +74,65 @@ def export_onnx(
         What the file says about itself, see :func:`model_meta`.
 
     Raises:
-        PTQError: An extra is not installed, the detector has two stages, does not take such images or so many of them,
-            an operation has no ONNX form, or ``end2end`` does not know the head.
+        PTQError: An extra is not installed, the detector has a forward of its own, does not take such images or so
+            many of them, an operation has no ONNX form, or ``end2end`` does not know the head.
     """
     check_exportable(detector)
     if end2end:
         check_end2end(detector)
     chosen = get_runtime(runtime) if runtime else runtime_of(path)
     require(*ONNX, extra=chosen.name)
-    dialect = chosen.dialect()
-    model, meta = exported_program(detector, input_shape, chosen.name, dialect, dynamic_batch, end2end)
+    outputs = first_outputs(detector, input_shape)
+    image = torch.zeros(input_shape, device=next(detector.parameters()).device)
+    first, *others = parts_of(detector, image)
+    if others and not dynamic_batch and input_shape[0] > 1:
+        raise PTQError('a detector with two stages is exported for batches of 1, or with --dynamic-batch.')
+    remove_parts(path)
+    told = dict(runtime=chosen.name, input_shape=list(input_shape), input=input_meta(detector, input_shape[1]))
+    digests, saturating = {}, []
+    for part in others:
+        example = part.run(detector, *part.inputs)
+        told_part = dict(
+            told,
+            dynamic_batch=True,
+            outputs=output_layout(example),
+            raw_shapes=output_shapes(example),
+            inputs=[list(tensor.shape) for tensor in part.inputs],
+            constants=part.constants,
+        )
+        network, file = RawOutputs(detector, part), part_path(path, part.name)
+        saturating += _export(detector, network, part.inputs, file, told_part, chosen.dialect(), packed)['saturating']
+        digests[part.name] = file_digest(file)
+    meta = dict(
+        told,
+        dynamic_batch=dynamic_batch,
+        outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
+        end2end=end2end,
+        raw_shapes=output_shapes(outputs),
+        **(dict(parts=digests) if others else {}),
+    )
+    network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
+    return _export(detector, network, (image,), path, meta, chosen.dialect(), packed, saturating)
+
+
+def _export(
+    detector: nn.Module,
+    network: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: str | os.PathLike,
+    told: dict,
+    dialect: Dialect,
+    packed: bool,
+    saturating: Sequence[str] = (),
+) -> dict:
+    """Writes one graph; its first dimension stays open where ``told`` says so. Returns all that the file says."""
+    model = exported_program(detector, network, inputs, dialect, told)
     from mmdet_ptq.deploy.onnx.compact import compact
     from mmdet_ptq.deploy.onnx.graph import name_layers
     from mmdet_ptq.deploy.onnx.saturation import saturating_layers
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
-    graph = model.graph
+    graph, meta = model.graph, dict(told, format=FORMAT, version=__version__)
     meta['layers'] = name_layers(graph, detector)
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
@@ -92,7 +143,7 @@ def export_onnx(
             meta['folded'] = {fold.layer: fold.offsets for fold in folded}
     for change in dialect.passes:
         change(graph)
-    meta['saturating'] = saturating_layers(graph)
+    meta['saturating'] = [*saturating_layers(graph), *saturating]
     for pack in dialect.packings if packed else ():
         pack(graph)
     if dialect.compact:
@@ -102,50 +153,44 @@ def export_onnx(
 
 
 def exported_program(
-    detector: nn.Module, input_shape: tuple, runtime: str, dialect: Dialect, dynamic_batch: bool, end2end: bool
-) -> tuple:
-    device = next(detector.parameters()).device
-    example = torch.zeros(input_shape, device=device)
-    outputs = first_outputs(detector, input_shape)
-    network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
-    shapes = ({0: torch.export.Dim('batch', min=1)},) if dynamic_batch else None
+    detector: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], dialect: Dialect, told: dict
+) -> ir.Model:
+    batch = torch.export.Dim('batch', min=1)
+    names = ['input'] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
         with _writing(detector, dialect), deformable_nodes(), _quiet():
             program = torch.onnx.export(
                 network.eval(),
-                (example,),
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=['input'],
-                output_names=OUTPUTS if end2end else None,
-                dynamic_shapes=shapes,
+                input_names=names,
+                output_names=OUTPUTS if told.get('end2end') else None,
+                dynamic_shapes=_open_shapes(network, inputs, batch) if told['dynamic_batch'] else None,
                 verbose=False,
                 external_data=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = _cause(error)
-        where = failing_module(network, example, cause)
+        where = failing_module(network, inputs, cause)
         raise PTQError(
             f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
             'replace that operation, or leave out the export.'
         ) from error
-    if dynamic_batch and isinstance(program.model.graph.inputs[0].shape[0], int):
+    if told['dynamic_batch'] and any(isinstance(given.shape[0], int) for given in program.model.graph.inputs):
         raise PTQError(
             "--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
             'the option out: batches are split then.'
+            if not told.get('inputs')
+            else "the detector's own code fixes the number of regions, which must stay open; remove `ptq.export`."
         )
-    meta = dict(
-        format=FORMAT,
-        version=__version__,
-        runtime=runtime,
-        input_shape=list(input_shape),
-        dynamic_batch=dynamic_batch,
-        outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
-        end2end=end2end,
-        raw_shapes=output_shapes(outputs),
-        input=input_meta(detector, input_shape[1]),
-    )
-    return program.model, meta
+    return program.model
+
+
+def _open_shapes(network: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> tuple:
+    """The first dimension of every input; the arguments of a network that takes any number are one."""
+    shapes = tuple({0: batch} for _ in inputs)
+    return (shapes,) if isinstance(network, RawOutputs) else shapes
 
 
 @contextmanager
@@ -204,7 +249,7 @@ def model_meta(path: str | os.PathLike) -> dict:
     """What an exported ONNX file says about itself.
 
     Returns:
-        ``dict(format, version, runtime, input_shape, dynamic_batch, outputs, end2end, raw_shapes, input, layers,
+        ``dict(runtime, input_shape, input, dynamic_batch, outputs, end2end, raw_shapes, format, version, layers,
         saturating)``:
         ``input`` is :func:`mmdet_ptq.deploy.network.meta.input_meta`, ``outputs`` is the nesting of the raw outputs,
         ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer,
@@ -212,7 +257,9 @@ def model_meta(path: str | os.PathLike) -> dict:
         quantized detector's has ``space_to_depth``, too: what
         :func:`mmdet_ptq.deploy.onnx.space_to_depth.fold_space_to_depth` changed, each activation to the offsets of the
         slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads
-        the image itself.
+        the image itself. A detector with two stages has ``parts``, the name of each other network to the digest of its
+        file; such a file has ``inputs``, the shapes that it read of an empty image (the first dimension is open), and
+        ``constants``, what else its module was called with.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

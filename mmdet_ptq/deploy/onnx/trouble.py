@@ -8,7 +8,7 @@ from torch import Tensor, nn
 _WRAPPER = 'detector'  # the attribute under which exported networks keep the detector
 
 
-def failing_module(network: nn.Module, example: Tensor, cause: str) -> str:
+def failing_module(network: nn.Module, inputs: tuple[Tensor, ...], cause: str) -> str:
     """Path of the module that cannot be exported, as the detector names it.
 
     The network is captured once more: either that fails inside the module, or the operation that the exporter names
@@ -16,7 +16,7 @@ def failing_module(network: nn.Module, example: Tensor, cause: str) -> str:
 
     Args:
         network: What was exported.
-        example: Its input.
+        inputs: What it reads.
         cause: What the exporter said.
 
     Returns:
@@ -32,7 +32,7 @@ def failing_module(network: nn.Module, example: Tensor, cause: str) -> str:
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
         handles.append(module.register_forward_hook(leave))
     try:
-        program = torch.export.export(network, (example,), strict=False).run_decompositions()
+        program = torch.export.export(network, inputs, strict=False).run_decompositions()
     except Exception:  # whatever it is, it was reported already: here only the place counts
         return _shown(entered[-1]) if entered else ''
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.agreement import TensorAgreement
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.integers.kernels import SIGNED_ZERO
+from mmdet_ptq.deploy.network.parts import Part, part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.deploy.onnx.nodes import CODES
@@ -42,7 +43,17 @@ def compare_codes(
         One entry per quantized tensor, in the order of the network.
     """
     require('onnx', 'onnxruntime', extra='onnxruntime')
-    found = _runtime_codes(model, image.cpu().numpy())
+    agreements = []
+    for part in parts_of(detector, image):
+        file = part_path(model, part.name) if part.name else model
+        agreements += _compare_part(detector, part, file, follow, exact)
+    return agreements
+
+
+def _compare_part(
+    detector: nn.Module, part: Part, model: str | os.PathLike, follow: bool, exact: bool
+) -> list[TensorAgreement]:
+    found = _runtime_codes(model, [tensor.cpu().numpy() for tensor in part.inputs])
     # models of older versions do not have the entry: in them nothing was folded
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
         found[name] = _sliced(found[name], offsets)
@@ -53,7 +64,7 @@ def compare_codes(
     }
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
     with torch.no_grad(), arithmetic, recorded_codes(detector, found if follow else {}) as simulated:
-        RawOutputs(detector)(image)
+        RawOutputs(detector, part)(*part.inputs)
     agreements = []
     for name, codes in simulated.items():
         if name in found:
@@ -81,7 +92,7 @@ def _unpadded(codes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return codes[place]
 
 
-def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.ndarray]:
+def _runtime_codes(model: str | os.PathLike, inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
     import onnx
     import onnxruntime
 
@@ -100,7 +111,7 @@ def _runtime_codes(model: str | os.PathLike, image: np.ndarray) -> dict[str, np.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=['CPUExecutionProvider'])
-    values = session.run(list(read.values()), {'input': image})
+    values = session.run(list(read.values()), {g.name: v for g, v in zip(session.get_inputs(), inputs, strict=True)})
     return {name.removesuffix(CODES): value for name, value in zip(read, values, strict=True)}
 
 

@@ -25,6 +25,8 @@ from mmdet_ptq.wrapping import Structure
 
 # in this order, where they are present
 PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
+# beside all that are called QLinear
+_INTEGER = ('ConvInteger', 'MatMulInteger', 'MatMulIntegerToFloat', 'QGemm')
 
 
 @RUNTIMES.register_module(name='onnxruntime')
@@ -37,7 +39,7 @@ class OnnxRuntime(Runtime):
     packages = export_packages = ('onnxruntime>=1.20', *ONNX)
     # it computes a convolution in integers only if its output is quantized, too
     dataflow = 'balanced'
-    end2end = packs = compares = True
+    end2end = packs = compares = takes_parts = True
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.meta = model_meta(path)
@@ -121,6 +123,7 @@ class OnnxRuntime(Runtime):
                 passes.clip_codes,
                 passes.keep_float,
                 partial(passes.integer_biases, stored=True),
+                passes.weight_zero_points,
             ),
             packings=(pack_weights, narrow_biases),
         )
@@ -149,8 +152,9 @@ class OnnxRuntime(Runtime):
         # other providers have kernels of their own
         return super().remark() if self.session.get_providers()[0] == 'CPUExecutionProvider' else ''
 
-    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
-        return self.session.run(None, {'input': image})
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        names = (given.name for given in self.session.get_inputs())
+        return self.session.run(None, dict(zip(names, inputs, strict=True)))
 
     def coverage(self) -> IntegerCoverage:
         import onnx
@@ -160,11 +164,7 @@ class OnnxRuntime(Runtime):
             self._session(path)
             nodes = onnx.load(path, load_external_data=False).graph.node
         found = IntegerCoverage()
-        integer = {
-            node.name
-            for node in nodes
-            if node.op_type.startswith('QLinear') or node.op_type in ('ConvInteger', 'MatMulInteger', 'QGemm')
-        }
+        integer = {node.name for node in nodes if node.op_type.startswith('QLinear') or node.op_type in _INTEGER}
         for call in self.meta['layers']:
             # a fused node is named after the node it came from, with something before or after
             mine = any(call == name or name.startswith(f'{call}_') for name in integer)

@@ -9,19 +9,19 @@ import numpy as np
 from torch import Tensor
 
 from mmdet_ptq.deploy.network.meta import read_meta
-from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations
+from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations, shared_core
 from mmdet_ptq.errors import PTQError
 
 if TYPE_CHECKING:
     import openvino
 
 
-def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray]:
+def openvino_inputs(path: str | os.PathLike, *tensors: Tensor) -> dict[str, np.ndarray]:
     """What every call of a layer reads in OpenVINO, dequantized, in the detector's order of channels.
 
     Args:
         path: The ``.xml`` file.
-        image: (N, C, H, W), normalized.
+        *tensors: What the network reads: the image, (N, C, H, W), normalized.
 
     Returns:
         Name of the layer, with ``#k`` for further calls, to the tensor.
@@ -29,18 +29,16 @@ def openvino_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndar
     Raises:
         PTQError: OpenVINO computes something else as soon as it is watched.
     """
-    import openvino
-
-    core, pixels = openvino.Core(), image.cpu().numpy()
+    core, given = shared_core(), [tensor.cpu().numpy() for tensor in tensors]
     model = core.read_model(os.fspath(path))
     meta = read_meta(model.get_rt_info([META]).astype(str))
-    plain = run_model(core, model, pixels)
+    plain = run_model(core, model, given)
     inputs = {call: op.input_value(0) for call, op in layer_operations(model, meta['layers']).items()}
     put_out = [_place(result.input_value(0)) for result in model.get_results()]
     # a tensor that several layers read is put out once
     added = {_place(value): value for value in inputs.values() if _place(value) not in put_out}
     model.add_outputs(list(added.values()))
-    watched = run_model(core, model, pixels)
+    watched = run_model(core, model, given)
     if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(plain, watched, strict=False)):
         raise PTQError(
             f'OpenVINO computes other outputs of {os.fspath(path)!r} as soon as its tensors are read; '
@@ -63,7 +61,7 @@ def _slices(image: np.ndarray, offsets: list[list[int]]) -> np.ndarray:
     return np.concatenate([image[:, :, row::step, column::step] for row, column in offsets], axis=1)
 
 
-def run_model(core: openvino.Core, model: openvino.Model, image: np.ndarray) -> list[np.ndarray]:
+def run_model(core: openvino.Core, model: openvino.Model, inputs: list[np.ndarray]) -> list[np.ndarray]:
     compiled = core.compile_model(model, 'CPU', FLOAT32)
-    found = compiled([image])
+    found = compiled(inputs)
     return [found[index].copy() for index in range(len(compiled.outputs))]

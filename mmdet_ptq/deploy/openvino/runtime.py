@@ -7,6 +7,7 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from mmengine.logging import MMLogger
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import report_inputs
 from mmdet_ptq.deploy.network.meta import checked_meta, write_meta
+from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
-from mmdet_ptq.deploy.onnx.export import export_onnx
+from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.openvino.compact import compact, strip_layout
 from mmdet_ptq.deploy.openvino.deformable import deformable_extension
 from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
-from mmdet_ptq.deploy.openvino.model import FLOAT32, META
+from mmdet_ptq.deploy.openvino.model import FLOAT32, META, shared_core
 from mmdet_ptq.deploy.requirements import ONNX
-from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, worst_case
+from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, file_digest, remove_parts, worst_case
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import remove, write_atomic
 from mmdet_ptq.registry import RUNTIMES
@@ -42,13 +44,11 @@ class OpenVino(Runtime):
     weights = '.bin'
     packages = ('openvino>=2025.0',)
     export_packages = (*packages, *ONNX)
-    end2end = compares = True
+    end2end = compares = takes_parts = True
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.check()
-        import openvino
-
-        core = openvino.Core()
+        core = shared_core()
         path = os.fspath(path)
         if not Path(path).with_suffix('.bin').is_file():
             raise PTQError(
@@ -81,7 +81,7 @@ class OpenVino(Runtime):
         # a scale of 1 would be folded away, and the convolution would be a float one
         kernel = ops.multiply(ops.convert(ops.constant(weight), 'f32'), np.float32(0.5))
         sums = ops.convolution(codes, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
-        compiled = openvino.Core().compile_model(
+        compiled = shared_core().compile_model(
             openvino.Model([sums], [given]), 'CPU', {**FLOAT32, 'INFERENCE_NUM_THREADS': 1}
         )
         return bool((compiled([image.astype(np.float32)])[0] < 0.9 * 0.5 * exact).any())
@@ -94,23 +94,35 @@ class OpenVino(Runtime):
     def export(
         cls, detector: nn.Module, folder: str | os.PathLike, input_shape: tuple[int, int, int, int], **options
     ) -> Path:
+        path = Path(folder) / f'model{cls.suffix}'
+        with tempfile.TemporaryDirectory() as temporary:
+            onnx = Path(temporary) / 'model.onnx'
+            parts = export_onnx(detector, onnx, input_shape, runtime=cls.name, **options).get('parts', {})
+            # the file that is opened goes first and comes last: it never lies beside the weights of another model
+            remove(path)
+            remove_parts(path)
+            for name in parts:
+                file = part_path(path, name)
+                cls._convert(part_path(onnx, name), file)
+                parts[name] = file_digest(file)
+            cls._convert(onnx, path, dict(parts=parts) if parts else {})
+        return path
+
+    @classmethod
+    def _convert(cls, onnx: Path, path: Path, told: dict = MappingProxyType({})) -> None:
+        """Writes one network; it says of itself what the ONNX file says, and what is ``told``."""
         import openvino
 
-        folder = Path(folder)
-        with tempfile.TemporaryDirectory() as temporary:
-            meta = export_onnx(detector, Path(temporary) / 'model.onnx', input_shape, runtime=cls.name, **options)
-            model = openvino.convert_model(Path(temporary) / 'model.onnx', extension=[deformable_extension()])
-            compact(model, meta['layers'])
-            model.set_rt_info(write_meta(meta), [META])
-            openvino.save_model(model, Path(temporary) / 'model.xml', compress_to_fp16=False)
-            strip_layout(Path(temporary) / 'model.xml')
-            # the file that is opened goes first and comes last: it never lies beside the weights of another model
-            remove(folder / f'model{cls.suffix}')
-            weights = (Path(temporary) / f'model{cls.weights}').read_bytes()
-            text = seal((Path(temporary) / f'model{cls.suffix}').read_bytes(), weights)
-            for suffix, content in ((cls.weights, weights), (cls.suffix, text)):
-                write_atomic(folder / f'model{suffix}', lambda file, content=content: file.write(content))
-        return folder / f'model{cls.suffix}'
+        temporary, meta = onnx.with_suffix(cls.suffix), {**model_meta(onnx), **told}
+        model = openvino.convert_model(onnx, extension=[deformable_extension()])
+        compact(model, meta['layers'])
+        model.set_rt_info(write_meta(meta), [META])
+        openvino.save_model(model, temporary, compress_to_fp16=False)
+        strip_layout(temporary)
+        weights = temporary.with_suffix(cls.weights).read_bytes()
+        text = seal(temporary.read_bytes(), weights)
+        for suffix, content in ((cls.weights, weights), (cls.suffix, text)):
+            write_atomic(path.with_suffix(suffix), lambda file, content=content: file.write(content))
 
     @classmethod
     def dialect(cls) -> Dialect:
@@ -132,10 +144,13 @@ class OpenVino(Runtime):
 
     @classmethod
     def report_agreement(cls, logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:
-        report_inputs(logger, detector, openvino_inputs(path, image), image, 'OpenVINO', only_read_tensors)
+        found = {}
+        for part in parts_of(detector, image):
+            found |= openvino_inputs(part_path(path, part.name) if part.name else path, *part.inputs)
+        report_inputs(logger, detector, found, image, 'OpenVINO', only_read_tensors)
 
-    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
-        found = self.compiled([image])
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        found = self.compiled(inputs)
         return [found[index] for index in range(len(self.compiled.outputs))]
 
     def coverage(self) -> IntegerCoverage:

@@ -58,7 +58,7 @@ def export_runtime(run: Run, name: str) -> dict:
     path = runtime.export(copy.deepcopy(run.detector).cpu(), folder, shape)
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
-    coverage = model.coverage()
+    coverage = model.whole_coverage()
     announce_coverage(name, coverage, model.evidence)
     metrics = run.evaluate_detector(with_runtime(copy.deepcopy(run.float_detector).cpu(), model, run.cfg))
     (float_path,) = (folder / FLOAT_FOLDER).glob(f'model{path.suffix}')
@@ -93,7 +93,7 @@ def export_float_to(run: Run, name: str) -> dict:
 
 def stored_files(folder: Path) -> dict[str, int]:
     """Names and sizes of the files of the model in a folder."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob('model.*'))}
+    return {path.name: path.stat().st_size for path in sorted(folder.glob('model*.*'))}
 
 
 def announce_coverage(name: str, coverage: IntegerCoverage, evidence: str) -> None:
@@ -109,7 +109,7 @@ def time_against_float(path: Path, float_path: Path, shape: tuple[int, int, int,
     image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     models = [open_model(p, threads=1) for p in (float_path, path)]
     with torch.no_grad():
-        return latency_ratio(*(lambda model=model: model(image) for model in models)).ratio
+        return latency_ratio(*(lambda model=model: model.run_all(image) for model in models)).ratio
 
 
 def export(run: Run) -> None:

@@ -23,6 +23,7 @@ from mmdet_ptq.analysis import (
 )
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to
+from mmdet_ptq.deploy.runtime import model_files
 from mmdet_ptq.engine.evaluation import check_figures
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
@@ -94,10 +95,10 @@ def _simulated(run: Run, name: str) -> None:
     run.add_row(name, row, (run.folder / QUANTIZED).stat().st_size, bops(run.structure))
 
 
-def exported_models(run: Run) -> dict[str, Path]:
-    """Row to the model that the run exported, as far as it has."""
+def exported_models(run: Run) -> dict[str, list[Path]]:
+    """Row to the files of the model that the run exported, as far as it has."""
     paths = {name: Path(run.work_dir) / name / f'model{get_runtime(name).suffix}' for name in run.runtimes}
-    return {name: path for name, path in paths.items() if path.is_file()}
+    return {name: model_files(path) for name, path in paths.items() if path.is_file()}
 
 
 def _as_typed(path: Path) -> Path:
@@ -122,7 +123,7 @@ def report(run: Run) -> None:
         if run.protection is not None:
             print_protection(run.protection)
         print_results(run.results)
-        models = {name: _as_typed(path) for name, path in exported_models(run).items()}
+        models = {name: [_as_typed(path) for path in paths] for name, paths in exported_models(run).items()}
         checkpoint = _as_typed(run.folder / QUANTIZED)
         print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run)))
         print_lines([f'more: {_as_typed(Path(run.work_dir) / REPORT)}'])

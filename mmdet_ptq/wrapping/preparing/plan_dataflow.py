@@ -27,6 +27,7 @@ from mmdet_ptq.wrapping.watching.operations import (
     GATES,
     LAYER,
     MOVEMENT,
+    NORMS,
     PRODUCTS,
     UNKNOWN,
     fuses_clip,
@@ -378,8 +379,10 @@ class _Planner:
         return self.structure.activations[name]
 
     def _channels(self, op: Operation) -> dict:
-        """A scale per channel for what only gated activations read; the layer's own scales per channel absorb it."""
-        if op.kind != LAYER or not (op.name in self.outputs or self._float_gate(op.outputs[0])):
+        """A scale per channel where only float operations read it; the layer's own scales per channel absorb it."""
+        if op.kind != LAYER or not (
+            op.name in self.outputs or self._float_gate(op.outputs[0]) or self._only_normed(op.outputs[0])
+        ):
             return {}
         module = self.modules[op.name]
         return channel_format(self.spec, out_channels(module), channel_axis(module))
@@ -397,6 +400,11 @@ class _Planner:
             and self.graph.between(maker)
             and self.graph.only_gated(key)
         )
+
+    def _only_normed(self, key: Key) -> bool:
+        """Whether nothing but normalisations read a tensor: they compute in float, and give each channel its gain."""
+        readers = self.graph.readers[key]
+        return bool(readers) and all(op.kind == UNKNOWN and op.name in NORMS for op in readers)
 
     def _new(self, name: str, channels: dict) -> str:
         spec = build_quantizer({**self.spec, **channels}).spec()

@@ -91,6 +91,8 @@ _SUMS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', 'sub_', '__sub
 PRODUCTS = {'mul', 'mul_', '__mul__', '__rmul__', '__imul__', 'multiply'}
 _QUOTIENTS = {'div', 'div_', '__truediv__', '__itruediv__', 'divide', 'true_divide'}
 GATES = {'sigmoid': 'sigmoid', 'sigmoid_': 'sigmoid', 'hardsigmoid': 'hardsigmoid'}
+# of activations, which no weight could take over
+NORMS = {'batch_norm', 'group_norm', 'instance_norm'}
 GATED = {'silu': 'sigmoid', 'hardswish': 'hardsigmoid'}  # x * gate(x)
 _ARITHMETIC = (
     CLIPS

@@ -334,8 +334,9 @@ def test_python_function_that_cannot_be_traced_is_named(tmp_path, monkeypatch):
         export_ncnn(detector, (1, 3, 64, 64), tmp_path)
 
 
-def test_a_float_detector_is_exported_to_compare_with(tmp_path):
-    detector = tiny_detector('ssd')
+@pytest.mark.parametrize('kind', ['ssd', 'rtmdet'])  # the second one shares layers
+def test_a_float_detector_is_exported_to_compare_with(tmp_path, kind):
+    detector = tiny_detector(kind)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = list(RawOutputs(detector)(x))

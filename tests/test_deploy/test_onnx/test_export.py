@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmdet.models.detectors import SingleStageDetector
 from onnx import numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, integer_weight, open_model, settle_biases
@@ -217,9 +218,15 @@ def test_a_size_that_the_detector_does_not_take_is_refused(tmp_path):
         export_onnx(tiny_detector('yolox'), tmp_path / 'model.onnx', (1, 3, 33, 41))
 
 
-def test_two_stages_are_refused():
-    with pytest.raises(PTQError, match='FasterRCNN cannot be exported'):
-        check_exportable(tiny_detector('faster_rcnn'))
+def test_a_forward_of_its_own_is_refused():
+    class Own(SingleStageDetector):
+        def _forward(self, batch_inputs, batch_data_samples=None):
+            return super()._forward(batch_inputs)
+
+    detector = tiny_detector('retinanet')
+    detector.__class__ = Own
+    with pytest.raises(PTQError, match='Own cannot be exported'):
+        check_exportable(detector)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,22 @@ def test_an_export_that_is_killed_leaves_no_mixture(folder, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ['model.bin']
 
 
+def test_a_signal_does_not_end_the_process_once_models_are_gone(folder, on_processor):
+    """As of a worker of a data loader that ends; see ``shared_core``."""
+    code = """
+import gc, os, signal, sys
+from mmdet_ptq.deploy import open_model
+first, second = open_model(sys.argv[1]), open_model(sys.argv[1])
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print('handled'))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    assert on_processor('here', code, str(folder / 'model.xml')).split() == ['handled']
+
+
 def test_only_its_own_files_count(folder):
     path = folder / 'model.xml'
     expected = path.stat().st_size + (folder / 'model.bin').stat().st_size

@@ -14,7 +14,7 @@ from mmdet_ptq.deploy.tensorrt.runtime import TRTEXEC, TensorRT, integer_coverag
 from mmdet_ptq.engine.api import load_quantized
 from mmdet_ptq.engine.export_again import export_checkpoint
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_model_cfg, tiny_quantized
+from mmdet_ptq.testing import tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import LayerStructure, Structure, freeze_weights, quantized_weights
 
 onnxruntime = pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
@@ -253,11 +253,9 @@ def test_nothing_is_kept_of_a_graph_that_breaks_a_rule(checkpoint, tmp_path, mon
         raise PTQError(f'{len(model.graph.node) > 0}')
 
     monkeypatch.setattr('mmdet_ptq.deploy.tensorrt.runtime.check_tensorrt_model', refuse)
-    detector = torch.nn.Sequential()
-    monkeypatch.setattr('mmdet_ptq.deploy.onnx.export.check_exportable', lambda detector: None)
     monkeypatch.setattr('mmdet_ptq.deploy.onnx.export.exported_program', lambda *args: tiny_graph())
     with pytest.raises(PTQError, match='True'):
-        export_onnx(detector, tmp_path / 'model.onnx', SHAPE, runtime='tensorrt')
+        export_onnx(tiny_detector('retinanet'), tmp_path / 'model.onnx', SHAPE, runtime='tensorrt')
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,7 +266,7 @@ def tiny_graph():
     graph = helper.make_graph([helper.make_node('Relu', ['input'], ['output'], 'relu')], 'g', values[:1], values[1:])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)])
     made.ir_version = 10
-    return ir.from_proto(made), dict(runtime='tensorrt')
+    return ir.from_proto(made)
 
 
 def activation(**spec):

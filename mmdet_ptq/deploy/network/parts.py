@@ -1,0 +1,188 @@
+"""A detector as the networks that a runtime computes: one that reads the image, and one for each head behind regions.
+
+Between the networks of a detector with two stages stands mmdet's own code, which proposes regions, reads their features
+and merges what the heads find.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.wrapping.state import STATE
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
+
+# where a detector has the heads behind its regions
+HEADS = 'roi_head'
+# a dimension of one region would be taken for a constant
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network.
+
+    Attributes:
+        name: Path of the module that computes it; '' for the network that reads the image.
+        args: What the module is called with, tensors and constants; regions are the first dimension of the tensors.
+        kwargs: The same by keyword.
+    """
+
+    name: str
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors of its call, flat."""
+        return tuple(tensors_in((self.args, self.kwargs)))
+
+    @property
+    def constants(self) -> list:
+        """What else it was called with."""
+        return constants_in((self.args, self.kwargs))
+
+    def run(self, detector: nn.Module, *inputs: Tensor) -> Any:
+        """What it computes, as nested as the detector's own code returns it."""
+        if not self.name and not is_two_stage(detector):
+            return detector(*inputs, None, mode='tensor')
+        run = partial(self._call, detector.get_submodule(self.name)) if self.name else _first_stage(detector)
+        with _called(detector, run):
+            return detector(*inputs)
+
+    def _call(self, module: nn.Module, *inputs: Tensor) -> Any:
+        given = iter(inputs)
+        return module(*_replaced(self.args, given), **_replaced(self.kwargs, given))
+
+
+FIRST = Part('', ())
+
+
+def _first_stage(detector: nn.Module) -> Callable[[Tensor], tuple]:
+    """Features, and what the region proposal network says of them."""
+
+    def forward(image: Tensor) -> tuple:
+        features = detector.extract_feat(image)
+        return (features, detector.rpn_head(features)) if proposes(detector) else (features,)
+
+    return forward
+
+
+def proposes(detector: nn.Module) -> bool:
+    """Whether a detector of two stages has a region proposal network that reads the features alone."""
+    return detector.with_rpn and type(detector.rpn_head).forward is not nn.Module.forward
+
+
+@contextmanager
+def _called(detector: nn.Module, forward: Callable) -> Iterator[None]:
+    """A call of the detector, with all its hooks, computes something else."""
+    detector.forward = forward
+    try:
+        yield
+    finally:
+        del detector.forward
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {key: _replaced(item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(item, tensors) for item in value)
+    return value
+
+
+def constants_in(value: Any) -> list:
+    """Everything in nested containers that is no tensor, in order."""
+    if isinstance(value, Tensor):
+        return []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [constant for item in value for constant in constants_in(item)]
+    return [value]
+
+
+def part_path(path: str | os.PathLike, name: str) -> Path:
+    """The file of a part beside the model whose part it is."""
+    path = Path(path)
+    return path.with_name(f'{path.stem}-{name}{path.suffix}')
+
+
+@torch.no_grad()
+def parts_of(detector: nn.Module, image: Tensor) -> list[Part]:
+    """The networks of a detector, the one that reads the image first, with what they read of an image.
+
+    Args:
+        detector: The detector, in eval mode.
+        image: (N, C, H, W), normalized; heads behind regions read those of its first image.
+
+    Raises:
+        PTQError: The detector computes with weights outside of them.
+    """
+    first = Part('', (image,))
+    if not is_two_stage(detector):
+        return [first]
+    parts = [first, *_region_parts(detector, image)]
+    _check_complete(detector, [part.name for part in parts])
+    return parts
+
+
+def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
+    """The calls of the heads behind the regions of an image, in their order."""
+    calls: dict[str, list[Part]] = {}
+
+    def note(name: str) -> Callable:
+        return lambda module, args, kwargs: calls.setdefault(name, []).append(Part(name, args, kwargs))
+
+    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), tuple(image.shape[2:]))
+    sample = DetDataSample(metainfo=dict(meta, scale_factor=(1.0, 1.0)))
+    with ExitStack() as stack:
+        for name, head in _heads(detector.roi_head, HEADS):
+            stack.callback(head.register_forward_pre_hook(note(name), with_kwargs=True).remove)
+        detector(image[:1], [sample], mode='tensor')
+    for name, (part, *others) in calls.items():
+        kinds = {type(constant) for constant in part.constants}
+        if others or not kinds <= {bool, int, float, str, type(None)}:
+            why = f'is called {1 + len(others)} times' if others else f'reads {min(kind.__name__ for kind in kinds)}'
+            raise PTQError(
+                f'{type(detector).__name__} cannot be exported: {name} {why} in a forward pass; remove `ptq.export`.'
+            )
+    return [_widened(part) for (part,) in calls.values()]
+
+
+def _heads(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _heads(child, f'{path}.{name}')
+        elif next(child.parameters(), None) is not None:
+            yield f'{path}.{name}', child
+
+
+def _widened(part: Part) -> Part:
+    """The same with enough regions that none is taken for a constant."""
+    wide = (tensor.repeat_interleave(_FEWEST, 0) if len(tensor) < _FEWEST else tensor for tensor in part.inputs)
+    return Part(part.name, *(_replaced(value, wide) for value in (part.args, part.kwargs)))
+
+
+def _check_complete(detector: nn.Module, names: list[str]) -> None:
+    """Refuses weights that no network has."""
+    known = ['backbone', 'neck', STATE, *names[1:], *(['rpn_head'] if proposes(detector) else [])]
+    left = [name for name, _ in detector.named_parameters() if not name.startswith(tuple(f'{stem}.' for stem in known))]
+    if left:
+        raise PTQError(
+            f'{type(detector).__name__} cannot be exported: its own code computes with {left[0]} between the networks '
+            'that runtimes take; remove `ptq.export`.'
+        )

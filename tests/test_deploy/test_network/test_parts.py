@@ -1,0 +1,160 @@
+"""Detectors with two stages: several networks, with mmdet's own code between them."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from torch import nn
+
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, settle_biases, with_runtime
+from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
+from mmdet_ptq.deploy.network.parts import parts_of
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.testing import predict, tiny_batch, tiny_detector, tiny_quantized
+from mmdet_ptq.testing.calibrated import OBSERVE
+from mmdet_ptq.wrapping import quantized_weights
+from mmdet_ptq.wrapping.state import only_read_tensors
+
+pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+HEAD = 'roi_head.bbox_head'
+GIVEN = dict(onnxruntime=integer_arithmetic, openvino=only_read_tensors)
+
+
+@pytest.fixture(scope='module')
+def detector():
+    detector, structure = tiny_quantized('faster_rcnn', dict(OBSERVE, dataflow='balanced'))
+    settle_biases(detector, structure)
+    return detector
+
+
+@pytest.fixture(scope='module')
+def image(detector):
+    return detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
+
+
+@pytest.fixture(scope='module', params=['onnxruntime', 'openvino'])
+def exported(request, detector, image, tmp_path_factory):
+    pytest.importorskip(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, get_runtime(request.param).export(detector, folder, tuple(image.shape))
+
+
+def test_each_network_reads_what_the_detector_gives_it(detector, image):
+    first, head = parts_of(detector, image)
+    assert (first.name, head.name) == ('', HEAD) and first.inputs[0] is image
+    seen = []
+    handle = detector.roi_head.bbox_head.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        found = RawOutputs(detector, head)(*head.inputs)
+    handle.remove()
+    assert torch.equal(seen[0][0], head.inputs[0]) and len(head.inputs[0]) > 1
+    assert all(torch.equal(a, b) for a, b in zip(found, seen[0][1], strict=True))
+    assert 'forward' not in vars(detector) or detector.forward.__name__ != '_call'
+
+
+def test_every_network_computes_what_was_simulated_in_integers(exported, detector, image):
+    runtime, path = exported
+    model = open_model(path, threads=1)
+    coverage = model.whole_coverage()
+    assert set(coverage.integer) >= set(quantized_weights(detector)) - {'backbone.conv1'}
+    with torch.no_grad(), GIVEN[runtime](detector):
+        for part in parts_of(detector, image):
+            simulated = [out.numpy() for out in RawOutputs(detector, part)(*part.inputs)]
+            found = (model.parts[part.name] if part.name else model)(*(x.numpy() for x in part.inputs))
+            for ours, theirs in zip(simulated, found, strict=True):
+                # a code on a boundary may fall to either side
+                assert np.abs(ours - theirs).mean() <= 0.01 * ours.std()
+
+
+def test_mmdet_finds_the_same_boxes_around_a_runtime(exported, detector):
+    runtime, path = exported
+    around = with_runtime(tiny_detector('faster_rcnn', seed=5), open_model(path, threads=1))
+    batch = tiny_batch(2, seed=4)
+    with GIVEN[runtime](detector):
+        expected = predict(detector, batch)
+    for ours, theirs in zip(expected, predict(around, batch), strict=True):
+        ours, theirs = ours.pred_instances, theirs.pred_instances
+        assert len(ours) and abs(len(ours) - len(theirs)) <= 0.05 * len(ours)
+        distance = torch.cdist(ours.bboxes, theirs.bboxes).amin(1)
+        assert (distance < 1).float().mean() > 0.9
+
+
+def test_no_region_is_no_box(exported):
+    _, path = exported
+    around = with_runtime(tiny_detector('faster_rcnn', seed=5), open_model(path, threads=1))
+    around.test_cfg.rpn.min_bbox_size = 10**4
+    assert all(len(sample.pred_instances) == 0 for sample in predict(around, tiny_batch(2)))
+
+
+def test_files_of_one_model_stay_together(exported, tmp_path):
+    _, path = exported
+    files = [file for file in path.parent.iterdir() if file.suffix in (path.suffix, '.bin')]
+    assert len(files) == (2 if path.suffix == '.onnx' else 4) and model_bytes(path) == sum(
+        f.stat().st_size for f in files
+    )
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    part = tmp_path / f'{path.stem}-{HEAD}{path.suffix}'
+    part.write_bytes(path.read_bytes())
+    with pytest.raises(PTQError, match=f'{HEAD}.* is of another model; keep all files together'):
+        open_model(tmp_path / path.name)
+    part.unlink()
+    with pytest.raises(PTQError, match=f'{HEAD}.* is missing'):
+        open_model(tmp_path / path.name)
+
+
+def test_a_detector_of_one_stage_leaves_no_network_of_another(tmp_path, exported):
+    runtime, path = exported
+    for file in path.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    get_runtime(runtime).export(tiny_detector('retinanet'), tmp_path, (1, 3, 64, 64))
+    assert not list(tmp_path.glob('model-*')) and open_model(tmp_path / path.name).parts == {}
+
+
+def test_agreement_is_told_of_all_networks(exported, detector, image, caplog):
+    runtime, path = exported
+    logger = MMLogger.get_instance('agreement of parts')
+    said = []
+    logger.info = logger.warning = said.append
+    get_runtime(runtime).report_agreement(logger, detector, path, image)
+    told = ' '.join(said)
+    assert ' compared' in told and 'codes are the same' in told
+
+
+@pytest.mark.parametrize('runtime', ['ncnn', 'tensorrt'])
+def test_runtimes_that_take_one_network_refuse_two_stages(runtime):
+    with pytest.raises(PTQError, match=f'FasterRCNN has two stages, and {runtime} takes .* onnxruntime or openvino'):
+        get_runtime(runtime).check_detector(tiny_detector('faster_rcnn'))
+
+
+def test_one_graph_from_image_to_boxes_is_not_known(tmp_path):
+    with pytest.raises(PTQError, match='FasterRCNN predicts in a way of its own, which --end2end does not know'):
+        get_runtime('onnxruntime').export(tiny_detector('faster_rcnn'), tmp_path, (1, 3, 64, 64), end2end=True)
+
+
+def test_weights_outside_of_the_networks_are_named(image):
+    detector = tiny_detector('faster_rcnn')
+    detector.roi_head.scales = nn.Embedding(2, 3)
+    with pytest.raises(PTQError, match=r'its own code computes with roi_head\.scales\.weight'):
+        parts_of(detector, image)
+
+
+def test_a_head_that_is_called_twice_is_refused(image, monkeypatch):
+    detector = tiny_detector('faster_rcnn')
+    call = type(detector.roi_head)._bbox_forward
+    monkeypatch.setattr(type(detector.roi_head), '_bbox_forward', lambda *args: call(*args) and call(*args))
+    with pytest.raises(PTQError, match=r'roi_head\.bbox_head is called 2 times'):
+        parts_of(detector, image)
+
+
+def test_a_head_is_called_as_it_was_exported(exported, detector, image):
+    _, path = exported
+    around = with_runtime(copy.deepcopy(tiny_detector('faster_rcnn')), open_model(path, threads=1))
+    with pytest.raises(PTQError, match='is called with'):
+        around.roi_head.bbox_head(parts_of(detector, image)[1].inputs[0], True)
