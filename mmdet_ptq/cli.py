@@ -1,17 +1,39 @@
-"""The command lines behind tools/: arguments in, one runner, one sentence when something is wrong."""
+"""The command lines: arguments in, one runner, one sentence when something is wrong.
+
+Nothing of the stack is imported before the arguments are understood: ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mmdet_ptq.errors import PTQError, did_you_mean, one_line
+from mmdet_ptq.version import __version__
 
 # calibration images of --fast: ranges of 8 bits hardly change with more
 FAST_IMAGES = 32
+PACKAGE = Path(__file__).resolve().parent
+# recipes and the embedded detector; in a clone a link to its folder of this name
+CONFIGS = PACKAGE / 'configs'
+DEMO = CONFIGS / 'ssdlite_mbv2_ptq.py'
+FOLDER = 'work_dir of the config, else work_dirs/CONFIG_NAME'
+
+
+def preset_names() -> list[str]:
+    """Names of all presets."""
+    # by path: the folder's package imports torch
+    return list(runpy.run_path(str(PACKAGE / 'config' / 'presets.py'))['PRESETS'])
+
+
+def runtime_folders() -> list[str]:
+    """Names of all runtimes of the package, as far as their folders tell."""
+    return sorted(path.parent.name for path in (PACKAGE / 'deploy').glob('*/runtime.py'))
 
 
 def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[[list[str] | None], None]:
@@ -31,18 +53,22 @@ def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[
     return run
 
 
-def _parser(description: str, checkpoint: str) -> argparse.ArgumentParser:
+def _parser(description: str, checkpoint: str, by_preset: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='mmdet config file')
+    parser.add_argument(
+        'config', help='mmdet config file, or a recipe of the package, as yolox/yolox_nano_w8a8_coco.py'
+    )
     parser.add_argument(
         'checkpoint',
         nargs='?' if checkpoint == 'optional' else None,
         help='checkpoint file; where it may be left out, load_from of the config is used',
     )
-    parser.add_argument('--work-dir', help='where results go, default: work_dirs/CONFIG_NAME')
+    inside = ', in it a folder named after the preset' if by_preset else ''
+    parser.add_argument('--work-dir', help=f'where results go, default: {FOLDER}{inside}')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='changes to the config')
     parser.add_argument('--device', help='cpu, cuda or cuda:N, default: cuda where there is one')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--verbose', action='store_true', help='print what goes to the log file alone otherwise')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
@@ -57,6 +83,7 @@ def load_config(path: str, options: list[str] | None = None):
     Raises:
         PTQError: The file, one of its bases or a module it imports is missing.
     """
+    path = _found(path)
     from mmengine.config import Config, DictAction
 
     if not Path(path).is_file():
@@ -83,6 +110,32 @@ def load_config(path: str, options: list[str] | None = None):
     return cfg
 
 
+def _found(path: str) -> str:
+    """A config's path; where there is no such file, that of the package's recipe of this name."""
+    packaged = CONFIGS / path.removeprefix('configs/')
+    return str(packaged) if not Path(path).is_file() and packaged.is_file() else path
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Refuses a checkpoint that is not there, before anything else."""
+    if path and '://' not in path and not Path(path).is_file():
+        raise PTQError(f'there is no checkpoint {path!r}; check the path.')
+
+
+def _screen(args: argparse.Namespace) -> AbstractContextManager:
+    """Shows a person what matters, unless all is asked for."""
+    from mmdet_ptq.progress import for_people
+
+    return nullcontext() if args.verbose else for_people()
+
+
+def _mend() -> None:
+    """Mends the faults of the stack, which importing the package leaves to us where we are the program."""
+    from mmdet_ptq.compat import apply_workarounds
+
+    apply_workarounds()
+
+
 def _prepare(args: argparse.Namespace):
     if args.device == 'cpu':
         # mmengine takes the GPU wherever it sees one
@@ -94,6 +147,7 @@ def _prepare(args: argparse.Namespace):
     if args.launcher != 'none':
         _check_launcher(args.launcher)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    _mend()
     cfg = load_config(args.config, args.cfg_options)
     if args.device and args.device != 'cpu':
         import torch
@@ -150,12 +204,18 @@ def _change_block(cfg, args: argparse.Namespace, changes: dict) -> None:
     cfg.merge_from_dict(dict(ptq=changes))
     if args.checkpoint:
         cfg.load_from = args.checkpoint
+    if cfg.get('load_from'):
+        _check_checkpoint(str(cfg.load_from))
+    if not args.work_dir and cfg.ptq.get('preset'):
+        # the results of one preset stay when another is tried
+        cfg.work_dir = str(Path(cfg.work_dir) / str(cfg.ptq.preset))
 
 
 def _ptq(argv: list[str] | None = None) -> None:
     """tools/ptq.py."""
     parser = _parser('Quantize an mmdet detector and report what it cost.', 'optional')
-    parser.add_argument('--preset', help='replaces ptq.preset')
+    parser.add_argument('--preset', help=f'replaces ptq.preset: {", ".join(preset_names())}')
+    parser.add_argument('--dry-run', action='store_true', help='check everything, tell the plan, and stop')
     parser.add_argument('--resume', action='store_true', help='take over finished stages of an interrupted run')
     parser.add_argument('--seed', type=int, help='replaces ptq.calibration.seed')
     parser.add_argument(
@@ -164,6 +224,12 @@ def _ptq(argv: list[str] | None = None) -> None:
         help=f'a first look: ranges of at most {FAST_IMAGES} images, nothing is searched or trained',
     )
     args = parser.parse_args(argv)
+    _check_checkpoint(args.checkpoint)
+    with _screen(args):
+        _quantize(args)
+
+
+def _quantize(args: argparse.Namespace) -> None:
     cfg = _prepare(args)
     changes = {}
     if args.seed is not None:
@@ -180,7 +246,7 @@ def _ptq(argv: list[str] | None = None) -> None:
     cfg.resume = args.resume
     from mmdet_ptq.engine import PTQRunner
 
-    PTQRunner.from_cfg(cfg).run()
+    PTQRunner.from_cfg(cfg).run(dry=args.dry_run)
 
 
 def _analyze(argv: list[str] | None = None) -> None:
@@ -188,23 +254,30 @@ def _analyze(argv: list[str] | None = None) -> None:
     parser = _parser(
         'Rank tensors and parts of a detector by what their quantization costs, and find better formats.', 'optional'
     )
-    parser.add_argument('--preset', help='replaces ptq.preset')
+    parser.add_argument('--preset', help=f'replaces ptq.preset: {", ".join(preset_names())}')
     parser.add_argument('--images', type=int, default=16, help='calibration images to measure on, default: 16')
     args = parser.parse_args(argv)
     if args.images < 1:
         raise PTQError(f'--images must be at least 1, got {args.images}.')
-    cfg = _prepare(args)
-    _change_block(cfg, args, {})
-    from mmdet_ptq.engine.analyze import analyze
+    _check_checkpoint(args.checkpoint)
+    with _screen(args):
+        cfg = _prepare(args)
+        _change_block(cfg, args, {})
+        from mmdet_ptq.engine.analyze import analyze
 
-    analyze(cfg, args.images)
+        analyze(cfg, args.images)
 
 
 def _test(argv: list[str] | None = None) -> None:
     """tools/test.py."""
     args = _parser(
-        "Evaluate a quantized checkpoint or an exported model with mmdet's own evaluator.", 'required'
+        "Evaluate a quantized checkpoint or an exported model with mmdet's own evaluator.", 'required', by_preset=False
     ).parse_args(argv)
+    with _screen(args):
+        _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
     cfg = _prepare(args)
     from mmdet_ptq.analysis import print_results, result_row
     from mmdet_ptq.engine import evaluate, load_quantized
@@ -222,11 +295,9 @@ def _test(argv: list[str] | None = None) -> None:
 
 def _export(argv: list[str] | None = None) -> None:
     """tools/export.py."""
-    from mmdet_ptq.registry import runtime_names
-
     parser = argparse.ArgumentParser(description='Write a quantized checkpoint as a model that a runtime executes.')
     parser.add_argument('checkpoint', help='the quantized.pth of a run')
-    parser.add_argument('--to', nargs='+', required=True, metavar='RUNTIME', help=', '.join(runtime_names()))
+    parser.add_argument('--to', nargs='+', required=True, metavar='RUNTIME', help=', '.join(runtime_folders()))
     parser.add_argument('--out', help='folder, each runtime gets one in it; default: where the checkpoint is')
     parser.add_argument(
         '--input-shape',
@@ -254,6 +325,7 @@ def _export(argv: list[str] | None = None) -> None:
         help='let the config in the checkpoint import modules: it can run any code',
     )
     args = parser.parse_args(argv)
+    _mend()
     config = None if args.config is None else load_config(args.config)
     from mmdet_ptq.engine.export_again import export_checkpoint
 
@@ -275,3 +347,56 @@ ptq = _guarded(_ptq, 'the finished stages are kept, run the same command with --
 export = _guarded(_export, 'no half-written model was left, run the same command again.')
 test = _guarded(_test, 'nothing was changed, run the same command again.')
 analyze = _guarded(_analyze, 'finished measurements are kept, run the same command again to go on.')
+
+
+def demo(argv: list[str] | None = None) -> None:
+    """Quantizes the embedded detector."""
+    ptq([str(DEMO), *(sys.argv[1:] if argv is None else argv)])
+
+
+def doctor(argv: list[str] | None = None) -> None:
+    """Examines the environment."""
+    argparse.ArgumentParser(description='Say what is wrong with the environment and how to mend it.').parse_args(argv)
+    from mmdet_ptq.doctor import main as examine
+
+    sys.exit(examine())
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str] | None], None], str]] = {
+    'demo': (demo, 'quantize the embedded detector; nothing is downloaded'),
+    'run': (ptq, 'quantize a detector, evaluate and export it (also: quantize)'),
+    'analyze': (analyze, 'find what costs most, and better formats'),
+    'export': (export, 'write a quantized checkpoint for a runtime'),
+    'test': (test, 'evaluate a quantized checkpoint or an exported model'),
+    'doctor': (doctor, 'say what is wrong with the environment'),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The one program that has all commands; ``mmdet-ptq CONFIG`` is ``mmdet-ptq run CONFIG``."""
+    arguments = sys.argv[1:] if argv is None else argv
+    name = {'quantize': 'run'}.get(arguments[0], arguments[0]) if arguments else '--help'
+    if name in ('-h', '--help'):
+        print(_usage())
+    elif name == '--version':
+        print(f'mmdet-ptq {__version__}')
+    elif name in COMMANDS:
+        sys.argv[0] = f'mmdet-ptq {name}'  # as usage lines have it
+        COMMANDS[name][0](arguments[1:])
+    elif name.endswith('.py'):
+        ptq(arguments)
+    else:
+        near = did_you_mean(name, COMMANDS) or f' It is one of {", ".join(COMMANDS)}.'
+        print(f'error: there is no command {name!r}.{near}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _usage() -> str:
+    commands = '\n'.join(f'  {name:<9} {told}' for name, (_, told) in COMMANDS.items())
+    return (
+        f'mmdet-ptq {__version__}: post-training quantization for MMDetection\n\n'
+        'usage: mmdet-ptq COMMAND ...     (mmdet-ptq COMMAND --help tells its options)\n'
+        f'       mmdet-ptq CONFIG ...      (the same as mmdet-ptq run CONFIG ...)\n\n{commands}\n\n'
+        f'presets: {", ".join(preset_names())}\n'
+        f'results: {FOLDER}, in it a folder named after the preset'
+    )

@@ -142,8 +142,14 @@ def test_a_broken_config(refused, tmp_path):
     assert 'no_such_module' in refused(config=tmp_path / 'lost.py')
 
 
-def test_a_missing_checkpoint(refused, tmp_path):
+def test_a_missing_checkpoint_is_the_first_thing_said(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmengine.config.Config.fromfile', lambda *args: pytest.fail('the config is read'))
     assert 'there is no checkpoint' in refused(tmp_path / 'missing.pth')
+
+
+def test_a_missing_checkpoint_of_the_config_is_said_before_anything_is_built(refused, monkeypatch):
+    monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.from_cfg', lambda *args: pytest.fail('the runner is built'))
+    assert "there is no checkpoint 'missing.pth'" in refused('--cfg-options', 'load_from=missing.pth')
 
 
 def test_no_checkpoint_is_named(refused):
@@ -214,8 +220,8 @@ def test_an_override_that_matches_no_layer(config_file, capfd):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is there')
 @pytest.mark.parametrize('command', [cli.ptq, cli.test])
-def test_a_gpu_that_is_not_there(refused, command):
-    assert 'torch sees no GPU' in refused('x.pth', '--device', 'cuda', command=command)
+def test_a_gpu_that_is_not_there(refused, config_file, command):
+    assert 'torch sees no GPU' in refused(config_file.with_name('float.pth'), '--device', 'cuda', command=command)
 
 
 def test_an_unknown_device(refused):
@@ -268,7 +274,7 @@ def test_a_custom_detector_and_a_seed(config_file, tmp_path, monkeypatch, capfd,
 @pytest.mark.parametrize('images', [3, 100, None])
 def test_fast_searches_and_trains_nothing(config_file, tmp_path, monkeypatch, images):
     seen = []
-    monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.run', lambda runner: seen.append(runner.ptq))
+    monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.run', lambda runner, dry: seen.append(runner.ptq))
     cfg = Config.fromfile(config_file)
     cfg.ptq = dict(
         preset='w4a8', protect=dict(), **({} if images is None else dict(calibration=dict(num_images=images)))
@@ -305,7 +311,8 @@ def test_installed_commands_are_those_of_tools():
     root = Path(__file__).resolve().parent.parent
     scripts = tomllib.loads((root / 'pyproject.toml').read_text())['project']['scripts']
     tools = {path.stem for path in (root / 'tools').glob('*.py') if 'mmdet_ptq.cli import' in path.read_text()}
-    assert {target.partition(':')[2] for target in scripts.values()} == tools
+    assert scripts['mmdet-ptq'] == 'mmdet_ptq.cli:main'
+    assert {target.partition(':')[2] for target in scripts.values()} | {'ptq'} == tools | {'main'}
     for target in scripts.values():
         module, _, name = target.partition(':')
         assert module == 'mmdet_ptq.cli' and callable(getattr(cli, name))

@@ -20,11 +20,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from setup_mmcv import Mmcv
 from setup_parts import ROOT, SetupError, clock, digest, extra, probe, say, stop_group
 
 TORCH = '2.13.0'
@@ -237,9 +237,10 @@ class Venv:
             lambda: [before, self.dists('mmengine', 'onedl_mmengine')],
             lambda: self.pip('mmengine', *before),
         )
-        self.step('mmcv', lambda: [mmcv, self.dists('torch', 'mmcv', 'onedl_mmcv')], lambda: self.install_mmcv(mmcv))
+        built = Mmcv(self, mmcv)
+        self.step('mmcv', lambda: [mmcv, self.dists('torch', 'mmcv', 'onedl_mmcv')], built.install)
         self.step('opencv', lambda: self.dists('opencv_python', 'opencv_python_headless'), self.mend_opencv)
-        self.step('operators', lambda: self.dists('torch', 'mmcv', 'onedl_mmcv'), self.check_operators)
+        self.step('operators', lambda: self.dists('torch', 'mmcv', 'onedl_mmcv'), built.check_operators)
         self.step(
             'mmdet',
             lambda: [after, self.dists('mmdet', 'onedl_mmdetection')],
@@ -305,109 +306,11 @@ class Venv:
         if self.torch is None and self.dists('torch') and not self.imports('import torch'):
             say(f'Keeping {self.dists("torch")[0]}')
             return
-        self.pip('torch', f'torch=={self.torch or TORCH}')
+        self.pip('torch', f'torch=={self.wanted_torch()}')
 
-    def wheel_cache(self) -> Path:
-        """Returns the folder for mmcv wheels: one per torch, which an mmcv is built against."""
-        torch = (self.dists('torch') or [f'torch-{self.torch or TORCH}'])[0]
-        return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmdet-ptq' / torch
-
-    def install_mmcv(self, pin: str) -> None:
-        """Compiles mmcv against the installed torch, or takes the wheel of an earlier build against it."""
-        pattern = f'*mmcv-{pin.split("==")[1]}-cp{"".join(map(str, self.minor_version()))}-*.whl'
-        wheels = list(self.wheel_cache().glob(pattern))
-        if wheels:
-            say(f'mmcv was compiled here before, against the same torch: {wheels[0]}')
-        else:
-            self.build_mmcv(pin)
-            wheels = list(self.wheel_cache().glob(pattern)) or [self.wheel_cache() / pattern]
-        self.pip('mmcv', '--force-reinstall', '--no-deps', wheels[0])
-        self.pip('the dependencies of mmcv', wheels[0])
-
-    def check_operators(self) -> None:
-        """Raises a SetupError, and forgets the wheel, if mmcv was built without working operators."""
-        if not self.dry_run and (error := self.imports('import mmcv.ops')):
-            shutil.rmtree(self.wheel_cache(), ignore_errors=True)
-            (self.state / 'mmcv').unlink(missing_ok=True)
-            raise SetupError(
-                f'mmcv was built without working operators ({error}); repeat the command to '
-                f'build it again, the log of the build is {self.state / "mmcv-build.log"}.'
-            )
-
-    def build_mmcv(self, pin: str) -> None:
-        """Compiles in a folder that is kept, so that ninja goes on where an interrupted build stopped."""
-        source = self.state / 'mmcv-source'
-        name = pin.replace('==', '-').replace('onedl-', 'onedl_')
-        tree = source / name
-        if not tree.exists():
-            self.run(
-                'Fetching the source of mmcv',
-                [
-                    self.python,
-                    '-m',
-                    'pip',
-                    'download',
-                    '--no-deps',
-                    '--no-build-isolation',
-                    '--no-binary',
-                    ':all:',
-                    '-d',
-                    source,
-                    pin,
-                ],
-                'mmcv-source',
-            )
-            if not self.dry_run:
-                with tarfile.open(next(source.glob('*.tar.gz'))) as archive:
-                    archive.extractall(source / 'unpacking')
-                (source / 'unpacking' / name).rename(tree)
-        jobs = os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0)))
-        env = {
-            'MMCV_WITH_OPS': '1',
-            'MAX_JOBS': jobs,
-            # operators are a small share of a detector's time; -O1 without symbols halves the build
-            'CFLAGS': os.environ.get('CFLAGS', '-O1 -g0'),
-        }
-        gpu = not self.dry_run and not self.imports('import torch; assert torch.cuda.is_available()')
-        if gpu and shutil.which('nvcc') is None and 'CUDA_HOME' not in os.environ:
-            say(
-                'A GPU is there but no nvcc: mmcv gets CPU operators only, so NMS on the GPU will not work. '
-                'Install the CUDA toolkit of your torch and remove .venv to have both.'
-            )
-            env |= {'FORCE_CUDA': '0', 'CUDA_VISIBLE_DEVICES': ''}
-            gpu = False
-        csrc = tree / 'mmcv' / 'ops' / 'csrc' / 'pytorch'
-        patterns = ['*.cpp', 'cpu/*.cpp'] + (['cuda/*.cu', 'cuda/*.cpp'] if gpu else [])
-        total = sum(len(list(csrc.glob(p))) for p in patterns)
-
-        def progress() -> str:
-            return f'{sum(1 for _ in tree.glob("build/temp*/**/*.o"))} of {total} files compiled'
-
-        say('mmcv publishes no wheel for this torch: it is compiled now, once (7 to 15 minutes on 2 cores).')
-        self.run(
-            'Compiling mmcv',
-            [
-                self.python,
-                '-m',
-                'pip',
-                'wheel',
-                '--verbose',
-                '--no-deps',
-                '--no-build-isolation',
-                '-w',
-                source / 'wheel',
-                tree,
-            ],
-            'mmcv-build',
-            env=env,
-            progress=progress,
-        )
-        if not self.dry_run:
-            cache = self.wheel_cache()
-            cache.mkdir(parents=True, exist_ok=True)
-            for wheel in (source / 'wheel').glob('*.whl'):
-                shutil.move(wheel, cache / wheel.name)
-            shutil.rmtree(source)
+    def wanted_torch(self) -> str:
+        """Returns the version of torch that is installed where there is none."""
+        return self.torch or TORCH
 
     def mend_opencv(self) -> None:
         """Swaps opencv for its headless build where the display libraries that it links are absent."""

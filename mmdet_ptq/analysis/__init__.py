@@ -8,7 +8,8 @@ from mmdet_ptq.analysis.latency import LatencyRatio, latency_ratio
 from mmdet_ptq.analysis.report import REPORT, ReportInputs, build_report, headlines, write_report
 from mmdet_ptq.analysis.results import new_results, read_results, result_row, versions, write_results
 from mmdet_ptq.analysis.sensitivity import print_protection
-from mmdet_ptq.analysis.table import coverage_table, print_results, result_lines, results_table
+from mmdet_ptq.analysis.table import coverage_table, print_lines, print_results, result_lines, results_table
+from mmdet_ptq.analysis.verdict import verdict_lines
 from mmdet_ptq.wrapping.coverage import float_size_bytes
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     'layer_errors',
     'new_results',
     'part_summary',
+    'print_lines',
     'print_protection',
     'print_results',
     'read_results',
@@ -37,6 +39,7 @@ __all__ = [
     'result_row',
     'results_table',
     'score_drift',
+    'verdict_lines',
     'versions',
     'write_report',
     'write_results',

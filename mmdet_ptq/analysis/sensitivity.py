@@ -17,6 +17,7 @@ from mmdet_ptq.calibration.protection.damage import Damage
 from mmdet_ptq.calibration.protection.protect import Protection
 from mmdet_ptq.calibration.protection.sensitivity import Sensitivities
 from mmdet_ptq.files import write_atomic, write_json
+from mmdet_ptq.progress import output
 
 SCHEMA = 1
 TOP = 20
@@ -121,7 +122,7 @@ def print_sensitivity(sensitivities: Sensitivities, protection: Protection, cons
         protection: What protection would change.
         console: Where to. Defaults to the terminal.
     """
-    console = console or Console()
+    console = console or output()
     _print_table(groups_table(sensitivities), console)
     _print_table(tensors_table(sensitivities), console)
     print_protection(protection, console)
@@ -134,7 +135,7 @@ def print_protection(protection: Protection, console: Console | None = None) -> 
         protection: See :func:`mmdet_ptq.calibration.protection.protect.protect_detector`.
         console: Where to. Defaults to the terminal.
     """
-    console = console or Console()
+    console = console or output()
     if not protection.overrides:
         console.print('No other format would help noticeably: the config needs no overrides.')
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
+from mmdet_ptq.progress import output
 from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 ABSENT = '-'
@@ -124,7 +125,8 @@ def models_table(results: Mapping[str, Any]) -> Table:
     table = Table(title='models')
     table.add_column('model', no_wrap=True)
     for heading in (metric or 'metric', 'points', 'size', 'speed', 'integer convolutions'):
-        table.add_column(heading, justify='right')
+        # on a narrow terminal two lines, not a name without its end
+        table.add_column(heading, justify='right', overflow='fold')
     speeds = lines.get('speed against float')
     for place, row in enumerate(results['rows']):
         coverage = results.get('runtimes', {}).get(row['model'])
@@ -180,9 +182,21 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
         console: Where to. Defaults to the terminal.
     """
-    console = console or Console()
+    console = console or output()
     console.print(results_table(results))
     if len(results['rows']) > 2:
         console.print(models_table(results))
-    for line in closing_lines(results):
-        console.print(line, style='yellow', markup=False, highlight=False)
+    print_lines(closing_lines(results), console, 'yellow')
+
+
+def print_lines(lines: Iterable[str], console: Console | None = None, style: str | None = None) -> None:
+    """Prints lines as they are: a name in one is not split, and can be copied.
+
+    Args:
+        lines: The lines.
+        console: Where to. Defaults to the terminal.
+        style: Their colour. Defaults to None.
+    """
+    console = console or output()
+    for line in lines:
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -14,12 +13,12 @@ from types import MappingProxyType
 import cv2
 import numpy as np
 from mmengine.logging import print_log
-from mmengine.utils import track_iter_progress
 from pycocotools import mask as rle
 
 from mmdet_ptq.datasets.scenes import make_scene
 from mmdet_ptq.datasets.shapes import CLASSES
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.progress import track
 
 # raise it whenever an image or an annotation changes: data of another version are generated anew
 GENERATOR_VERSION = 2
@@ -95,7 +94,7 @@ def _write(root: Path, tasks: list[tuple[str, int]], seed: int) -> None:
     coco = {split: dict(images=[], annotations=[], categories=categories) for split in SPLITS}
     for split in SPLITS:
         (root / split).mkdir()
-    for split, index in track_iter_progress(tasks, file=sys.stderr):
+    for split, index in track(tasks, 'drawing images'):
         stream = SPLITS.index(split)
         scene = make_scene(seed, stream, index)
         name, image_id = f'{index:06d}.png', stream * ID_OFFSET + index + 1

@@ -7,10 +7,11 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
+from mmdet_ptq.analysis import print_lines
 from mmdet_ptq.analysis.sensitivity import JSON, PICTURE, print_sensitivity, write_sensitivity
 from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, Sensitivities, measure_sensitivity, protect_detector
 from mmdet_ptq.engine.runner import PTQRunner
-from mmdet_ptq.engine.stage_store import StageStore
+from mmdet_ptq.engine.told import ToldStages
 
 
 def analyze(cfg: Config, images: int = 16) -> tuple[Sensitivities, Protection]:
@@ -32,7 +33,7 @@ def analyze(cfg: Config, images: int = 16) -> tuple[Sensitivities, Protection]:
     runner = PTQRunner.from_cfg(cfg)
     folder = Path(cfg.work_dir) / 'analyze'
     # of its own: a run in the same work directory must not take these stages for its own
-    runner.stages = StageStore(folder, resume=True)
+    runner.stages = ToldStages(folder, resume=True)
     runner.load()
     runner.prepare()
     runner.observe()
@@ -51,5 +52,5 @@ def analyze(cfg: Config, images: int = 16) -> tuple[Sensitivities, Protection]:
     if is_main_process():
         write_sensitivity(cfg.work_dir, sensitivities, protection)
         print_sensitivity(sensitivities, protection)
-        print(f'{JSON} and {PICTURE} are in {cfg.work_dir}')
+        print_lines([f'{JSON} and {PICTURE} are in {cfg.work_dir}'])
     return sensitivities, protection

@@ -17,7 +17,14 @@ from torch import nn
 
 from mmdet_ptq.calibration import LoadedSamples
 from mmdet_ptq.config import PTQConfig
-from mmdet_ptq.deploy import build_detector, get_runtime, load_quantized_state, read_quantized
+from mmdet_ptq.deploy import (
+    build_detector,
+    get_runtime,
+    load_quantized_state,
+    open_model,
+    read_quantized,
+    runtime_detector,
+)
 from mmdet_ptq.deploy.checkpoint.check import declared_numbers
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.guard import only_registered
@@ -122,6 +129,23 @@ def load_quantized(
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']
     return detector.to(device).eval()
+
+
+def load_exported(path: str | os.PathLike, config: Config | str) -> nn.Module:
+    """Loads an exported model, ready for ``mmdet.apis.inference_detector``: the runtime computes its network.
+
+    Args:
+        path: The model, as ``model.onnx`` or ``model.xml``.
+        config: The config that it was exported from, or its file.
+
+    Returns:
+        The detector on the CPU, in eval mode.
+
+    Raises:
+        PTQError: There is no such model, no runtime reads it, or it was exported from another detector.
+    """
+    model = open_model(path)
+    return runtime_detector(config if isinstance(config, Config) else Config.fromfile(str(config)), model)
 
 
 def _bounds(state: dict, path: str) -> Callable[[], AbstractContextManager]:

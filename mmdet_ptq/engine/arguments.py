@@ -44,6 +44,7 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
         test_evaluator=cfg['test_evaluator'],
         test_cfg=test_loop_cfg(cfg),
         default_hooks=evaluation_hooks(cfg.get('default_hooks')),
+        custom_hooks=[dict(type='mmdet_ptq.ProgressHook')],
         data_preprocessor=cfg.get('data_preprocessor'),
         load_from=cfg['load_from'],
         resume=cfg.get('resume', False),

@@ -17,7 +17,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.mot import BaseMOTModel
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmengine.config import Config
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.runner import Runner, TestLoop
 from PIL import Image
 from pycocotools.coco import COCO
@@ -30,6 +30,7 @@ from mmdet_ptq.deploy import integer_arithmetic
 from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError, building, one_line
 from mmdet_ptq.files import check_space, file_hash
+from mmdet_ptq.progress import adopted
 from mmdet_ptq.wrapping import is_quantized
 
 _CHECK = 'check `test_dataloader.dataset` and `test_evaluator.ann_file`.'
@@ -67,14 +68,22 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         return figures(runner.test())
 
 
+class _Runner(Runner):
+    """mmengine's, which shows warnings alone where a person looks on."""
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        return adopted(super().build_logger(*args, **kwargs))
+
+
 def _runner(cfg: Config, detector: nn.Module) -> Runner:
-    return Runner(
+    return _Runner(
         model=detector,
         work_dir=cfg['work_dir'],
         test_dataloader=cfg['test_dataloader'],
         test_evaluator=cfg['test_evaluator'],
         test_cfg=test_loop_cfg(cfg),
         default_hooks=evaluation_hooks(cfg.get('default_hooks')),
+        custom_hooks=[dict(type='mmdet_ptq.ProgressHook')],
         launcher=cfg.get('launcher', 'none'),
         env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
         log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
 from mmengine.dist import is_main_process
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
@@ -33,9 +33,11 @@ from mmdet_ptq.engine.evaluation import (
     image_sizes,
 )
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
-from mmdet_ptq.engine.stage_store import StageStore, fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.engine.stage_store import fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.engine.told import ToldStages
 from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
+from mmdet_ptq.progress import adopted
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
 from mmdet_ptq.wrapping.watching.tensors import deep_copy
@@ -101,7 +103,7 @@ class Run(Runner):
         # checkpoints are loaded here, with checks, not by mmengine's lenient loader
         self._has_loaded = True
         self.checkpoint = load_from
-        self.stages = StageStore(work_dir, resume)
+        self.stages = ToldStages(work_dir, resume)
         self.folder = Path(work_dir)
         self.observers: dict[str, Observer] = {}
         self.detector: nn.Module = unwrapped(self.model).eval()
@@ -125,6 +127,10 @@ class Run(Runner):
             PTQError: The block is wrong, or no checkpoint is named.
         """
         return cls(**runner_arguments(cfg))
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """mmengine's, which shows warnings alone where a person looks on."""
+        return adopted(super().build_logger(*args, **kwargs))
 
     @property
     def calibration(self) -> CalibrationDataset:

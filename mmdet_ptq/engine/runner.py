@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from mmengine.dist import is_main_process
 from torch import nn
 
-from mmdet_ptq.analysis import float_size_bytes
+from mmdet_ptq.analysis import float_size_bytes, print_lines
 from mmdet_ptq.deploy import get_runtime
 from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
+from mmdet_ptq.engine.plan import make_plan, plan_lines
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.files import check_space
 from mmdet_ptq.predictions import check_raw_outputs
@@ -24,13 +26,23 @@ class PTQRunner(Run):
     Arguments and attributes are those of :class:`.run.Run`.
     """
 
-    def run(self) -> dict:
-        """Runs every stage.
+    def run(self, dry: bool = False) -> dict:
+        """Tells the plan, then runs every stage.
+
+        Args:
+            dry: Whether to stop after the plan. Defaults to False.
 
         Returns:
-            What ``results.json`` holds.
+            What ``results.json`` holds; nothing for a dry run.
         """
-        self.begin()
+        self.check()
+        plan = make_plan(self)
+        self.stages.expected = plan.seconds
+        if is_main_process():
+            print_lines(plan_lines(self, plan))
+        if dry:
+            return {}
+        self.export_float()
         self.evaluate_float()
         self.calibrate()
         self.evaluate()
@@ -45,6 +57,11 @@ class PTQRunner(Run):
 
     def begin(self) -> None:
         """Checks all that can be checked before the calibration, and exports the float detector."""
+        self.check()
+        self.export_float()
+
+    def check(self) -> None:
+        """Checks all that can be checked before anything that takes long."""
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         for name in self.runtimes:
             get_runtime(name).check_detector(self.detector)
@@ -59,7 +76,6 @@ class PTQRunner(Run):
             check_holdout('ptq.reconstruct', self.ptq.reconstruct.holdout, len(self.calibration))
         if self.ptq.global_loss is not None:
             rehearse_global(self.ptq.global_loss, len(self.calibration))
-        self.export_float()
 
     def calibrate(self) -> nn.Module:
         """Runs the stages up to the integer checkpoint.

@@ -61,6 +61,14 @@ def test_what_a_runtime_computes_in_integers_is_counted(results):
     assert '3 of 4' in line
 
 
+def test_on_a_narrow_terminal_no_name_loses_its_end(results):
+    console = Console(file=io.StringIO(), width=60)
+    print_results(results, console)
+    lines = console.file.getvalue().splitlines()
+    assert '…' not in console.file.getvalue()
+    assert max(len(line) for line in lines if line[:1] in '┏┃┡│└') <= 60
+
+
 def test_print_results_of_a_run_without_rows(results):
     console = Console(file=io.StringIO())
     print_results(dict(results, rows=[]), console)

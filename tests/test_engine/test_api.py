@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmdet_ptq import PTQError, load_quantized, quantize
-from mmdet_ptq.testing import tiny_batch, tiny_detector
+from mmdet_ptq.analysis.verdict import running_program
+from mmdet_ptq.testing import tiny_batch, tiny_config, tiny_detector
 from mmdet_ptq.wrapping.state import is_quantized
 
 
@@ -43,7 +44,7 @@ def test_quantize_keeps_its_files_only_when_asked(quantized):
     assert (quantized[2] / 'quantized.pth').is_file()
 
 
-def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path):
+def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path, capsys):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import open_model
 
@@ -57,6 +58,12 @@ def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path):
     answer = torch.from_numpy(runtime(image.numpy())[0])
     assert answer.shape == simulated.shape and (answer - simulated).norm() < 0.05 * simulated.norm()
     assert not runtime.coverage().float
+    tiny_config('retinanet', tmp_path).dump(tmp_path / 'tiny.py')
+    # the program that a run shows in its last lines
+    image = str(next((tmp_path / 'val').iterdir()))
+    program = running_program(tmp_path / 'onnxruntime' / 'model.onnx', True, str(tmp_path / 'tiny.py'), image)
+    exec('\n'.join(program), {})
+    assert 'bboxes' in capsys.readouterr().out
 
 
 def test_models_without_a_place_are_refused(model):

@@ -27,7 +27,7 @@ from mmdet_ptq.calibration.protection.damage import Damage, DamageMeter
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, WEIGHT, TensorSet, split_kinds, tensor_sets, unread
 from mmdet_ptq.config import ProtectConfig, PTQConfig
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.progress import bar, track
+from mmdet_ptq.progress import step, track
 from mmdet_ptq.wrapping import Structure
 
 # a change that takes off less than this share of a tensor's loss is not worth a line in the config
@@ -258,25 +258,22 @@ class Protector:
             loss = self.damage(group, _key(group) if keep else None).loss
             heapq.heappush(heap, (-loss, self.sets.index(group[0]), group))  # equal losses: in the order of layers
 
-        with bar() as progress:
-            task = progress.add_task('searching sensitive tensors', total=self.cfg.max_tensors)
-            for kind in (ACTIVATION, WEIGHT):
-                if group := [s for s in self.sets if s.kind == kind]:
-                    measure(group)
-            self.rest = sum(-loss for loss, _, _ in heap)
-            while heap and len(found) < self.cfg.max_tensors:
-                loss, _, group = heapq.heappop(heap)
-                if -loss <= self.cfg.min_share * self.rest:
-                    break
-                if len(group) > 1:
-                    measure(group[: len(group) // 2])
-                    measure(group[len(group) // 2 :])
-                    continue
-                found.append(group[0])
-                self.case(group[0]).now.loss = -loss
-                self.rest = max(self.rest + loss, 0.0)
-                progress.advance(task)
-            progress.update(task, completed=self.cfg.max_tensors)
+        for kind in (ACTIVATION, WEIGHT):
+            if group := [s for s in self.sets if s.kind == kind]:
+                measure(group)
+        self.rest = sum(-loss for loss, _, _ in heap)
+        while heap and len(found) < self.cfg.max_tensors:
+            step('searching sensitive tensors', len(found), self.cfg.max_tensors)
+            loss, _, group = heapq.heappop(heap)
+            if -loss <= self.cfg.min_share * self.rest:
+                break
+            if len(group) > 1:
+                measure(group[: len(group) // 2])
+                measure(group[len(group) // 2 :])
+                continue
+            found.append(group[0])
+            self.case(group[0]).now.loss = -loss
+            self.rest = max(self.rest + loss, 0.0)
         return found
 
     def best_move(self, cases: Sequence[_Case], stage: str, target: float) -> tuple[_Case, Candidate] | None:

@@ -24,7 +24,7 @@ from mmdet_ptq.config import ReconstructConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors
 from mmdet_ptq.predictions import needs_reference, predict_aligned
-from mmdet_ptq.progress import track
+from mmdet_ptq.progress import step, track
 from mmdet_ptq.registry import RECONSTRUCTIONS
 from mmdet_ptq.wrapping import quantization_mode
 
@@ -113,6 +113,7 @@ class BlockReconstruction:
             taken |= set(trainer.activations)
             results.append(asdict(result))
             done += time.perf_counter() - start
+            step('reconstructing units', index + 1, len(units))
             self._log(index, len(units), result, done)
         return results
 

@@ -98,7 +98,7 @@ def train_global(run: Run) -> None:
     runner = GlobalRunner(
         run,
         **kwargs,
-        custom_hooks=[hook, *copy.deepcopy(cfg.hooks)],
+        custom_hooks=[hook, dict(type='mmdet_ptq.ProgressHook'), *copy.deepcopy(cfg.hooks)],
         default_hooks=dict(logger=dict(type='LoggerHook', interval=cfg.log_interval), checkpoint=checkpoint),
     )
     runner.train()

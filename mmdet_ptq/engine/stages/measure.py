@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import (
+    REPORT,
     bops,
     build_report,
     closing_lines,
     float_bops,
     float_size_bytes,
     new_results,
+    print_lines,
     print_protection,
     print_results,
+    verdict_lines,
 )
-from mmdet_ptq.deploy import integer_arithmetic
+from mmdet_ptq.deploy import get_runtime, integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to
+from mmdet_ptq.deploy.runtime import model_files
 from mmdet_ptq.engine.evaluation import check_figures
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
@@ -90,6 +95,22 @@ def _simulated(run: Run, name: str) -> None:
     run.add_row(name, row, (run.folder / QUANTIZED).stat().st_size, bops(run.structure))
 
 
+def exported_models(run: Run) -> dict[str, list[Path]]:
+    """Row to the files of the model that the run exported, as far as it has."""
+    paths = {name: Path(run.work_dir) / name / f'model{get_runtime(name).suffix}' for name in run.runtimes}
+    return {name: model_files(path) for name, path in paths.items() if path.is_file()}
+
+
+def _as_typed(path: Path) -> Path:
+    """A path as a person would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _first_image(run: Run) -> str | None:
+    dataset = run.evaluation_dataset()
+    return dataset.get_data_info(0).get('img_path') if hasattr(dataset, 'get_data_info') else None
+
+
 def report(run: Run) -> None:
     """Writes ``results.json`` and the page, prints the table."""
     with run.stages.timed('report'):
@@ -102,4 +123,8 @@ def report(run: Run) -> None:
         if run.protection is not None:
             print_protection(run.protection)
         print_results(run.results)
+        models = {name: [_as_typed(path) for path in paths] for name, paths in exported_models(run).items()}
+        checkpoint = _as_typed(run.folder / QUANTIZED)
+        print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run)))
+        print_lines([f'more: {_as_typed(Path(run.work_dir) / REPORT)}'])
     print_log(f'results, integer checkpoint and report are in {run.work_dir}', 'current')

@@ -131,13 +131,9 @@ def _plan(
         )
         layer.reason = _obstacle(name, module, calls[name], probe)
         structure.layers.append(layer)
-        policy = policies[name]
         if layer.reason:
             continue
-        if policy.weights.float:
-            layer.reason = 'its weight is left float by the policy'
-        if policy.activations.float:
-            layer.reason = 'its input is left float by the policy'
+        layer.reason = _left_float(policies[name])
         layer.inputs = [None] * len(calls[name])
     migrations = _share_inputs(structure, layers, policies, probe.calls)
     factors = measure_factors(detector, migrations, cfg.activations, run_many)
@@ -158,6 +154,39 @@ def _plan(
             'current',
         )
     return _Plan(structure, fitted, factors, migrations)
+
+
+def planned_layers(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]) -> dict[str, str]:
+    """What :func:`prepare_detector` would quantize, found by one pass that changes nothing.
+
+    Args:
+        detector: The float detector, in eval mode.
+        cfg: The ``ptq`` block.
+        run: Calls the detector on one image with ``mode='predict'``.
+
+    Returns:
+        Every convolution and linear layer to why it will stay float; '' where it will not.
+
+    Raises:
+        PTQError: An override matches no layer.
+    """
+    disable_checkpointing(detector)
+    probe = probe_detector(detector, run)
+    layers = {name: module for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)}
+    policies = resolve_policies(cfg, layer_roles(detector, probe, list(layers)))
+    calls = defaultdict(list)
+    for call in probe.calls:
+        calls[call.layer].append(call)
+    return {
+        name: _obstacle(name, module, calls[name], probe) or _left_float(policies[name])
+        for name, module in layers.items()
+    }
+
+
+def _left_float(policy: LayerPolicy) -> str:
+    if policy.activations.float:
+        return 'its input is left float by the policy'
+    return 'its weight is left float by the policy' if policy.weights.float else ''
 
 
 def _obstacle(name: str, module: nn.Module, calls: list[LayerCall], probe: Probe) -> str:
