@@ -66,8 +66,9 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_recipes_are_there():
-    assert {path.parent.name for path in RECIPES} == {'ssdlite', 'retinanet', 'yolox'}
-    assert len(RECIPES) == 6
+    families = {'faster_rcnn', 'fcos', 'gfl', 'mask_rcnn', 'retinanet', 'rtmdet', 'ssdlite', 'yolox'}
+    assert {path.parent.name for path in RECIPES} == families
+    assert len(RECIPES) == 12
 
 
 @pytest.mark.parametrize('path', PRESET_FILES, ids=names(PRESET_FILES))
@@ -150,7 +151,10 @@ def test_recipe_wraps_completely(path):
     with torch.no_grad():
         structure = prepare_detector(detector, block, lambda: detector(image, [sample.clone()], mode='predict'))
     open_rows = [row.name for row in coverage_rows(structure) if row.macs and not row.integer]
-    assert open_rows == []
-    assert integer_mac_share(structure) == 1.0
+    # what decodes distributions into boxes
+    decoding = [name for name in open_rows if name.partition('#')[0] == 'bbox_head.integral']
+    assert open_rows == decoding and bool(decoding) == (path.parent.name == 'gfl')
+    assert integer_mac_share(structure) > (0.9999 if decoding else 1 - 1e-9)
+    heads = {'rpn_head', 'roi_head'} if hasattr(detector, 'roi_head') else {'bbox_head'}
     parts = {layer.part for layer in structure.layers}
-    assert {'backbone', 'neck', 'bbox_head'} <= parts
+    assert {'backbone', 'neck'} | heads <= parts
