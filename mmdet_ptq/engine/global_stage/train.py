@@ -13,10 +13,12 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mmdet_ptq.calibration import FilteredGlobalLoss
 from mmdet_ptq.calibration.augment import Augmented
 from mmdet_ptq.config import GlobalLossConfig
+from mmdet_ptq.engine.global_stage.divergence import IMAGES, check_divergence, mean_loss
 from mmdet_ptq.engine.global_stage.optim import by_iterations, train_only_quantization
 from mmdet_ptq.engine.run import Run, unwrapped
 from mmdet_ptq.engine.stage_store import latest_checkpoint
@@ -67,6 +69,9 @@ def train_global(run: Run) -> None:
 
     Args:
         run: Its ``ptq`` block has a ``global_loss``, its detector is calibrated.
+
+    Raises:
+        PTQError: Training diverged, and no images were held out to choose an earlier state by.
     """
     cfg, folder = run.ptq.global_loss, run.folder / 'global' / run.inputs['global']
     if not run.stages.resume and is_main_process():
@@ -76,8 +81,12 @@ def train_global(run: Run) -> None:
     train, held_out = run.split(cfg.holdout)
     train_only_quantization(run.detector, cfg.rates())
     images = Augmented(train, cfg.augment if cfg.target == 'float' else 1, run.seed)
+    model = GlobalLossModel(run.detector, FilteredGlobalLoss(cfg))
+    # the same images on every rank
+    seen = run.calibration.part(range(min(IMAGES, len(train))))
+    before = None if len(held_out) else _loss_on(run, model, seen)
     kwargs = dict(
-        model=GlobalLossModel(run.detector, FilteredGlobalLoss(cfg)),
+        model=model,
         work_dir=str(folder),
         train_dataloader=run.images_loader(images, min(cfg.batch_size, len(images)), infinite=True),
         train_cfg=dict(type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval),
@@ -111,6 +120,18 @@ def train_global(run: Run) -> None:
     state = load_tensors(best or info['last_ckpt'])['state_dict']
     unwrapped(runner.model).load_state_dict(state)
     run.detector.eval()
+    if before is not None:
+        check_divergence(before, _loss_on(run, model, seen))
+
+
+def _loss_on(run: Run, model: GlobalLossModel, images: Dataset) -> float:
+    """The mean loss on some images, over the same boxes in every state."""
+
+    def batch_loss(batch: dict) -> float:
+        model.set_target(run.float_detector, batch)
+        return model.held_out_loss(batch)['loss']
+
+    return mean_loss(batch_loss, run.whole_loader(images))
 
 
 def _optimizer(cfg: GlobalLossConfig) -> dict:
@@ -145,7 +166,7 @@ class GlobalLossModel(BaseModel):
         loss: The filtered global loss.
 
     Attributes:
-        target: The float detector's predictions on the current batch, set by ``FilteredGlobalLossHook``.
+        target: The float detector's predictions on the current batch, see :meth:`set_target`.
     """
 
     def __init__(self, detector: nn.Module, loss: FilteredGlobalLoss) -> None:
@@ -186,6 +207,12 @@ class GlobalLossModel(BaseModel):
                 "target='float' for images without annotations."
             )
         return [sample.gt_instances for sample in data_samples]
+
+    @torch.no_grad()
+    def set_target(self, detector: nn.Module, data: dict) -> None:
+        """Takes the float detector's predictions on a batch as the target."""
+        data = self.data_preprocessor(data, False)
+        self.target = predict_aligned(detector, data['inputs'], data['data_samples']).detach()
 
     @torch.no_grad()
     def held_out_loss(self, data: dict) -> dict[str, float]:
