@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
+from mmengine.dataset import InfiniteSampler, pseudo_collate
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdet_ptq.analysis import result_row, write_results
 from mmdet_ptq.calibration import CalibrationDataset, Protection, source_datasets
+from mmdet_ptq.compat import start_without_gpu
 from mmdet_ptq.config import PTQConfig, check_seed
 from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
@@ -34,6 +36,7 @@ from mmdet_ptq.engine.evaluation import (
 )
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import StageStore, fingerprint, stage_inputs, tensor_hash
+from mmdet_ptq.engine.work_dir import take_work_dir
 from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.quantizers import Observer
@@ -42,6 +45,8 @@ from mmdet_ptq.wrapping.watching.tensors import deep_copy
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
+# keys of a config that say where and how often it was run
+HOW_IT_RAN = ('work_dir', 'resume', 'launcher', 'experiment_name')
 # images by which channels are measured before anything is quantized
 CHANNEL_IMAGES = 32
 
@@ -126,6 +131,23 @@ class Run(Runner):
         """
         return cls(**runner_arguments(cfg))
 
+    def setup_env(self, env_cfg: dict) -> None:
+        """As mmengine, and on machines without an accelerator, too; takes the work directory.
+
+        Raises:
+            PTQError: Another process has it.
+        """
+        if self.distributed:
+            start_without_gpu(self.launcher)
+        super().setup_env(env_cfg)
+        # before anything is written
+        if is_main_process():
+            take_work_dir(self.work_dir)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """The detector as it is, on its device: it is the global stage's that is trained by all ranks together."""
+        return super().wrap_model(model_wrapper_cfg, model) if not self.distributed else model.to(get_device())
+
     @property
     def calibration(self) -> CalibrationDataset:
         """The calibration images, read on first use."""
@@ -204,9 +226,9 @@ class Run(Runner):
         """Batches of the first calibration images, the same ones on every rank."""
         return self.whole_loader(self.calibration.part(range(min(count, len(self.calibration)))))
 
-    def whole_loader(self, dataset: Dataset) -> DataLoader:
-        """Batches of a data set, all of it on every rank."""
-        return DataLoader(dataset, self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
+    def whole_loader(self, dataset: Dataset, batch_size: int | None = None) -> DataLoader:
+        """Batches of a data set, all of it on every rank, by default of ``ptq.calibration.batch_size``."""
+        return DataLoader(dataset, batch_size or self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
 
     def split(self, holdout: float) -> tuple[Dataset, Dataset]:
         """The calibration images that are trained on and those that are held out, which may be none."""
@@ -215,14 +237,14 @@ class Run(Runner):
         return self.calibration.part(range(train)), self.calibration.part(range(train, len(self.calibration)))
 
     def calibration_loader(self) -> DataLoader:
-        """Batches of all calibration images, each rank its share."""
-        return self.images_loader(self.calibration, self.ptq.calibration.batch_size)
+        """Batches of all calibration images, on every rank."""
+        return self.whole_loader(self.calibration)
 
-    def images_loader(self, dataset: Dataset, batch_size: int, infinite: bool = False) -> DataLoader:
-        """Batches of a data set, each rank its share; endlessly and shuffled where ``infinite``."""
+    def endless_loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+        """Shuffled batches of a data set without an end; ranks share a batch, as far as its images go round."""
         # built here, not from a config: mmengine would deep-copy the decoded images
-        sampler = InfiniteSampler(dataset, seed=self.seed) if infinite else DefaultSampler(dataset, shuffle=False)
-        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=pseudo_collate)
+        sampler = InfiniteSampler(dataset, seed=self.seed)
+        return DataLoader(dataset, -(-batch_size // self.world_size), sampler=sampler, collate_fn=pseudo_collate)
 
     def stored_bytes(self) -> int:
         """Size of the integer checkpoint as it would be written now."""
@@ -231,7 +253,7 @@ class Run(Runner):
     def checkpoint_state(self) -> dict:
         """What the integer checkpoint holds."""
         # where and how often it was run is no part of the detector: a resumed run writes the same file
-        config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
+        config = {key: value for key, value in self.cfg.to_dict().items() if key not in HOW_IT_RAN}
         meta = dataset_meta(self.evaluation_dataset())
         return quantized_state(self.detector, self.structure, config, meta, self.input_shape, self.canvas is not None)
 
@@ -307,10 +329,9 @@ class Run(Runner):
         detector.load_state_dict(state['model'])
         return detector.to(self.device), structure
 
-    def take_over(self, state: dict, taken_over: bool) -> None:
-        """Goes on with the detector of a stored stage."""
-        if taken_over:
-            self.detector, self.structure = self.built(state)
+    def go_on_from(self, state: dict) -> None:
+        """Goes on with the detector of a stage, built anew: a run that is resumed here does the same."""
+        self.detector, self.structure = self.built(state)
 
     def load_state(self, state: dict) -> None:
         """Loads the parameters of a stored stage."""

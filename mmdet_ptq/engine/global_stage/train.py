@@ -8,9 +8,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.device import get_device
+from mmengine.dist import barrier, get_world_size, is_main_process
 from mmengine.logging import MMLogger, print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -63,6 +64,15 @@ class GlobalRunner(Runner):
     def dump_config(self) -> None:
         """Does nothing: the run has written it."""
 
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """The model, which averages its gradients over the ranks where there are several."""
+        model = model.to(get_device())
+        if get_world_size() == 1:
+            return model
+        # not as the config says: that is for training, where every parameter is used in every iteration
+        ids = None if get_device() == 'cpu' else [torch.cuda.current_device()]
+        return MMDistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+
 
 def train_global(run: Run) -> None:
     """Trains a run's quantized detector, in place, with mmengine's loop, hooks and checkpoints.
@@ -81,14 +91,14 @@ def train_global(run: Run) -> None:
     train, held_out = run.split(cfg.holdout)
     train_only_quantization(run.detector, cfg.rates())
     images = Augmented(train, cfg.augment if cfg.target == 'float' else 1, run.seed)
-    model = GlobalLossModel(run.detector, FilteredGlobalLoss(cfg))
+    model = GlobalLossModel(run.detector, FilteredGlobalLoss(cfg, shared=run.world_size > 1))
     # the same images on every rank
     seen = run.calibration.part(range(min(IMAGES, len(train))))
     before = None if len(held_out) else _loss_on(run, model, seen)
     kwargs = dict(
         model=model,
         work_dir=str(folder),
-        train_dataloader=run.images_loader(images, min(cfg.batch_size, len(images)), infinite=True),
+        train_dataloader=run.endless_loader(images, min(cfg.batch_size, len(images))),
         train_cfg=dict(type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval),
         load_from=going_on_from,
         resume=going_on_from is not None,
@@ -99,7 +109,7 @@ def train_global(run: Run) -> None:
     if len(held_out):
         checkpoint.update(save_best='global_loss', rule='less')
         kwargs.update(
-            val_dataloader=run.images_loader(held_out, cfg.batch_size),
+            val_dataloader=run.whole_loader(held_out, cfg.batch_size),
             val_cfg=dict(type='mmdet_ptq.HeldOutLossLoop'),
             val_evaluator=[],
         )

@@ -250,13 +250,13 @@ def test_more_images_are_trained_on_where_the_float_detector_answers(make_runner
     runner = make_runner(
         {'ptq.global_loss.target': target, 'ptq.global_loss.augment': versions, 'ptq.global_loss.iters': 1}
     )
-    seen, loader = [], runner.images_loader
+    seen, loader = [], runner.endless_loader
 
-    def spy(dataset, batch_size, infinite=False):
-        seen.extend([dataset] if infinite else [])
-        return loader(dataset, batch_size, infinite)
+    def spy(dataset, batch_size):
+        seen.append(dataset)
+        return loader(dataset, batch_size)
 
-    runner.images_loader = spy
+    runner.endless_loader = spy
     runner.calibrate()
     (dataset,) = seen
     train = len(runner.calibration) - round(len(runner.calibration) * runner.ptq.global_loss.holdout)
