@@ -20,6 +20,8 @@ from torch import Tensor
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.limits import MIB, bounded
 
+# how the names of files end that are being written
+TEMPORARY = '.tmp'
 # what reading a checkpoint may take besides twice its size, and how fast it is at least
 READING, READING_SECONDS, READING_SPEED = 512 * MIB, 5, 20 * MIB
 
@@ -37,7 +39,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f'.{path.name}.', path.parent)
         try:
             with os.fdopen(handle, 'wb') as file:
                 write(file)

@@ -9,6 +9,7 @@ from mmdet_ptq.deploy import check_exportable, get_runtime
 from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 from mmdet_ptq.engine.run import Run
+from mmdet_ptq.engine.work_dir import leave_work_dir
 from mmdet_ptq.files import check_space
 from mmdet_ptq.predictions import check_raw_outputs
 from mmdet_ptq.registry import RUNNERS
@@ -30,17 +31,20 @@ class PTQRunner(Run):
         Returns:
             What ``results.json`` holds.
         """
-        self.begin()
-        self.evaluate_float()
-        self.calibrate()
-        self.evaluate()
-        self.export()
-        for block in self.other_blocks:
-            part = self.part(block)
-            part.calibrate()
-            part.evaluate_part()
-            part.export()
-        self.report()
+        try:
+            self.begin()
+            self.evaluate_float()
+            self.calibrate()
+            self.evaluate()
+            self.export()
+            for block in self.other_blocks:
+                part = self.part(block)
+                part.calibrate()
+                part.evaluate_part()
+                part.export()
+            self.report()
+        finally:
+            leave_work_dir(self.work_dir)
         return self.results
 
     def begin(self) -> None:

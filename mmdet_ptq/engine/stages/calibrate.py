@@ -28,7 +28,8 @@ def prepare(run: Run) -> None:
         run.structure = prepare_detector(run.detector, run.ptq, run.one_image(), run.run_first_images, weigh)
         return run.detector_state()
 
-    run.take_over(*run.stages.run('prepare', run.inputs['prepare'], work))
+    state, _ = run.stages.run('prepare', run.inputs['prepare'], work)
+    run.go_on_from(state)
     share = integer_mac_share(run.structure)
     print_log(f'{share:.2%} of the multiply-accumulates compute in integers', 'current')
 
@@ -65,8 +66,8 @@ def protect(run: Run) -> None:
         )
         return dict(**run.detector_state(), protection=protection.to_dict())
 
-    state, taken_over = run.stages.run('protect', run.inputs['protect'], work)
-    run.take_over(state, taken_over)
+    state, _ = run.stages.run('protect', run.inputs['protect'], work)
+    run.go_on_from(state)
     run.protection = Protection.from_dict(state['protection'])
 
 
