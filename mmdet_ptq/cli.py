@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmdet_ptq.errors import PTQError, did_you_mean, one_line
+from mmdet_ptq.files import cannot_write, disk_error
+from mmdet_ptq.startup import ends_at_once
 
 # calibration images of --fast: ranges of 8 bits hardly change with more
 FAST_IMAGES = 32
@@ -22,6 +24,12 @@ def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[
             main(argv)
         except PTQError as error:
             print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+        except Exception as error:
+            full = disk_error(error)  # of whatever mmengine writes
+            if full is None:
+                raise
+            print(f'error: {cannot_write(full.filename or "the files of the run", full)}', file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f'\ninterrupted; {advice}', file=sys.stderr)
@@ -178,7 +186,8 @@ def _ptq(argv: list[str] | None = None) -> None:
             dict(ptq=dict(calibration=dict(num_images=images), protect=None, reconstruct=None, global_loss=None))
         )
     cfg.resume = args.resume
-    from mmdet_ptq.engine import PTQRunner
+    with ends_at_once():
+        from mmdet_ptq.engine import PTQRunner
 
     PTQRunner.from_cfg(cfg).run()
 

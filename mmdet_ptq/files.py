@@ -48,12 +48,30 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        what = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise PTQError(
-            f'cannot write {path}: {what}; free some space, or choose another folder: --work-dir, then '
-            '--resume; for tools/export.py --out.'
-        ) from error
+    except (OSError, RuntimeError) as error:
+        # torch's writer fails once more while it closes
+        cause = error if isinstance(error, OSError) else disk_error(error)
+        if cause is None:
+            raise
+        raise PTQError(cannot_write(str(path), cause)) from error
+
+
+def cannot_write(what: str, error: OSError) -> str:
+    """The sentence for what could not be written."""
+    why = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return (
+        f'cannot write {what}: {why}; free some space, or choose another folder: --work-dir, then --resume; for '
+        'tools/export.py --out.'
+    )
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """That the disk is full, or a limit on files reached, if that is what led to an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def remove(path: str | os.PathLike) -> None:

@@ -78,5 +78,3 @@ def _see(detector: nn.Module, batches: Iterable[Any], weighed: Iterable[Any]) ->
     finally:
         state.only = None
     weigh_activations(detector, state.observers, weighed)
-
-

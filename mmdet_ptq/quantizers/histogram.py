@@ -104,4 +104,3 @@ class StreamingHistogram:
         index = self.absolute_index()
         folded = torch.where(index < 0, -index - 1, index).clamp_max(NUM_BINS - 1)
         return torch.zeros_like(self.counts).scatter_add_(1, folded, self.counts)
-

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -99,6 +97,7 @@ class Observer:
         """The range for extremes of shape (C,) that enclose zero."""
         return low, high
 
+
 @OBSERVERS.register_module()
 class MinMaxObserver(Observer):
     """Least and greatest value over all images."""
@@ -127,6 +126,7 @@ class MovingAverageObserver(Observer):
             self.low = torch.lerp(low, self.low, self.momentum)
             self.high = torch.lerp(high, self.high, self.momentum)
 
+
 def _sample(view: Tensor) -> Tensor:
     """At most MAX_SAMPLES elements of a tensor of shape (outer, C, inner), as (C, n)."""
     # an odd stride does not fall in step with the even sizes of feature maps
@@ -148,6 +148,7 @@ class HistogramObserver(Observer):
         if self.histogram is None:
             self.histogram = StreamingHistogram(len(low), low.device)
         self.histogram.add(_sample(view), low, high)
+
 
 @OBSERVERS.register_module()
 class PercentileObserver(HistogramObserver):

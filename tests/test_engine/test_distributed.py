@@ -97,7 +97,10 @@ def test_up_to_the_global_stage_two_processes_give_what_one_gives(folder):
 
 
 def test_the_global_stage_of_two_processes_averages_what_one_averages(folder):
-    before, *after = stage(folder / 'one', 'reconstruct')['model'], *(stage(folder / r, 'global') for r in ('one', 'two'))
+    before, *after = (
+        stage(folder / 'one', 'reconstruct')['model'],
+        *(stage(folder / r, 'global') for r in ('one', 'two')),
+    )
     # scales are left out: their gradients have a factor by the number of values that a process sees
     biases = [key for key in before if key.endswith('.bias') and not torch.equal(after[0][key], before[key])]
     assert len(biases) > 10
