@@ -322,21 +322,19 @@ class Run(Runner):
         """The quantized detector and its structure."""
         return dict(structure=self.structure.to_dict(), model=self.detector.state_dict())
 
-    def built(self, state: dict) -> tuple[nn.Module, Structure]:
-        """The detector of a stage's :meth:`detector_state`, and its structure."""
-        detector, structure = copy.deepcopy(self.float_detector), Structure.from_dict(state['structure'])
-        apply_structure(detector, structure)
-        detector.load_state_dict(state['model'])
-        return detector.to(self.device), structure
+    def go_on_from(self, model: dict, structure: dict | None = None) -> None:
+        """Goes on with the detector that a stage left, built anew: a run that is resumed here does the same.
 
-    def go_on_from(self, state: dict) -> None:
-        """Goes on with the detector of a stage, built anew: a run that is resumed here does the same."""
-        self.detector, self.structure = self.built(state)
-
-    def load_state(self, state: dict) -> None:
-        """Loads the parameters of a stored stage."""
-        self.detector.load_state_dict(state)
-        self.detector.to(self.device)
+        Args:
+            model: Its state.
+            structure: Its structure, if the stage changed it.
+        """
+        if structure is not None:
+            self.structure = Structure.from_dict(structure)
+        detector = copy.deepcopy(self.float_detector)
+        apply_structure(detector, self.structure)
+        detector.load_state_dict(model)
+        self.detector = detector.to(self.device)
 
     @property
     def device(self) -> torch.device:
