@@ -129,10 +129,10 @@ def load_tensors(path: str | os.PathLike) -> Any:
 
 
 def _check_archive(path: str | os.PathLike) -> None:
-    """Refuses an archive that unpacks to more than it is; torch stores tensors as they are.
+    """Refuses an archive that unpacks to more than it is, or is damaged; torch stores tensors as they are.
 
     Raises:
-        PTQError: An entry is compressed, or entries share bytes.
+        PTQError: An entry is compressed, entries share bytes, or one does not have its checksum.
     """
     if not zipfile.is_zipfile(path):
         return  # of torch before 1.6, or nothing at all
@@ -147,6 +147,22 @@ def _check_archive(path: str | os.PathLike) -> None:
             f'the checkpoint {str(path)!r} unpacks to more than it is, which torch never writes; load it with torch '
             'and save it again if you trust it.'
         )
+    with zipfile.ZipFile(path) as archive:
+        intact = [_intact(archive, entry) for entry in entries]
+    # torch can leave the checksums out: then none is right
+    if any(intact) and not all(intact):
+        raise PTQError(f'the checkpoint {str(path)!r} is damaged: its numbers do not have their checksum.')
+
+
+def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry of an archive has the checksum that it was written with."""
+    try:
+        with archive.open(entry) as content:
+            while content.read(MIB):
+                pass
+        return True
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return False
 
 
 def check_tensor(tensor: Tensor) -> str:

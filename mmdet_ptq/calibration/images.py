@@ -56,6 +56,7 @@ def test_pipeline(cfg: dict) -> list[dict]:
     for key in ('test_dataloader', 'val_dataloader'):
         if cfg.get(key):
             inner = inner_dataset_cfgs(cfg[key]['dataset'])[0]
+            check_pipeline(inner, f'{key}.dataset')
             if inner.get('pipeline'):
                 return copy.deepcopy(list(inner['pipeline']))
     raise PTQError('the config has no `test_dataloader.dataset.pipeline`, which calibration images are read through.')
@@ -156,6 +157,16 @@ def check_classes(cfg: dict, key: str) -> None:
             f"`{key}.metainfo.classes` is the text '{classes}', and must be a tuple; a comma is missing: "
             f"('{classes}',)."
         )
+
+
+def check_pipeline(cfg: dict, key: str) -> None:
+    """Refuses a pipeline of a dataset config whose steps are no dicts with a type."""
+    pipeline = cfg.get('pipeline') or []
+    if not isinstance(pipeline, list | tuple):
+        raise PTQError(f'`{key}.pipeline` must be a list of steps, got {pipeline!r:.100}.')
+    for place, step in enumerate(pipeline):
+        if not isinstance(step, dict) or step.get('type') is None:
+            raise PTQError(f'`{key}.pipeline[{place}]` must be a dict with a `type`, got {step!r:.100}.')
 
 
 def coco_class(cfg: dict) -> type | None:
