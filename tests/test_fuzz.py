@@ -231,8 +231,8 @@ def command_line(there: Situation, draw: random.Random) -> tuple:
     good, files = [str(there.folder / 'tiny.py')], ('tiny.py', 'float.pth', 'absent', 'train', 'annotations')
     options = (
         ['--preset', 'w8a9'], ['--preset', 'w4a8'], ['--preset'], ['--seed', '-1'], ['--seed', 'x'], ['--seed', '5'],
-        ['--fast'], ['--resume'], ['--device', 'gpu'], ['--device', 'cpu'], ['--device', 'cuda:9'], ['--launcher', 'mpi'],
-        ['--launcher', 'pytorch'], ['--launcher', 'ssh'], ['--work-dir', '/dev/null/x'], ['--images', '0'],
+        ['--fast'], ['--resume'], ['--device', 'gpu'], ['--device', 'cpu'], ['--device', 'cuda:9'],
+        ['--launcher', 'mpi'], ['--launcher', 'pytorch'], ['--launcher', 'ssh'], ['--work-dir', '/dev/null/x'], ['--images', '0'],
         ['--images', 'two'], ['--cfg-options', 'x'], ['--cfg-options', 'ptq.weights.bits=[1'], ['--unheard-of'],
         ['--cfg-options', 'model=3'], ['--cfg-options', 'ptq.export=ncnnn'], ['--cfg-options', 'a.b.c=1'],
         ['--cfg-options', 'load_from=absent.pth'], ['--cfg-options', 'test_dataloader=None'], ['--to', 'ncnnn'],
@@ -264,13 +264,13 @@ def command_line(there: Situation, draw: random.Random) -> tuple:
 
 # kind of input: what makes a case, and how many there are
 KINDS = {
-    'ptq block': (block, 120),
-    'quantized.pth': (quantized, 50),
-    'float checkpoint': (float_checkpoint, 50),
-    'annotations': (annotations, 50),
-    'config': (config, 60),
-    'exported model': (exported, 40),
-    'command line': (command_line, 40),
+    'ptq block': (block, 150),
+    'quantized.pth': (quantized, 60),
+    'float checkpoint': (float_checkpoint, 60),
+    'annotations': (annotations, 60),
+    'config': (config, 150),
+    'exported model': (exported, 50),
+    'command line': (command_line, 50),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mmcv
 import numpy as np
 import pytest
 from mmengine.config import Config
