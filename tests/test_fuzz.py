@@ -227,17 +227,41 @@ def exported(there: Situation, draw: random.Random) -> tuple:
     return act, told
 
 
+OPTIONS = """
+--preset w8a9
+--preset w4a8
+--preset
+--seed -1
+--seed x
+--seed 5
+--fast
+--resume
+--device gpu
+--device cpu
+--device cuda:9
+--launcher mpi
+--launcher pytorch
+--launcher ssh
+--work-dir /dev/null/x
+--images 0
+--images two
+--cfg-options x
+--cfg-options ptq.weights.bits=[1
+--unheard-of
+--cfg-options model=3
+--cfg-options ptq.export=ncnnn
+--cfg-options a.b.c=1
+--cfg-options load_from=absent.pth
+--cfg-options test_dataloader=None
+--to ncnnn
+--to onnxruntime --input-shape 0 -5
+--to onnxruntime --out /dev/null/x
+"""
+
+
 def command_line(there: Situation, draw: random.Random) -> tuple:
     good, files = [str(there.folder / 'tiny.py')], ('tiny.py', 'float.pth', 'absent', 'train', 'annotations')
-    options = (
-        ['--preset', 'w8a9'], ['--preset', 'w4a8'], ['--preset'], ['--seed', '-1'], ['--seed', 'x'], ['--seed', '5'],
-        ['--fast'], ['--resume'], ['--device', 'gpu'], ['--device', 'cpu'], ['--device', 'cuda:9'],
-        ['--launcher', 'mpi'], ['--launcher', 'pytorch'], ['--launcher', 'ssh'], ['--work-dir', '/dev/null/x'], ['--images', '0'],
-        ['--images', 'two'], ['--cfg-options', 'x'], ['--cfg-options', 'ptq.weights.bits=[1'], ['--unheard-of'],
-        ['--cfg-options', 'model=3'], ['--cfg-options', 'ptq.export=ncnnn'], ['--cfg-options', 'a.b.c=1'],
-        ['--cfg-options', 'load_from=absent.pth'], ['--cfg-options', 'test_dataloader=None'], ['--to', 'ncnnn'],
-        ['--to', 'onnxruntime', '--input-shape', '0', '-5'], ['--to', 'onnxruntime', '--out', '/dev/null/x'],
-    )  # fmt: skip
+    options = [line.split() for line in OPTIONS.split('\n') if line]
     name = draw.choice(('ptq', 'ptq', 'analyze', 'test', 'export'))
     arguments = [str(there.folder / draw.choice(files)) for _ in range(draw.randint(0, 2))]
     arguments = (good if draw.random() < 0.6 and name != 'export' else []) + arguments

@@ -138,15 +138,16 @@ class StageRecord:
     inputs: str
     seconds: float
     state: Any
-    seal: str
+    seal: str = ''  # of older versions: none
 
     def check(self) -> None:
         """Refuses a record that is not what was written.
 
         Raises:
-            PTQError: The state does not have its seal.
+            PTQError: The state does not have its seal, or is empty.
         """
-        if self.seal != state_hash(self.state):
+        damaged = self.seal != state_hash(self.state) if self.seal != '' else not self.state
+        if damaged:
             raise PTQError('its state does not have the checksum that it was written with')
 
 
