@@ -270,11 +270,15 @@ def test_annotations_of_voc_are_evaluated_or_told(damage, told, make_runner, tmp
     )
     (folder / 'Annotations' / 'one.xml').write_text(damage or good)
     (folder / 'ImageSets' / 'Main' / 'test.txt').write_text('one\n')
+    pipeline = make_runner().cfg.test_dataloader.dataset.pipeline
     voc = dict(
+        _delete_=True,
         type='VOCDataset',
         data_root=f'{tmp_path}/',
         ann_file='VOC2007/ImageSets/Main/test.txt',
-        data_prefix=dict(sub_data_root='VOC2007/', img=None),
+        data_prefix=dict(sub_data_root='VOC2007/'),
+        pipeline=pipeline,
+        test_mode=True,
         metainfo=dict(classes=('dog', 'cat', 'bird')),
     )
     changes = {'test_dataloader.dataset': voc, 'test_evaluator': dict(_delete_=True, type='VOCMetric', metric='mAP')}
