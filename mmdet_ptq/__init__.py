@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.startup import ends_at_once
 from mmdet_ptq.version import __version__
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def _is_command() -> bool:
 # Anything that imports us, a config's scoped type included, gets the faults of the stack mended. Without mmdet the
 # package still imports, so that the doctor can say what is missing.
 if find_spec('mmdet') and find_spec('mmengine') and not _is_command():
-    from mmdet_ptq.compat import apply_workarounds
+    with ends_at_once():
+        from mmdet_ptq.compat import apply_workarounds
 
-    apply_workarounds()
+        apply_workarounds()
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mmdet_ptq.errors import PTQError, did_you_mean, one_line
+from mmdet_ptq.files import cannot_write, disk_error
+from mmdet_ptq.startup import ends_at_once
 from mmdet_ptq.version import __version__
 
 # calibration images of --fast: ranges of 8 bits hardly change with more
@@ -44,6 +46,12 @@ def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[
             main(argv)
         except PTQError as error:
             print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+        except Exception as error:
+            full = disk_error(error)  # of whatever mmengine writes
+            if full is None:
+                raise
+            print(f'error: {cannot_write(full.filename or "the files of the run", full)}', file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f'\ninterrupted; {advice}', file=sys.stderr)
@@ -244,7 +252,8 @@ def _quantize(args: argparse.Namespace) -> None:
             dict(ptq=dict(calibration=dict(num_images=images), protect=None, reconstruct=None, global_loss=None))
         )
     cfg.resume = args.resume
-    from mmdet_ptq.engine import PTQRunner
+    with ends_at_once():
+        from mmdet_ptq.engine import PTQRunner
 
     PTQRunner.from_cfg(cfg).run(dry=args.dry_run)
 

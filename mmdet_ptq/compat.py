@@ -1,7 +1,7 @@
 """Every known fault of a torch / mmengine / mmcv / mmdet version that we work around, one entry each.
 
-``apply_workarounds`` mends what can be mended once per process; ``replace_sync_bn`` and ``check_pkg_resources`` are
-called where their fault bites.
+``apply_workarounds`` mends what can be mended once per process; ``replace_sync_bn``, ``start_without_gpu`` and
+``check_pkg_resources`` are called where their fault bites.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.utils import manager
@@ -230,6 +231,26 @@ def _replace_sync_bn(cfg: Any) -> int:
     if isinstance(cfg, (list, tuple)):
         return sum(_replace_sync_bn(value) for value in cfg)
     return 0
+
+
+def start_without_gpu(launcher: str) -> None:
+    """Makes the process group on a machine without an accelerator, where mmengine asks for a GPU.
+
+    Args:
+        launcher: The launcher that started the process.
+
+    Raises:
+        PTQError: The launcher needs a GPU.
+    """
+    if get_device() != 'cpu' or is_distributed():
+        return
+    if launcher != 'pytorch':
+        raise PTQError(
+            f'--launcher {launcher} needs a GPU in mmengine, and there is none; on a CPU start with `torchrun`, and '
+            '--launcher pytorch.'
+        )
+    # of the config's `dist_cfg` the back end is for GPUs
+    torch.distributed.init_process_group('gloo')
 
 
 def check_pkg_resources() -> None:

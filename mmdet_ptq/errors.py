@@ -98,5 +98,7 @@ def _registered(registry: Any) -> set[str]:
 
 def _arguments(cls: Any) -> set[str]:
     """Names of a class's arguments, its base classes' included."""
+    if cls is None:  # a function of mmengine's own
+        return set()
     makers = [base.__init__ for base in cls.__mro__] if inspect.isclass(cls) else [cls]
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {'self', 'args', 'kwargs'}

@@ -20,6 +20,8 @@ from torch import Tensor
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.limits import MIB, bounded
 
+# how the names of files end that are being written
+TEMPORARY = '.tmp'
 # what reading a checkpoint may take besides twice its size, and how fast it is at least
 READING, READING_SECONDS, READING_SPEED = 512 * MIB, 5, 20 * MIB
 
@@ -37,7 +39,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f'.{path.name}.', path.parent)
         try:
             with os.fdopen(handle, 'wb') as file:
                 write(file)
@@ -46,12 +48,30 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        what = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise PTQError(
-            f'cannot write {path}: {what}; free some space, or choose another folder: --work-dir, then '
-            '--resume; for tools/export.py --out.'
-        ) from error
+    except (OSError, RuntimeError) as error:
+        # torch's writer fails once more while it closes
+        cause = error if isinstance(error, OSError) else disk_error(error)
+        if cause is None:
+            raise
+        raise PTQError(cannot_write(str(path), cause)) from error
+
+
+def cannot_write(what: str, error: OSError) -> str:
+    """The sentence for what could not be written."""
+    why = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return (
+        f'cannot write {what}: {why}; free some space, or choose another folder: --work-dir, then --resume; for '
+        'tools/export.py --out.'
+    )
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """That the disk is full, or a limit on files reached, if that is what led to an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def remove(path: str | os.PathLike) -> None:
@@ -109,10 +129,10 @@ def load_tensors(path: str | os.PathLike) -> Any:
 
 
 def _check_archive(path: str | os.PathLike) -> None:
-    """Refuses an archive that unpacks to more than it is; torch stores tensors as they are.
+    """Refuses an archive that unpacks to more than it is, or is damaged; torch stores tensors as they are.
 
     Raises:
-        PTQError: An entry is compressed, or entries share bytes.
+        PTQError: An entry is compressed, entries share bytes, or one does not have its checksum.
     """
     if not zipfile.is_zipfile(path):
         return  # of torch before 1.6, or nothing at all
@@ -127,6 +147,22 @@ def _check_archive(path: str | os.PathLike) -> None:
             f'the checkpoint {str(path)!r} unpacks to more than it is, which torch never writes; load it with torch '
             'and save it again if you trust it.'
         )
+    with zipfile.ZipFile(path) as archive:
+        intact = [_intact(archive, entry) for entry in entries]
+    # torch can leave the checksums out: then none is right
+    if any(intact) and not all(intact):
+        raise PTQError(f'the checkpoint {str(path)!r} is damaged: its numbers do not have their checksum.')
+
+
+def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry of an archive has the checksum that it was written with."""
+    try:
+        with archive.open(entry) as content:
+            while content.read(MIB):
+                pass
+        return True
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return False
 
 
 def check_tensor(tensor: Tensor) -> str:

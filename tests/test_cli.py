@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -330,3 +331,20 @@ def test_a_launcher_that_did_not_start_the_process(refused, monkeypatch, launche
 
 def test_a_seed_out_of_range(refused):
     assert 'must be a whole number from 0 to 4294967295, got -1' in refused('--seed', '-1')
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_shows(config_file, capfd, monkeypatch):
+    """mmengine writes files, too, and torch's writer hides the system's error."""
+
+    def write(cfg):
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        except OSError:
+            raise RuntimeError('unexpected pos')  # noqa: B904
+
+    monkeypatch.setattr('mmdet_ptq.engine.PTQRunner.from_cfg', write)
+    with pytest.raises(SystemExit) as stopped:
+        cli.ptq([str(config_file)])
+    assert stopped.value.code == 2
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith('error: cannot write the files of the run: the disk is full; free some space')

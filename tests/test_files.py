@@ -1,6 +1,7 @@
 import argparse
 import errno
 import json
+import resource
 
 import pytest
 import torch
@@ -121,3 +122,17 @@ def test_check_space(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(PTQError, match='cannot make the folder'):
         check_space(tmp_path / 'file' / 'folder', 1)
+
+
+def test_a_limit_on_the_size_of_files_is_one_sentence(tmp_path):
+    """torch's writer hides the system's error behind one of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    try:
+        with pytest.raises(PTQError, match=r'cannot write .*x.pth: File too large'):
+            save_tensors(tmp_path / 'x.pth', {'a': torch.zeros(10000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match='another'):
+        write_atomic(tmp_path / 'x', lambda file: (_ for _ in ()).throw(RuntimeError('another')))

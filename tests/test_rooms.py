@@ -16,7 +16,7 @@ from mmdet_ptq.registry import RUNTIMES, runtime_names
 
 ROOT = Path(__file__).resolve().parents[1] / 'mmdet_ptq'
 # what every room may know
-GROUND = {'compat', 'doctor', 'errors', 'fields', 'files', 'limits', 'progress', 'registry', 'version'}
+GROUND = {'compat', 'doctor', 'errors', 'fields', 'files', 'limits', 'progress', 'registry', 'startup', 'version'}
 # room: what else it may know
 ROOMS = {
     'quantizers': set(),

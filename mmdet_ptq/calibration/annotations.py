@@ -54,7 +54,9 @@ def check_annotations(content: Any, what: str, needed: Mapping[str, Iterable[str
             named = f'{what}: `{part}` with the id {entry["id"]!r}' if 'id' in entry else f'{what}: `{part}[{place}]`'
             for field in fields:
                 if entry.get(field) is None:
-                    raise PTQError(f'{named} has no `{field}`; add it.')
+                    lvis = field == 'file_name' and 'coco_url' in entry
+                    fix = "it is in the format of LVIS, which type='LVISV1Dataset' reads" if lvis else 'add it'
+                    raise PTQError(f'{named} has no `{field}`; {fix}.')
             if entry['id'] in seen:
                 raise PTQError(f'{named} is there twice; give each entry an id of its own.')
             seen.add(entry['id'])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
 from mmdet_ptq.config import GlobalLossConfig
@@ -33,10 +34,13 @@ class FilteredGlobalLoss(nn.Module):
 
     Args:
         cfg: What is filtered, compared and weighted. Defaults to None, the ``global_loss`` section as it is.
+        shared: Whether every rank has a part of the batch: kept boxes are counted over all ranks, so that the mean of
+            the ranks' losses is that of the whole batch. Defaults to False.
     """
 
-    def __init__(self, cfg: GlobalLossConfig | None = None) -> None:
+    def __init__(self, cfg: GlobalLossConfig | None = None, shared: bool = False) -> None:
         super().__init__()
+        self.shared = shared
         self.cfg = GlobalLossConfig() if cfg is None else cfg
 
     def unfiltered(self) -> FilteredGlobalLoss:
@@ -107,7 +111,7 @@ class FilteredGlobalLoss(nn.Module):
 
     def _terms(self, student: AlignedPredictions, teacher: AlignedPredictions, target: _Target) -> dict[str, Tensor]:
         keep, keep_box = target.keep, target.keep_box
-        count, count_box = keep.sum().clamp(min=1), keep_box.sum().clamp(min=1)
+        count, count_box = self._count(keep), self._count(keep_box)
         # sums over an empty selection are zero and differentiable: an empty mask needs no case of its own
         if target.labels is None:
             cls_term = _divergence(student.cls_logits[keep], teacher.cls_logits[keep], teacher.activation)
@@ -126,6 +130,14 @@ class FilteredGlobalLoss(nn.Module):
             sides = _divergence(student.distributions[keep_box], teacher.distributions[keep_box], 'softmax')
             losses['loss_distribution'] = self.cfg.distribution_weight * sides.mean(-1).sum() / count_box
         return losses
+
+    def _count(self, keep: Tensor) -> Tensor:
+        """How many boxes are kept; where ranks share a batch, how many on average."""
+        if not self.shared:
+            return keep.sum().clamp(min=1)
+        count = keep.sum().float()
+        all_reduce(count, 'sum')
+        return count.clamp(min=1) / get_world_size()
 
     @torch.no_grad()
     def _float_target(self, student: AlignedPredictions, teacher: AlignedPredictions) -> _Target:

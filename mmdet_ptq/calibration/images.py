@@ -37,11 +37,28 @@ def inner_dataset_cfgs(cfg: dict) -> list[dict]:
     Returns:
         The configs of the datasets that read images, in order.
     """
-    if 'datasets' in cfg:
+    if not isinstance(cfg, dict):
+        raise PTQError(f'a `dataset` of the config must be a dict with a `type`, got {cfg!r:.100}.')
+    if isinstance(cfg.get('datasets'), list | tuple):
         return [inner for part in cfg['datasets'] for inner in inner_dataset_cfgs(part)]
     if 'dataset' in cfg:
         return inner_dataset_cfgs(cfg['dataset'])
     return [cfg]
+
+
+def loader_sources(cfg: dict, key: str) -> list[dict]:
+    """The configs of the datasets that a data loader of the config reads, see :func:`inner_dataset_cfgs`.
+
+    Args:
+        cfg: The whole config.
+        key: Names the loader.
+
+    Raises:
+        PTQError: It has no dataset.
+    """
+    if cfg[key].get('dataset') is None:
+        raise PTQError(f'`{key}` has no `dataset`; add it.')
+    return inner_dataset_cfgs(cfg[key]['dataset'])
 
 
 def test_pipeline(cfg: dict) -> list[dict]:
@@ -55,7 +72,8 @@ def test_pipeline(cfg: dict) -> list[dict]:
     """
     for key in ('test_dataloader', 'val_dataloader'):
         if cfg.get(key):
-            inner = inner_dataset_cfgs(cfg[key]['dataset'])[0]
+            inner = loader_sources(cfg, key)[0]
+            check_pipeline(inner, f'{key}.dataset')
             if inner.get('pipeline'):
                 return copy.deepcopy(list(inner['pipeline']))
     raise PTQError('the config has no `test_dataloader.dataset.pipeline`, which calibration images are read through.')
@@ -127,7 +145,7 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
     if calibration.dataset is not None:
         key, sources = 'ptq.calibration.dataset', inner_dataset_cfgs(calibration.dataset)
     elif cfg.get('train_dataloader'):
-        key, sources = 'train_dataloader.dataset', inner_dataset_cfgs(cfg['train_dataloader']['dataset'])
+        key, sources = 'train_dataloader.dataset', loader_sources(cfg, 'train_dataloader')
     else:
         raise PTQError(
             'the config has no `train_dataloader` to calibrate on; set `ptq.calibration.images` to a folder of images.'
@@ -150,12 +168,25 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
 
 def check_classes(cfg: dict, key: str) -> None:
     """Refuses class names without a comma, which Python takes for one text."""
-    classes = (cfg.get('metainfo') or {}).get('classes')
+    meta = cfg.get('metainfo') or {}
+    if not isinstance(meta, dict):
+        raise PTQError(f'`{key}.metainfo` must be a dict, as dict(classes=(...)), got {meta!r:.100}.')
+    classes = meta.get('classes')
     if isinstance(classes, str) and not Path(classes).is_file():
         raise PTQError(
             f"`{key}.metainfo.classes` is the text '{classes}', and must be a tuple; a comma is missing: "
             f"('{classes}',)."
         )
+
+
+def check_pipeline(cfg: dict, key: str) -> None:
+    """Refuses a pipeline of a dataset config whose steps are no dicts with a type."""
+    pipeline = cfg.get('pipeline') or []
+    if not isinstance(pipeline, list | tuple):
+        raise PTQError(f'`{key}.pipeline` must be a list of steps, got {pipeline!r:.100}.')
+    for place, step in enumerate(pipeline):
+        if not isinstance(step, dict) or step.get('type') is None:
+            raise PTQError(f'`{key}.pipeline[{place}]` must be a dict with a `type`, got {step!r:.100}.')
 
 
 def coco_class(cfg: dict) -> type | None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, get_world_size
 from mmengine.logging import print_log
 from torch import nn
 
@@ -31,10 +30,10 @@ def observe_activations(
 
     Args:
         detector: The prepared detector (see :func:`mmdet_ptq.wrapping.prepare_detector`), in eval mode.
-        batches: Calibration batches as a dataloader yields them.
+        batches: Calibration batches as a dataloader yields them, the same on every rank: sums in another order, or
+            batches of other images, would give other ranges.
         structure: The detector's structure, which names every activation's observer.
-        weighed: Calibration batches that tell which values matter, the same on every rank. Defaults to None:
-            ``batches``.
+        weighed: Calibration batches that tell which values matter. Defaults to None: ``batches``.
         known: What was observed on the same images with another structure of the same detector, and is not observed
             again; what is observed is added. Defaults to None: nothing is known.
 
@@ -78,20 +77,4 @@ def _see(detector: nn.Module, batches: Iterable[Any], weighed: Iterable[Any]) ->
                 detector(**data, mode='predict')
     finally:
         state.only = None
-    merge_ranks(state.observers)
     weigh_activations(detector, state.observers, weighed)
-
-
-def merge_ranks(observers: dict[str, Observer]) -> None:
-    """Gives every rank the observers of all ranks together."""
-    if get_world_size() == 1:
-        return
-    mine = {name: observer.state() for name, observer in observers.items()}
-    for rank, states in enumerate(all_gather_object(mine)):
-        for name, observer in observers.items():
-            if rank == 0:
-                observer.load_state(states[name])
-            else:
-                other = type(observer)(num_channels=observer.num_channels, channel_axis=observer.channel_axis)
-                other.load_state(states[name])
-                observer.merge(other)

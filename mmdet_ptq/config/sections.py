@@ -171,7 +171,7 @@ class GlobalLossConfig:
         max_boxes: Keep only this many boxes an image, by the float detector's confidence; bounds memory.
             Defaults to 1000.
         iters: Iterations. Defaults to 200.
-        batch_size: Images per iteration. Defaults to 4.
+        batch_size: Images per iteration, of all processes together. Defaults to 4.
         lr: Learning rate, relative to the size of each scale. Defaults to 1e-3.
         bias_lr: Learning rate of the biases, relative to their spread; 0 leaves them. Defaults to 1e-3.
         grid_lr: Learning rate of log k and log eps (or a) of log-affine weights; 0 leaves their tables as they are,

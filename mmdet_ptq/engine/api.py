@@ -30,6 +30,7 @@ from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.guard import only_registered
 from mmdet_ptq.deploy.network.stored_config import stored_config
 from mmdet_ptq.engine.runner import PTQRunner
+from mmdet_ptq.engine.work_dir import leave_work_dir
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.limits import MIB, bounded
 from mmdet_ptq.wrapping.watching.tensors import deep_copy
@@ -85,6 +86,7 @@ def quantize(
                 folder = Path(runner.work_dir) / name
                 path = get_runtime(name).export(copy.deepcopy(calibrated).cpu(), folder, runner.input_shape)
                 print_log(f'{name}: {path}', 'current')
+        leave_work_dir(runner.work_dir)
     for name in ('cfg', 'dataset_meta'):
         if hasattr(model, name):
             setattr(detector, name, getattr(model, name))

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmdet_ptq.calibration.annotations import TO_EVALUATE, TO_LOAD, check_annotation_file
-from mmdet_ptq.calibration.images import annotation_path, check_classes, coco_class, inner_dataset_cfgs
+from mmdet_ptq.calibration.images import annotation_path, check_classes, check_pipeline, coco_class, loader_sources
 from mmdet_ptq.deploy import integer_arithmetic
 from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError, building, one_line
@@ -104,9 +104,10 @@ def build_evaluation(cfg: Config, build: Callable[[], TestLoop]) -> TestLoop:
     Raises:
         PTQError: A part of the config cannot be built, or a file is missing or damaged.
     """
-    sources = inner_dataset_cfgs(cfg['test_dataloader']['dataset'])
+    sources = loader_sources(cfg, 'test_dataloader')
     for source in sources:
         check_classes(source, 'test_dataloader.dataset')
+        check_pipeline(source, 'test_dataloader.dataset')
         if any('TestTimeAug' in str(step.get('type')) for step in source.get('pipeline') or []):
             raise PTQError(
                 '`test_dataloader.dataset.pipeline` has TestTimeAug, which makes several images of one; use the '

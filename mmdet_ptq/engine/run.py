@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
+from mmengine.dataset import InfiniteSampler, pseudo_collate
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import is_model_wrapper
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdet_ptq.analysis import result_row, write_results
 from mmdet_ptq.calibration import CalibrationDataset, Protection, source_datasets
+from mmdet_ptq.compat import start_without_gpu
 from mmdet_ptq.config import PTQConfig, check_seed
 from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
@@ -35,6 +37,7 @@ from mmdet_ptq.engine.evaluation import (
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import fingerprint, stage_inputs, tensor_hash
 from mmdet_ptq.engine.told import ToldStages
+from mmdet_ptq.engine.work_dir import take_work_dir
 from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.progress import adopted
@@ -44,6 +47,8 @@ from mmdet_ptq.wrapping.watching.tensors import deep_copy
 
 RESULTS = 'results.json'
 QUANTIZED = 'quantized.pth'
+# keys of a config that say where and how often it was run
+HOW_IT_RAN = ('work_dir', 'resume', 'launcher', 'experiment_name')
 # images by which channels are measured before anything is quantized
 CHANNEL_IMAGES = 32
 
@@ -132,6 +137,23 @@ class Run(Runner):
         """mmengine's, which shows warnings alone where a person looks on."""
         return adopted(super().build_logger(*args, **kwargs))
 
+    def setup_env(self, env_cfg: dict) -> None:
+        """As mmengine, and on machines without an accelerator, too; takes the work directory.
+
+        Raises:
+            PTQError: Another process has it.
+        """
+        if self.distributed:
+            start_without_gpu(self.launcher)
+        super().setup_env(env_cfg)
+        # before anything is written
+        if is_main_process():
+            take_work_dir(self.work_dir)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """The detector as it is, on its device: it is the global stage's that is trained by all ranks together."""
+        return super().wrap_model(model_wrapper_cfg, model) if not self.distributed else model.to(get_device())
+
     @property
     def calibration(self) -> CalibrationDataset:
         """The calibration images, read on first use."""
@@ -210,9 +232,9 @@ class Run(Runner):
         """Batches of the first calibration images, the same ones on every rank."""
         return self.whole_loader(self.calibration.part(range(min(count, len(self.calibration)))))
 
-    def whole_loader(self, dataset: Dataset) -> DataLoader:
-        """Batches of a data set, all of it on every rank."""
-        return DataLoader(dataset, self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
+    def whole_loader(self, dataset: Dataset, batch_size: int | None = None) -> DataLoader:
+        """Batches of a data set, all of it on every rank, by default of ``ptq.calibration.batch_size``."""
+        return DataLoader(dataset, batch_size or self.ptq.calibration.batch_size, collate_fn=pseudo_collate)
 
     def split(self, holdout: float) -> tuple[Dataset, Dataset]:
         """The calibration images that are trained on and those that are held out, which may be none."""
@@ -221,14 +243,14 @@ class Run(Runner):
         return self.calibration.part(range(train)), self.calibration.part(range(train, len(self.calibration)))
 
     def calibration_loader(self) -> DataLoader:
-        """Batches of all calibration images, each rank its share."""
-        return self.images_loader(self.calibration, self.ptq.calibration.batch_size)
+        """Batches of all calibration images, on every rank."""
+        return self.whole_loader(self.calibration)
 
-    def images_loader(self, dataset: Dataset, batch_size: int, infinite: bool = False) -> DataLoader:
-        """Batches of a data set, each rank its share; endlessly and shuffled where ``infinite``."""
+    def endless_loader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+        """Shuffled batches of a data set without an end; ranks share a batch, as far as its images go round."""
         # built here, not from a config: mmengine would deep-copy the decoded images
-        sampler = InfiniteSampler(dataset, seed=self.seed) if infinite else DefaultSampler(dataset, shuffle=False)
-        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=pseudo_collate)
+        sampler = InfiniteSampler(dataset, seed=self.seed)
+        return DataLoader(dataset, -(-batch_size // self.world_size), sampler=sampler, collate_fn=pseudo_collate)
 
     def stored_bytes(self) -> int:
         """Size of the integer checkpoint as it would be written now."""
@@ -237,7 +259,7 @@ class Run(Runner):
     def checkpoint_state(self) -> dict:
         """What the integer checkpoint holds."""
         # where and how often it was run is no part of the detector: a resumed run writes the same file
-        config = {key: value for key, value in self.cfg.to_dict().items() if key not in ('work_dir', 'resume')}
+        config = {key: value for key, value in self.cfg.to_dict().items() if key not in HOW_IT_RAN}
         meta = dataset_meta(self.evaluation_dataset())
         return quantized_state(self.detector, self.structure, config, meta, self.input_shape, self.canvas is not None)
 
@@ -306,22 +328,19 @@ class Run(Runner):
         """The quantized detector and its structure."""
         return dict(structure=self.structure.to_dict(), model=self.detector.state_dict())
 
-    def built(self, state: dict) -> tuple[nn.Module, Structure]:
-        """The detector of a stage's :meth:`detector_state`, and its structure."""
-        detector, structure = copy.deepcopy(self.float_detector), Structure.from_dict(state['structure'])
-        apply_structure(detector, structure)
-        detector.load_state_dict(state['model'])
-        return detector.to(self.device), structure
+    def go_on_from(self, model: dict, structure: dict | None = None) -> None:
+        """Goes on with the detector that a stage left, built anew: a run that is resumed here does the same.
 
-    def take_over(self, state: dict, taken_over: bool) -> None:
-        """Goes on with the detector of a stored stage."""
-        if taken_over:
-            self.detector, self.structure = self.built(state)
-
-    def load_state(self, state: dict) -> None:
-        """Loads the parameters of a stored stage."""
-        self.detector.load_state_dict(state)
-        self.detector.to(self.device)
+        Args:
+            model: Its state.
+            structure: Its structure, if the stage changed it.
+        """
+        if structure is not None:
+            self.structure = Structure.from_dict(structure)
+        detector = copy.deepcopy(self.float_detector)
+        apply_structure(detector, self.structure)
+        detector.load_state_dict(model)
+        self.detector = detector.to(self.device)
 
     @property
     def device(self) -> torch.device:

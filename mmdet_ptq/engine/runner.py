@@ -11,6 +11,7 @@ from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
 from mmdet_ptq.engine.plan import make_plan, plan_lines
 from mmdet_ptq.engine.run import Run
+from mmdet_ptq.engine.work_dir import leave_work_dir
 from mmdet_ptq.files import check_space
 from mmdet_ptq.predictions import check_raw_outputs
 from mmdet_ptq.registry import RUNNERS
@@ -35,24 +36,27 @@ class PTQRunner(Run):
         Returns:
             What ``results.json`` holds; nothing for a dry run.
         """
-        self.check()
-        plan = make_plan(self)
-        self.stages.expected = plan.seconds
-        if is_main_process():
-            print_lines(plan_lines(self, plan))
-        if dry:
-            return {}
-        self.export_float()
-        self.evaluate_float()
-        self.calibrate()
-        self.evaluate()
-        self.export()
-        for block in self.other_blocks:
-            part = self.part(block)
-            part.calibrate()
-            part.evaluate_part()
-            part.export()
-        self.report()
+        try:
+            self.check()
+            plan = make_plan(self)
+            self.stages.expected = plan.seconds
+            if is_main_process():
+                print_lines(plan_lines(self, plan))
+            if dry:
+                return {}
+            self.export_float()
+            self.evaluate_float()
+            self.calibrate()
+            self.evaluate()
+            self.export()
+            for block in self.other_blocks:
+                part = self.part(block)
+                part.calibrate()
+                part.evaluate_part()
+                part.export()
+            self.report()
+        finally:
+            leave_work_dir(self.work_dir)
         return self.results
 
     def begin(self) -> None:

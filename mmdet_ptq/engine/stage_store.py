@@ -70,6 +70,29 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def state_hash(state: Any) -> str:
+    """SHA-256 of plain containers of tensors, numbers and text, whatever holds them."""
+    digest = hashlib.sha256()
+    _add(digest, state)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        digest.update(f'dict {len(value)} '.encode())
+        for key, inner in value.items():
+            digest.update(f'{key!r} '.encode())
+            _add(digest, inner)
+    elif isinstance(value, list | tuple):
+        digest.update(f'list {len(value)} '.encode())
+        for inner in value:
+            _add(digest, inner)
+    elif isinstance(value, Tensor):
+        digest.update(tensor_hash({'': value}).encode())
+    else:
+        digest.update(f'{value!r} '.encode())
+
+
 def latest_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint of mmengine's loop that can be read; a run may be killed while it writes one.
 
@@ -81,11 +104,31 @@ def latest_checkpoint(folder: str | Path) -> str | None:
         return int(path.stem.removeprefix('iter_'))
 
     for path in sorted(Path(folder).glob('iter_*.pth'), key=iteration, reverse=True):
-        # an archive's directory stands at its end
-        if zipfile.is_zipfile(path):
+        if _is_whole(path):
             return str(path)
         print_log(f'the checkpoint {path} is incomplete, the one before it is taken', 'current', level=logging.WARNING)
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an archive has its directory, which stands at its end, and every entry its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError):
+        return False
+
+
+def _spent(path: Path, inputs: str) -> float:
+    """Seconds that an interrupted stage had taken, as its file tells; zero where it is absent, damaged or another's."""
+    try:
+        before = json.loads(path.read_text(encoding='utf-8'))
+        return float(before['seconds']) if before['inputs'] == inputs else 0.0
+    except FileNotFoundError:
+        return 0.0
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        print_log(f'{path} is damaged ({error}): the time of the interrupted stage is not counted', 'current')
+        return 0.0
 
 
 @dataclass
@@ -95,6 +138,17 @@ class StageRecord:
     inputs: str
     seconds: float
     state: Any
+    seal: str = ''  # of older versions: none
+
+    def check(self) -> None:
+        """Refuses a record that is not what was written.
+
+        Raises:
+            PTQError: The state does not have its seal, or is empty.
+        """
+        damaged = self.seal != state_hash(self.state) if self.seal != '' else not self.state
+        if damaged:
+            raise PTQError('its state does not have the checksum that it was written with')
 
 
 class StageStore:
@@ -132,6 +186,7 @@ class StageStore:
         told = self.part + name
         try:
             record = StageRecord(**load_tensors(self.path(name)))
+            record.check()
         except (PTQError, TypeError) as error:
             print_log(
                 f'stage {told}: its file cannot be used ({error}); it runs again', 'current', level=logging.WARNING
@@ -161,7 +216,8 @@ class StageStore:
         with self._added_up(name, inputs), self.timed(name):
             state = work()
         if is_main_process():
-            save_tensors(self.path(name), dict(inputs=inputs, seconds=self.seconds[told], state=state))
+            record = StageRecord(inputs, self.seconds[told], state, state_hash(state))
+            save_tensors(self.path(name), vars(record))
         barrier()
         return state, False
 
@@ -169,8 +225,7 @@ class StageStore:
     def _added_up(self, name: str, inputs: str) -> Iterator[None]:
         """Keeps the time of an interrupted stage, and adds it to that of the run that finishes it."""
         path, told = self.folder / f'{name}_interrupted.json', self.part + name
-        before = json.loads(path.read_text(encoding='utf-8')) if self.resume and path.is_file() else {}
-        spent = before.get('seconds', 0.0) if before.get('inputs') == inputs else 0.0
+        spent = _spent(path, inputs) if self.resume else 0.0
         start = time.perf_counter()
         try:
             yield

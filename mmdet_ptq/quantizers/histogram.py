@@ -8,7 +8,6 @@ from torch import Tensor
 NUM_BINS = 2048
 # narrowest bin, 2^-40: what is smaller counts as zero
 _LEAST_EXPONENT = -40
-_STATE = ('exponent', 'first', 'counts', 'zeros', 'low', 'high')
 
 
 def _needed_exponent(low: Tensor, high: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ class StreamingHistogram:
     """Counts in NUM_BINS bins a channel; bin i of the absolute grid is [i * 2^e, (i + 1) * 2^e).
 
     The edges are multiples of the bin width and the width is a power of two, so that a coarser grid joins whole bins:
-    growing the range and merging two histograms are exact. The range always contains zero.
+    growing the range is exact. The range always contains zero.
 
     Args:
         channels: Number of histograms.
@@ -100,27 +99,8 @@ class StreamingHistogram:
         self.counts += counts.view_as(self.counts)
         self.zeros += torch.where(samples == 0, weights, 0).double().sum(1)
 
-    def merge(self, other: StreamingHistogram) -> None:
-        """Adds the counts of another histogram with as many channels."""
-        self.grow(other.low, other.high, other.exponent)
-        moved = self._moved(other.absolute_index(), other.exponent, self.exponent, self.first)
-        self.counts.scatter_add_(1, moved, other.counts)
-        self.zeros += other.zeros
-
     def magnitudes(self) -> Tensor:
         """Counts of |x| in NUM_BINS bins from zero, float64 of shape (C, NUM_BINS)."""
         index = self.absolute_index()
         folded = torch.where(index < 0, -index - 1, index).clamp_max(NUM_BINS - 1)
         return torch.zeros_like(self.counts).scatter_add_(1, folded, self.counts)
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything counted, as plain tensors."""
-        return {name: getattr(self, name).clone() for name in _STATE}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> StreamingHistogram:
-        """The histogram that gave ``state``."""
-        histogram = cls(len(state['first']), state['first'].device)
-        for name in _STATE:
-            setattr(histogram, name, state[name].clone())
-        return histogram

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -99,41 +97,6 @@ class Observer:
         """The range for extremes of shape (C,) that enclose zero."""
         return low, high
 
-    def merge(self, other: Observer) -> None:
-        """Takes in what another observer of the same kind has seen, in another process say.
-
-        Raises:
-            PTQError: If the other observer is of another kind or has other channels.
-        """
-        if type(other) is not type(self) or other.num_channels != self.num_channels:
-            raise PTQError(
-                f'{type(self).__name__} with {self.num_channels} channels cannot merge '
-                f'{type(other).__name__} with {other.num_channels}.'
-            )
-        if other.low is None:
-            return
-        if self.low is None:
-            self.load_state(other.state())
-            return
-        self._join(other)
-        self.num_updates += other.num_updates
-
-    def _join(self, other: Observer) -> None:
-        """Joins the statistics of two observers that both saw data."""
-        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
-
-    def state(self) -> dict[str, Any]:
-        """Everything seen, as a dict of tensors; empty if nothing was."""
-        if self.low is None:
-            return {}
-        return dict(low=self.low.clone(), high=self.high.clone(), num_updates=torch.tensor(self.num_updates))
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what another observer's ``state`` tells."""
-        self.low = state['low'].clone() if state else None
-        self.high = state['high'].clone() if state else None
-        self.num_updates = int(state['num_updates']) if state else 0
-
 
 @OBSERVERS.register_module()
 class MinMaxObserver(Observer):
@@ -163,10 +126,6 @@ class MovingAverageObserver(Observer):
             self.low = torch.lerp(low, self.low, self.momentum)
             self.high = torch.lerp(high, self.high, self.momentum)
 
-    def _join(self, other: Observer) -> None:
-        share = other.num_updates / (self.num_updates + other.num_updates)
-        self.low, self.high = torch.lerp(self.low, other.low, share), torch.lerp(self.high, other.high, share)
-
 
 def _sample(view: Tensor) -> Tensor:
     """At most MAX_SAMPLES elements of a tensor of shape (outer, C, inner), as (C, n)."""
@@ -189,21 +148,6 @@ class HistogramObserver(Observer):
         if self.histogram is None:
             self.histogram = StreamingHistogram(len(low), low.device)
         self.histogram.add(_sample(view), low, high)
-
-    def _join(self, other: Observer) -> None:
-        super()._join(other)
-        self.histogram.merge(other.histogram)
-
-    def state(self) -> dict[str, Any]:
-        state = super().state()
-        if self.histogram is not None:
-            state.update({f'histogram.{name}': t for name, t in self.histogram.state().items()})
-        return state
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        parts = {k.split('.', 1)[1]: v for k, v in state.items() if k.startswith('histogram.')}
-        self.histogram = StreamingHistogram.from_state(parts) if parts else None
 
 
 @OBSERVERS.register_module()

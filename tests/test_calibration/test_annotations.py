@@ -39,6 +39,10 @@ def _with(part, **fields):
         (_without('annotations', 'bbox'), '`annotations` with the id 8 has no `bbox`'),
         (_without('annotations', 'area'), '`annotations` with the id 8 has no `area`'),
         (_without('annotations', 'iscrowd'), '`annotations` with the id 8 has no `iscrowd`'),
+        (
+            lambda content: content['images'][1].update(file_name=None, coco_url='http://x/1.jpg'),
+            "'LVISV1Dataset' reads",
+        ),
         (_with('annotations', id=7), '`annotations` with the id 7 is there twice'),
         (_with('images', id=1), '`images` with the id 1 is there twice'),
         (_with('annotations', bbox=[0, math.nan, 1, 1]), r'id 8 has the `bbox` \[0, nan, 1, 1\], which is not four'),

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mmcv
 import numpy as np
 import pytest
 from mmengine.config import Config
@@ -214,6 +215,11 @@ MISTAKES = {
     ),
     'seed': ({'randomness.seed': -1}, '`randomness.seed` must be a whole number from 0 to 4294967295, got -1'),
     'calibration seed': ({'ptq.calibration.seed': 2**32}, '`ptq.calibration.seed` must be a whole number from 0'),
+    'step': (
+        {'test_dataloader.dataset.pipeline': [dict(type='LoadImageFromFile'), True]},
+        '`test_dataloader.dataset.pipeline[1]` must be a dict with a `type`, got True',
+    ),
+    'hooks': ({'default_hooks': True}, '`default_hooks` must be a dict, got True'),
     'backbone': ({'model.backbone.type': 'ResNett'}, "`model.backbone.type` is 'ResNett', which is unknown."),
 }
 
@@ -242,3 +248,43 @@ def test_an_evaluation_without_objects_is_told_under_the_table():
     assert any('its annotations have no objects' in line for line in closing_lines(dict(rows=rows)))
     rows[0]['metrics'] = {'coco/bbox_mAP': 0.0}
     assert not closing_lines(dict(rows=rows))
+
+
+@pytest.mark.parametrize(
+    ('damage', 'told'),
+    [
+        (None, ''),
+        ('<annotation><size>', '`test_dataloader.dataset` (VOCDataset) cannot be built: ParseError'),
+        ('<annotation><object><name>dog</name></object></annotation>', '(VOCDataset) cannot be built: AttributeError'),
+    ],
+    ids=['good', 'torn', 'without boxes'],
+)
+def test_annotations_of_voc_are_evaluated_or_told(damage, told, make_runner, tmp_path):
+    folder = tmp_path / 'VOC2007'
+    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (folder / name).mkdir(parents=True)
+    mmcv.imwrite(np.zeros((64, 64, 3), np.uint8), str(folder / 'JPEGImages' / 'one.jpg'))
+    good = (
+        '<annotation><size><width>64</width><height>64</height></size><object><name>dog</name><difficult>0</difficult>'
+        '<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>40</xmax><ymax>40</ymax></bndbox></object></annotation>'
+    )
+    (folder / 'Annotations' / 'one.xml').write_text(damage or good)
+    (folder / 'ImageSets' / 'Main' / 'test.txt').write_text('one\n')
+    pipeline = make_runner().cfg.test_dataloader.dataset.pipeline
+    voc = dict(
+        _delete_=True,
+        type='VOCDataset',
+        data_root=f'{tmp_path}/',
+        ann_file='VOC2007/ImageSets/Main/test.txt',
+        data_prefix=dict(sub_data_root='VOC2007/'),
+        pipeline=pipeline,
+        test_mode=True,
+        metainfo=dict(classes=('dog', 'cat', 'bird')),
+    )
+    changes = {'test_dataloader.dataset': voc, 'test_evaluator': dict(_delete_=True, type='VOCMetric', metric='mAP')}
+    if told:
+        assert told in refused(make_runner, changes, tmp_path)
+    else:
+        runner = make_runner(changes)
+        runner.load()
+        assert 'pascal_voc/mAP' in runner.evaluate_detector(runner.float_detector)

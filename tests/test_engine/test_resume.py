@@ -46,15 +46,10 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(work_dir: Path, finished: PTQRunner) -> None:
-    found, expected = tensors(work_dir / 'quantized.pth'), tensors(Path(finished.work_dir) / 'quantized.pth')
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert (work_dir / 'quantized.pth').read_bytes() == (Path(finished.work_dir) / 'quantized.pth').read_bytes()
     rows = json.loads((work_dir / 'results.json').read_text())['rows']
     reference = json.loads((Path(finished.work_dir) / 'results.json').read_text())['rows']
-    for row, other in zip(rows, reference, strict=True):
-        # pickle writes a string once or twice, depending on where it came from
-        assert row.pop('size_bytes') == pytest.approx(other.pop('size_bytes'), rel=0.01)
-        assert row == other
+    assert rows == reference
 
 
 def test_resuming_a_finished_run_takes_every_stage_over(finished, finished_copy, make_runner, stages):

@@ -64,6 +64,28 @@ def test_a_damaged_stage_file_counts_as_unfinished(tmp_path):
         assert store.finished('observe', 'x') is None
 
 
+@pytest.mark.parametrize('damage', [dict(state={}), dict(state=None), dict(seconds=None, seal=None)], ids=str)
+def test_a_stage_file_with_another_state_counts_as_unfinished(tmp_path, damage):
+    store = StageStore(tmp_path, resume=True)
+    store.run('observe', 'x', lambda: dict(scale=torch.ones(3), units=[dict(name='a', seconds=1.5)]))
+    assert store.finished('observe', 'x') is not None
+    torch.save({**torch.load(store.path('observe')), **damage}, store.path('observe'))
+    assert store.finished('observe', 'x') is None
+    torch.save([], store.path('observe'))
+    assert store.finished('observe', 'x') is None
+
+
+@pytest.mark.parametrize(
+    'text', ['', '{"inputs": "x", "sec', '[]', '{"inputs": "x"}', '{"inputs": "x", "seconds": []}']
+)
+def test_half_the_time_of_an_interrupted_stage_is_not_counted(tmp_path, text):
+    store = StageStore(tmp_path, resume=True)
+    store.folder.mkdir()
+    (store.folder / 'observe_interrupted.json').write_text(text)
+    assert store.run('observe', 'x', lambda: 1) == (1, False)
+    assert store.seconds['observe'] < 1
+
+
 def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     for iteration in (2, 10):
@@ -71,4 +93,8 @@ def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path):
     assert latest_checkpoint(tmp_path) == str(tmp_path / 'iter_10.pth')
     whole = (tmp_path / 'iter_10.pth').read_bytes()
     (tmp_path / 'iter_10.pth').write_bytes(whole[: len(whole) // 2])
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'iter_2.pth')
+    changed = whole.replace(b'iteration', b'iterotion')
+    assert changed != whole
+    (tmp_path / 'iter_10.pth').write_bytes(changed)
     assert latest_checkpoint(tmp_path) == str(tmp_path / 'iter_2.pth')

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ptq.calibration.fisher import weigh_activations
-from mmdet_ptq.calibration.observe import merge_ranks
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, WEIGHT, TensorSet
 from mmdet_ptq.config import PTQConfig, TensorConfig, apply_policy
 from mmdet_ptq.errors import PTQError
@@ -233,7 +232,6 @@ def observe_candidates(
             state.only = frozenset(wanted)
             for batch in track(batches, description='observing other formats'):
                 detector(**detector.data_preprocessor(batch, False), mode='predict')
-        merge_ranks(observers)
         weigh_activations(detector, state.observers, batches if weighed is None else weighed)
     finally:
         state.only = None

@@ -74,7 +74,7 @@ class DamageStore:
             stored = json.loads(self.path.read_text())
             same = stored['fingerprint'] == self.fingerprint
             values = {key: Damage(**value) for key, value in stored['damage'].items()} if same else {}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             print_log(
                 f'{self.path} cannot be used ({type(error).__name__}: {error}); everything is measured again',
                 'current',

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mmdet_ptq.files import check_space
 
+# how the folders of a run begin, for whoever removes those of a killed one
+FOLDER = 'activations-'
+
 
 class ActivationStore:
     """Keeps tensors by number.
@@ -37,7 +40,7 @@ class ActivationStore:
         if self.bytes_in_memory + size > self.limit_bytes:
             if self._folder is None:
                 self.parent.mkdir(parents=True, exist_ok=True)
-                self._folder = Path(tempfile.mkdtemp(prefix='activations-', dir=self.parent))
+                self._folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=self.parent))
             check_space(self._folder, size)
             torch.save(copy, self._path(number))
             self.bytes_on_disk += size

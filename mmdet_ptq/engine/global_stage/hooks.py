@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdet_ptq.engine.global_stage.train import GlobalLossModel
 from mmdet_ptq.engine.run import unwrapped
-from mmdet_ptq.predictions import predict_aligned
 from mmdet_ptq.registry import HOOKS
 
 
@@ -48,13 +45,7 @@ class FilteredGlobalLossHook(Hook):
             runner.val_loop.run()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        self._set_target(runner, data_batch)
+        unwrapped(runner.model).set_target(self.detector, data_batch)
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | Sequence | None = None) -> None:
-        self._set_target(runner, data_batch)
-
-    @torch.no_grad()
-    def _set_target(self, runner: Runner, data_batch: dict) -> None:
-        model: GlobalLossModel = unwrapped(runner.model)
-        data = model.data_preprocessor(data_batch, False)
-        model.target = predict_aligned(self.detector, data['inputs'], data['data_samples']).detach()
+        unwrapped(runner.model).set_target(self.detector, data_batch)

@@ -6,10 +6,8 @@ import logging
 import math
 from collections import defaultdict
 
-from mmengine.dist import all_reduce_params, get_world_size
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
-from torch import tensor
 from torch.utils.data import DataLoader
 
 from mmdet_ptq.engine.run import unwrapped
@@ -61,10 +59,8 @@ class HeldOutLossLoop(BaseLoop):
                 sums[key] += value
             batches += 1
             self.runner.call_hook('after_val_iter', batch_idx=index, data_batch=batch, outputs=None)
-        means = {key: tensor(value / batches) for key, value in sums.items()}
-        if get_world_size() > 1:
-            all_reduce_params(means.values(), op='mean')
-        metrics = {('global_loss' if key == 'loss' else key): float(value) for key, value in means.items()}
+        # every rank sees all of them: what is chosen does not depend on how many there are
+        metrics = {('global_loss' if key == 'loss' else key): value / batches for key, value in sums.items()}
         if not math.isfinite(metrics['global_loss']):
             metrics['global_loss'] = math.inf
             print_log(

@@ -8,15 +8,18 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.device import get_device
+from mmengine.dist import barrier, get_world_size, is_main_process
 from mmengine.logging import MMLogger, print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mmdet_ptq.calibration import FilteredGlobalLoss
 from mmdet_ptq.calibration.augment import Augmented
 from mmdet_ptq.config import GlobalLossConfig
+from mmdet_ptq.engine.global_stage.divergence import IMAGES, check_divergence, mean_loss
 from mmdet_ptq.engine.global_stage.optim import by_iterations, train_only_quantization
 from mmdet_ptq.engine.run import Run, unwrapped
 from mmdet_ptq.engine.stage_store import latest_checkpoint
@@ -61,12 +64,24 @@ class GlobalRunner(Runner):
     def dump_config(self) -> None:
         """Does nothing: the run has written it."""
 
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """The model, which averages its gradients over the ranks where there are several."""
+        model = model.to(get_device())
+        if get_world_size() == 1:
+            return model
+        # not as the config says: that is for training, where every parameter is used in every iteration
+        ids = None if get_device() == 'cpu' else [torch.cuda.current_device()]
+        return MMDistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+
 
 def train_global(run: Run) -> None:
     """Trains a run's quantized detector, in place, with mmengine's loop, hooks and checkpoints.
 
     Args:
         run: Its ``ptq`` block has a ``global_loss``, its detector is calibrated.
+
+    Raises:
+        PTQError: Training diverged, and no images were held out to choose an earlier state by.
     """
     cfg, folder = run.ptq.global_loss, run.folder / 'global' / run.inputs['global']
     if not run.stages.resume and is_main_process():
@@ -76,10 +91,14 @@ def train_global(run: Run) -> None:
     train, held_out = run.split(cfg.holdout)
     train_only_quantization(run.detector, cfg.rates())
     images = Augmented(train, cfg.augment if cfg.target == 'float' else 1, run.seed)
+    model = GlobalLossModel(run.detector, FilteredGlobalLoss(cfg, shared=run.world_size > 1))
+    # the same images on every rank
+    seen = run.calibration.part(range(min(IMAGES, len(train))))
+    before = None if len(held_out) else _loss_on(run, model, seen)
     kwargs = dict(
-        model=GlobalLossModel(run.detector, FilteredGlobalLoss(cfg)),
+        model=model,
         work_dir=str(folder),
-        train_dataloader=run.images_loader(images, min(cfg.batch_size, len(images)), infinite=True),
+        train_dataloader=run.endless_loader(images, min(cfg.batch_size, len(images))),
         train_cfg=dict(type='mmdet_ptq.GlobalCalibrationLoop', max_iters=cfg.iters, val_interval=cfg.val_interval),
         load_from=going_on_from,
         resume=going_on_from is not None,
@@ -90,7 +109,7 @@ def train_global(run: Run) -> None:
     if len(held_out):
         checkpoint.update(save_best='global_loss', rule='less')
         kwargs.update(
-            val_dataloader=run.images_loader(held_out, cfg.batch_size),
+            val_dataloader=run.whole_loader(held_out, cfg.batch_size),
             val_cfg=dict(type='mmdet_ptq.HeldOutLossLoop'),
             val_evaluator=[],
         )
@@ -111,6 +130,18 @@ def train_global(run: Run) -> None:
     state = load_tensors(best or info['last_ckpt'])['state_dict']
     unwrapped(runner.model).load_state_dict(state)
     run.detector.eval()
+    if before is not None:
+        check_divergence(before, _loss_on(run, model, seen))
+
+
+def _loss_on(run: Run, model: GlobalLossModel, images: Dataset) -> float:
+    """The mean loss on some images, over the same boxes in every state."""
+
+    def batch_loss(batch: dict) -> float:
+        model.set_target(run.float_detector, batch)
+        return model.held_out_loss(batch)['loss']
+
+    return mean_loss(batch_loss, run.whole_loader(images))
 
 
 def _optimizer(cfg: GlobalLossConfig) -> dict:
@@ -145,7 +176,7 @@ class GlobalLossModel(BaseModel):
         loss: The filtered global loss.
 
     Attributes:
-        target: The float detector's predictions on the current batch, set by ``FilteredGlobalLossHook``.
+        target: The float detector's predictions on the current batch, see :meth:`set_target`.
     """
 
     def __init__(self, detector: nn.Module, loss: FilteredGlobalLoss) -> None:
@@ -186,6 +217,12 @@ class GlobalLossModel(BaseModel):
                 "target='float' for images without annotations."
             )
         return [sample.gt_instances for sample in data_samples]
+
+    @torch.no_grad()
+    def set_target(self, detector: nn.Module, data: dict) -> None:
+        """Takes the float detector's predictions on a batch as the target."""
+        data = self.data_preprocessor(data, False)
+        self.target = predict_aligned(detector, data['inputs'], data['data_samples']).detach()
 
     @torch.no_grad()
     def held_out_loss(self, data: dict) -> dict[str, float]:

@@ -28,7 +28,8 @@ def prepare(run: Run) -> None:
         run.structure = prepare_detector(run.detector, run.ptq, run.one_image(), run.run_first_images, weigh)
         return run.detector_state()
 
-    run.take_over(*run.stages.run('prepare', run.inputs['prepare'], work))
+    state, _ = run.stages.run('prepare', run.inputs['prepare'], work)
+    run.go_on_from(**state)
     share = integer_mac_share(run.structure)
     print_log(f'{share:.2%} of the multiply-accumulates compute in integers', 'current')
 
@@ -41,9 +42,8 @@ def observe(run: Run) -> None:
         observe_activations(run.detector, loader, run.structure, first, run.observers if run.other_blocks else None)
         return run.detector.state_dict()
 
-    state, taken_over = run.stages.run('observe', run.inputs['observe'], work)
-    if taken_over:
-        run.load_state(state)
+    state, _ = run.stages.run('observe', run.inputs['observe'], work)
+    run.go_on_from(state)
 
 
 def protect(run: Run) -> None:
@@ -65,8 +65,8 @@ def protect(run: Run) -> None:
         )
         return dict(**run.detector_state(), protection=protection.to_dict())
 
-    state, taken_over = run.stages.run('protect', run.inputs['protect'], work)
-    run.take_over(state, taken_over)
+    state, _ = run.stages.run('protect', run.inputs['protect'], work)
+    run.go_on_from(state['model'], state['structure'])
     run.protection = Protection.from_dict(state['protection'])
 
 
@@ -90,9 +90,8 @@ def reconstruct(run: Run) -> None:
             broadcast(value)
         return dict(units=units, model=run.detector.state_dict())
 
-    state, taken_over = run.stages.run('reconstruct', run.inputs['reconstruct'], work)
-    if taken_over:
-        run.load_state(state['model'])
+    state, _ = run.stages.run('reconstruct', run.inputs['reconstruct'], work)
+    run.go_on_from(state['model'])
     run.units = state['units']
 
 
@@ -103,9 +102,8 @@ def minimise_global_loss(run: Run) -> None:
         train_global(run)
         return run.detector.state_dict()
 
-    state, taken_over = run.stages.run('global', run.inputs['global'], work)
-    if taken_over:
-        run.load_state(state)
+    state, _ = run.stages.run('global', run.inputs['global'], work)
+    run.go_on_from(state)
 
 
 def write_quantized(run: Run) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.logging import print_log
+from torch import nn
 
 from mmdet_ptq.analysis import bops, latency_ratio
-from mmdet_ptq.deploy import IntegerCoverage, get_runtime, model_bytes, open_model, with_runtime
+from mmdet_ptq.deploy import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, with_runtime
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.engine.stage_store import fingerprint
 
@@ -54,8 +56,7 @@ def export_runtime(run: Run, name: str) -> dict:
     """
     runtime, folder = get_runtime(name), Path(run.work_dir) / name
     shape = run.input_shape
-    # a copy: the report compares the detector with the float one where both are
-    path = runtime.export(copy.deepcopy(run.detector).cpu(), folder, shape)
+    path = _written(run.detector, runtime, folder, shape)
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
     coverage = model.whole_coverage()
@@ -87,8 +88,16 @@ def export_float_to(run: Run, name: str) -> dict:
         PTQError: The runtime cannot take the detector.
     """
     folder = Path(run.work_dir) / name / FLOAT_FOLDER
-    get_runtime(name).export(copy.deepcopy(run.float_detector).cpu(), folder, run.input_shape)
+    _written(run.float_detector, get_runtime(name), folder, run.input_shape)
     return dict(files=stored_files(folder))
+
+
+def _written(detector: nn.Module, runtime: type[Runtime], folder: Path, shape: tuple[int, int, int, int]) -> Path:
+    """Exports a detector, once for all ranks; returns the model's path."""
+    # a copy: the report compares the detector with the float one where both are
+    paths = [runtime.export(copy.deepcopy(detector).cpu(), folder, shape) if is_main_process() else None]
+    broadcast_object_list(paths)
+    return paths[0]
 
 
 def stored_files(folder: Path) -> dict[str, int]:

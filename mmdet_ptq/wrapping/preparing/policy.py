@@ -81,9 +81,17 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
     roles = list(roles)
     names = [role.name for role in roles]
     for pattern in cfg.overrides:
-        if not any(matches(pattern, name) for name in names):
+        matched = [role for role in roles if matches(pattern, role.name)]
+        if not matched:
             hint = did_you_mean(pattern, _prefixes(names))
             raise PTQError(f'`ptq.overrides[{pattern!r}]` matches no layer of this detector.{hint}')
+        if not any(role.runs for role in matched):
+            print_log(
+                f'`ptq.overrides[{pattern!r}]` changes nothing: none of the {len(matched)} layers that it matches runs '
+                f'in `predict` (first: {matched[0].name})',
+                'current',
+                level=logging.WARNING,
+            )
     _check_roles(cfg, [role for role in roles if role.runs])
     policies = {}
     for role in roles:

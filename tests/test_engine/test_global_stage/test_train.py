@@ -194,6 +194,17 @@ def test_without_held_out_images_the_last_state_is_the_result(make_runner, tmp_p
     assert SpyHook.records[1]['lr'] > SpyHook.records[0]['lr']
 
 
+@pytest.mark.parametrize(
+    'diverged', [{'lr': 1e30}, {'hooks': [dict(type='DivergenceHook', value=float('nan'))]}], ids=['scales', 'boxes']
+)
+def test_without_held_out_images_a_state_that_diverged_is_refused(make_runner, tmp_path, diverged):
+    changes = {f'ptq.global_loss.{key}': value for key, value in dict(iters=2, holdout=0.0, **diverged).items()}
+    with pytest.raises(PTQError, match=r'training diverged; lower `ptq.global_loss.lr`'):
+        make_runner(changes).calibrate()
+    assert not (tmp_path / 'work_dir' / 'quantized.pth').exists()
+    assert not (tmp_path / 'work_dir' / 'stages' / 'global.pth').exists()
+
+
 RESIZED = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(96, 96), keep_ratio=True),
@@ -239,13 +250,13 @@ def test_more_images_are_trained_on_where_the_float_detector_answers(make_runner
     runner = make_runner(
         {'ptq.global_loss.target': target, 'ptq.global_loss.augment': versions, 'ptq.global_loss.iters': 1}
     )
-    seen, loader = [], runner.images_loader
+    seen, loader = [], runner.endless_loader
 
-    def spy(dataset, batch_size, infinite=False):
-        seen.extend([dataset] if infinite else [])
-        return loader(dataset, batch_size, infinite)
+    def spy(dataset, batch_size):
+        seen.append(dataset)
+        return loader(dataset, batch_size)
 
-    runner.images_loader = spy
+    runner.endless_loader = spy
     runner.calibrate()
     (dataset,) = seen
     train = len(runner.calibration) - round(len(runner.calibration) * runner.ptq.global_loss.holdout)

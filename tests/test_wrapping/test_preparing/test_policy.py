@@ -115,3 +115,15 @@ def test_what_only_the_preset_says_of_such_layers_is_a_warning(monkeypatch):
             PTQConfig.from_dict(dict(preset='w4a8', first=dict(weights=dict(bits=6)))),
             [replace(role, first=False) for role in ROLES],
         )
+
+
+def test_an_override_of_layers_that_never_run_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr('mmdet_ptq.wrapping.preparing.policy.print_log', lambda text, *_, **__: told.append(text))
+    roles = [*ROLES, LayerRole('aux_head.conv', in_head=True, first=False, last=False, runs=False)]
+    change = dict(weights=dict(bits=4))
+    cfg = PTQConfig.from_dict(dict(preset='w8a8', overrides={'*.conv': change, 'backbone': change}))
+    resolve_policies(cfg, roles)
+    assert not told
+    resolve_policies(PTQConfig.from_dict(dict(preset='w8a8', overrides={'aux_head.*': change})), roles)
+    assert told[0].startswith("`ptq.overrides['aux_head.*']` changes nothing") and 'aux_head.conv' in told[0]
