@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import barrier, get_world_size, is_main_process
+from mmengine.dist import barrier, get_world_size, is_distributed, is_main_process
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
@@ -66,6 +66,8 @@ class GlobalRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """The model, which averages its gradients over the ranks where there are several."""
+        if not is_distributed():
+            return super().wrap_model(model_wrapper_cfg, model)
         model = model.to(get_device())
         if get_world_size() == 1:
             return model
