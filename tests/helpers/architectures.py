@@ -112,6 +112,31 @@ def mask_rcnn() -> dict:
     return model
 
 
+def solo() -> dict:
+    """One head of masks without boxes."""
+    model = tiny_model_cfg('retinanet')
+    model['type'] = 'SOLO'
+    model['neck'].update(num_outs=5)
+    del model['bbox_head']
+    model['mask_head'] = dict(
+        type='SOLOHead',
+        num_classes=NUM_CLASSES,
+        in_channels=model['neck']['out_channels'],
+        stacked_convs=1,
+        feat_channels=16,
+        strides=[8, 8, 16, 32, 32],
+        scale_ranges=((1, 16), (8, 32), (16, 64), (32, 128), (64, 256)),
+        num_grids=[8, 6, 4, 3, 2],
+        loss_mask=dict(type='DiceLoss', use_sigmoid=True, loss_weight=3.0),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        norm_cfg=dict(type='GN', num_groups=4),
+    )
+    model['test_cfg'] = dict(
+        nms_pre=100, score_thr=0.01, mask_thr=0.5, filter_thr=0.001, kernel='gaussian', sigma=2.0, max_per_img=20
+    )
+    return model
+
+
 def cascade_rcnn() -> dict:
     """The second of two stages reads the regions that the first one moved."""
     model = tiny_model_cfg('faster_rcnn')
@@ -187,6 +212,7 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     tood=tood,
     pvt=pvt,
     mask_rcnn=mask_rcnn,
+    solo=solo,
     cascade_rcnn=cascade_rcnn,
     deformable_detr=deformable_detr,
     two_stage_detr=two_stage_detr,

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.detectors import BaseDetector, SingleStageDetector
+from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.parts import FIRST, Part
@@ -95,15 +96,23 @@ def nest_outputs(flat: Sequence[Tensor], layout: Any) -> Any:
     return flat[layout] if isinstance(layout, int) else tuple(nest_outputs(flat, item) for item in layout)
 
 
+def only_head(detector: nn.Module) -> nn.Module | None:
+    """The one head of a detector with one stage: of boxes, or of masks; None of any other."""
+    forward = type(detector)._forward if isinstance(detector, BaseDetector) else None
+    if isinstance(detector, SingleStageDetector) and forward is SingleStageDetector._forward:
+        return detector.bbox_head
+    if isinstance(detector, SingleStageInstanceSegmentor) and forward is SingleStageInstanceSegmentor._forward:
+        return None if detector.with_bbox else detector.mask_head
+    return None
+
+
 def check_exportable(detector: nn.Module) -> None:
     """Refuses detectors whose networks do not read the image, or features of its regions, alone.
 
     Raises:
         PTQError: The detector has a forward of its own.
     """
-    if is_two_stage(detector):
-        return
-    if not isinstance(detector, SingleStageDetector) or type(detector)._forward is not SingleStageDetector._forward:
+    if not is_two_stage(detector) and only_head(detector) is None:
         raise PTQError(
             f'{type(detector).__name__} cannot be exported: runtimes take detectors of one or two stages, whose '
             'heads read nothing but features; remove `ptq.export`.'

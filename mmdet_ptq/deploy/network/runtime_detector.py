@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.parts import constants_in, parts_of
-from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, output_shapes
+from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, only_head, output_shapes
 from mmdet_ptq.deploy.runtime import Runtime
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.two_stage import is_two_stage
@@ -96,7 +96,8 @@ def with_runtime(
         clips = getattr(getattr(detector.bbox_head, 'bbox_coder', None), 'clip_border', False)
         detector.bbox_head.predict = _Detections(runtime, device, clips)
     else:
-        detector.bbox_head.forward = _RawHead(runtime, device)
+        kind = _RawHead if detector.with_bbox else _RawMaskHead
+        only_head(detector).forward = kind(runtime, device)
     classes = runtime.meta.get('input', {}).get('classes')
     pad_to(detector, tuple(runtime.meta['input_shape'][2:]))
     detector.cfg = config
@@ -147,6 +148,14 @@ class _RawHead(_Network):
 
     def __call__(self, image: Tensor) -> Any:
         return nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+
+
+class _RawMaskHead(_RawHead):
+    """The same of a detector of masks alone, which puts what its head returns in a tuple."""
+
+    def __call__(self, image: Tensor) -> Any:
+        (outputs,) = super().__call__(image)
+        return outputs
 
 
 class _FirstStage(_Network):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -125,6 +126,29 @@ def test_agreement_is_told_of_all_networks(exported, detector, image, caplog):
     get_runtime(runtime).report_agreement(logger, detector, path, image)
     told = ' '.join(said)
     assert ' compared' in told and 'codes are the same' in told
+
+
+def test_each_stage_of_a_cascade_is_a_network_and_so_is_a_mask_head(image, monkeypatch):
+    architectures.register(monkeypatch)
+    for kind, heads in (('cascade_rcnn', ['bbox_head.0', 'bbox_head.1']), ('mask_rcnn', ['bbox_head', 'mask_head'])):
+        names = [part.name for part in parts_of(tiny_detector(kind), image)]
+        assert names == ['', *(f'roi_head.{head}' for head in heads)]
+
+
+def test_masks_without_boxes_are_found_around_a_runtime(tmp_path, monkeypatch):
+    architectures.register(monkeypatch)
+    detector, structure = tiny_quantized('solo', dict(OBSERVE, dataflow='balanced'))
+    settle_biases(detector, structure)
+    model = open_model(get_runtime('onnxruntime').export(detector, tmp_path, (1, 3, 64, 64)), threads=1)
+    integer = {name.partition('#')[0] for name in model.coverage().integer}
+    assert {'mask_head.conv_cls', 'mask_head.conv_mask_list.0'} <= integer
+    batch = tiny_batch(1, seed=4)
+    with integer_arithmetic(detector):
+        (expected,) = predict(detector, batch)
+    (found,) = predict(with_runtime(tiny_detector('solo', seed=5), model), batch)
+    ours, theirs = expected.pred_instances, found.pred_instances
+    assert len(ours) == len(theirs) > 0 and torch.equal(ours.labels, theirs.labels)
+    assert (ours.masks == theirs.masks).float().mean() > 0.99
 
 
 @pytest.mark.parametrize('runtime', ['ncnn', 'tensorrt'])
