@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -86,12 +86,20 @@ def proposes(detector: nn.Module) -> bool:
 
 @contextmanager
 def _called(detector: nn.Module, forward: Callable) -> Iterator[None]:
-    """A call of the detector, with all its hooks, computes something else."""
-    detector.forward = forward
+    """A call of the detector, with all its hooks and what runs between its layers, computes something else."""
+    own, state = vars(detector).get('forward'), getattr(detector, STATE, None)
+
+    def inside(*inputs: Tensor) -> Any:
+        with nullcontext() if state is None or state.flow is None else state.flow.running(whole=True):
+            return forward(*inputs)
+
+    detector.forward = inside
     try:
         yield
     finally:
         del detector.forward
+        if own is not None:
+            detector.forward = own
 
 
 def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import architectures
 import numpy as np
@@ -49,21 +50,22 @@ def exported(request, detector, image, tmp_path_factory):
 def test_each_network_reads_what_the_detector_gives_it(detector, image):
     first, head = parts_of(detector, image)
     assert (first.name, head.name) == ('', HEAD) and first.inputs[0] is image
-    seen = []
+    seen, forward = [], detector.forward
     handle = detector.roi_head.bbox_head.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
     with torch.no_grad():
         found = RawOutputs(detector, head)(*head.inputs)
     handle.remove()
     assert torch.equal(seen[0][0], head.inputs[0]) and len(head.inputs[0]) > 1
     assert all(torch.equal(a, b) for a, b in zip(found, seen[0][1], strict=True))
-    assert 'forward' not in vars(detector) or detector.forward.__name__ != '_call'
+    # what stands between the layers stays
+    assert detector.forward is forward and not isinstance(forward, MethodType)
 
 
 def test_every_network_computes_what_was_simulated_in_integers(exported, detector, image):
     runtime, path = exported
     model = open_model(path, threads=1)
     coverage = model.whole_coverage()
-    assert set(coverage.integer) >= set(quantized_weights(detector)) - {'backbone.conv1'}
+    assert {name.partition('#')[0] for name in coverage.integer} == set(quantized_weights(detector))
     with torch.no_grad(), GIVEN[runtime](detector):
         for part in parts_of(detector, image):
             simulated = [out.numpy() for out in RawOutputs(detector, part)(*part.inputs)]
@@ -76,14 +78,14 @@ def test_every_network_computes_what_was_simulated_in_integers(exported, detecto
 def test_mmdet_finds_the_same_boxes_around_a_runtime(exported, detector):
     runtime, path = exported
     around = with_runtime(tiny_detector('faster_rcnn', seed=5), open_model(path, threads=1))
-    batch = tiny_batch(2, seed=4)
+    # random weights are chaotic: where a code on a boundary falls to the other side, other regions are proposed
+    batch = tiny_batch(2 if runtime == 'onnxruntime' else 1, seed=4)
     with GIVEN[runtime](detector):
         expected = predict(detector, batch)
     for ours, theirs in zip(expected, predict(around, batch), strict=True):
         ours, theirs = ours.pred_instances, theirs.pred_instances
-        assert len(ours) and abs(len(ours) - len(theirs)) <= 0.05 * len(ours)
-        distance = torch.cdist(ours.bboxes, theirs.bboxes).amin(1)
-        assert (distance < 1).float().mean() > 0.9
+        assert len(ours) == len(theirs) > 0 and torch.equal(ours.labels, theirs.labels)
+        torch.testing.assert_close(theirs.bboxes, ours.bboxes, atol=1e-2, rtol=0)
 
 
 def test_no_region_is_no_box(exported):
