@@ -13,8 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from mmdet_ptq.errors import PTQError, did_you_mean, one_line
-from mmdet_ptq.files import cannot_write, disk_error
+from mmdet_ptq.errors import PTQError, cannot_write, did_you_mean, disk_error, one_line
 from mmdet_ptq.startup import ends_at_once
 from mmdet_ptq.version import __version__
 

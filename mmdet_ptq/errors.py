@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import re
 import traceback
@@ -102,3 +103,21 @@ def _arguments(cls: Any) -> set[str]:
         return set()
     makers = [base.__init__ for base in cls.__mro__] if inspect.isclass(cls) else [cls]
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {'self', 'args', 'kwargs'}
+
+
+def cannot_write(what: str, error: OSError) -> str:
+    """The sentence for what could not be written."""
+    why = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return (
+        f'cannot write {what}: {why}; free some space, or choose another folder: --work-dir, then --resume; for '
+        'tools/export.py --out.'
+    )
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """That the disk is full, or a limit on files reached, if that is what led to an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, cannot_write, disk_error
 from mmdet_ptq.limits import MIB, bounded
 
 # how the names of files end that are being written
@@ -54,24 +53,6 @@ def write_atomic(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) ->
         if cause is None:
             raise
         raise PTQError(cannot_write(str(path), cause)) from error
-
-
-def cannot_write(what: str, error: OSError) -> str:
-    """The sentence for what could not be written."""
-    why = 'the disk is full' if error.errno == errno.ENOSPC else (error.strerror or str(error))
-    return (
-        f'cannot write {what}: {why}; free some space, or choose another folder: --work-dir, then --resume; for '
-        'tools/export.py --out.'
-    )
-
-
-def disk_error(error: BaseException) -> OSError | None:
-    """That the disk is full, or a limit on files reached, if that is what led to an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def remove(path: str | os.PathLike) -> None:
