@@ -57,7 +57,7 @@ WITHOUT_EXPORT = ('float', 'simulated')
 # what 8 bits may cost a detector, and all of them on the mean, in points
 MOST, MOST_ON_MEAN = 0.5, 0.3
 # the drawn images of the quick part: the first ones of the whole data set
-QUICK_ROOT, QUICK_IMAGES = 'data/embedded_quick', dict(train=16, val=40)
+QUICK_ROOT, QUICK_IMAGES = 'data/embedded_quick', dict(train=16, val=20)
 
 
 @dataclass

@@ -13,6 +13,9 @@ import torch
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.testing import tiny_config
 
+# three runs in processes of their own, a minute together
+pytestmark = pytest.mark.slow
+
 RECIPE = dict(
     preset='w8a8_observe',
     weights=dict(bits=4),

@@ -287,7 +287,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.parametrize('holdout', [0.0, 0.25])
+@pytest.mark.parametrize('holdout', [pytest.param(0.0, marks=pytest.mark.slow), 0.25])
 def test_a_running_average_is_the_result_of_a_resumed_run_too(holdout, make_runner, tmp_path, monkeypatch):
     """mmengine's EMAHook saves the average, and swaps it with what is trained where training goes on from a file."""
     # with the bound on its weights the first state of this random detector is the best, and nothing was averaged
