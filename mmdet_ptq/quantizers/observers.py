@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -204,9 +206,9 @@ class FisherObserver(MSEObserver):
     """Searches the ends with the least squared error where each value counts as it matters to the detections.
 
     The default for activations. A few values that no detection depends on, far out as those at the border of an image
-    often are, decide the plain squared error; here they count next to nothing. Clipping changes all channels of a place
-    at once and the same way; such errors add up, where those of rounding cancel out, and count as often as there are
-    channels. What matters is told by :meth:`weigh`;
+    often are, decide the plain squared error; here they count next to nothing. Clipping changes many channels of a
+    place at once and the same way; such errors add up, where those of rounding cancel out, and count as often as the
+    root of the number of channels. What matters is told by :meth:`weigh`;
     channels of which nothing is told, or which never mattered, count all their values alike.
     """
 
@@ -216,7 +218,7 @@ class FisherObserver(MSEObserver):
         super().__init__(num_channels, channel_axis)
         self.weighted: StreamingHistogram | None = None
         self.weighed: StreamingHistogram | None = None  # the same values, each counted once
-        self.together = 1
+        self.together = 1.0
 
     @torch.no_grad()
     def weigh(self, x: Tensor, weight: Tensor) -> None:
@@ -227,7 +229,8 @@ class FisherObserver(MSEObserver):
             weight: Their diagonal Fisher information, of the same shape, up to a factor that all tensors share.
         """
         view = self._view(x.float())
-        self.together = x.shape[self.channel_axis] if x.dim() > 1 else 1  # channels of a place, clipped at once
+        # between 1, were the channels of a place clipped one by one, and their number, were all clipped at once
+        self.together = math.sqrt(x.shape[self.channel_axis]) if x.dim() > 1 else 1.0
         if self.weighted is None:
             self.weighted, self.weighed = (StreamingHistogram(view.shape[1], view.device) for _ in range(2))
         values = _sample(view), view.amin((0, 2)), view.amax((0, 2))

@@ -184,7 +184,7 @@ def mse_range(
     bits: int,
     symmetric: bool,
     plain: StreamingHistogram | None = None,
-    together: int = 1,
+    together: float = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ends with the least squared quantization error, found by coordinate descent on clip ratios.
 
