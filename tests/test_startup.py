@@ -18,7 +18,7 @@ def test_ctrl_c_during_the_imports_ends_a_command_line_of_ours(name, tmp_path):
     program = tmp_path / name
     # a module that the imports wait for, in the middle of them
     (tmp_path / 'mmengine.py').write_text(
-        'import time\nprint("imports", flush=True)\ntry:\n    time.sleep(60)\n'
+        'import time\ntry:\n    print("imports", flush=True)\n    time.sleep(60)\n'
         'except KeyboardInterrupt as error:\n    raise ImportError("half") from error\n'
     )
     program.write_text('import mmdet_ptq\n')
