@@ -6,12 +6,14 @@ Nothing of the stack is imported before the arguments are understood: ``--help``
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import runpy
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 
 from mmdet_ptq.errors import PTQError, cannot_write, did_you_mean, disk_error, one_line
 from mmdet_ptq.startup import ends_at_once
@@ -131,16 +133,18 @@ def _check_checkpoint(path: str | None) -> None:
 
 def _screen(args: argparse.Namespace) -> AbstractContextManager:
     """Shows a person what matters, unless all is asked for."""
-    from mmdet_ptq.progress import for_people
+    return nullcontext() if args.verbose else _imported('mmdet_ptq.progress').for_people()
 
-    return nullcontext() if args.verbose else for_people()
+
+def _imported(name: str) -> ModuleType:
+    """A module of ours that imports much of the stack."""
+    with ends_at_once():
+        return importlib.import_module(name)
 
 
 def _mend() -> None:
     """Mends the faults of the stack, which importing the package leaves to us where we are the program."""
-    from mmdet_ptq.compat import apply_workarounds
-
-    apply_workarounds()
+    _imported('mmdet_ptq.compat').apply_workarounds()
 
 
 def _prepare(args: argparse.Namespace):
@@ -251,10 +255,7 @@ def _quantize(args: argparse.Namespace) -> None:
             dict(ptq=dict(calibration=dict(num_images=images), protect=None, reconstruct=None, global_loss=None))
         )
     cfg.resume = args.resume
-    with ends_at_once():
-        from mmdet_ptq.engine import PTQRunner
-
-    PTQRunner.from_cfg(cfg).run(dry=args.dry_run)
+    _imported('mmdet_ptq.engine').PTQRunner.from_cfg(cfg).run(dry=args.dry_run)
 
 
 def _analyze(argv: list[str] | None = None) -> None:
@@ -271,9 +272,7 @@ def _analyze(argv: list[str] | None = None) -> None:
     with _screen(args):
         cfg = _prepare(args)
         _change_block(cfg, args, {})
-        from mmdet_ptq.engine.analyze import analyze
-
-        analyze(cfg, args.images)
+        _imported('mmdet_ptq.engine.analyze').analyze(cfg, args.images)
 
 
 def _test(argv: list[str] | None = None) -> None:
@@ -287,18 +286,18 @@ def _test(argv: list[str] | None = None) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     cfg = _prepare(args)
+    engine = _imported('mmdet_ptq.engine')
     from mmdet_ptq.analysis import print_results, result_row
-    from mmdet_ptq.engine import evaluate, load_quantized
 
     path = Path(args.checkpoint)
     if path.suffix == '.pth':
-        name, detector, size, remark = 'simulated', load_quantized(path, cfg), path.stat().st_size, ''
+        name, detector, size, remark = 'simulated', engine.load_quantized(path, cfg), path.stat().st_size, ''
     else:
         from mmdet_ptq.deploy import model_bytes, open_model, runtime_detector
 
         model = open_model(path)
         name, detector, size, remark = model.name, runtime_detector(cfg, model), model_bytes(path), model.remark()
-    print_results(dict(rows=[result_row(name, evaluate(cfg, detector), size, None, remark=remark)]))
+    print_results(dict(rows=[result_row(name, engine.evaluate(cfg, detector), size, None, remark=remark)]))
 
 
 def _export(argv: list[str] | None = None) -> None:
@@ -335,9 +334,7 @@ def _export(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     _mend()
     config = None if args.config is None else load_config(args.config)
-    from mmdet_ptq.engine.export_again import export_checkpoint
-
-    export_checkpoint(
+    _imported('mmdet_ptq.engine.export_again').export_checkpoint(
         args.checkpoint,
         args.to,
         args.out,
