@@ -188,6 +188,8 @@ def measure(subject: Subject, threads: int, args: argparse.Namespace) -> list[di
     for runtime, models in subject.models.items():
         peer = PEERS[runtime]
         opened = {kind: open_model(path, threads) for kind, path in models.items()}
+        if opened[FLOAT].parts:
+            raise PTQError('peers quantize one graph, and a detector with two stages is several.')
         image = example(opened[FLOAT])
         runs = {kind: partial(model, image) for kind, model in opened.items()}
         for kind in (OURS, peer):

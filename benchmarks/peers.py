@@ -43,6 +43,7 @@ from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import file_hash, write_json
+from mmdet_ptq.predictions.two_stage import is_two_stage
 
 RUNTIMES = ('onnxruntime', 'openvino')
 FIELDS = (
@@ -102,6 +103,8 @@ class Subject:
         detector = build_detector(self.cfg)
         load_float_checkpoint(detector, self.cfg.load_from)
         check_exportable(detector)
+        if is_two_stage(detector):
+            raise PTQError('peers quantize one graph, and a detector with two stages is several.')
         return detector.eval()
 
     @cached_property

@@ -66,12 +66,10 @@ class StreamingHistogram:
         counts = torch.where(self.absolute_index() == 0, self.counts - self.zeros[:, None], self.counts)
         return counts / self.width[:, None]
 
-    def grow(self, low: Tensor, high: Tensor, exponent: Tensor | None = None) -> None:
-        """Makes the bins cover [low, high] of shape (C,) as well, with bins no narrower than the given exponent."""
+    def _grow(self, low: Tensor, high: Tensor) -> None:
+        """Makes the bins cover [low, high] of shape (C,) as well."""
         self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
         new = torch.maximum(self.exponent, _needed_exponent(self.low, self.high))
-        if exponent is not None:
-            new = torch.maximum(new, exponent)
         width = torch.exp2(new.double())
         first, last = (torch.floor(end / width).long() for end in (self.low, self.high))
         if bool(((new == self.exponent) & (first >= self.first) & (last < self.first + NUM_BINS)).all()):
@@ -91,7 +89,7 @@ class StreamingHistogram:
 
         Weights of the same shape say how much each of them counts; by default 1.
         """
-        self.grow(low, high)
+        self._grow(low, high)
         index = torch.floor(samples.double() / self.width[:, None]).long() - self.first[:, None]
         index = index.clamp_(0, NUM_BINS - 1) + torch.arange(len(index), device=index.device)[:, None] * NUM_BINS
         weights = torch.ones_like(samples) if weights is None else weights

@@ -27,6 +27,8 @@ from mmdet_ptq.wrapping.watching.tensors import tensors_in
 HEADS = 'roi_head'
 # a dimension of one region would be taken for a constant
 _FEWEST = 2
+# what a head may be called with besides tensors, and a file can hold
+_PLAIN = {'bool', 'int', 'float', 'str', 'NoneType'}
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,9 @@ def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
             stack.callback(head.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         detector(image[:1], [sample], mode='tensor')
     for name, (part, *others) in calls.items():
-        kinds = {type(constant) for constant in part.constants}
-        if others or not kinds <= {bool, int, float, str, type(None)}:
-            why = f'is called {1 + len(others)} times' if others else f'reads {min(kind.__name__ for kind in kinds)}'
+        strange = {type(constant).__name__ for constant in part.constants} - _PLAIN
+        if others or strange:
+            why = f'is called {1 + len(others)} times' if others else f'reads {min(strange)}'
             raise PTQError(
                 f'{type(detector).__name__} cannot be exported: {name} {why} in a forward pass; remove `ptq.export`.'
             )

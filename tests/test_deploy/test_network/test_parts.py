@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, settle_biases, with_runtime
@@ -176,6 +177,22 @@ def test_a_head_that_is_called_twice_is_refused(image, monkeypatch):
     call = type(detector.roi_head)._bbox_forward
     monkeypatch.setattr(type(detector.roi_head), '_bbox_forward', lambda *args: call(*args) and call(*args))
     with pytest.raises(PTQError, match=r'roi_head\.bbox_head is called 2 times'):
+        parts_of(detector, image)
+
+
+def test_a_head_that_reads_more_than_tensors_is_refused(image, monkeypatch):
+    detector = tiny_detector('faster_rcnn')
+    forward = type(detector.roi_head.bbox_head).forward
+    monkeypatch.setattr(type(detector.roi_head.bbox_head), 'forward', lambda self, x, *others: forward(self, x))
+    call = detector.roi_head.bbox_head.__call__
+    detector.roi_head._bbox_forward = lambda x, rois: dict(
+        zip(
+            ('cls_score', 'bbox_pred'),
+            call(detector.roi_head.bbox_roi_extractor(x, rois), True, InstanceData()),
+            strict=True,
+        )
+    )
+    with pytest.raises(PTQError, match=r'roi_head\.bbox_head reads InstanceData in a forward pass'):
         parts_of(detector, image)
 
 
