@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Plan:
     Attributes:
         layers: Every layer to why it will stay float; '' where it will not.
         seconds: Stage to the seconds that it is thought to take.
-        memory: Bytes that the run is thought to need.
+        memory: Bytes that the run is thought to need; 0 where nobody knows.
     """
 
     layers: dict[str, str]
@@ -65,8 +65,18 @@ def make_plan(run: Run) -> Plan:
             one()
             passes.append(time.perf_counter() - start)
     batch = max(run.ptq.calibration.batch_size, run.ptq.global_loss.batch_size if run.ptq.global_loss else 0)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + KEPT * outputs * batch
+    peak = peak_memory()
+    memory = peak and peak + KEPT * outputs * batch
     return Plan(layers, dict(_seconds(run, min(passes), len(layers))), memory)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def _output_bytes(detector: nn.Module, one: Any) -> int:
@@ -127,6 +137,7 @@ def plan_lines(run: Run, plan: Plan) -> list[str]:
     told = ', '.join(left[:3]) + (f' and {len(left) - 3} more' if len(left) > 3 else '')
     why = '; '.join(f'{count} because {reason}' for reason, count in reasons.items())
     images = run.ptq.calibration.images or 'the training set'
+    memory = f' and {plan.memory / 1e9:.1f} GB of memory' if plan.memory else ''
     size = 'x'.join(map(str, run.input_shape[2:]))
     return [
         'the plan:',
@@ -136,6 +147,5 @@ def plan_lines(run: Run, plan: Plan) -> list[str]:
         f'  evaluation  {len(run.evaluation_dataset())} images',
         f'  runtimes    {", ".join(run.runtimes) or "none, simulated only (`ptq.export`)"}',
         '  stages      ' + ', '.join(f'{name.replace("_", " ")} {clock(s)}' for name, s in plan.seconds.items()),
-        f'  in all      about {clock(sum(plan.seconds.values()))} and {plan.memory / 1e9:.1f} GB of memory, '
-        f'results in {run.work_dir}',
+        f'  in all      about {clock(sum(plan.seconds.values()))}{memory}, results in {run.work_dir}',
     ]

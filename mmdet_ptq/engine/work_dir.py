@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import logging
 import os
 import shutil
@@ -14,6 +14,11 @@ from mmengine.logging import print_log
 from mmdet_ptq.calibration.reconstruction.activation_store import FOLDER
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import TEMPORARY
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK = '.lock'
 # open as long as this process holds them: the kernel lets go of a lock when its process ends, however it ends
@@ -34,6 +39,8 @@ def take_work_dir(work_dir: str | os.PathLike) -> None:
         return
     file = path.open('a+')
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, 'this system has no such locks')
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         file.write(f'{os.getpid()}\n')

@@ -64,3 +64,15 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     take_work_dir(tmp_path)
     assert {path for path in tmp_path.rglob('*') if path.is_file()} == {kept, tmp_path / LOCK}
     assert not list(tmp_path.rglob('activations-*'))
+
+
+def test_a_system_without_locks_is_told(tmp_path):
+    """As Windows, which has neither of the two modules."""
+    program = (
+        'import sys; sys.modules.update(fcntl=None, resource=None); import mmdet_ptq.engine; '
+        'from mmdet_ptq.engine.plan import peak_memory; from mmdet_ptq.engine.work_dir import take_work_dir; '
+        f'take_work_dir({str(tmp_path)!r}); print(peak_memory())'
+    )
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split()[-1] == '0', done.stderr
+    assert 'cannot be locked (this system has no such locks)' in done.stdout + done.stderr
