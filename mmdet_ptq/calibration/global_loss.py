@@ -70,7 +70,7 @@ class FilteredGlobalLoss(nn.Module):
         Raises:
             PTQError: If annotations are needed and missing, or the two predictions do not pair.
         """
-        teacher = teacher.detach()
+        student, teacher = student.with_finite_boxes(), teacher.detach().with_finite_boxes()
         if self.cfg.target == 'ground_truth' and batch_gt is None:
             raise PTQError(
                 "global_loss.target='ground_truth' needs annotated calibration images: "

@@ -12,7 +12,7 @@ import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmdet_ptq.deploy.network.parts import parts_of
+from mmdet_ptq.deploy.network.parts import is_rehearsal, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.inputs import QuantizedInput
@@ -70,10 +70,12 @@ def compare_layer_inputs(
     """
     agreements: list[TensorAgreement] = []
     missing: set[str] = set()
+    # the same regions as the runtime was given, whatever surrounds the simulation
+    parts = parts_of(detector, image)
     with torch.no_grad(), within(detector):
-        parts = parts_of(detector, image)
-        with _compared(detector, inputs, follow, agreements, missing):
+        with _compared(detector, inputs, follow, agreements, missing) as calls:
             for part in parts:
+                calls.clear()
                 RawOutputs(detector, part)(*part.inputs)
     wanted = missing & _feeding(detector, image) if missing else missing
     if wanted:
@@ -95,11 +97,10 @@ def _feeding(detector: nn.Module, image: Tensor) -> set[str]:
     with ExitStack() as stack, torch.enable_grad():
         for layer in {hook.layer for hook in getattr(detector, STATE).hooks if isinstance(hook, QuantizedInput)}:
             stack.callback(detector.get_submodule(layer).register_forward_hook(note(layer)).remove)
-        outputs = [
-            output
-            for part in parts
-            for output in RawOutputs(detector, part)(*(x.detach().clone().requires_grad_() for x in part.inputs))
-        ]
+        outputs = []
+        for part in parts:
+            calls.clear()
+            outputs += RawOutputs(detector, part)(*(x.detach().clone().requires_grad_() for x in part.inputs))
     return {nodes[node] for node, _ in walk_back(outputs, stop=()) if node in nodes}
 
 
@@ -110,8 +111,11 @@ def _compared(
     follow: bool,
     agreements: list[TensorAgreement],
     missing: set[str],
-) -> Iterator[None]:
-    """Every layer notes, in one forward pass, how far it reads what the runtime's layer read, or that it has none."""
+) -> Iterator[Counter]:
+    """Every layer notes, in one forward pass, how far it reads what the runtime's layer read, or that it has none.
+
+    Yields the number of its calls, by layer.
+    """
     state, calls = getattr(detector, STATE), Counter()
 
     def hook(layer: str, names: list[str | None]):
@@ -119,7 +123,7 @@ def _compared(
             call = calls[layer]
             calls[layer] += 1
             name, label = names[call % len(names)], call_name(layer, call)
-            if name is None:
+            if name is None or is_rehearsal():
                 return args, kwargs
             if label not in found:
                 missing.add(label)
@@ -148,7 +152,7 @@ def _compared(
                     .register_forward_pre_hook(hook(quantized.layer, quantized.names), with_kwargs=True)
                     .remove
                 )
-        yield
+        yield calls
 
 
 def _like(values: np.ndarray, shape: tuple[int, ...], label: str) -> np.ndarray:

@@ -18,13 +18,12 @@ import torch
 from mmengine.logging import MMLogger, print_log
 from torch import Tensor, nn
 
-from mmdet_ptq.deploy.network.parts import HEADS, part_path
+from mmdet_ptq.deploy.network.parts import HEADS, has_regions, part_path
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.limits import MIB, bounded
-from mmdet_ptq.predictions.two_stage import is_two_stage
 from mmdet_ptq.registry import RUNTIMES, runtime_names
 from mmdet_ptq.wrapping import Structure
 
@@ -141,7 +140,7 @@ class Runtime:
             PTQError: The detector has a forward of its own, or a second stage and the runtime takes one network.
         """
         check_exportable(detector)
-        if is_two_stage(detector) and not cls.takes_parts:
+        if has_regions(detector) and not cls.takes_parts:
             able = [name for name in runtime_names() if RUNTIMES.get(name).takes_parts]
             raise PTQError(
                 f'{type(detector).__name__} has two stages, and {cls.name} takes detectors of one; '

@@ -130,7 +130,8 @@ def load_quantized(
         pad_to(detector, tuple(state['input_shape'][2:]))
     detector.cfg = config
     detector.dataset_meta = state['dataset_meta']
-    return detector.to(device).eval()
+    detector.to(device).eval()
+    return detector
 
 
 def load_exported(path: str | os.PathLike, config: Config | str) -> nn.Module:

@@ -275,7 +275,8 @@ def _rehearse(loop: TestLoop, detector: nn.Module) -> None:
         return  # they keep what they saw
     batch = loop.dataloader.collate_fn([dataset[0]])
     try:
-        found = detector.eval().test_step(copy.deepcopy(batch))
+        detector.eval()
+        found = detector.test_step(copy.deepcopy(batch))
         evaluator.process(data_samples=found, data_batch=batch)
     except PTQError:
         raise

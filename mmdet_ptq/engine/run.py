@@ -111,7 +111,8 @@ class Run(Runner):
         self.stages = ToldStages(work_dir, resume)
         self.folder = Path(work_dir)
         self.observers: dict[str, Observer] = {}
-        self.detector: nn.Module = unwrapped(self.model).eval()
+        self.detector: nn.Module = unwrapped(self.model)
+        self.detector.eval()
         self.float_detector: nn.Module | None = None
         self.structure: Structure | None = None
         self.inputs: dict[str, str] = {}

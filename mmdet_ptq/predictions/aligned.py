@@ -12,6 +12,8 @@ from mmdet_ptq.errors import PTQError
 
 # corners in pixels are cut here: an exponential in the decoding of a broken box overflows
 FARTHEST = 1e5
+# of sizes that are exponentials: beyond it they are as far as boxes go, and their gradients would not be finite
+LARGEST_EXPONENT = 20.0
 
 
 @dataclass

@@ -17,8 +17,12 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 
-from mmdet_ptq.predictions.aligned import AlignedPredictions
+from mmdet_ptq.predictions.aligned import LARGEST_EXPONENT, AlignedPredictions
 from mmdet_ptq.predictions.dispatch import adapter, align_raw, flatten_levels, level_sizes
+
+
+def _bounded(exponents: Tensor) -> Tensor:
+    return exponents.clamp(max=LARGEST_EXPONENT)
 
 
 @adapter(BaseDenseHead, RPNHead, PAAHead)
@@ -69,6 +73,7 @@ def align_yolox(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     cls_maps, box_maps, objectness_maps = outputs
     channels = head.cls_out_channels
     deltas = flatten_levels(box_maps, 4)
+    deltas = torch.cat([deltas[..., :2], _bounded(deltas[..., 2:])], -1)
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
         boxes=head._bbox_decode(_priors(head, cls_maps, with_stride=True), deltas),
@@ -83,7 +88,7 @@ def align_yolov3(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPr
     (maps,) = outputs
     values = flatten_levels(maps, head.num_attrib)
     sizes = level_sizes(maps, head.num_attrib)
-    deltas = torch.cat([values[..., :2].sigmoid(), values[..., 2:4]], -1)
+    deltas = torch.cat([values[..., :2].sigmoid(), _bounded(values[..., 2:4])], -1)
     priors = torch.cat(head.prior_generator.grid_priors([m.shape[-2:] for m in maps], device=values.device))
     strides = torch.cat([values.new_full((size, 1), s) for size, s in zip(sizes, head.featmap_strides, strict=True)])
     return AlignedPredictions(
@@ -130,7 +135,7 @@ def align_fovea(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     cls_maps, box_maps = outputs
     channels = head.cls_out_channels
     sizes = level_sizes(cls_maps, channels)
-    exponents = flatten_levels(box_maps, 4)
+    exponents = _bounded(flatten_levels(box_maps, 4))
     lengths = torch.cat([exponents.new_full((size, 1), s) for size, s in zip(sizes, head.base_edge_list, strict=True)])
     distances = exponents.exp() * lengths
     points = _priors(head, cls_maps)[:, :2]

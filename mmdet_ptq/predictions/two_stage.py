@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.detectors import TridentFasterRCNN, TwoStageDetector
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
@@ -22,6 +22,8 @@ PADDING_LOGIT = 50.0
 
 def is_two_stage(detector: nn.Module) -> bool:
     """Returns whether the detector runs its stages as ``TwoStageDetector`` does."""
+    if isinstance(detector, TridentFasterRCNN) and detector.test_branch_idx != -1:
+        return True  # of its branches it predicts with one
     return isinstance(detector, TwoStageDetector) and type(detector)._forward is TwoStageDetector._forward
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.config import ConfigDict
@@ -30,14 +32,24 @@ def tiny_detector(kind: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = MMDET_MODELS.build(ConfigDict(tiny_model_cfg(kind)))
-        _randomise_weights(detector)
-        _randomise_norms(detector)
+        randomise(detector, lambda: _features(detector))
     return detector.eval()
 
 
+def _features(detector: nn.Module) -> None:
+    features = detector.extract_feat(detector.data_preprocessor(tiny_batch(16), False)['inputs'])
+    if isinstance(detector, SingleStageDetector) and hasattr(detector, 'bbox_head'):
+        detector.bbox_head(features)
+
+
 @torch.no_grad()
-def _randomise_weights(detector: nn.Module) -> None:
-    """Weights that keep the scale of what passes; mmdet's own start leaves the outputs almost constant."""
+def randomise(detector: nn.Module, run: Callable[[], object]) -> None:
+    """Gives a detector random weights that keep the scale of what passes; mmdet's own start leaves outputs constant.
+
+    Args:
+        detector: The detector, changed in place; torch's global generator draws.
+        run: A forward pass, whose statistics the batch normalisations take.
+    """
     for module in detector.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
@@ -45,20 +57,15 @@ def _randomise_weights(detector: nn.Module) -> None:
                 module.bias.normal_(0, 0.1)
     if hasattr(detector, 'level_embed'):
         detector.level_embed.normal_()  # transformers allocate it without values
-
-
-@torch.no_grad()
-def _randomise_norms(detector: nn.Module) -> None:
     norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0  # the statistics of this one batch
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_(0, 0.3)
-    features = detector.extract_feat(detector.data_preprocessor(tiny_batch(16), False)['inputs'])
-    if isinstance(detector, SingleStageDetector):
-        detector.bbox_head(features)
+    run()
     for norm in norms:
+        norm.eval()
         norm.momentum = 0.1
         norm.num_batches_tracked.zero_()
         # a channel that hardly varied in this batch would blow up on others

@@ -47,6 +47,11 @@ def layer_of(call: str) -> str:
     return call.partition('#')[0]
 
 
+def call_of(call: str) -> int:
+    """Which call of its layer it is; 0 for the first one."""
+    return int(call.partition('#')[2] or 0)
+
+
 def run_name(activation: str, run: int) -> str:
     """Name of one run of an activation's quantizer: the activation's for the first one."""
     return f'{activation}@{run}' if run else activation

@@ -206,6 +206,47 @@ def two_stage_detr() -> dict:
     return model
 
 
+def mask2former() -> dict:
+    """Queries that find masks, and attend where the layer before saw one."""
+    retinanet = tiny_model_cfg('retinanet')
+    attention = dict(embed_dims=32, num_heads=4, batch_first=True)
+    ffn = dict(embed_dims=32, feedforward_channels=48)
+    encoder = dict(self_attn_cfg=dict(embed_dims=32, num_heads=4, num_levels=1, batch_first=True), ffn_cfg=ffn)
+    decoder = dict(self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=ffn)
+    return dict(
+        type='Mask2Former',
+        data_preprocessor=retinanet['data_preprocessor'],
+        backbone=retinanet['backbone'],
+        panoptic_head=dict(
+            type='Mask2FormerHead',
+            in_channels=[16, 32],
+            strides=[8, 16],
+            feat_channels=32,
+            out_channels=32,
+            num_things_classes=NUM_CLASSES,
+            num_stuff_classes=0,
+            num_queries=20,
+            num_transformer_feat_level=1,
+            pixel_decoder=dict(
+                type='MSDeformAttnPixelDecoder',
+                num_outs=1,
+                norm_cfg=dict(type='GN', num_groups=4),
+                act_cfg=dict(type='ReLU'),
+                encoder=dict(num_layers=1, layer_cfg=encoder),
+                positional_encoding=dict(num_feats=16, normalize=True),
+            ),
+            enforce_decoder_input_project=False,
+            positional_encoding=dict(num_feats=16, normalize=True),
+            transformer_decoder=dict(return_intermediate=True, num_layers=2, layer_cfg=decoder),
+            loss_cls=dict(type='CrossEntropyLoss', class_weight=[1.0] * NUM_CLASSES + [0.1]),
+        ),
+        panoptic_fusion_head=dict(
+            type='MaskFormerFusionHead', num_things_classes=NUM_CLASSES, num_stuff_classes=0, loss_panoptic=None
+        ),
+        test_cfg=dict(panoptic_on=False, semantic_on=False, instance_on=True, max_per_image=20),
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     swin=swin,
     sepbn=sepbn,
@@ -216,6 +257,7 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     cascade_rcnn=cascade_rcnn,
     deformable_detr=deformable_detr,
     two_stage_detr=two_stage_detr,
+    mask2former=mask2former,
 )
 
 

@@ -7,6 +7,8 @@ from mmdet.models import dense_heads
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 
+from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
+from mmdet_ptq.config import GlobalLossConfig
 from mmdet_ptq.predictions import align_head
 
 IMAGE = (64, 96)
@@ -233,6 +235,24 @@ def test_gradients_reach_every_part_of_the_outputs(name):
             grads = torch.autograd.grad((part * torch.randn_like(part)).sum(), feats, retain_graph=True)
             for grad in grads:  # one per level: no level is left out
                 assert torch.isfinite(grad).all() and grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('name', ['yolox', 'yolov3'])
+def test_boxes_of_infinite_size_have_finite_losses_and_gradients(name):
+    """Sizes are exponentials there, and overflow in a detector that was not trained for such an image."""
+    head, feats = build(name)
+    with torch.no_grad():
+        outputs = head(feats)
+    maps = outputs[1 if name == 'yolox' else 0]
+    for one in maps:
+        one[:, 2:4] = 200.0
+        one.requires_grad_()
+    student = align_head(head, outputs, [{}, {}])
+    loss = FilteredGlobalLoss(GlobalLossConfig(score_thr=0.0, iou_thr=0.0))
+    terms = loss(student, align_head(head, [[one + 0.1 for one in level] for level in outputs], [{}, {}]))
+    total = sum(value for key, value in terms.items() if key.startswith('loss'))
+    total.backward()
+    assert torch.isfinite(total) and all(torch.isfinite(one.grad).all() for one in maps)
 
 
 def test_a_level_occupies_its_own_block_of_priors():

@@ -80,7 +80,9 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
 
 def _export_float(detector: nn.Module, input_shape: tuple[int, int, int, int], folder: Path) -> Path:
     example = torch.zeros(1, *input_shape[1:])
-    twin = _without_sharing(copy.deepcopy(detector).cpu().eval())
+    twin = copy.deepcopy(detector).cpu()
+    twin.eval()
+    twin = _without_sharing(twin)
     layers = _convert(trace(twin, example), {}, tuple(example.shape))
     return write_network(layers, folder, _meta(detector, example, {}))
 

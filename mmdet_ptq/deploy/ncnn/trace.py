@@ -183,7 +183,8 @@ def traceable(detector: nn.Module) -> tuple[nn.Module, dict[str, LayerCall]]:
     Returns:
         The copy, and operator name to call.
     """
-    twin = copy.deepcopy(detector).cpu().eval().requires_grad_(False)
+    twin = copy.deepcopy(detector).cpu().requires_grad_(False)
+    twin.eval()
     state: QuantizationState = getattr(twin, STATE)
     twin._forward_hooks.clear()
     twin._forward_pre_hooks.clear()

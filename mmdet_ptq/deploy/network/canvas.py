@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mmdet.structures import DetDataSample
 from torch import nn
 from torch.nn import functional
 
+from mmdet_ptq.deploy.network.queries import finds_boxes, finds_masks
 from mmdet_ptq.errors import PTQError
 
 
@@ -43,30 +45,48 @@ def pad_to(detector: nn.Module, canvas: tuple[int, int]) -> None:
     """Lets a detector's data preprocessor pad every image to a canvas from now on, in place.
 
     At the right and below, behind the normalization, with the preprocessor's value: what mmdet does with an image that
-    is in one batch with larger ones. Larger images stay as they are.
+    is in one batch with larger ones. Larger images stay as they are. For a detector with queries the canvas is the
+    image, whose network does not know what was padded; where it finds masks, they are cut as mmdet cuts them.
 
     Args:
         detector: The detector, with mmdet's data preprocessor.
         canvas: Height and width.
     """
-    for key, hook in list(detector.data_preprocessor._forward_hooks.items()):
-        if isinstance(hook, _Canvas):
-            del detector.data_preprocessor._forward_hooks[key]
-    detector.data_preprocessor.register_forward_hook(_Canvas(canvas))
+    _unhook(detector.data_preprocessor._forward_hooks, _Canvas)
+    detector.data_preprocessor.register_forward_hook(_Canvas(canvas, finds_boxes(detector)))
+    if finds_masks(detector):
+        _unhook(detector.panoptic_head._forward_pre_hooks, _WholeImages)
+        detector.panoptic_head.register_forward_pre_hook(_WholeImages())
+
+
+def _unhook(hooks: dict, kind: type) -> None:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[key]
+
+
+class _WholeImages:
+    """Forward pre-hook of a head that would read what was padded."""
+
+    def __call__(self, head: nn.Module, args: tuple) -> tuple:
+        features, samples = args
+        size = samples[0].batch_input_shape
+        return features, [DetDataSample(metainfo={**sample.metainfo, 'img_shape': size}) for sample in samples]
 
 
 class _Canvas:
     """Forward hook of a data preprocessor."""
 
-    def __init__(self, canvas: tuple[int, int]) -> None:
+    def __init__(self, canvas: tuple[int, int], is_image: bool) -> None:
         self.canvas = canvas
+        self.is_image = is_image
 
     def __call__(self, preprocessor: nn.Module, args: tuple, data: dict) -> dict:
         images = data['inputs']
         bottom, right = (max(0, side - have) for side, have in zip(self.canvas, images.shape[-2:], strict=True))
-        if not bottom and not right:
+        if not bottom and not right and not self.is_image:
             return data
         images = functional.pad(images, (0, right, 0, bottom), value=getattr(preprocessor, 'pad_value', 0))
+        size = tuple(images.shape[-2:])
         for sample in data.get('data_samples') or ():
-            sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
+            sample.set_metainfo(dict(batch_input_shape=size, **(dict(img_shape=size) if self.is_image else {})))
         return {**data, 'inputs': images}

@@ -100,15 +100,18 @@ def check_meta(meta: Any) -> None:
 
 
 def _layout(value: Any) -> str:
-    whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
-    return '' if whole or (isinstance(value, list) and not any(map(_layout, value))) else 'must be lists of places'
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return ''
+    inner = list(value.values()) if isinstance(value, dict) else value
+    nested = isinstance(inner, list) and not any(map(_layout, inner))
+    return '' if nested else 'must be lists of places, or places by name'
 
 
 def _places(layout: Any) -> Iterator[int]:
     if isinstance(layout, int):
         yield layout
         return
-    for inner in layout or ():
+    for inner in (layout.values() if isinstance(layout, dict) else layout) or ():
         yield from _places(inner)
 
 

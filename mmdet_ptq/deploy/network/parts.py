@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.models.detectors import TwoStagePanopticSegmentor
 from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.queries import has_queries, last_layer, whole_image, whole_images
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.wrapping.names import call_name, call_of, layer_of
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
@@ -29,6 +34,12 @@ HEADS = 'roi_head'
 _FEWEST = 2
 # what a head may be called with besides tensors, and a file can hold
 _PLAIN = {'bool', 'int', 'float', 'str', 'NoneType'}
+_REHEARSAL: ContextVar[bool] = ContextVar('rehearsal', default=False)
+
+
+def is_rehearsal() -> bool:
+    """Returns whether a call of a head is made for nothing but the count of its calls."""
+    return _REHEARSAL.get()
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Part:
     """One network.
 
     Attributes:
-        name: Path of the module that computes it; '' for the network that reads the image.
+        name: Path of the module that computes it, with ``#k`` for its further calls; '' for the network that reads the
+            image.
         args: What the module is called with, tensors and constants; regions are the first dimension of the tensors.
         kwargs: The same by keyword.
     """
@@ -57,28 +69,50 @@ class Part:
 
     def run(self, detector: nn.Module, *inputs: Tensor) -> Any:
         """What it computes, as nested as the detector's own code returns it."""
-        if not self.name and not is_two_stage(detector):
+        if not self.name and has_queries(detector):
+            return last_layer(detector(*inputs, whole_images(detector, *inputs), mode='tensor'))
+        if not self.name and not has_regions(detector):
             return detector(*inputs, None, mode='tensor')
-        run = partial(self._call, detector.get_submodule(self.name)) if self.name else _first_stage(detector)
+        run = partial(self._call, detector.get_submodule(layer_of(self.name))) if self.name else _first_stage(detector)
         with _called(detector, run):
             return detector(*inputs)
 
     def _call(self, module: nn.Module, *inputs: Tensor) -> Any:
-        given = iter(inputs)
-        return module(*_replaced(self.args, given), **_replaced(self.kwargs, given))
+        def call() -> Any:
+            given = iter(inputs)
+            return module(*_replaced(self.args, given), **_replaced(self.kwargs, given))
+
+        # each call has ranges of its own: those before it are made, too, and nobody reads what they give
+        token = _REHEARSAL.set(True)
+        for _ in range(call_of(self.name)):
+            call()
+        _REHEARSAL.reset(token)
+        return call()
 
 
 FIRST = Part('', ())
 
 
+def has_regions(detector: nn.Module) -> bool:
+    """Returns whether a detector has heads that read regions of its features."""
+    panoptic = isinstance(detector, TwoStagePanopticSegmentor)
+    return is_two_stage(detector) or (panoptic and type(detector)._forward is TwoStagePanopticSegmentor._forward)
+
+
 def _first_stage(detector: nn.Module) -> Callable[[Tensor], tuple]:
-    """Features, and what the region proposal network says of them."""
+    """Features, what the region proposal network says of them, and a head for all of the image, where there is one."""
 
     def forward(image: Tensor) -> tuple:
         features = detector.extract_feat(image)
-        return (features, detector.rpn_head(features)) if proposes(detector) else (features,)
+        return (features, *(head(features) for head in image_heads(detector)))
 
     return forward
+
+
+def image_heads(detector: nn.Module) -> list[nn.Module]:
+    """The heads of a detector with regions that read all of its features."""
+    heads = [detector.rpn_head] if proposes(detector) else []
+    return heads + ([detector.semantic_head] if isinstance(detector, TwoStagePanopticSegmentor) else [])
 
 
 def proposes(detector: nn.Module) -> bool:
@@ -143,7 +177,7 @@ def parts_of(detector: nn.Module, image: Tensor) -> list[Part]:
         PTQError: The detector computes with weights outside of them.
     """
     first = Part('', (image,))
-    if not is_two_stage(detector):
+    if not has_regions(detector):
         return [first]
     parts = [first, *_region_parts(detector, image)]
     _check_complete(detector, [part.name for part in parts])
@@ -157,20 +191,29 @@ def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
     def note(name: str) -> Callable:
         return lambda module, args, kwargs: calls.setdefault(name, []).append(Part(name, args, kwargs))
 
-    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), tuple(image.shape[2:]))
-    sample = DetDataSample(metainfo=dict(meta, scale_factor=(1.0, 1.0)))
     with ExitStack() as stack:
         for name, head in _heads(detector.roi_head, HEADS):
             stack.callback(head.register_forward_pre_hook(note(name), with_kwargs=True).remove)
-        detector(image[:1], [sample], mode='tensor')
-    for name, (part, *others) in calls.items():
+        detector(image[:1], _sample(detector, image), mode='tensor')
+    found = [replace(part, name=call_name(name, k)) for name, parts in calls.items() for k, part in enumerate(parts)]
+    for part in found:
         strange = {type(constant).__name__ for constant in part.constants} - _PLAIN
-        if others or strange:
-            why = f'is called {1 + len(others)} times' if others else f'reads {min(strange)}'
+        if strange:
             raise PTQError(
-                f'{type(detector).__name__} cannot be exported: {name} {why} in a forward pass; remove `ptq.export`.'
+                f'{type(detector).__name__} cannot be exported: {part.name} reads {min(strange)} in a forward pass; '
+                'remove `ptq.export`.'
             )
-    return [_widened(part) for (part,) in calls.values()]
+    return [_widened(part) for part in found]
+
+
+def _sample(detector: nn.Module, image: Tensor) -> list[DetDataSample]:
+    """Meta information of an image, with regions for a detector that proposes none itself."""
+    (sample,) = whole_image(image)
+    if not detector.with_rpn:
+        height, width = image.shape[2:]
+        boxes = image.new_tensor([[0, 0, width, height], [width / 4, height / 4, 3 * width / 4, 3 * height / 4]])
+        sample.proposals = InstanceData(bboxes=boxes)
+    return [sample]
 
 
 def _heads(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -189,7 +232,8 @@ def _widened(part: Part) -> Part:
 
 def _check_complete(detector: nn.Module, names: list[str]) -> None:
     """Refuses weights that no network has."""
-    known = ['backbone', 'neck', STATE, *names[1:], *(['rpn_head'] if proposes(detector) else [])]
+    heads = [name for name, module in detector.named_children() if module in image_heads(detector)]
+    known = ['backbone', 'neck', STATE, *map(layer_of, names[1:]), *heads]
     left = [name for name, _ in detector.named_parameters() if not name.startswith(tuple(f'{stem}.' for stem in known))]
     if left:
         raise PTQError(

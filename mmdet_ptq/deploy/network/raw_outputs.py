@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from mmdet.models.detectors import BaseDetector, SingleStageDetector
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
-from mmdet_ptq.deploy.network.parts import FIRST, Part
+from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions
+from mmdet_ptq.deploy.network.queries import has_queries
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.predictions.two_stage import is_two_stage
 
 
 class RawOutputs(nn.Module):
@@ -39,11 +39,11 @@ class RawOutputs(nn.Module):
 
 
 def flatten_outputs(outputs: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples and lists, in order; heads return None for what they do not predict."""
+    """Every tensor of nested tuples, lists and mappings, in order; heads return None for what they do not predict."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif outputs is not None:
-        for item in outputs:
+        for item in outputs.values() if isinstance(outputs, Mapping) else outputs:
             yield from flatten_outputs(item)
 
 
@@ -78,12 +78,14 @@ def output_shapes(outputs: Any) -> list[list[int]]:
 
 
 def output_layout(outputs: Any) -> Any:
-    """The nesting of raw outputs as plain lists of positions in the flat order, as JSON can hold it."""
+    """The nesting of raw outputs as plain lists and dicts of positions in the flat order, as JSON can hold it."""
     count = iter(range(10**6))
 
     def layout(value: Any) -> Any:
         if value is None:
             return None
+        if isinstance(value, Mapping):
+            return {key: layout(item) for key, item in value.items()}
         return next(count) if isinstance(value, Tensor) else [layout(item) for item in value]
 
     return layout(outputs)
@@ -93,6 +95,8 @@ def nest_outputs(flat: Sequence[Tensor], layout: Any) -> Any:
     """Inverse of :func:`flatten_outputs` for a layout of :func:`output_layout`; tuples, as heads return them."""
     if layout is None:
         return None
+    if isinstance(layout, Mapping):
+        return {key: nest_outputs(flat, item) for key, item in layout.items()}
     return flat[layout] if isinstance(layout, int) else tuple(nest_outputs(flat, item) for item in layout)
 
 
@@ -112,8 +116,8 @@ def check_exportable(detector: nn.Module) -> None:
     Raises:
         PTQError: The detector has a forward of its own.
     """
-    if not is_two_stage(detector) and only_head(detector) is None:
+    if not has_regions(detector) and not has_queries(detector) and only_head(detector) is None:
         raise PTQError(
             f'{type(detector).__name__} cannot be exported: runtimes take detectors of one or two stages, whose '
-            'heads read nothing but features; remove `ptq.export`.'
+            'heads read nothing but features, and those with queries; remove `ptq.export`.'
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.canvas import pad_to
-from mmdet_ptq.deploy.network.parts import constants_in, parts_of
+from mmdet_ptq.deploy.network.parts import constants_in, has_regions, image_heads, parts_of
+from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, only_head, output_shapes
 from mmdet_ptq.deploy.runtime import Runtime
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.predictions.two_stage import is_two_stage
+from mmdet_ptq.wrapping.names import layer_of
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 
@@ -37,7 +40,8 @@ def runtime_detector(config: Config, runtime: Runtime, dataset_meta: dict | None
     Raises:
         PTQError: The config's detector is not the one that was exported.
     """
-    detector = build_detector(config).eval()
+    detector = build_detector(config)
+    detector.eval()  # not every detector of mmdet returns itself
     check_exportable(detector)
     _check_outputs(detector, runtime.meta)
     return with_runtime(detector, runtime, config, dataset_meta)
@@ -49,7 +53,7 @@ def _check_outputs(detector: nn.Module, meta: dict) -> None:
         return
     shape = (1, *meta['input_shape'][1:])
     expected = output_shapes(first_outputs(detector, shape))
-    if is_two_stage(detector):
+    if has_regions(detector):
         names = [part.name for part in parts_of(detector, torch.zeros(shape))[1:]]
         if names != list(meta.get('parts', {})):
             theirs = ', '.join(meta.get('parts', {})) or 'of one stage'
@@ -84,14 +88,26 @@ def with_runtime(
     device = next(detector.parameters()).device
     # only what decodes stays: the network's own parts would be dead weight
     detector.backbone = nn.Identity()
+    if finds_boxes(detector):
+        detector.encoder = detector.decoder = nn.Identity()
     if detector.with_neck:
         detector.neck = nn.Identity()
     detector.extract_feat = _Features()
-    if is_two_stage(detector):
-        first = _FirstStage(runtime, device)
-        detector.extract_feat, detector.rpn_head.forward = first, first.proposals
+    if has_regions(detector):
+        detector.extract_feat = first = _FirstStage(runtime, device)
+        for place, head in enumerate(image_heads(detector)):
+            head.forward = partial(first.of_head, place)
+        calls: dict[str, list[Runtime]] = {}
         for name, part in runtime.parts.items():
-            detector.get_submodule(name).forward = _Head(name, part, device)
+            calls.setdefault(layer_of(name), []).append(part)
+        first.heads = [_Head(name, parts, device) for name, parts in calls.items()]
+        for head in first.heads:
+            detector.get_submodule(head.name).forward = head
+    elif finds_masks(detector):
+        detector.panoptic_head.forward = _MaskQueries(runtime, device)
+    elif finds_boxes(detector):
+        detector.forward_transformer = _Transformer(runtime, device, detector.bbox_head)
+        detector.bbox_head.forward = detector.forward_transformer.found
     elif runtime.meta.get('end2end'):
         clips = getattr(getattr(detector.bbox_head, 'bbox_coder', None), 'clip_border', False)
         detector.bbox_head.predict = _Detections(runtime, device, clips)
@@ -102,7 +118,8 @@ def with_runtime(
     pad_to(detector, tuple(runtime.meta['input_shape'][2:]))
     detector.cfg = config
     detector.dataset_meta = dataset_meta or (dict(classes=tuple(classes)) if classes else {})
-    return detector.eval()
+    detector.eval()
+    return detector
 
 
 class _Features:
@@ -158,28 +175,58 @@ class _RawMaskHead(_RawHead):
         return outputs
 
 
+class _MaskQueries(_RawHead):
+    """Stands in for the forward of a head whose queries find masks."""
+
+    def __call__(self, image: Tensor, batch_data_samples: list) -> tuple:
+        return as_layers(super().__call__(image))
+
+
+class _Transformer(_RawHead):
+    """Stands in for the transformer of a detector with queries."""
+
+    def __init__(self, runtime: Runtime, device: torch.device, head: nn.Module) -> None:
+        super().__init__(runtime, device)
+        self.unread = unread_inputs(head)
+
+    def __call__(self, image: Tensor, batch_data_samples: list | None = None) -> dict[str, Tensor]:
+        self.outputs_of_head = as_layers(super().__call__(image))
+        return self.unread
+
+    def found(self, *args: Any, **kwargs: Any) -> tuple:
+        """What the head says of the image that it gave last."""
+        return self.outputs_of_head
+
+
 class _FirstStage(_Network):
-    """Stands in for backbone, neck and the region proposal network's forward."""
+    """Stands in for backbone, neck and the heads that read all features."""
+
+    heads: Sequence[_Head] = ()
 
     def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
-        features, *self.proposed = nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+        for head in self.heads:
+            head.calls = 0
+        features, *self.found = nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
         return features
 
-    def proposals(self, features: tuple[Tensor, ...]) -> Any:
-        """What the network said of the features that it gave last."""
-        return self.proposed[0]
+    def of_head(self, place: int, features: tuple[Tensor, ...]) -> Any:
+        """What a head said of the features that were given last."""
+        return self.found[place]
 
 
 class _Head:
-    """Stands in for the forward of a head behind regions."""
+    """Stands in for the forward of a head behind regions; each call of it in a forward pass is a network."""
 
-    def __init__(self, name: str, runtime: Runtime, device: torch.device) -> None:
+    def __init__(self, name: str, runtimes: list[Runtime], device: torch.device) -> None:
         self.name = name
-        self.runtime = runtime
+        self.runtimes = runtimes
         self.device = device
+        self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        meta = self.runtime.meta
+        runtime = self.runtimes[min(self.calls, len(self.runtimes) - 1)]
+        self.calls += 1
+        meta = runtime.meta
         constants = constants_in((args, kwargs))
         if constants != meta['constants']:
             raise PTQError(
@@ -188,7 +235,7 @@ class _Head:
             )
         inputs = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors_in((args, kwargs))]
         if len(inputs[0]):
-            flat = [torch.from_numpy(output) for output in self.runtime(*inputs)]
+            flat = [torch.from_numpy(output) for output in runtime(*inputs)]
         else:  # no runtime takes so few
             flat = [torch.zeros(0, *shape) for shape in meta['raw_shapes']]
         return nest_outputs([output.to(self.device) for output in flat], meta['outputs'])

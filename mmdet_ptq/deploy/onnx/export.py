@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.integers.biases import float_shared_biases
+from mmdet_ptq.deploy.network.known_sizes import known_sizes
 from mmdet_ptq.deploy.network.meta import checked_meta, input_meta, write_meta
 from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import (
@@ -34,6 +35,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_atomic
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import is_quantized, quantization_mode
+from mmdet_ptq.wrapping.names import call_of
 from mmdet_ptq.wrapping.state import only_read_tensors
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ def _export(
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
     graph, meta = model.graph, dict(told, format=FORMAT, version=__version__)
-    meta['layers'] = name_layers(graph, detector)
+    meta['layers'] = name_layers(graph, detector, call_of(network.part.name) if isinstance(network, RawOutputs) else 0)
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
         # a float detector stays what PyTorch exports
@@ -158,7 +160,7 @@ def exported_program(
     batch = torch.export.Dim('batch', min=1)
     names = ['input'] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
-        with _writing(detector, dialect), deformable_nodes(), _quiet():
+        with _writing(detector, dialect), deformable_nodes(), known_sizes(), _quiet():
             program = torch.onnx.export(
                 network.eval(),
                 inputs,
@@ -184,6 +186,9 @@ def exported_program(
             if not told.get('inputs')
             else "the detector's own code fixes the number of regions, which must stay open; remove `ptq.export`."
         )
+    from mmdet_ptq.deploy.onnx.graph import own_constants
+
+    own_constants(program.model.graph)
     return program.model
 
 
@@ -214,15 +219,17 @@ def _cause(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's remarks about its own dependencies out of the log."""
-    logger = logging.getLogger('torch.onnx')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _write(model, meta: dict, path: str | os.PathLike, dialect: Dialect) -> None:

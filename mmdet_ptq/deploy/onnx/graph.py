@@ -85,7 +85,16 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
             )
 
 
-def name_layers(graph: ir.Graph, detector: nn.Module) -> dict[str, str]:
+def own_constants(graph: ir.Graph) -> None:
+    """Gives a graph the constants that its nodes read: onnxscript (0.7) loses one of two clips of the same tensor."""
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and value.producer() is None:
+                if value.name not in graph.initializers:
+                    graph.register_initializer(value)
+
+
+def name_layers(graph: ir.Graph, detector: nn.Module, earlier: int = 0) -> dict[str, str]:
     """Names operations after the detector's layers instead of after the exporter's counters.
 
     Torch tells a module by the path that it was reached by, of which a shared one has several, and which begins at the
@@ -94,22 +103,23 @@ def name_layers(graph: ir.Graph, detector: nn.Module) -> dict[str, str]:
     Args:
         graph: A graph as torch exports it, with its scopes in the nodes' metadata.
         detector: The detector that was exported.
+        earlier: How many calls of the network came before the one that was exported. Defaults to 0.
 
     Returns:
         Name of each convolution or matrix product to the layer in the detector it is a call of.
     """
     first = {module: name for name, module in detector.named_modules()}
     known = {name: first[module] for name, module in detector.named_modules(remove_duplicate=False) if name}
-    calls, found = Counter(), {}
+    found = []
     for node in graph:
         scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
         modules = [known[path] for path in (scope.removeprefix(ROOT) for scope in scopes) if path in known]
-        if node.op_type not in WEIGHTED + _FLOAT_ONLY or not modules:
-            continue
-        layer = modules[-1]
+        if node.op_type in WEIGHTED + _FLOAT_ONLY and modules:
+            found.append((node, modules[-1]))
+    calls = Counter({layer: earlier * count for layer, count in Counter(layer for _, layer in found).items()})
+    for node, layer in found:
         node.name = call_name(layer, calls[layer])
         calls[layer] += 1
-        found[node.name] = layer
         # runtimes call what computes an output after the output
         node.outputs[0].name = node.name
-    return found
+    return {node.name: layer for node, layer in found}

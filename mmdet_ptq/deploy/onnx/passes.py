@@ -139,8 +139,60 @@ def keep_float(graph: ir.Graph) -> int:
     return separated
 
 
+def integer_products(graph: ir.Graph) -> int:
+    """Writes matrix products of tensors as ONNX Runtime computes them in integers; none becomes another one.
+
+    Three things stand in the way of a linear layer that reads more than rows: a Transpose behind its weight's
+    DequantizeLinear, a zero point that is not said, and a flat bias, with which the product becomes a Gemm between
+    two Reshapes, in float.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many products there are.
+    """
+    weights: dict[ir.Value, ir.Value] = {}
+    found = 0
+    for node in list(graph):
+        if node.op_type != 'MatMul' or produced_by(node.inputs[0], 'DequantizeLinear') is None:
+            continue
+        transpose = produced_by(node.inputs[1], 'Transpose')
+        weight = produced_by(transpose.inputs[0] if transpose else node.inputs[1], 'DequantizeLinear')
+        codes = None if weight is None else constant(weight.inputs[0])
+        if codes is None or codes.dtype != np.int8 or codes.ndim != 2:
+            continue
+        if transpose is not None:
+            if node.inputs[1] not in weights:
+                weights[node.inputs[1]] = _transposed(graph, transpose, weight, codes)
+            node.replace_input_with(1, weights[node.inputs[1]])
+        add = only_consumer(node.outputs[0])
+        bias = (
+            add is not None and add.op_type == 'Add' and next((v for v in add.inputs if v is not node.outputs[0]), None)
+        )
+        array = constant(bias) if bias else None
+        if array is not None and array.ndim == 1 and node.inputs[0].shape is not None:
+            wide = array.reshape((1,) * (len(node.inputs[0].shape) - 1) + (-1,))
+            add.replace_input_with(list(add.inputs).index(bias), add_constant(graph, f'{node.name}.bias_wide', wide))
+        found += 1
+    return found
+
+
+def _transposed(graph: ir.Graph, transpose: ir.Node, weight: ir.Node, codes: np.ndarray) -> ir.Value:
+    """What a Transpose makes of a dequantized weight, dequantized from transposed codes."""
+    name, scale = f'{weight.outputs[0].name}_transposed', constant(weight.inputs[1])
+    axis = axis_of(weight, 1)
+    stored = add_constant(graph, f'{name}_codes', np.ascontiguousarray(codes.T))
+    axes = dict(axis=1 - axis) if scale.ndim else {}
+    dequantize = ir.node('DequantizeLinear', [stored, *weight.inputs[1:]], axes, name=name)
+    value, old = dequantize.outputs[0], transpose.outputs[0]
+    value.name, value.shape, value.type = name, old.shape, old.type
+    graph.insert_before(transpose, dequantize)
+    return value
+
+
 def weight_zero_points(graph: ir.Graph) -> int:
-    """Writes the zero points of Gemm's weights: ONNX Runtime computes it in integers only where they are said.
+    """Writes zero points of the weights of matrix products: without them ONNX Runtime leaves some in float.
 
     Args:
         graph: Changed in place.
@@ -148,9 +200,11 @@ def weight_zero_points(graph: ir.Graph) -> int:
     Returns:
         How many layers have one now.
     """
-    found = [layer for layer in layers(graph) if layer.integer and layer.node.op_type == 'Gemm']
+    found = [layer for layer in layers(graph) if layer.integer and layer.node.op_type in ('Gemm', 'MatMul')]
     for layer in found:
         scale = constant(layer.weight.inputs[1])
+        if len(layer.weight.inputs) > 2 or scale is None:
+            continue
         zero = add_constant(graph, f'{layer.node.name}.weight_zero_point', np.zeros(scale.shape, np.int8))
         layer.weight.resize_inputs(3)
         layer.weight.replace_input_with(2, zero)

@@ -116,6 +116,7 @@ class OnnxRuntime(Runtime):
             unsigned=True,
             slices_into_kernel=False,
             passes=(
+                passes.integer_products,
                 passes.drop_redundant_clips,
                 passes.quantize_movements,
                 partial(absorb_channel_scales, outputs=False),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from mmdet_ptq.deploy.onnx.compact import short_names
+from mmdet_ptq.deploy.openvino.model import TRANSPOSED
 
 if TYPE_CHECKING:
     import openvino
@@ -27,6 +28,7 @@ def compact(model: openvino.Model, calls: Collection[str]) -> None:
         calls: Names of the layers' calls.
     """
     share_constants(model)
+    _name_behind_biases(model, calls)
     ends = {op for op in model.get_ops() if op.get_type_name() in ('Parameter', 'Result')}
     ends |= {result.input_value(0).get_node() for result in model.get_results()}
     taken = {op.get_friendly_name() for op in model.get_ops()}
@@ -41,6 +43,15 @@ def compact(model: openvino.Model, calls: Collection[str]) -> None:
     for entry in _LEFT_BEHIND:
         if entry in model.rt_info:
             del model.rt_info[entry]
+
+
+def _name_behind_biases(model: openvino.Model, calls: Collection[str]) -> None:
+    """Names transposed convolutions as convolutions are: where they have biases, the addition got the layer's name."""
+    for op in model.get_ops():
+        if op.get_type_name() == 'Add' and op.get_friendly_name() in calls:
+            for value in op.input_values():
+                if value.get_node().get_type_name() in TRANSPOSED:
+                    value.get_node().set_friendly_name(f'{op.get_friendly_name()}/WithoutBiases')
 
 
 def share_constants(model: openvino.Model) -> int:

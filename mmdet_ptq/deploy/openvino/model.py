@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 META = 'mmdet_ptq'
 # what is not quantized stays exact: the default takes bfloat16 where the processor has it
 FLOAT32 = {'INFERENCE_PRECISION_HINT': 'f32'}
-_OPERATIONS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul')
+TRANSPOSED = ('ConvolutionBackpropData', 'GroupConvolutionBackpropData')
+_OPERATIONS = ('Convolution', 'GroupConvolution', *TRANSPOSED, 'MatMul')
 
 
 @functools.cache

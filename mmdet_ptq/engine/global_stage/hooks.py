@@ -30,7 +30,8 @@ class FilteredGlobalLossHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self, detector: nn.Module) -> None:
-        self.detector = detector.eval()
+        detector.eval()
+        self.detector = detector
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Lets files that the checkpoint names be those of this work directory, which may have been moved."""

@@ -231,7 +231,5 @@ class GlobalLossModel(BaseModel):
         """The loss terms of one batch, and their sum as ``loss``, over the same boxes in every state."""
         data = self.data_preprocessor(data, False)
         student = predict_aligned(self.detector, data['inputs'], data['data_samples'], reference=self.target)
-        _, terms = self.parse_losses(
-            self.held_out(student.with_finite_boxes(), self.target, self._annotations(data['data_samples']))
-        )
+        _, terms = self.parse_losses(self.held_out(student, self.target, self._annotations(data['data_samples'])))
         return {key: float(value) for key, value in terms.items()}

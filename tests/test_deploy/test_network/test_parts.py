@@ -172,12 +172,39 @@ def test_weights_outside_of_the_networks_are_named(image):
         parts_of(detector, image)
 
 
-def test_a_head_that_is_called_twice_is_refused(image, monkeypatch):
-    detector = tiny_detector('faster_rcnn')
-    call = type(detector.roi_head)._bbox_forward
-    monkeypatch.setattr(type(detector.roi_head), '_bbox_forward', lambda *args: call(*args) and call(*args))
-    with pytest.raises(PTQError, match=r'roi_head\.bbox_head is called 2 times'):
-        parts_of(detector, image)
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_each_call_of_a_head_is_a_network_with_ranges_of_its_own(image, monkeypatch, tmp_path, runtime):
+    pytest.importorskip(runtime)
+    kind = type(tiny_detector('faster_rcnn').roi_head)
+    call = kind._bbox_forward
+
+    def twice(self, features, rois):
+        first = call(self, features, rois)['cls_score']
+        again = call(self, tuple(level * 3 + 1 for level in features), rois)
+        return dict(again, cls_score=again['cls_score'] + first)
+
+    monkeypatch.setattr(kind, '_bbox_forward', twice)
+    detector, structure = tiny_quantized('faster_rcnn', dict(OBSERVE, dataflow='balanced'))
+    settle_biases(detector, structure)
+    assert [part.name for part in parts_of(detector, image)] == ['', HEAD, f'{HEAD}#1']
+    path = get_runtime(runtime).export(detector, tmp_path, tuple(image.shape))
+    model = open_model(path, threads=1)
+    with torch.no_grad(), GIVEN[runtime](detector):
+        for part in parts_of(detector, image)[1:]:
+            simulated = [out.numpy() for out in RawOutputs(detector, part)(*part.inputs)]
+            for ours, theirs in zip(simulated, model.parts[part.name](*(x.numpy() for x in part.inputs)), strict=True):
+                assert np.abs(ours - theirs).mean() <= 0.01 * ours.std()
+        expected = predict(detector, tiny_batch(1, seed=4))
+    said = []
+    logger = MMLogger.get_instance(f'calls in {runtime}')
+    logger.info = logger.warning = said.append
+    get_runtime(runtime).report_agreement(logger, detector, path, image)
+    assert 'every tensor has at least' in said[-1] or 'the first that diverges' in said[-1]
+    around = with_runtime(tiny_detector('faster_rcnn', seed=5), model)
+    for ours, theirs in zip(expected, predict(around, tiny_batch(1, seed=4)), strict=True):
+        ours, theirs = ours.pred_instances, theirs.pred_instances
+        assert len(ours) == len(theirs) > 0 and torch.equal(ours.labels, theirs.labels)
+        torch.testing.assert_close(theirs.scores, ours.scores, atol=1e-2, rtol=0)
 
 
 def test_a_head_that_reads_more_than_tensors_is_refused(image, monkeypatch):

@@ -1,0 +1,284 @@
+"""One architecture of mmdet through everything: quantized, reloaded, trained for a step, exported, compared.
+
+python benchmarks/zoo_trial.py retinanet/retinanet_r18_fpn_1x_coco.py
+
+Weights are random, and so are the images. What is shown is that the integers of each runtime are those that were
+simulated, whatever they detect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.models import EmbeddingRPNHead, TwoStageDetector
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+from zoo_architectures import zoo_config
+
+from mmdet_ptq import load_quantized, quantize
+from mmdet_ptq.deploy import build_detector, get_runtime, integer_arithmetic, open_model, read_quantized
+from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.deploy.network.parts import part_path, parts_of
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions import check_raw_outputs
+from mmdet_ptq.testing.detectors import randomise
+from mmdet_ptq.wrapping import integer_mac_share
+from mmdet_ptq.wrapping.state import only_read_tensors
+from mmdet_ptq.wrapping.structure import Structure
+
+# the first that the detector takes
+SIZES = ((160, 192), (256, 256), (320, 320), (512, 512))
+RUNTIMES = ('onnxruntime', 'openvino')
+# what bounds the work behind the network: regions, and detections that are read for masks
+FEW = dict(max_per_img=20, nms_pre=200, max_per_image=20, num_proposals=20)
+# what repeats the same layers
+FEW_LAYERS = dict(num_layers=2, depths=2, stacked_convs=2, num_blocks=1, num_modules=1)
+PTQ = dict(
+    # as the presets do it, but ranges of two images are not worth a search
+    activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
+    global_loss=dict(iters=1, batch_size=1, holdout=0, val_interval=1, checkpoint_interval=1, log_interval=1),
+    # the finest of what runtimes take; OpenVINO leaves out what it does not
+    dataflow='auto',
+)
+# equal: so many codes of the worst tensor, each from the same codes, and so close outputs; what random weights make of
+# single codes on a boundary is much, and of a wrong operator more
+CODES, DECIBEL = 0.99, 10.0
+
+
+def zoo_batch(detector: nn.Module, size: tuple[int, int], seed: int) -> dict:
+    """One image of coarse blocks and fine noise, as mmdet's dataloaders yield it to a detector."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 200, (1, 3, 8, 8), generator=generator).float()
+    image = torch.nn.functional.interpolate(coarse, size)[0]
+    image = (image + torch.randint(0, 56, (3, *size), generator=generator)).to(torch.uint8)
+    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+    meta |= dict(scale_factor=(1.0, 1.0), img_id=seed, border=(0, size[0], 0, size[1]))
+    sample = DetDataSample(metainfo=meta)
+    if isinstance(detector, TwoStageDetector) and not detector.with_rpn:  # Fast R-CNN is given its regions
+        sample.proposals = InstanceData(bboxes=torch.tensor([[10.0, 20.0, 90.0, 120.0], [40.0, 10.0, 150.0, 80.0]]))
+    return dict(inputs=[image], data_samples=[sample])
+
+
+def reduced(value: object) -> None:
+    """Bounds proposals, detections and repeated layers of a model's config, in place."""
+    if isinstance(value, dict):
+        for key, most in (FEW | FEW_LAYERS).items():
+            if isinstance(value.get(key), int):
+                value[key] = min(value[key], most)
+            elif isinstance(value.get(key), list | tuple) and all(isinstance(item, int) for item in value[key]):
+                value[key] = type(value[key])(min(item, most) for item in value[key])
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            reduced(item)
+
+
+def shallow_stages() -> None:
+    """Two blocks in each stage of ResNet and its kin, for this process: one with a projection and one without."""
+    for name in list(MODELS.module_dict):
+        settings = getattr(MODELS.module_dict[name], 'arch_settings', None)
+        if isinstance(settings, dict):
+            for depth, (block, *stages) in [(d, s) for d, s in settings.items() if isinstance(s, tuple)]:
+                if stages and isinstance(stages[0], tuple) and all(isinstance(n, int) for n in stages[0]):
+                    settings[depth] = (block, tuple(min(2, blocks) for blocks in stages[0]))
+
+
+def damp_refinements(detector: nn.Module) -> None:
+    """Stages that refine boxes again and again do it by little, as trained ones: else boxes grow without bounds."""
+    if isinstance(getattr(detector, 'rpn_head', None), EmbeddingRPNHead):
+        detector.rpn_head.init_weights()  # the first boxes are parameters
+    for name, module in detector.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition('.')[2] == 'fc_reg':
+            with torch.no_grad():
+                module.weight.mul_(0.05)
+
+
+def first_size(detector: nn.Module) -> tuple[int, int]:
+    """The first of the sizes that the detector predicts on.
+
+    Raises:
+        RuntimeError: It takes none of them; as its own code says it.
+    """
+    for size in SIZES:
+        try:
+            _predict(detector, zoo_batch(detector, size, 0))
+            return size
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            why = error
+    raise why
+
+
+@torch.no_grad()
+def _predict(detector: nn.Module, batch: dict) -> list:
+    return detector(**detector.data_preprocessor(copy.deepcopy(batch), False), mode='predict')
+
+
+def trial(name: str, folder: Path) -> dict:
+    """Runs one architecture.
+
+    Args:
+        name: The config, relative to mmdet's folder.
+        folder: Takes what is written.
+
+    Returns:
+        What was found; ``reason`` fields are one sentence, '' where nothing failed.
+    """
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    config = zoo_config(name)
+    reduced(config['model'])
+    shallow_stages()
+    found = dict(config=name)
+    try:
+        detector = build_detector(config)
+        detector.eval()
+        randomise(detector, lambda: damp_refinements(detector) or first_size(detector))
+        size = first_size(detector)
+    except Exception as error:
+        return dict(found, predicts=_sentence(error))
+    found |= dict(predicts='', size='x'.join(map(str, size)))
+    ptq, preset = dict(PTQ), 'w8a8'
+    try:
+        check_raw_outputs(detector)
+    except PTQError as error:
+        found['global_loss'] = str(error)
+        preset = 'w8a8_observe'
+        ptq.pop('global_loss')
+    images = [zoo_batch(detector, size, seed) for seed in (1, 2)]
+    detector.cfg = copy.deepcopy(config)
+    try:
+        quantized = _quiet(lambda: quantize(detector, images, preset, ptq=ptq, work_dir=str(folder)))
+    except Exception as error:
+        return dict(found, quantized=_sentence(error), seconds=round(time.perf_counter() - start))
+    path = folder / 'quantized.pth'
+    state = read_quantized(path)
+    found |= dict(quantized='', integer_mac_share=round(integer_mac_share(Structure.from_dict(state['structure'])), 4))
+    found.setdefault('global_loss', '')
+    found['reloaded'] = _tried(lambda: _reloaded(quantized, path, config, images[0]))
+    image = quantized.data_preprocessor(copy.deepcopy(images[0]), False)['inputs']
+    for runtime in RUNTIMES:
+        found |= {f'{runtime}_{key}': value for key, value in _exported(quantized, runtime, folder, image).items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return dict(found, seconds=round(time.perf_counter() - start), peak_gib=round(peak, 2))
+
+
+def _reloaded(quantized: nn.Module, path: Path, config: Config, batch: dict) -> str:
+    again = load_quantized(path, config)
+    mine, theirs = (_flat(_predict(detector, batch)) for detector in (quantized, again))
+    same = len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    return '' if same else 'predicts otherwise'
+
+
+def _flat(samples: list) -> list[Tensor]:
+    found = []
+    for sample in samples:
+        for key in ('pred_instances', 'pred_panoptic_seg'):
+            fields = getattr(sample, key, {})
+            found += [torch.as_tensor(np.asarray(v)) for _, v in sorted(fields.items()) if not hasattr(v, 'tensor')]
+    return found
+
+
+def _exported(quantized: nn.Module, name: str, folder: Path, image: Tensor) -> dict:
+    """One runtime's columns."""
+    runtime = get_runtime(name)
+    try:
+        runtime.check_detector(quantized)
+        path = _quiet(lambda: runtime.export(copy.deepcopy(quantized), folder / name, tuple(image.shape)))
+        model = open_model(path, threads=1)
+        coverage = model.whole_coverage()
+        layers = f'{len(coverage.integer)} of {len(coverage.integer) + len(coverage.float)}'
+        codes, outputs = _codes(quantized, name, path, image), _decibel(quantized, name, model, image)
+    except Exception as error:
+        return dict(state='refused' if isinstance(error, PTQError) else 'failed', reason=_sentence(error))
+    equal = codes >= CODES and outputs >= DECIBEL
+    return dict(
+        state='equal' if equal else 'differs',
+        layers=layers,
+        codes=round(codes, 5),
+        decibel=round(outputs, 1),
+        reason='',
+    )
+
+
+def _codes(quantized: nn.Module, name: str, path: Path, image: Tensor) -> float:
+    """The share of codes of the worst tensor that are the simulation's, each computed from the same codes."""
+    if name == 'onnxruntime':
+        found = compare_codes(quantized, path, image, follow=True)
+    else:
+        inputs = {}
+        for part in parts_of(quantized, image):
+            inputs |= openvino_inputs(part_path(path, part.name) if part.name else path, *part.inputs)
+        found = compare_layer_inputs(quantized, inputs, image, follow=True, within=only_read_tensors)
+    return min((entry.identical for entry in found), default=0.0)
+
+
+@torch.no_grad()
+def _decibel(quantized: nn.Module, name: str, model: Callable, image: Tensor) -> float:
+    """Signal to noise of the worst raw output, from the image to the outputs, against the simulation."""
+    worst = 200.0
+    with integer_arithmetic(quantized):
+        for part in parts_of(quantized, image):
+            network = model.parts[part.name] if part.name else model
+            theirs = network(*(tensor.numpy() for tensor in part.inputs))
+            if name == 'onnxruntime':
+                ours = RawOutputs(quantized, part)(*part.inputs)
+            else:
+                with only_read_tensors(quantized):
+                    ours = RawOutputs(quantized, part)(*part.inputs)
+            for a, b in zip(ours, theirs, strict=True):
+                a, b = a.double(), torch.from_numpy(b).double()
+                noise, signal = float((a - b).square().mean()), float((a - a.mean()).square().mean())
+                if noise:
+                    worst = min(worst, 10 * np.log10(max(signal, 1e-30) / noise))
+    return worst
+
+
+def _tried(work: Callable[[], str]) -> str:
+    try:
+        return _quiet(work)
+    except Exception as error:
+        return _sentence(error)
+
+
+def _quiet(work: Callable) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return work()
+
+
+def _sentence(error: Exception) -> str:
+    said = ' '.join(str(error).split())[:240]
+    return said if isinstance(error, PTQError) else f'{type(error).__name__}: {said}'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help="relative to mmdet's configs")
+    parser.add_argument('--work-dir', type=Path, help='keeps what is written')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = trial(args.config, args.work_dir or Path(temporary))
+    sys.stdout.flush()
+    print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    main()
