@@ -53,8 +53,8 @@ class NcnnRuntime(Runtime):
 
     @classmethod
     def needed_activations(cls, bits: int) -> dict:
-        # no zero points, and at 8 bits no code -128; fewer bits fit as they are
-        return dict(symmetric=True, narrow_range=True) if bits == 8 else {}
+        # at 8 bits one code fewer, and one code to pad with; fewer bits fit as they are
+        return dict(narrow_range=True, shared_zero_point=True) if bits == 8 else {}
 
     @classmethod
     def report_agreement(cls, logger: MMLogger, detector: nn.Module, path: Path, image: Tensor) -> None:

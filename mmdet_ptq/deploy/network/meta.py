@@ -135,6 +135,7 @@ _META = Fields(
         saturating=[str],
         space_to_depth=_OFFSETS,
         folded=_OFFSETS,
+        shifts=Each([float]),
         parts=Each(str),
         inputs=[_SIZES],
         constants=list,
