@@ -230,6 +230,8 @@ def _add_needed_formats(merged: dict) -> None:
     needed: dict = {}
     for runtime in _runtimes(merged.get('export', [])[:1]):
         needed.update(runtime.needed_activations(activations.get('bits', TensorConfig().bits)))
+    if activations.get('quantizer', {}).get('symmetric'):
+        needed.pop('shared_zero_point', None)  # there is none to share
     if needed:
         merged['activations'] = {**activations, 'quantizer': {**needed, **activations.get('quantizer', {})}}
 

@@ -119,7 +119,11 @@ def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> 
 def _shifts(calls: dict[str, LayerCall]) -> Iterator[tuple[str, list[float]]]:
     """Calls that read shifted tensors, to the sign and to what stands for zero."""
     for name, call in calls.items():
-        if call.activation is not None and call.activation.num_channels is None and (shift := shift_of(call.activation)):
+        if (
+            call.activation is not None
+            and call.activation.num_channels is None
+            and (shift := shift_of(call.activation))
+        ):
             yield name, [shift.sign, shift.zero * float(call.activation.positive_scale())]
 
 

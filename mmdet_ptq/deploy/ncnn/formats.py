@@ -12,8 +12,9 @@ INT8_MAX = 127
 def check_ncnn(structure: Structure) -> None:
     """Refuses number formats that ncnn's int8 layers do not have.
 
-    They multiply codes of -127 .. 127 without zero point. An activation fits if it has no more codes than that: one with
-    a zero point is shifted (:mod:`mmdet_ptq.deploy.ncnn.shifts`). What is quantized between the layers is left out there.
+    They multiply codes of -127 .. 127 without zero point. An activation fits if it has no more codes than that: one
+    with a zero point is shifted (:mod:`mmdet_ptq.deploy.ncnn.shifts`). What is quantized between the layers is left out
+    there.
 
     Args:
         structure: The quantized detector's structure.
