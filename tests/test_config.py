@@ -237,6 +237,20 @@ def test_runtimes_get_activations_that_they_take(block, wanted):
     assert quantizer == dict(type='mmdet_ptq.AffineQuantizer', **wanted)
 
 
+@pytest.mark.parametrize(
+    'block, wanted',
+    [
+        (dict(), 'safe'),
+        (dict(export=['openvino', 'ncnn']), 'safe'),
+        (dict(export=['ncnn']), 'ignore'),
+        (dict(export=['ncnn'], saturation='safe'), 'safe'),
+    ],
+)
+def test_scales_keep_sums_small_for_the_kernels_that_need_it(block, wanted):
+    cfg = PTQConfig.from_dict(block)
+    assert cfg.saturation == cfg.weights.saturation == wanted
+
+
 def test_runtimes_that_are_calibrated_alike_share_a_block():
     def groups(**block):
         return [(cfg.export, cfg.dataflow) for cfg in PTQConfig.from_dict(dict(preset='w8a8', **block)).by_runtime()]
@@ -253,6 +267,10 @@ def test_runtimes_that_are_calibrated_alike_share_a_block():
     # what the block says holds for all
     assert groups(export=['onnxruntime', 'openvino'], dataflow='speed') == [(['onnxruntime', 'openvino'], 'speed')]
     symmetric = dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=True, narrow_range=True))
-    assert groups(export=export, activations=symmetric) == [(['onnxruntime'], 'balanced'), (export[1:], None)]
+    assert groups(export=export, activations=symmetric) == [
+        (['onnxruntime'], 'balanced'),
+        (export[1:3], None),
+        (['ncnn'], None),
+    ]
     by_hand = PTQConfig()
     assert by_hand.by_runtime() == [by_hand]
