@@ -214,20 +214,41 @@ def test_every_preset_has_its_file():
     [
         (dict(export=['onnxruntime', 'openvino']), {}),
         (dict(export=['tensorrt', 'onnxruntime']), dict(symmetric=True)),
-        (dict(export=['ncnn']), dict(symmetric=True, narrow_range=True)),
+        (dict(export=['ncnn']), dict(narrow_range=True, shared_zero_point=True)),
         # 4-bit codes fit ncnn's int8 with a zero point, too
         (dict(preset='w4a4', export=['ncnn']), {}),
         (dict(preset='w4a4', export=['tensorrt', 'ncnn']), dict(symmetric=True)),
         # what the block says stands, and is told of before any long work where a runtime cannot take it
         (
-            dict(export=['ncnn'], activations=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=False))),
-            dict(symmetric=False, narrow_range=True),
+            dict(
+                export=['ncnn'], activations=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', narrow_range=False))
+            ),
+            dict(narrow_range=False, shared_zero_point=True),
+        ),
+        # there is no zero point to share
+        (
+            dict(export=['ncnn'], activations=dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=True))),
+            dict(symmetric=True, narrow_range=True),
         ),
     ],
 )
-def test_runtimes_without_zero_points_get_symmetric_activations(block, wanted):
+def test_runtimes_get_activations_that_they_take(block, wanted):
     quantizer = PTQConfig.from_dict(block).activations.quantizer
     assert quantizer == dict(type='mmdet_ptq.AffineQuantizer', **wanted)
+
+
+@pytest.mark.parametrize(
+    'block, wanted',
+    [
+        (dict(), 'safe'),
+        (dict(export=['openvino', 'ncnn']), 'safe'),
+        (dict(export=['ncnn']), 'ignore'),
+        (dict(export=['ncnn'], saturation='safe'), 'safe'),
+    ],
+)
+def test_scales_keep_sums_small_for_the_kernels_that_need_it(block, wanted):
+    cfg = PTQConfig.from_dict(block)
+    assert cfg.saturation == cfg.weights.saturation == wanted
 
 
 def test_runtimes_that_are_calibrated_alike_share_a_block():
@@ -246,6 +267,10 @@ def test_runtimes_that_are_calibrated_alike_share_a_block():
     # what the block says holds for all
     assert groups(export=['onnxruntime', 'openvino'], dataflow='speed') == [(['onnxruntime', 'openvino'], 'speed')]
     symmetric = dict(quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=True, narrow_range=True))
-    assert groups(export=export, activations=symmetric) == [(['onnxruntime'], 'balanced'), (export[1:], None)]
+    assert groups(export=export, activations=symmetric) == [
+        (['onnxruntime'], 'balanced'),
+        (export[1:3], None),
+        (['ncnn'], None),
+    ]
     by_hand = PTQConfig()
     assert by_hand.by_runtime() == [by_hand]

@@ -64,7 +64,7 @@ class PTQConfig:
             them: 8-bit weights of an output channel that are multiplied side by side, have the same sign and exceed 128
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
             models then compute the same everywhere. ``'ignore'`` leaves the scales alone: on such processors the model
-            is wrong.
+            is wrong, except in ncnn, whose kernels add in 32 bits, and whose models have it by default.
         dataflow: What else is quantized between the layers, and where the heads' output layers write: layer
             outputs, sums, products, activation functions, poolings, in 8 bits, which ONNX Runtime needs to
             compute every convolution and addition in integers. There a tensor has one scale. With
@@ -140,7 +140,7 @@ class PTQConfig:
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})
         _add_needed_formats(merged)
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
-        saturation = merged.get('saturation', SATURATIONS[0])
+        saturation = merged.get('saturation', _needed_saturation(merged.get('export', [])))
         choice('ptq.saturation', saturation, SATURATIONS)
         dataflow = merged.get('dataflow', _needed_dataflow(merged.get('export', [])))
         cfg = cls(
@@ -222,6 +222,11 @@ def _needed_dataflow(export: list) -> str | None:
     return next((runtime.dataflow for runtime in _runtimes(export[:1])), None)
 
 
+def _needed_saturation(export: list) -> str:
+    """What the first runtime needs; the safe one without any."""
+    return next((runtime.saturation for runtime in _runtimes(export[:1])), SATURATIONS[0])
+
+
 def _add_needed_formats(merged: dict) -> None:
     """Gives the activations' quantizer what the first runtime's formats take, where the block says nothing."""
     activations = merged.get('activations', {})
@@ -230,6 +235,8 @@ def _add_needed_formats(merged: dict) -> None:
     needed: dict = {}
     for runtime in _runtimes(merged.get('export', [])[:1]):
         needed.update(runtime.needed_activations(activations.get('bits', TensorConfig().bits)))
+    if activations.get('quantizer', {}).get('symmetric'):
+        needed.pop('shared_zero_point', None)  # there is none to share
     if needed:
         merged['activations'] = {**activations, 'quantizer': {**needed, **activations.get('quantizer', {})}}
 

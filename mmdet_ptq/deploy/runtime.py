@@ -59,6 +59,7 @@ class Runtime:
         export_packages: What exporting takes.
         evidence: What :meth:`coverage` reads.
         dataflow: ``ptq.dataflow`` that its integers take, where the config says nothing.
+        saturation: ``ptq.saturation`` that its kernels take, where the config says nothing.
         end2end: Whether its models can decode and suppress, too.
         packs: Whether it stores fewer than 8 bits a weight.
         compares: Whether :meth:`report_agreement` works.
@@ -74,6 +75,7 @@ class Runtime:
     export_packages: tuple[str, ...] = ()
     evidence: str = 'its own optimized graph'
     dataflow: str | None = None
+    saturation = 'safe'
     end2end: bool = False
     packs: bool = False
     compares: bool = False

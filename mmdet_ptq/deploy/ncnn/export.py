@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.ncnn.format import NcnnLayer, parse_param, split_weights, write_network
 from mmdet_ptq.deploy.ncnn.formats import check_activation
 from mmdet_ptq.deploy.ncnn.layers import (
+    INT8_CONVOLUTIONS,
     float_layers,
     fuse_activations,
     integer_layers,
@@ -25,6 +26,7 @@ from mmdet_ptq.deploy.ncnn.layers import (
     unrounded_layers,
 )
 from mmdet_ptq.deploy.ncnn.network import NCNN
+from mmdet_ptq.deploy.ncnn.shifts import merge_shifts, share_shifts, shift_of
 from mmdet_ptq.deploy.ncnn.trace import IntegerCall, LayerCall, RoundedInput, opaque_type, trace, traceable
 from mmdet_ptq.deploy.ncnn.verify import verify
 from mmdet_ptq.deploy.network.meta import input_meta
@@ -70,7 +72,8 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
     twin, calls = traceable(detector)
     example = torch.randn((1, *input_shape[1:]), generator=torch.Generator().manual_seed(0))
     skeleton = _convert(trace(twin, example), calls, tuple(example.shape))
-    layers = fuse_activations(_lower(skeleton, calls, integer_layers, rounded_layers))
+    layers = share_shifts(_lower(skeleton, calls, integer_layers, rounded_layers))
+    layers = merge_shifts(fuse_activations(layers), INT8_CONVOLUTIONS)
     verify(detector, example, _lower(skeleton, calls, float_layers, unrounded_layers), layers)
     for call in calls.values():
         if not call.integer:
@@ -111,7 +114,19 @@ def _meta(detector: nn.Module, example: Tensor, calls: dict[str, LayerCall]) -> 
         raw_shapes=output_shapes(outputs),
         input=input_meta(detector, example.shape[1]),
         layers={name: call.layer for name, call in calls.items()},
+        shifts=dict(_shifts(calls)),
     )
+
+
+def _shifts(calls: dict[str, LayerCall]) -> Iterator[tuple[str, list[float]]]:
+    """Calls that read shifted tensors, to the sign and to what stands for zero."""
+    for name, call in calls.items():
+        if (
+            call.activation is not None
+            and call.activation.num_channels is None
+            and (shift := shift_of(call.activation))
+        ):
+            yield name, [shift.sign, shift.zero * float(call.activation.positive_scale())]
 
 
 def _convert(traced: torch.jit.ScriptModule, calls: dict[str, LayerCall], shape: tuple[int, ...]) -> list[NcnnLayer]:

@@ -15,6 +15,7 @@ from mmdet_ptq.files import remove, write_atomic, write_text
 
 MAGIC = '7767517'
 REMARK = '#'
+FLOAT_MAX = 3.402823e38
 # what precedes a weight in the .bin; biases and scales have no tag (ncnn src/modelbin.cpp)
 INT8_TAG = np.uint32(0x000D4B38).tobytes()
 

@@ -7,17 +7,14 @@ from mmdet_ptq.quantizers.selection import build_quantizer
 from mmdet_ptq.wrapping import Structure
 
 INT8_MAX = 127
-_SYMMETRIC = (
-    '`ptq.activations.quantizer=dict(symmetric=True, narrow_range=True)`, or 7 bits with `ptq.activations.bits=7`'
-)
 
 
 def check_ncnn(structure: Structure) -> None:
     """Refuses number formats that ncnn's int8 layers do not have.
 
-    They multiply codes of -127 .. 127 without zero point. An activation fits if its levels (code minus zero point) do,
-    whatever the data: symmetric 8-bit codes without the lowest one, or any format of 7 bits and less, whose levels
-    span 127 steps at most. What is quantized between the layers is left out there.
+    They multiply codes of -127 .. 127 without zero point. An activation fits if it has no more codes than that: one
+    with a zero point is shifted (:mod:`mmdet_ptq.deploy.ncnn.shifts`). What is quantized between the layers is left out
+    there.
 
     Args:
         structure: The quantized detector's structure.
@@ -52,9 +49,14 @@ def check_activation(name: str, spec: dict) -> None:
             f'{where} of type {spec["type"]}, and ncnn knows uniform activations only; set '
             "`ptq.activations.quantizer.type='mmdet_ptq.AffineQuantizer'`."
         )
-    if spec['bits'] == 8 and not (spec['symmetric'] and spec['narrow_range']):
-        kind = 'symmetric but uses the code -128' if spec['symmetric'] else 'quantized with a zero point'
+    if spec['bits'] == 8 and not spec['narrow_range']:
         raise PTQError(
-            f"{where} {kind}, and ncnn's 8-bit codes are -127 .. 127 without one; set {_SYMMETRIC}, and "
+            f"{where} quantized with all 256 codes, and ncnn's layers have 255; set "
+            '`ptq.activations.quantizer.narrow_range=True`, or 7 bits with `ptq.activations.bits=7`, and '
             'calibrate again.'
+        )
+    if spec['bits'] == 8 and spec['num_channels'] and not (spec['symmetric'] or spec['shared_zero_point']):
+        raise PTQError(
+            f'{where} quantized with a zero point for each channel, and ncnn pads with one code; set '
+            '`ptq.activations.quantizer.shared_zero_point=True`, and calibrate again.'
         )

@@ -32,4 +32,7 @@ def ncnn_inputs(path: str | os.PathLike, image: Tensor) -> dict[str, np.ndarray 
                 reads.setdefault(name, layer.bottoms[0])
     values = network.run(np.ascontiguousarray(image[0].cpu().numpy(), np.float32), list(reads.values()))
     found = {name: value[None] for name, value in zip(reads, values, strict=True)}
+    for name, (sign, zero) in network.meta.get('shifts', {}).items():
+        if name in found:
+            found[name] = sign * (found[name] - zero)
     return {call.removesuffix('#0'): found.get(name) for name, call in network.meta['layers'].items()}

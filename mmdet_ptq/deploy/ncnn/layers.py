@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from mmdet_ptq.deploy.ncnn.format import NcnnLayer, array, floats, int8_weight
+from mmdet_ptq.deploy.ncnn.format import FLOAT_MAX, NcnnLayer, array, floats, int8_weight
 from mmdet_ptq.deploy.ncnn.formats import INT8_MAX
+from mmdet_ptq.deploy.ncnn.shifts import shift_layer, shift_of, unshift_layers
 from mmdet_ptq.deploy.ncnn.trace import LayerCall, borders
 from mmdet_ptq.quantizers import Quantizer
 
 # ncnn layer type to the activation number of a convolution and the parameters it takes along (id, default)
 _ACTIVATIONS = {
     'ReLU': (1, ()),
-    'Clip': (3, ((0, '-3.402823e38'), (1, '3.402823e38'))),
+    'Clip': (3, ((0, -FLOAT_MAX), (1, FLOAT_MAX))),
     'Sigmoid': (4, ()),
-    'HardSwish': (6, ((0, '0.2'), (1, '0.5'))),
+    'HardSwish': (6, ((0, 0.2), (1, 0.5))),
 }
 # bit of a layer's featmask; the int8 Winograd kernels overflow: codes 127 and -128 in 64 channels are off by 80 %
 _NO_WINOGRAD = 1 << 6
-_INT8_LAYERS = ('Convolution', 'ConvolutionDepthWise')
+INT8_CONVOLUTIONS = ('Convolution', 'ConvolutionDepthWise')
 
 
 def integer_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
@@ -37,8 +38,12 @@ def integer_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
     groups = getattr(module, 'groups', 1)
     if channel_scale is not None:
         scale = scale * channel_scale.repeat(len(scale) // groups)
+    shift = shift_of(call.activation)
+    # zero's code times the weights is too much, at the borders as well, where it stands for the zeros
+    scale = scale * shift.sign
+    bias = bias - scale * weights.sum(1) * (shift.zero / bottom_scale)
     # ncnn takes reciprocals, and gives 0 for a weight scale of 0
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     blobs = before[-1].tops if before else place.bottoms
     if isinstance(module, nn.Linear):
         params = {0: str(len(scale)), 1: '1', 2: str(weights.size), 8: '2'}
@@ -52,6 +57,8 @@ def integer_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
         place.tops,
         _convolution_params(module, weights.size, call.shape),
     )
+    if shift:
+        main.params[18] = f'{shift.zero:.1f}'
     if groups in (1, len(scale)):
         main.weights = int8_weight(weights) + floats(bias) + floats(inverse) + floats([bottom_scale])
         return [*before, main]
@@ -102,12 +109,14 @@ def rounded_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
         before += [_quantize(place.name, blobs, np.array([bottom_scale]))]
     # int8 to float32; ncnn's Dequantize takes the int32 of sums only
     cast = NcnnLayer('Cast', f'{place.name}_cast', before[-1].tops, [f'{place.name}_cast'], {0: '3', 1: '1'})
+    after = [cast, *unshift_layers(place.name, cast.tops, shift_of(call.activation))]
+    blobs = after[-1].tops
     if channel_scale is None:
-        last = NcnnLayer('BinaryOp', place.name, cast.tops, place.tops, {0: '2', 1: '1', 2: f'{1 / bottom_scale:.9e}'})
+        last = NcnnLayer('BinaryOp', place.name, blobs, place.tops, {0: '2', 1: '1', 2: f'{1 / bottom_scale:.9e}'})
     else:
-        last = NcnnLayer('Scale', place.name, cast.tops, place.tops, {0: str(channel_scale.size), 1: '0'})
+        last = NcnnLayer('Scale', place.name, blobs, place.tops, {0: str(channel_scale.size), 1: '0'})
         last.weights = floats(channel_scale)
-    return [*before, cast, last]
+    return [*before, *after, last]
 
 
 def float_layers(call: LayerCall, place: NcnnLayer) -> list[NcnnLayer]:
@@ -150,12 +159,18 @@ def _input_layers(quantizer: Quantizer, place: NcnnLayer) -> tuple[list[NcnnLaye
         name = f'{place.name}_in{len(layers)}'
         layers.append(NcnnLayer(kind, name, bottoms, [name], params, weights))
 
+    shift = shift_of(quantizer)
     if scale.ndim == 0:
-        if clipped:
+        if shift:
+            layers.append(shift_layer(place.name, place.bottoms, shift, float(scale)))
+        elif clipped:
             add('Clip', {0: f'{(first - zero) * scale:.9e}', 1: f'{(last - zero) * scale:.9e}'})
         return layers, 1 / float(scale), None
     if not clipped:
         return [_quantize(place.name, place.bottoms, 1 / scale)], 1.0, scale
+    if shift:
+        add('Scale', {0: str(scale.size), 1: '1'}, floats(shift.sign / scale) + floats(np.full(scale.size, shift.zero)))
+        return layers, 1.0, scale
     # channels may have different zero points: they are added before the bounds, and taken off after them
     add('Scale', {0: str(scale.size), 1: '1'}, floats(1 / scale) + floats(zero))
     add('Clip', {0: f'{first:.1f}', 1: f'{last:.1f}'})
@@ -205,4 +220,4 @@ def fuse_activations(layers: list[NcnnLayer]) -> list[NcnnLayer]:
 
 def is_integer(layer: NcnnLayer) -> bool:
     """Whether ncnn computes a layer in integers."""
-    return layer.type in (*_INT8_LAYERS, 'InnerProduct') and layer.params.get(8, '0') != '0'
+    return layer.type in (*INT8_CONVOLUTIONS, 'InnerProduct') and layer.params.get(8, '0') != '0'

@@ -138,6 +138,7 @@ _META = Fields(
         saturating=[str],
         space_to_depth=_OFFSETS,
         folded=_OFFSETS,
+        shifts=Each([float]),
         parts=Each(str),
         inputs=[_SIZES],
         constants=list,

@@ -29,6 +29,7 @@ from mmdet_ptq.deploy.ncnn.trace import traceable
 MIN_MAX = dict(type='mmdet_ptq.MinMaxObserver')
 SYMMETRIC = dict(symmetric=True, narrow_range=True)
 W8A8 = dict(preset='w8a8_observe', activations=dict(observer=MIN_MAX, quantizer=SYMMETRIC))
+SHIFTED = dict(W8A8, activations=dict(observer=MIN_MAX, quantizer=dict(narrow_range=True, shared_zero_point=True)))
 # asymmetric 4-bit activations, log-affine weights, 8-bit ends, per-channel scales with zero points on depthwise inputs
 W4A4 = dict(
     weights=dict(bits=4, quantizer=dict(type='mmdet_ptq.LogAffineQuantizer')),
@@ -39,7 +40,12 @@ W4A4 = dict(
     ),
 )
 SHAPE = (1, 3, SIZE, SIZE)
-CASES = {'ssd': ('ssd', W8A8), 'retinanet': ('retinanet', W8A8), 'yolox': ('yolox', W8A8), 'ssd-w4a4': ('ssd', W4A4)}
+CASES = {
+    'ssd': ('ssd', SHIFTED),
+    'retinanet': ('retinanet', W8A8),
+    'yolox': ('yolox', SHIFTED),
+    'ssd-w4a4': ('ssd', W4A4),
+}
 
 
 @pytest.fixture(scope='module')
@@ -140,16 +146,18 @@ def test_stored_weights_are_the_codes(exported):
 
 
 @pytest.mark.parametrize(
-    'ptq, key',
+    'kind, quantizer, key',
     [
-        (dict(preset='w8a8_observe', activations=dict(observer=MIN_MAX)), 'zero point'),
-        (dict(preset='w8a8_observe', activations=dict(observer=MIN_MAX, quantizer=dict(symmetric=True))), '-128'),
+        ('retinanet', dict(symmetric=False), 'all 256 codes.*narrow_range=True'),
+        ('retinanet', dict(symmetric=True), 'all 256 codes.*narrow_range=True'),
+        ('ssd', dict(narrow_range=True), 'a zero point for each channel.*shared_zero_point=True'),
     ],
 )
-def test_other_formats_are_refused_before_any_work(ptq, key, monkeypatch, tmp_path):
-    detector, structure = tiny_quantized('retinanet', ptq)
+def test_other_formats_are_refused_before_any_work(kind, quantizer, key, tmp_path):
+    ptq = dict(preset='w8a8_observe', activations=dict(observer=MIN_MAX, quantizer=quantizer))
+    detector, structure = tiny_quantized(kind, ptq)
     for refuse in (lambda: check_ncnn(structure), lambda: export_ncnn(detector, SHAPE, tmp_path)):
-        with pytest.raises(PTQError, match=f'{key}.*ptq.activations.quantizer') as error:
+        with pytest.raises(PTQError, match=key) as error:
             refuse()
         assert '\n' not in str(error.value)
     assert not list(tmp_path.iterdir())
