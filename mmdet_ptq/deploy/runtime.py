@@ -75,7 +75,7 @@ class Runtime:
     export_packages: tuple[str, ...] = ()
     evidence: str = 'its own optimized graph'
     dataflow: str | None = None
-    saturation = 'safe'
+    saturation: str = 'safe'
     end2end: bool = False
     packs: bool = False
     compares: bool = False

@@ -35,11 +35,10 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_atomic
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import is_quantized, quantization_mode
-from mmdet_ptq.wrapping.names import call_of
 from mmdet_ptq.wrapping.state import only_read_tensors
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 FORMAT = 'mmdet_ptq.onnx'
 
@@ -128,14 +127,15 @@ def _export(
     saturating: Sequence[str] = (),
 ) -> dict:
     """Writes one graph; its first dimension stays open where ``told`` says so. Returns all that the file says."""
-    model = exported_program(detector, network, inputs, dialect, told)
+    program = exported_program(detector, network, inputs, dialect, told)
     from mmdet_ptq.deploy.onnx.compact import compact
-    from mmdet_ptq.deploy.onnx.graph import name_layers
+    from mmdet_ptq.deploy.onnx.graph import call_numbers, name_layers
     from mmdet_ptq.deploy.onnx.saturation import saturating_layers
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
+    model = program.model
     graph, meta = model.graph, dict(told, format=FORMAT, version=__version__)
-    meta['layers'] = name_layers(graph, detector, call_of(network.part.name) if isinstance(network, RawOutputs) else 0)
+    meta['layers'] = name_layers(graph, detector, call_numbers(program.exported_program))
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
         # a float detector stays what PyTorch exports
@@ -156,7 +156,7 @@ def _export(
 
 def exported_program(
     detector: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], dialect: Dialect, told: dict
-) -> ir.Model:
+) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim('batch', min=1)
     names = ['input'] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
@@ -189,7 +189,7 @@ def exported_program(
     from mmdet_ptq.deploy.onnx.graph import own_constants
 
     own_constants(program.model.graph)
-    return program.model
+    return program
 
 
 def _open_shapes(network: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> tuple:

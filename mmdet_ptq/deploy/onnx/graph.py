@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from mmdet_ptq.wrapping.names import call_name
@@ -94,7 +95,18 @@ def own_constants(graph: ir.Graph) -> None:
                     graph.register_initializer(value)
 
 
-def name_layers(graph: ir.Graph, detector: nn.Module, earlier: int = 0) -> dict[str, str]:
+def call_numbers(program: torch.export.ExportedProgram) -> dict[str, int]:
+    """Name of each operation that torch captured to the call of its module that it is of, 0 for the first one.
+
+    Torch counts calls whose results nobody reads, too, and drops them later.
+    """
+    stacks = {node.name: list(node.meta.get('nn_module_stack') or {}) for node in program.graph.nodes}
+    return {name: int(stack[-1].partition('@')[2] or 0) for name, stack in stacks.items() if stack}
+
+
+def name_layers(
+    graph: ir.Graph, detector: nn.Module, numbers: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, str]:
     """Names operations after the detector's layers instead of after the exporter's counters.
 
     Torch tells a module by the path that it was reached by, of which a shared one has several, and which begins at the
@@ -103,23 +115,27 @@ def name_layers(graph: ir.Graph, detector: nn.Module, earlier: int = 0) -> dict[
     Args:
         graph: A graph as torch exports it, with its scopes in the nodes' metadata.
         detector: The detector that was exported.
-        earlier: How many calls of the network came before the one that was exported. Defaults to 0.
+        numbers: See :func:`call_numbers`. Defaults to none: calls are numbered as they stand in the graph, as are those
+            of layers that are reached by several paths, or compute several operations.
 
     Returns:
         Name of each convolution or matrix product to the layer in the detector it is a call of.
     """
     first = {module: name for name, module in detector.named_modules()}
     known = {name: first[module] for name, module in detector.named_modules(remove_duplicate=False) if name}
-    found = []
+    found: dict[str, list[tuple[ir.Node, str, int | None]]] = {}
     for node in graph:
         scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
-        modules = [known[path] for path in (scope.removeprefix(ROOT) for scope in scopes) if path in known]
-        if node.op_type in WEIGHTED + _FLOAT_ONLY and modules:
-            found.append((node, modules[-1]))
-    calls = Counter({layer: earlier * count for layer, count in Counter(layer for _, layer in found).items()})
-    for node, layer in found:
-        node.name = call_name(layer, calls[layer])
-        calls[layer] += 1
-        # runtimes call what computes an output after the output
-        node.outputs[0].name = node.name
-    return {node.name: layer for node, layer in found}
+        paths = [path for path in (scope.removeprefix(ROOT) for scope in scopes) if path in known]
+        if node.op_type in WEIGHTED + _FLOAT_ONLY and paths:
+            found.setdefault(known[paths[-1]], []).append((node, paths[-1], numbers.get(scopes[-1])))
+    named = {}
+    for layer, nodes in found.items():
+        _, paths, told = (set(column) for column in zip(*nodes, strict=True))
+        certain = len(paths) == 1 and len(told) == len(nodes) and None not in told
+        for place, (node, _, number) in enumerate(nodes):
+            node.name = call_name(layer, number if certain else place)
+            # runtimes call what computes an output after the output
+            node.outputs[0].name = node.name
+            named[node] = layer
+    return {node.name: named[node] for node in graph if node in named}
