@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +31,7 @@ from mmdet_ptq.files import write_text
 
 FOLDER = ROOT / 'benchmarks' / 'mmdet_zoo'
 TABLE, ARCHITECTURES, UNBUILT = FOLDER / 'results.csv', FOLDER / 'architectures.csv', FOLDER / 'unbuilt.csv'
+PAGE = ROOT / 'docs' / 'support.md'
 TRIAL = ROOT / 'benchmarks' / 'zoo_trial.py'
 TOLD = ('state', 'layers', 'codes', 'decibel', 'reason')
 RUNTIMES = ('onnxruntime', 'openvino')
@@ -102,31 +104,146 @@ def is_equal(line: dict) -> bool:
     return not line.get('quantized') and not line.get('reloaded') and all(state == 'equal' for state in states)
 
 
+def worth_trying(args: argparse.Namespace, known: dict[str, dict]) -> list[dict]:
+    """Architectures that are to be tried, those that stand for most configs first."""
+    chosen = []
+    for found in sorted(architectures(), key=lambda a: -int(a['configs'])):
+        config, line = found['config'], known.get(found['config'])
+        named = any(name in config for name in args.only)
+        again = named or (args.failed and line is not None and not is_equal(line))
+        if again or (line is None and not args.only):
+            chosen.append(found)
+    return chosen
+
+
+def told_of(found: dict, line: dict) -> dict:
+    """The whole line of an architecture."""
+    told = versions()
+    line |= {key: found[key] for key in ('configs', 'million')}
+    line |= {key: told.get(key, '') for key in (*VERSIONS, *RUNTIMES)}
+    return line | dict(date=datetime.now(timezone.utc).date().isoformat())
+
+
+def reasons(line: dict) -> list[str]:
+    """Why something of an architecture did not hold, each once."""
+    keys = ('predicts', 'quantized', 'reloaded', 'global_loss', *(f'{runtime}_reason' for runtime in RUNTIMES))
+    return list(dict.fromkeys(line[key] for key in keys if line.get(key)))
+
+
+def page(lines: list[dict], unbuilt: list[dict]) -> str:
+    """docs/support.md."""
+    predicting = [line for line in lines if not line['predicts']]
+    total = sum(int(line['configs']) for line in predicting)
+
+    def counted(chosen: list[dict]) -> str:
+        return f'{len(chosen)} of {len(predicting)} | {sum(int(line["configs"]) for line in chosen)} of {total}'
+
+    quantized = [line for line in predicting if not line['quantized']]
+    rows = {
+        'quantize': quantized,
+        'predict the same after they were saved and loaded': [line for line in quantized if not line['reloaded']],
+        'take a step of the global loss': [line for line in quantized if not line['global_loss']],
+        'compute in ONNX Runtime what was simulated': [x for x in predicting if x['onnxruntime_state'] == 'equal'],
+        'compute in OpenVINO what was simulated': [x for x in predicting if x['openvino_state'] == 'equal'],
+        'all of this': [line for line in predicting if is_equal(line) and not line['global_loss']],
+    }
+    first = lines[0] if lines else {}
+    text = [_HEAD, '| | architectures | configs |', '|---|---:|---:|']
+    text += [f'| {what} | {counted(chosen)} |' for what, chosen in rows.items()]
+    text += [
+        '',
+        f'mmdet {first.get("mmdet")}, torch {first.get("torch")}, ONNX Runtime {first.get("onnxruntime")}, OpenVINO '
+        f'{first.get("openvino", "").partition("-")[0]}, {first.get("processor")}, '
+        f'{max((line["date"] for line in lines), default="")}.',
+        '',
+        '## What does not hold, and why',
+        '',
+        '| config | configs | what is said |',
+        '|---|---:|---|',
+    ]
+    text += [
+        f'| {_linked(line)} | {line["configs"]} | {_told("; ".join(reasons(line)) or _differs(line))} |'
+        for line in predicting
+        if not is_equal(line) or line['global_loss']
+    ]
+    text += ['', '## All architectures', '', *_table(predicting)]
+    text += ['', '## Not tried', '', 'They do not predict on a CPU with random weights, or do not build.', '']
+    text += ['| config | configs | why |', '|---|---:|---|']
+    text += [f'| {_linked(x)} | {x["configs"]} | {_told(x["predicts"])} |' for x in lines if x['predicts']]
+    text += [f'| {_linked(x)} | 1 | {_told(x["reason"])} |' for x in unbuilt]
+    return '\n'.join(text) + '\n'
+
+
+_HEAD = """# Detectors of mmdet
+
+<!-- written by benchmarks/mmdet_zoo.py from benchmarks/mmdet_zoo/results.csv -->
+
+Every config of mmdet's own was built. Configs that build detectors of the same classes are one architecture, tried once,
+with the config that has the fewest weights. Weights are random, the image has 160 x 192 pixels or the next size that the
+detector takes, stages have two blocks, transformers two layers. So the page says whether a family works, not how
+accurate it is: [conformance](conformance.md) does.
+
+"Computes what was simulated": each tensor of the exported model was compared with the simulation, from the same codes; at
+least 99 % of the codes are equal in the worst tensor, and all outputs to at least 20 dB.
+
+```bash
+python benchmarks/mmdet_zoo.py --jobs 2      # hours; goes on where it stopped
+```
+
+## Totals
+"""
+
+
+def _table(lines: list[dict]) -> list[str]:
+    """Integers: the share of multiply-accumulates; then, of each runtime, the layers that it computes in integers."""
+    found = ['| config | configs | integers | ONNX Runtime | OpenVINO |', '|---|---:|---:|---|---|']
+    for line in lines:
+        share = line['integer_mac_share']
+        states = [line[f'{r}_layers'] if line[f'{r}_state'] == 'equal' else line[f'{r}_state'] or '-' for r in RUNTIMES]
+        found.append(
+            f'| {_linked(line)} | {line["configs"]} | {f"{float(share):.1%}" if share else "-"} | '
+            + ' | '.join(states)
+            + ' |'
+        )
+    return found
+
+
+def _linked(line: dict) -> str:
+    return f'`{line["config"].removesuffix(".py")}`'
+
+
+def _differs(line: dict) -> str:
+    told = [
+        f"{r}: {float(line[f'{r}_codes']):.2%} of the worst tensor's codes, outputs to {line[f'{r}_decibel']} dB"
+        for r in RUNTIMES
+        if line[f'{r}_state'] == 'differs'
+    ]
+    return '; '.join(told)
+
+
+def _told(sentence: str) -> str:
+    return sentence.replace('|', '/').replace(str(ROOT), '').replace('<', '&lt;')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', nargs='+', default=[], help='those whose config has one of these in its name')
     parser.add_argument('--failed', action='store_true', help='those that were not equal everywhere, again')
     parser.add_argument('--page', action='store_true', help='writes the page, and runs nothing')
     parser.add_argument('--timeout', type=float, default=900, help='seconds for each; default %(default)s')
+    parser.add_argument('--jobs', type=int, default=1, help='how many at once; default %(default)s')
     args = parser.parse_args()
     known = {line['config']: line for line in read_csv(TABLE)}
     if not args.page:
-        # what stands for most configs first
-        for found in sorted(architectures(), key=lambda a: -int(a['configs'])):
-            config, line = found['config'], known.get(found['config'])
-            again = any(name in config for name in args.only) or (args.failed and line and not is_equal(line))
-            if args.only and not again or line and not again:
-                continue
-            line = try_one(config, args.timeout)
-            told = versions()
-            line |= {key: found[key] for key in ('configs', 'million')} | {key: told.get(key, '') for key in VERSIONS}
-            line |= {key: told.get(key, '') for key in RUNTIMES}
-            line['date'] = datetime.now(timezone.utc).date().isoformat()
-            known[config] = line
-            write_csv(TABLE, FIELDS, (known[key] for key in sorted(known)))
-            states = ', '.join(f'{runtime} {line.get(f"{runtime}_state", "-")}' for runtime in RUNTIMES)
-            why = [line.get(k) for k in ('predicts', 'quantized', *(f'{runtime}_reason' for runtime in RUNTIMES))]
-            print(config, states, *dict.fromkeys(w for w in why if w), flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            running = {pool.submit(try_one, a['config'], args.timeout): a for a in worth_trying(args, known)}
+            for done in as_completed(running):
+                line = told_of(running[done], done.result())
+                known[line['config']] = line
+                write_csv(TABLE, FIELDS, (known[key] for key in sorted(known)))
+                states = ', '.join(f'{runtime} {line.get(f"{runtime}_state", "-")}' for runtime in RUNTIMES)
+                print(line['config'], states, *reasons(line), flush=True)
+    write_text(PAGE, page(read_csv(TABLE), read_csv(UNBUILT)))
 
 
 if __name__ == '__main__':

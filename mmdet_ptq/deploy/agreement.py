@@ -46,6 +46,7 @@ def compare_layer_inputs(
     image: Tensor,
     follow: bool = False,
     within: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+    outputs: list[Tensor] | None = None,
 ) -> list[TensorAgreement]:
     """Compares the codes that every layer reads between the simulation and a runtime.
 
@@ -60,6 +61,7 @@ def compare_layer_inputs(
         within: What surrounds the simulation, given the detector: :func:`mmdet_ptq.wrapping.state.only_read_tensors`
             and :func:`mmdet_ptq.wrapping.flow.without_dataflow` make it do what such runtimes are given.
             Defaults to nothing: it quantizes between the layers as it was calibrated.
+        outputs: Takes the raw outputs of the simulation, if given.
 
     Returns:
         One entry per call of a layer, in the order of the network, named like the layer; ``#k`` marks further calls.
@@ -76,7 +78,9 @@ def compare_layer_inputs(
         with _compared(detector, inputs, follow, agreements, missing) as calls:
             for part in parts:
                 calls.clear()
-                RawOutputs(detector, part)(*part.inputs)
+                found = RawOutputs(detector, part)(*part.inputs)
+                if outputs is not None:
+                    outputs += found
     wanted = missing & _feeding(detector, image) if missing else missing
     if wanted:
         raise PTQError(f'the exported model has no layer {min(wanted)}; export it again.')

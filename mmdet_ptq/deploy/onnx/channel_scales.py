@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -74,10 +76,11 @@ def fold_divisions(graph: ir.Graph) -> int:
 
 
 def fold_norms(graph: ir.Graph) -> int:
-    """Moves normalisations behind one call of a convolution into this call's weight scale and bias.
+    """Moves normalisations and factors behind one call of a convolution into this call's weight scale and bias.
 
-    They stand where several normalisations share a convolution, so that no weight in the detector could take them over.
-    OpenVINO folds them, too, but into weights that are float then.
+    Normalisations stand there where several share a convolution, so that no weight in the detector could take them
+    over, factors where a head's outputs are in units of the stride. OpenVINO folds them, too, but into weights that
+    are float then, or under a name that is not the layer's.
 
     Args:
         graph: Changed in place.
@@ -87,32 +90,57 @@ def fold_norms(graph: ir.Graph) -> int:
     """
     moved = 0
     for node in list(graph):
-        convolution = produced_by(node.inputs[0], 'Conv') if node.op_type == 'BatchNormalization' else None
+        found = _affine(node)
+        convolution = None if found is None else found.source
         weight = None if convolution is None else produced_by(convolution.inputs[1], 'DequantizeLinear')
-        numbers = [constant(value) for value in node.inputs[1:5]]
-        if weight is None or only_consumer(convolution.outputs[0]) is not node or any(n is None for n in numbers):
+        if weight is None or only_consumer(convolution.outputs[0]) is not node:
             continue
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.float32(0)
-        if bias is None:
-            continue
-        gamma, beta, mean, variance = (n.astype(np.float64) for n in numbers)
-        epsilon = node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5
-        gain = gamma / np.sqrt(variance + epsilon)
         codes = constant(weight.inputs[0])
+        if bias is None or found.gain.size not in (1, len(codes)) or not found.gain.all():
+            continue
         # scales are positive: the codes change their sign
-        turned = codes.astype(np.int64) * np.where(gain < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
+        turned = codes.astype(np.int64) * np.where(found.gain < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
         if turned.max() > np.iinfo(codes.dtype).max:
             continue
-        own = _scale_weight(graph, convolution, np.abs(gain))
+        own = _scale_weight(graph, convolution, np.abs(found.gain))
         # codes of its own even where no sign changes: OpenVINO makes weights float that have two scales
         own.replace_input_with(0, add_constant(graph, f'{convolution.name}.weight', turned.astype(codes.dtype)))
-        shifted = ((bias - mean) * gain + beta).astype(np.float32)
+        shifted = np.broadcast_to(bias * found.gain + found.shift, len(codes)).astype(np.float32)
         convolution.resize_inputs(3)
         convolution.replace_input_with(2, add_constant(graph, f'{convolution.name}.bias', shifted))
         node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
         moved += 1
     return moved
+
+
+@dataclass
+class _Affine:
+    """What a node does with the output of a convolution, channel by channel: ``gain * x + shift``."""
+
+    source: ir.Node
+    gain: np.ndarray
+    shift: np.ndarray
+
+
+def _affine(node: ir.Node) -> _Affine | None:
+    if node.op_type == 'BatchNormalization':
+        source, numbers = produced_by(node.inputs[0], 'Conv'), [constant(value) for value in node.inputs[1:5]]
+        if source is None or any(n is None for n in numbers):
+            return None
+        gamma, beta, mean, variance = (n.astype(np.float64) for n in numbers)
+        epsilon = node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5
+        gain = gamma / np.sqrt(variance + epsilon)
+        return _Affine(source, gain, beta - mean * gain)
+    if node.op_type != 'Mul':
+        return None
+    for value, other in (node.inputs, reversed(node.inputs)):
+        source, factor = produced_by(value, 'Conv'), constant(other)
+        # one number, or one for each channel: (C, 1, 1) and (1, C, 1, 1)
+        if source is not None and factor is not None and (factor.size == 1 or factor.shape[-3:] == (factor.size, 1, 1)):
+            return _Affine(source, factor.astype(np.float64).reshape(-1), np.zeros(1))
+    return None
 
 
 def _quantizer_of(dequantize: ir.Node) -> ir.Node | None:
