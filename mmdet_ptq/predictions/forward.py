@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmdet.models.detectors import SemiBaseDetector, SingleStageDetector
+from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.mot import BaseMOTModel
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
@@ -100,8 +101,15 @@ def predict_aligned(
         given = None if reference is None else reference.regions.queries
         with chosen_queries(model, given) as queries:
             outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
-        return replace(align_head(model, outputs, metas), regions=Regions(queries=queries))
+        return replace(align_head(_aligning(model), outputs, metas), regions=Regions(queries=queries))
     outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
-    # a detector with a forward of its own may be taught as a whole: align_head.register(MyDetector)
-    plain = isinstance(model, SingleStageDetector) and type(model)._forward is SingleStageDetector._forward
-    return align_head(model.bbox_head if plain else model, outputs, metas)
+    return align_head(_aligning(model), outputs, metas)
+
+
+def _aligning(model: nn.Module) -> nn.Module:
+    """The head; or the detector whose forward is its own: align_head.register(MyDetector) teaches it as a whole."""
+    plain = any(
+        isinstance(model, kind) and type(model)._forward is kind._forward
+        for kind in (SingleStageDetector, DetectionTransformer)
+    )
+    return model.bbox_head if plain else model

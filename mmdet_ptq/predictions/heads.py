@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from mmdet.models.dense_heads import (
+    ConditionalDETRHead,
+    DABDETRHead,
+    DeformableDETRHead,
+    DETRHead,
+    DINOHead,
     FoveaHead,
     GFLHead,
     PAAHead,
@@ -14,7 +19,7 @@ from mmdet.models.dense_heads import (
     YOLOXHead,
 )
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from mmdet.structures.bbox import get_box_tensor
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, get_box_tensor
 from torch import Tensor
 
 from mmdet_ptq.predictions.aligned import LARGEST_EXPONENT, AlignedPredictions
@@ -165,3 +170,20 @@ def _decode(head, priors: Tensor, deltas: Tensor) -> Tensor:
     num_images, num_priors, dim = deltas.shape
     boxes = head.bbox_coder.decode(priors.repeat(num_images, 1), deltas.reshape(-1, dim))
     return get_box_tensor(boxes).reshape(num_images, num_priors, 4)
+
+
+@adapter(DETRHead, ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DINOHead)
+def align_detr(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPredictions:
+    """Queries of DETR and its kin: what the last decoder layer finds, boxes as shares of the image.
+
+    A query is the same in both detectors: learned, or of the position that the float encoder chose
+    (:mod:`mmdet_ptq.predictions.queries`).
+    """
+    cls_logits, shares = (layers[-1].to(torch.promote_types(layers.dtype, torch.float32)) for layers in outputs[:2])
+    sizes = shares.new_tensor([[width, height] * 2 for height, width in (m['img_shape'][:2] for m in batch_img_metas)])
+    return AlignedPredictions(
+        cls_logits=cls_logits,
+        boxes=bbox_cxcywh_to_xyxy(shares) * sizes[:, None],
+        activation='sigmoid' if head.loss_cls.use_sigmoid else 'softmax',
+        level_sizes=(cls_logits.shape[1],),
+    )
