@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mmdet_ptq.analysis.advice import MUCH
@@ -12,7 +14,11 @@ from mmdet_ptq.analysis.table import format_bytes
 
 
 def verdict_lines(
-    results: Mapping[str, Any], models: Mapping[str, Sequence[Path]], checkpoint: Path, image: str | None = None
+    results: Mapping[str, Any],
+    models: Mapping[str, Sequence[Path]],
+    checkpoint: Path,
+    image: str | None = None,
+    programs: Mapping[str, Path] = MappingProxyType({}),
 ) -> list[str]:
     """What a person needs to decide, in plain words.
 
@@ -21,6 +27,7 @@ def verdict_lines(
         models: Row to the files of its exported model, the one that is opened first.
         checkpoint: The integer checkpoint, which mmdet runs.
         image: An image file for the program that is shown. Defaults to None: a made-up name.
+        programs: Row to the program that detects with its model and without mmdet. Defaults to none.
     """
     first, *others = results['rows']
     row = shipped_row(results, models)
@@ -44,7 +51,9 @@ def verdict_lines(
     exported = row['model'] in models
     path = models[row['model']][0] if exported else checkpoint
     program = running_program(path, exported, results['config'], image)
-    return [*lines, *told, 'run it:', *(f'    {line}' for line in program)]
+    if alone := programs.get(row['model']):
+        told.append(f'run it without mmdet: python {shlex.quote(str(alone))} {shlex.quote(image or "image.jpg")}')
+    return [*lines, *told, 'run it in mmdet:' if alone else 'run it:', *(f'    {line}' for line in program)]
 
 
 def shipped_row(results: Mapping[str, Any], models: Collection[str]) -> Mapping[str, Any] | None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_ptq.analysis import bops, latency_ratio
 from mmdet_ptq.deploy import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, with_runtime
+from mmdet_ptq.engine.detecting import detecting_files, export_detecting
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.engine.stage_store import fingerprint
 
@@ -57,6 +58,9 @@ def export_runtime(run: Run, name: str) -> dict:
     runtime, folder = get_runtime(name), Path(run.work_dir) / name
     shape = run.input_shape
     path = _written(run.detector, runtime, folder, shape)
+    if is_main_process():
+        export_detecting(run.detector, runtime, folder, shape, run.cfg)
+    barrier()
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
     coverage = model.whole_coverage()
@@ -101,8 +105,9 @@ def _written(detector: nn.Module, runtime: type[Runtime], folder: Path, shape: t
 
 
 def stored_files(folder: Path) -> dict[str, int]:
-    """Names and sizes of the files of the model in a folder."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob('model*.*'))}
+    """Names and sizes of the files of the model in a folder, and of what detects with it."""
+    files = [*sorted(folder.glob('model*.*')), *detecting_files(folder)]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def announce_coverage(name: str, coverage: IntegerCoverage, evidence: str) -> None:

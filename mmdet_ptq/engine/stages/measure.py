@@ -23,6 +23,7 @@ from mmdet_ptq.analysis import (
 )
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to
+from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.runtime import model_files
 from mmdet_ptq.engine.evaluation import check_figures
 from mmdet_ptq.engine.run import QUANTIZED, Run
@@ -125,6 +126,8 @@ def report(run: Run) -> None:
         print_results(run.results)
         models = {name: [_as_typed(path) for path in paths] for name, paths in exported_models(run).items()}
         checkpoint = _as_typed(run.folder / QUANTIZED)
-        print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run)))
+        programs = {name: path for name in run.runtimes if (path := Path(run.work_dir) / name / PROGRAM).is_file()}
+        programs = {name: _as_typed(path) for name, path in programs.items()}
+        print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run), programs))
         print_lines([f'more: {_as_typed(Path(run.work_dir) / REPORT)}'])
     print_log(f'results, integer checkpoint and report are in {run.work_dir}', 'current')
