@@ -56,6 +56,32 @@ def verdict_lines(
     return [*lines, *told, 'run it in mmdet:' if alone else 'run it:', *(f'    {line}' for line in program)]
 
 
+def verdict(results: Mapping[str, Any]) -> str:
+    """The whole run in one sentence: whether to ship, what, at what cost and for what gain.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    first, *others = results['rows'] or [None]
+    if not others:
+        return 'Nothing to decide yet: no quantized model has been evaluated.'
+    row = shipped_row(results, [other['model'] for other in others if other['latency_ratio'] is not None])
+    if row is None:
+        wrong = any(other.get('remark') for other in others)
+        why = 'the figures of its runtimes are wrong on this processor' if wrong else 'no runtime has been evaluated'
+        return f'Nothing to ship yet: {why}; {_cost(results, others[0])}.'
+    change, told = _change(results, row), f'{_cost(results, row)}; {_gain(first, row)}'
+    if change is None:
+        return f'{row["model"]} runs, and what it costs is unknown: {told}.'
+    low, high = _interval(results, row) or (change, change)
+    if high < -MUCH:
+        return f'Not yet: integers cost too much. {told}.'
+    doubt = ' The images are too few to tell a loss that matters from none.' if low < -MUCH <= high else ''
+    slower = row['latency_ratio'] < 1
+    advice = f'Keep float here, unless size counts: {row["model"]} is slower' if slower else f'Ship {row["model"]}'
+    return f'{advice}. {told}.{doubt}'
+
+
 def shipped_row(results: Mapping[str, Any], models: Collection[str]) -> Mapping[str, Any] | None:
     """The row of the model to ship: right on this processor, without a loss that matters, then the fastest.
 
@@ -117,4 +143,12 @@ def _cost(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     images = results.get('evaluation', {}).get('num_images')
     told = f' on {images} images' if images else ''
     # + 0.0 turns a difference that rounds to nothing into +0.0 instead of -0.0
-    return f'{metric} {before:.3f} -> {after:.3f} ({round(change, 1) + 0.0:+.1f} points), {row["model"]}{told}'
+    interval = _interval(results, row)
+    spread = f', 95 % interval {interval[0]:+.1f} to {interval[1]:+.1f}' if interval else ''
+    return f'{metric} {before:.3f} -> {after:.3f} ({round(change, 1) + 0.0:+.1f} points{spread}), {row["model"]}{told}'
+
+
+def _interval(results: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Of the difference, where it was measured for this row."""
+    found = results.get('comparison') or {}
+    return found.get('interval') if found.get('model') == row['model'] else None

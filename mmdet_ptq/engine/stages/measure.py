@@ -21,15 +21,21 @@ from mmdet_ptq.analysis import (
     print_results,
     verdict_lines,
 )
+from mmdet_ptq.analysis.comparison import compare
+from mmdet_ptq.analysis.detections import DetectionPair, shown_image
+from mmdet_ptq.analysis.verdict import shipped_row
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.runtime import model_files
-from mmdet_ptq.engine.evaluation import check_figures
+from mmdet_ptq.engine.evaluation import check_figures, dataset_meta
+from mmdet_ptq.engine.kept import kept_detections, truths_of
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
 
 SIMULATED = 'simulated'
+# images that changed most and are shown
+WORST = 5
 
 
 def evaluate_float(run: Run) -> None:
@@ -37,7 +43,7 @@ def evaluate_float(run: Run) -> None:
     run.float_figures, _ = run.stages.run(
         'evaluate_float',
         fingerprint(run.model_inputs(), run.evaluation_inputs),
-        lambda: run.evaluate_detector(run.float_detector),
+        lambda: run.evaluate_detector(run.float_detector, 'float'),
     )
     check_figures(run.float_figures, run._test_loop)
 
@@ -90,7 +96,7 @@ def evaluate_part(run: Run) -> None:
 def _simulated(run: Run, name: str) -> None:
     def work() -> dict:
         with integer_arithmetic(run.detector):
-            return run.evaluate_detector(run.detector)
+            return run.evaluate_detector(run.detector, name if name == SIMULATED else None)
 
     row, _ = run.stages.run('evaluate_simulated', run.quantized_inputs(), work)
     run.add_row(name, row, (run.folder / QUANTIZED).stat().st_size, bops(run.structure))
@@ -112,12 +118,39 @@ def _first_image(run: Run) -> str | None:
     return dataset.get_data_info(0).get('img_path') if hasattr(dataset, 'get_data_info') else None
 
 
+def compared(run: Run) -> dict[str, DetectionPair] | None:
+    """Compares what was kept of float and of the model to ship; adds it to the results.
+
+    Returns:
+        Captions to the images that changed most; None where nothing was kept.
+    """
+    timed = [row['model'] for row in run.results['rows'] if row['latency_ratio'] is not None]
+    row = shipped_row(run.results, timed) or run.results['rows'][1]
+    before, after = (kept_detections(run.work_dir, name) for name in ('float', row['model']))
+    dataset = run.evaluation_dataset()
+    truths = truths_of(dataset)
+    if not before or not after or before.keys() != after.keys() or not before.keys() <= truths.keys():
+        return None
+    found = compare(row['model'], before, after, truths, dataset_meta(dataset).get('classes') or ())
+    run.results['comparison'] = found.to_dict()
+    places = {dataset.get_data_info(index)['img_id']: index for index in range(len(dataset))}
+    worst = {}
+    for change in found.changed[:WORST]:
+        item, name = dataset[places[change.image]], Path(dataset.get_data_info(places[change.image])['img_path']).name
+        meta = item['data_samples'].metainfo
+        sides = (side[change.image].scaled(meta.get('scale_factor', (1.0, 1.0))) for side in (before, after))
+        caption = f'{name}: {change.lost} lost, {change.invented} invented ({row["model"]})'
+        worst[caption] = DetectionPair(shown_image(item['inputs'], meta), *sides)
+    return worst
+
+
 def report(run: Run) -> None:
     """Writes ``results.json`` and the page, prints the table."""
     with run.stages.timed('report'):
         batches = [batch for batch, _ in zip(run._test_dataloader, range(4), strict=False)]
         if is_main_process():
-            build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches)
+            worst = compared(run)
+            build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches, worst)
     run.results['remarks'] = closing_lines(run.results)
     run.write_results()
     if is_main_process():
