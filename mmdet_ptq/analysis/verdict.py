@@ -50,7 +50,7 @@ def verdict_lines(
         lines.append(f'on this processor ({processor}): nothing is known that makes these figures wrong')
     exported = row['model'] in models
     path = models[row['model']][0] if exported else checkpoint
-    program = running_program(path, exported, results['config'], image)
+    program = running_program(path, exported, results['config'] or 'config.py', image)
     if alone := programs.get(row['model']):
         told.append(f'run it without mmdet: python {shlex.quote(str(alone))} {shlex.quote(image or "image.jpg")}')
     return [*lines, *told, 'run it in mmdet:' if alone else 'run it:', *(f'    {line}' for line in program)]
