@@ -62,12 +62,14 @@ class ImageChange:
         kept: Objects that both find.
         lost: Objects that float alone finds.
         invented: Objects that the quantized detector alone finds.
+        file: Name of its file, where it is known.
     """
 
     image: Any
     kept: int
     lost: int
     invented: int
+    file: str = ''
 
 
 @dataclass

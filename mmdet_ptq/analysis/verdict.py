@@ -70,16 +70,18 @@ def verdict(results: Mapping[str, Any]) -> str:
         wrong = any(other.get('remark') for other in others)
         why = 'the figures of its runtimes are wrong on this processor' if wrong else 'no runtime has been evaluated'
         return f'Nothing to ship yet: {why}; {_cost(results, others[0])}.'
-    change, told = _change(results, row), f'{_cost(results, row)}; {_gain(first, row)}'
+    change, ratio = _change(results, row), row['latency_ratio']
+    smaller = f'{first["size_bytes"] / row["size_bytes"]:.1f} times smaller'
+    gain = f'it is {smaller} and runs at {ratio:.2f} times the speed of float'
+    cost = _cost(results, row).replace(f', {row["model"]}', '')
     if change is None:
-        return f'{row["model"]} runs, and what it costs is unknown: {told}.'
+        return f'{row["model"]} runs, and what it costs is unknown: the evaluation gives no figures; {gain}.'
     low, high = _interval(results, row) or (change, change)
     if high < -MUCH:
-        return f'Not yet: integers cost too much. {told}.'
-    doubt = ' The images are too few to tell a loss that matters from none.' if low < -MUCH <= high else ''
-    slower = row['latency_ratio'] < 1
-    advice = f'Keep float here, unless size counts: {row["model"]} is slower' if slower else f'Ship {row["model"]}'
-    return f'{advice}. {told}.{doubt}'
+        return f'Not yet, integers cost too much: {cost}; {gain}.'
+    advice = f'Keep float here, unless size counts: {row["model"]} is slower' if ratio < 1 else f'Ship {row["model"]}'
+    doubt = '; the images are too few to tell a loss that matters from none' if low < -MUCH else ''
+    return f'{advice}: {cost}, {gain}{doubt}.'
 
 
 def shipped_row(results: Mapping[str, Any], models: Collection[str]) -> Mapping[str, Any] | None:

@@ -132,14 +132,18 @@ def compared(run: Run) -> dict[str, DetectionPair] | None:
     if not before or not after or before.keys() != after.keys() or not before.keys() <= truths.keys():
         return None
     found = compare(row['model'], before, after, truths, dataset_meta(dataset).get('classes') or ())
+    infos = [dataset.get_data_info(index) for index in range(len(dataset))]
+    places = {info['img_id']: index for index, info in enumerate(infos)}
+    for change in found.changed:
+        change.file = Path(str(infos[places[change.image]].get('img_path', ''))).name
     run.results['comparison'] = found.to_dict()
-    places = {dataset.get_data_info(index)['img_id']: index for index in range(len(dataset))}
     worst = {}
     for change in found.changed[:WORST]:
-        item, name = dataset[places[change.image]], Path(dataset.get_data_info(places[change.image])['img_path']).name
+        item = dataset[places[change.image]]
         meta = item['data_samples'].metainfo
         sides = (side[change.image].scaled(meta.get('scale_factor', (1.0, 1.0))) for side in (before, after))
-        caption = f'{name}: {change.lost} lost, {change.invented} invented ({row["model"]})'
+        named = change.file or f'image {change.image}'
+        caption = f'{named}: {change.lost} lost, {change.invented} invented ({row["model"]})'
         worst[caption] = DetectionPair(shown_image(item['inputs'], meta), *sides)
     return worst
 
