@@ -11,7 +11,7 @@ from mmdet.apis import inference_detector
 
 from mmdet_ptq import load_quantized
 from mmdet_ptq.engine.kept import FOLDER, kept_detections, truths_of
-from mmdet_ptq.engine.stages.measure import compared
+from mmdet_ptq.engine.stages.measure import compared, report
 
 
 def test_the_detections_of_a_row_are_those_of_its_detector(finished, config_file):
@@ -68,3 +68,18 @@ def test_a_checkpoint_rebuilt_from_codes_still_shows_float_weights(finished):
     shown = weight_grids(rebuilt, finished.structure, float_detector=finished.float_detector)
     assert all(5 < grid.sqnr_db < 80 for grid in shown)
     assert all(grid.sqnr_db > 100 for grid in weight_grids(rebuilt, finished.structure))
+
+
+def test_a_data_set_that_cannot_be_compared_costs_no_results(finished, tmp_path, monkeypatch):
+    """Of any design: the page is written without the comparison, and the log says why."""
+    said, drawn = [], []
+    measure = 'mmdet_ptq.engine.stages.measure'
+    monkeypatch.setattr(f'{measure}.build_report', lambda *args: drawn.append(args[-1]))
+    monkeypatch.setattr(f'{measure}.print_log', lambda text, *_, **__: said.append(text))
+    monkeypatch.setattr(finished, 'write_results', lambda: None)
+    monkeypatch.setattr(f'{measure}.truths_of', lambda dataset: 1 / 0)
+    report(finished)
+    assert drawn == [None] and 'cannot be compared (ZeroDivisionError: division by zero' in said[0]
+    monkeypatch.setattr(f'{measure}.truths_of', lambda dataset: {})
+    report(finished)
+    assert drawn == [None, None] and not any('cannot' in text for text in said[2:])

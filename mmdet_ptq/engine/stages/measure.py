@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -32,6 +33,7 @@ from mmdet_ptq.engine.evaluation import check_figures, dataset_meta
 from mmdet_ptq.engine.kept import kept_detections, truths_of
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
+from mmdet_ptq.errors import one_line
 
 SIMULATED = 'simulated'
 # images that changed most and are shown
@@ -129,7 +131,8 @@ def compared(run: Run) -> dict[str, DetectionPair] | None:
     before, after = (kept_detections(run.work_dir, name) for name in ('float', row['model']))
     dataset = run.evaluation_dataset()
     truths = truths_of(dataset)
-    if not before or not after or before.keys() != after.keys() or not before.keys() <= truths.keys():
+    # ids that stand for several images, as in data sets put together, tell none apart
+    if not before or not after or not before.keys() == after.keys() == truths.keys() or len(truths) < len(dataset):
         return None
     found = compare(row['model'], before, after, truths, dataset_meta(dataset).get('classes') or ())
     infos = [dataset.get_data_info(index) for index in range(len(dataset))]
@@ -148,12 +151,21 @@ def compared(run: Run) -> dict[str, DetectionPair] | None:
     return worst
 
 
+def _compared_or_told(run: Run) -> dict[str, DetectionPair] | None:
+    try:
+        return compared(run)
+    except Exception as error:  # data sets are of any design, and what the run has measured must not be lost
+        why = one_line(error)
+        print_log(f'report: the detections cannot be compared ({why})', 'current', level=logging.WARNING)
+        return None
+
+
 def report(run: Run) -> None:
     """Writes ``results.json`` and the page, prints the table."""
     with run.stages.timed('report'):
         batches = [batch for batch, _ in zip(run._test_dataloader, range(4), strict=False)]
         if is_main_process():
-            worst = compared(run)
+            worst = _compared_or_told(run)
             build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches, worst)
     run.results['remarks'] = closing_lines(run.results)
     run.write_results()
