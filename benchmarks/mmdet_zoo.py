@@ -178,13 +178,13 @@ _HEAD = """# Detectors of mmdet
 
 <!-- written by benchmarks/mmdet_zoo.py from benchmarks/mmdet_zoo/results.csv -->
 
-Every config of mmdet's own was built. Configs that build detectors of the same classes are one architecture, tried once,
-with the config that has the fewest weights. Weights are random, the image has 160 x 192 pixels or the next size that the
-detector takes, stages have two blocks, transformers two layers. So the page says whether a family works, not how
-accurate it is: [conformance](conformance.md) does.
+Every config of mmdet's own was built. Configs that build detectors of the same classes are one architecture, tried
+once, with the config that has the fewest weights. Weights are random, the image has 160 x 192 pixels or the next size
+that the detector takes, stages have two blocks, transformers two layers. So the page says whether a family works, not
+how accurate it is: [conformance](conformance.md) does.
 
-"Computes what was simulated": each tensor of the exported model was compared with the simulation, from the same codes; at
-least 99 % of the codes are equal in the worst tensor, and all outputs to at least 20 dB.
+"Computes what was simulated": each tensor of the exported model was compared with the simulation, from the same codes;
+at least 99 % of the codes are equal in the worst tensor, and all outputs to at least 20 dB.
 
 ```bash
 python benchmarks/mmdet_zoo.py --jobs 2      # hours; goes on where it stopped

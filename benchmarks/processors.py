@@ -88,7 +88,7 @@ def measure(config: Path, folder: Path, options: list[str]) -> dict:
     return dict(
         AP=evaluate(cfg, runtime_detector(cfg, model))[METRIC],
         identical_codes=float(np.mean([entry.identical for entry in found])),
-        latency_ratio=time_against_float(path, float_path, shape),
+        latency_ratio=time_against_float(path, float_path, shape).ratio,
         marked=bool(model.remark()),
     )
 

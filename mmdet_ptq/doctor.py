@@ -149,13 +149,15 @@ def _python() -> list[Finding]:
     found = f'{platform.python_version()} ({sys.executable})'
     if _SUPPORTED[0] <= sys.version_info[:2] <= _SUPPORTED[1]:
         return [Finding('python', found)]
-    status = PROBLEM if sys.version_info[:2] < _SUPPORTED[0] else NOTE
+    old = sys.version_info[:2] < _SUPPORTED[0]
+    why = '' if old else ', and the setup.py of mmcv 2.1 does not run on a newer one'
     return [
         Finding(
             'python',
             found,
-            status,
-            'Python 3.10 to 3.12 is what mmdet-ptq is tested with; make an environment with one of them.',
+            PROBLEM if old else NOTE,
+            f'Python 3.10 to 3.12 is what mmdet-ptq is tested with{why}; install Python 3.12 and make an environment '
+            'with it.',
         )
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -167,15 +168,21 @@ def test_a_run_shows_stages_table_and_a_program_that_runs(config_file, tmp_path,
     for stage in stages:
         assert sum(line.startswith(f'{stage.replace("_", " "):<28} ') for line in lines) == 1, stage
     assert len(lines) < 70
+    alone = [line for line in lines if line.startswith('run it without mmdet: ')]
+    assert len(alone) == ('onnxruntime' in export)
     (log,) = tmp_path.glob('work_dirs/tiny/w8a8_observe/*/*.log')
     kept = log.read_text()
     for words in ('System environment', 'model = dict', 'Average Precision', 'Hooks will be executed'):
         assert words in kept
-    start = lines.index('run it:') + 1
+    start = lines.index('run it in mmdet:' if alone else 'run it:') + 1
     program = '\n'.join(line.strip() for line in lines[start : start + 3])
     assert loader in program and "('work_dirs/tiny/w8a8_observe/" in program
     exec(compile(program, 'program', 'exec'), {})
     assert 'bboxes' in capsys.readouterr().out
+    for line in alone:
+        command = shlex.split(line.removeprefix('run it without mmdet: python '))
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode == 0 and Path('detections.png').is_file(), done.stderr
     cli.main([str(config_file), '--preset', 'w8a8', '--dry-run', '--verbose'])
     assert 'System environment' in capsys.readouterr().out
     assert {path.name for path in Path('work_dirs/tiny').iterdir()} == {'w8a8_observe', 'w8a8'}

@@ -56,10 +56,11 @@ PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob(
             dict(reconstruct=dict(type='BlockReconstructon')),
             ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"],
         ),
-        (dict(equalize='weights'), ['`ptq.equalize` is gone', 'remove it']),
+        (dict(equalize='weights'), ['`ptq.equalize` is gone', 'remove it', '`ptq.activations.scale_migration`']),
         (dict(dataflow='spee'), ['`ptq.dataflow`', "Did you mean 'speed'"]),
         (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),
-        (dict(bias_correction=True), ['`ptq.bias_correction` is gone', 'remove it']),
+        (dict(bias_correction=True), ['`ptq.bias_correction` is gone', 'remove it', '`ptq.reconstruct`']),
+        (dict(global_loss=dict(mirror=True)), ['`ptq.global_loss.mirror` is gone', '`augment=2`']),
         (dict(protect=True), ['`ptq.protect`', 'dict']),
         (dict(export=['onnxruntime', 'onnxruntime']), ['`ptq.export`', 'different runtime names']),
         (dict(export=[3]), ['`ptq.export`', 'runtime names', '[3]']),
@@ -274,3 +275,9 @@ def test_runtimes_that_are_calibrated_alike_share_a_block():
     ]
     by_hand = PTQConfig()
     assert by_hand.by_runtime() == [by_hand]
+
+
+def test_a_name_of_before_is_told_with_the_one_that_replaces_it():
+    old = PTQConfig.from_dict(dict(dataflow='full'))
+    assert old.dataflow == 'speed' and old.deprecated() == ["`ptq.dataflow='full'` is now called 'speed'."]
+    assert PTQConfig.from_dict(dict(dataflow='speed')).deprecated() == PTQConfig.from_dict({}).deprecated() == []

@@ -68,6 +68,15 @@ def test_the_processor_is_told(tmp_path, monkeypatch, text, machine, found, stat
     assert bool(row.advice) == (status == NOTE)
 
 
+@pytest.mark.parametrize(
+    ('version', 'status', 'told'), [((3, 9), PROBLEM, 'Python 3.12'), ((3, 14), NOTE, 'the setup.py of mmcv 2.1')]
+)
+def test_another_python_is_told_what_to_install(monkeypatch, version, status, told):
+    monkeypatch.setattr(doctor.sys, 'version_info', (*version, 0))
+    row = next(row for row in doctor.examine() if row.name == 'python')
+    assert row.status == status and told in row.advice and 'install Python 3.12' in row.advice
+
+
 def test_everything_absent(tmp_path):
     names = ['torch', 'mmengine', 'mmcv', 'mmdet', 'cv2', 'pycocotools', 'rich']
     out = run_doctor(tmp_path, {f'{name}.py': absent(name) for name in names})

@@ -1,11 +1,14 @@
 """The wheel holds every module, template, preset and recipe, and works where nothing else of us is."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from mmdet_ptq import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ('mmdet_ptq', 'configs', 'pyproject.toml', 'setup.cfg', 'README.md', 'LICENSE')
@@ -61,3 +64,9 @@ def test_a_wheel_is_complete(tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # of the processor, whoever else computes
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_the_version_is_the_same_everywhere():
+    cited = re.search('^version: (.*)$', (ROOT / 'CITATION.cff').read_text(), re.MULTILINE)
+    changed = re.search(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+    assert cited[1] == changed[1] == __version__

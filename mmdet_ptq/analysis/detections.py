@@ -14,7 +14,8 @@ from torch import nn
 from mmdet_ptq.calibration.global_loss import box_iou
 from mmdet_ptq.wrapping import quantization_mode
 
-MATCH_IOU = 0.5
+# an object of at least this score counts as found; of two detections of one class that overlap so, both found it
+SCORE_THR, MATCH_IOU = 0.3, 0.5
 
 
 @dataclass
@@ -38,6 +39,11 @@ class Detections:
         """Those with at least this score."""
         keep = self.scores >= score_thr
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
+
+    def scaled(self, factors: Sequence[float]) -> Detections:
+        """The same on an image that was resized by these factors of x and y."""
+        x, y = factors[:2]
+        return Detections(self.boxes * np.array([x, y, x, y], dtype=self.boxes.dtype), self.scores, self.labels)
 
 
 @dataclass
@@ -100,10 +106,10 @@ def detect_both(
             with quantization_mode(model, mode):
                 found.append([_detections(sample) for sample in model(**data, mode='predict')])
         for inputs, sample, before, after in zip(batch['inputs'], batch['data_samples'], *found, strict=True):
-            yield DetectionPair(_image(inputs, sample.metainfo), before, after)
+            yield DetectionPair(shown_image(inputs, sample.metainfo), before, after)
 
 
-def _image(inputs: torch.Tensor, meta: dict[str, Any]) -> np.ndarray:
+def shown_image(inputs: torch.Tensor, meta: dict[str, Any]) -> np.ndarray:
     """A pipeline's image (C, H, W), blue first or gray, as (H, W, 3), red first, without its padding."""
     inputs = inputs[:3] if len(inputs) >= 3 else inputs[:1].expand(3, -1, -1)
     if 'ori_shape' in meta and 'scale_factor' in meta:
@@ -116,10 +122,6 @@ def _detections(sample) -> Detections:
     instances = sample.pred_instances
     # the detector answers in pixels of the original image, the picture shows the network's input
     boxes = get_box_tensor(instances.bboxes).float().cpu().numpy()[:, :4]
-    width, height = sample.metainfo.get('scale_factor', (1.0, 1.0))[:2]
     order = np.argsort(-instances.scores.cpu().numpy(), kind='stable')
-    return Detections(
-        boxes[order] * np.array([width, height, width, height], dtype=boxes.dtype),
-        instances.scores.cpu().numpy()[order],
-        instances.labels.cpu().numpy()[order],
-    )
+    found = Detections(boxes[order], instances.scores.cpu().numpy()[order], instances.labels.cpu().numpy()[order])
+    return found.scaled(sample.metainfo.get('scale_factor', (1.0, 1.0)))

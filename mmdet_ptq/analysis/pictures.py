@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from mmdet_ptq.analysis.detections import DetectionPair, match
+from mmdet_ptq.analysis.detections import SCORE_THR, DetectionPair, match
 from mmdet_ptq.analysis.drift import LayerError, ScoreDrift
 from mmdet_ptq.analysis.weight_grids import WeightGrid
 
@@ -43,7 +43,7 @@ DPI = 144
 
 
 def detections_picture(
-    pair: DetectionPair, classes: Sequence[str], colours: Mapping[int, str], score_thr: float = 0.3
+    pair: DetectionPair, classes: Sequence[str], colours: Mapping[int, str], score_thr: float = SCORE_THR
 ) -> bytes:
     """Float detections on the left, quantized ones on the right; dashed are those without a partner.
 
@@ -103,7 +103,7 @@ def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: str, matched: bool) 
     )
 
 
-def class_colours(pairs: Sequence[DetectionPair], score_thr: float = 0.3) -> dict[int, str]:
+def class_colours(pairs: Sequence[DetectionPair], score_thr: float = SCORE_THR) -> dict[int, str]:
     """A colour for each class that is seen, the same in all images; they repeat only after eight classes.
 
     Args:
@@ -116,7 +116,7 @@ def class_colours(pairs: Sequence[DetectionPair], score_thr: float = 0.3) -> dic
     return {label: PALETTE[i % len(PALETTE)] for i, (label, _) in enumerate(seen.most_common())}
 
 
-def detections_finding(pairs: Sequence[DetectionPair], score_thr: float = 0.3) -> str:
+def detections_finding(pairs: Sequence[DetectionPair], score_thr: float = SCORE_THR) -> str:
     """One sentence on how many detections have a partner in the other detector.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch import nn
 from mmdet_ptq.analysis import pictures
 from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.cost import PartSummary, part_summary
-from mmdet_ptq.analysis.detections import detect_both
+from mmdet_ptq.analysis.detections import SCORE_THR, DetectionPair, detect_both
 from mmdet_ptq.analysis.drift import LayerError, layer_errors, score_drift
 from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
-from mmdet_ptq.analysis.table import format_bytes, format_count, result_lines
+from mmdet_ptq.analysis.table import format_bytes, format_count, model_lines, result_lines
+from mmdet_ptq.analysis.verdict import shipped_row, verdict
 from mmdet_ptq.analysis.weight_grids import weight_grids
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_text
@@ -28,6 +29,10 @@ from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 REPORT = 'report.html'
 NUM_IMAGES = 4
+# what `mmdet-ptq analyze` leaves
+SENSITIVITY = 'sensitivity.json'
+# rows of a table that stand open
+MOST_ROWS = 8
 
 
 @dataclass
@@ -37,10 +42,12 @@ class Picture:
     Attributes:
         alt: What it shows, for those who cannot see it.
         data: The picture, PNG or JPEG.
+        caption: What stands below. Defaults to nothing.
     """
 
     alt: str
     data: bytes
+    caption: str = ''
 
     @property
     def uri(self) -> str:
@@ -74,11 +81,13 @@ class Headline:
         label: What is measured.
         value: The figure.
         detail: Where it comes from.
+        kind: ``'loss'``, ``'gain'`` or, where it is neither, ''.
     """
 
     label: str
     value: str
     detail: str
+    kind: str = ''
 
 
 @dataclass
@@ -89,11 +98,13 @@ class ReportInputs:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
         structure: The structure of the quantized detector.
         sections: The chapters of pictures.
+        sensitivity: Parts of the detector and what quantizing each alone costs, where it was measured.
     """
 
     results: dict[str, Any]
     structure: Structure
     sections: list[Section] = field(default_factory=list)
+    sensitivity: list[dict] = field(default_factory=list)
 
 
 def build_report(
@@ -103,6 +114,7 @@ def build_report(
     detector: nn.Module,
     float_detector: nn.Module | None,
     batches: Sequence[dict[str, Any]],
+    worst: Mapping[str, DetectionPair] | None = None,
 ) -> Path:
     """Draws every picture and writes ``report.html``.
 
@@ -116,6 +128,8 @@ def build_report(
         float_detector: The float detector, wrapped or not; None compares with ``detector`` in float mode,
             which is the same as long as nothing but quantization parameters was trained.
         batches: A few batches as a dataloader yields them, images not yet normalized.
+        worst: Captions to the images that changed most, with what both detectors found. Defaults to None: the first
+            images of the batches are shown.
 
     Returns:
         The path of the page.
@@ -123,12 +137,13 @@ def build_report(
     reference = detector if float_detector is None else float_detector
     classes = (getattr(detector, 'dataset_meta', None) or {}).get('classes', ())
     chapters: dict[str, Callable[[], Section | str]] = {
-        'Detections': lambda: _detections(reference, detector, batches, classes),
+        'Detections': lambda: _detections(reference, detector, batches, classes, worst),
         'Scores and boxes before suppression': lambda: _drift(reference, detector, batches),
         'Error by layer': lambda: _errors(reference, detector, batches, structure),
-        'Weights and their formats': lambda: _weights(detector, structure),
+        'Weights and their formats': lambda: _weights(detector, structure, float_detector),
     }
-    inputs = ReportInputs(results, structure, [_chapter(title, draw) for title, draw in chapters.items()])
+    sections = [_chapter(title, draw) for title, draw in chapters.items()]
+    inputs = ReportInputs(results, structure, sections, _measured_parts(work_dir))
     path = Path(work_dir) / REPORT
     write_report(path, inputs)
     return path
@@ -157,7 +172,13 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
     page = environment.get_template('report.html.j2').render(
         results=results,
         title=Path(results['config']).stem,
+        verdict=verdict(results),
         headlines=headlines(results, structure),
+        summary=model_lines(results),
+        comparison=results.get('comparison'),
+        sizes=_sizes(results),
+        sensitivity=inputs.sensitivity,
+        most=MOST_ROWS,
         models=[model_name(row) for row in results['rows']],
         closing=closing_lines(results),
         lines=result_lines(results) if results['rows'] else [],
@@ -172,31 +193,69 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
 
 
 def headlines(results: dict[str, Any], structure: Structure) -> list[Headline]:
-    """The figures at the top of the page: accuracy, size, bit operations, integer share.
+    """The figures at the top of the page: accuracy, size, speed, integer share; of the model to ship, if any.
 
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
         structure: The structure of the quantized detector.
     """
     found = []
-    models = {row['model']: row for row in results['rows']}
-    before = next(iter(models.values()), None)
-    after = models.get('simulated') or next((row for row in list(models.values())[1:]), None)
+    before, *others = results['rows'] or [None]
+    timed = [row['model'] for row in others if row['latency_ratio'] is not None]
+    after = (shipped_row(results, timed) if timed else None) or next(iter(others), None)
     name = headline_metric(results)
     values = [metric_value(row['metrics'].get(name)) if row and name else None for row in (before, after)]
     if None not in values:
         change = round(points(*values), 1) + 0.0
-        found.append(Headline(name, f'{values[0]:.3f} → {values[1]:.3f}', 'float → quantized'))
-        found.append(Headline('change', f'{change:+.1f} points', f'{after["model"]} against {before["model"]}'))
+        images = results.get('evaluation', {}).get('num_images')
+        told = f'float → {after["model"]}' + (f', {images} images' if images else '')
+        found.append(Headline(name, f'{values[0]:.3f} → {values[1]:.3f}', told))
+        kind = 'loss' if change < 0 else 'gain' if change > 0 else ''
+        found.append(Headline('change', f'{change:+.1f} points', _interval(results, before, after), kind))
     else:
         found.append(Headline('accuracy', 'not measured', 'the evaluator gave no figure for both detectors'))
-    for label, key, show in (('size', 'size_bytes', format_bytes), ('bit operations', 'bops', format_count)):
-        costs = [row[key] if row else None for row in (before, after)]
-        if all(costs):
-            found.append(Headline(label, f'{costs[0] / costs[1]:.2f}x less', f'{show(costs[0])} → {show(costs[1])}'))
+    sizes = [row['size_bytes'] if row else None for row in (before, after)]
+    if all(sizes):
+        told = f'{format_bytes(sizes[0])} → {format_bytes(sizes[1])}'
+        found.append(Headline('size', f'{sizes[0] / sizes[1]:.2f}x less', told))
+    if after and after['latency_ratio'] is not None:
+        ratio, latency = after['latency_ratio'], after.get('latency')
+        told = f'{latency["float_ms"]:.1f} → {latency["ms"]:.1f} ms, {_threads(latency)}, ' if latency else ''
+        told += results.get('versions', {}).get('processor', '')
+        found.append(Headline('speed', f'{ratio:.2f}x', told.strip(', '), 'loss' if ratio < 1 else 'gain'))
     share = integer_mac_share(structure)
     found.append(Headline('in integers', in_percent(share), 'of the multiply-accumulates'))
     return found
+
+
+def _interval(results: dict[str, Any], before: dict, after: dict) -> str:
+    """What stands below the change."""
+    comparison = results.get('comparison') or {}
+    if comparison.get('model') != after['model']:
+        return f'{after["model"]} against {before["model"]}'
+    interval = comparison['interval']
+    if interval is None:
+        return f'too few images for an interval ({comparison["images"]})'
+    return f'95 % interval {interval[0]:+.1f} to {interval[1]:+.1f}'
+
+
+def _threads(latency: dict[str, Any]) -> str:
+    return '1 thread' if latency['threads'] == 1 else f'{latency["threads"]} threads'
+
+
+def _sizes(results: dict[str, Any]) -> list[str]:
+    """Metrics by the size of the objects, as COCO's evaluation names them."""
+    names = results['rows'][0]['metrics'] if results['rows'] else ()
+    return [name for name in names if name.endswith(('_s', '_m', '_l'))]
+
+
+def _measured_parts(work_dir: str | Path) -> list[dict]:
+    """What ``mmdet-ptq analyze`` measured in this work directory; nothing where it did not run."""
+    try:
+        groups = json.loads((Path(work_dir) / SENSITIVITY).read_text(encoding='utf-8'))['groups']
+        return [dict(name=str(group['name']), loss=float(group['damage']['loss'])) for group in groups]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _chapter(title: str, draw: Callable[[], Section | str]) -> Section:
@@ -212,19 +271,30 @@ def _chapter(title: str, draw: Callable[[], Section | str]) -> Section:
     return Section(title, section) if isinstance(section, str) else section
 
 
-def _detections(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], classes: Sequence[str]) -> Section:
-    pairs = list(detect_both(reference, detector, batches, NUM_IMAGES))
-    colours = pictures.class_colours(pairs)
+def _detections(
+    reference: nn.Module,
+    detector: nn.Module,
+    batches: Sequence[dict],
+    classes: Sequence[str],
+    worst: Mapping[str, DetectionPair] | None,
+) -> Section:
+    if worst is None:
+        worst = {f'image {i}': p for i, p in enumerate(detect_both(reference, detector, batches, NUM_IMAGES), 1)}
+        told = pictures.detections_finding(list(worst.values())) if worst else 'There were no images to show.'
+    elif worst:
+        told = f'The {len(worst)} images that changed most; dashed: without a partner.'
+    else:
+        told = f'In every image both find the same objects (score {SCORE_THR} or more).'
+    colours = pictures.class_colours(list(worst.values()))
     drawn = [
         Picture(
-            f'Detections in image {i}, float left, quantized right.',
+            f'Detections in {caption}, float left, quantized right.',
             pictures.detections_picture(pair, classes, colours),
+            caption,
         )
-        for i, pair in enumerate(pairs, 1)
+        for caption, pair in worst.items()
     ]
-    return Section(
-        'Detections', pictures.detections_finding(pairs) if pairs else 'There were no images to show.', drawn
-    )
+    return Section('Detections', told, drawn)
 
 
 def _drift(reference: nn.Module, detector: nn.Module, batches: Sequence[dict]) -> Section | str:
@@ -257,8 +327,8 @@ def _errors(reference: nn.Module, detector: nn.Module, batches: Sequence[dict], 
     )
 
 
-def _weights(detector: nn.Module, structure: Structure) -> Section | str:
-    grids = weight_grids(detector, structure)
+def _weights(detector: nn.Module, structure: Structure, float_detector: nn.Module | None) -> Section | str:
+    grids = weight_grids(detector, structure, float_detector=float_detector)
     if not grids:
         return 'Not drawn: no weight is quantized.'
     text = (

@@ -93,6 +93,7 @@ def result_row(
     bops: int | None,
     latency_ratio: float | None = None,
     remark: str = '',
+    latency: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One row of the results: a model and what was measured on it.
 
@@ -103,6 +104,8 @@ def result_row(
         bops: Bit operations of one image.
         latency_ratio: Float time / integer time in the same runtime and run. Defaults to None: not measured.
         remark: What makes the row's figures wrong on this processor, in one sentence. Defaults to '': nothing does.
+        latency: ``dict(ms, float_ms, threads, batch)``: median times of one run of this model and of the float one in
+            the same runtime. Defaults to None: not measured.
     """
     return {
         'model': model,
@@ -111,6 +114,7 @@ def result_row(
         'bops': bops,
         'latency_ratio': latency_ratio,
         'remark': remark,
+        'latency': None if latency is None else dict(latency),
     }
 
 

@@ -120,26 +120,77 @@ def models_table(results: Mapping[str, Any]) -> Table:
     Args:
         results: See :func:`mmdet_ptq.analysis.results.new_results`.
     """
-    lines = {line.label: line for line in result_lines(results)}
     metric = headline_metric(results)
     table = Table(title='models')
     table.add_column('model', no_wrap=True)
-    for heading in (metric or 'metric', 'points', 'size', 'speed', 'integer convolutions'):
+    for heading in (metric or 'metric', 'points', 'size', 'ms', 'speed', 'integer convolutions'):
         # on a narrow terminal two lines, not a name without its end
         table.add_column(heading, justify='right', overflow='fold')
-    speeds = lines.get('speed against float')
-    for place, row in enumerate(results['rows']):
-        coverage = results.get('runtimes', {}).get(row['model'])
-        done = f'{len(coverage["integer"])} of {len(coverage["integer"]) + len(coverage["float"])}' if coverage else ''
-        table.add_row(
-            model_name(row),
-            lines[metric].values[place] if metric else ABSENT,
-            lines[metric].changes[place] if metric else ABSENT,
-            lines['size'].values[place],
-            speeds.values[place] if speeds else ABSENT,
-            done,
-        )
+    for line in model_lines(results):
+        table.add_row(line.name, line.metric, line.points, line.size, line.time, line.speed, line.integer)
     return table
+
+
+@dataclass
+class ModelLine:
+    """One model with what decides about it.
+
+    Attributes:
+        name: Its name, marked where its figures are wrong on this processor.
+        metric: Its headline figure.
+        points: The difference to the first model; '' for that one.
+        size: Bytes of its files.
+        time: Milliseconds of one run, of the float model in the same runtime and of this one.
+        speed: The ratio of both.
+        integer: How many of its convolutions compute in integers.
+        worse: Whether it lost points.
+        slower: Whether it is slower than float.
+    """
+
+    name: str
+    metric: str
+    points: str
+    size: str
+    time: str
+    speed: str
+    integer: str
+    worse: bool
+    slower: bool
+
+
+def model_lines(results: Mapping[str, Any]) -> list[ModelLine]:
+    """Every model as a line.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    if not results['rows']:
+        return []
+    lines, metric = {line.label: line for line in result_lines(results)}, headline_metric(results)
+    found = []
+    for place, row in enumerate(results['rows']):
+        coverage, ratio, latency = (
+            results.get('runtimes', {}).get(row['model']),
+            row['latency_ratio'],
+            row.get('latency'),
+        )
+        change = lines[metric].changes[place] if metric else ABSENT
+        found.append(
+            ModelLine(
+                model_name(row),
+                lines[metric].values[place] if metric else ABSENT,
+                change,
+                lines['size'].values[place],
+                f'{latency["float_ms"]:.1f} → {latency["ms"]:.1f}' if latency else ABSENT,
+                ABSENT if ratio is None else f'{ratio:.2f}x',
+                f'{len(coverage["integer"])} of {len(coverage["integer"]) + len(coverage["float"])}'
+                if coverage
+                else '',
+                change.startswith('-') and change != ABSENT,
+                ratio is not None and ratio < 1,
+            )
+        )
+    return found
 
 
 def coverage_table(structure: Structure) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mmdet_ptq.analysis.advice import MUCH
@@ -12,7 +14,11 @@ from mmdet_ptq.analysis.table import format_bytes
 
 
 def verdict_lines(
-    results: Mapping[str, Any], models: Mapping[str, Sequence[Path]], checkpoint: Path, image: str | None = None
+    results: Mapping[str, Any],
+    models: Mapping[str, Sequence[Path]],
+    checkpoint: Path,
+    image: str | None = None,
+    programs: Mapping[str, Path] = MappingProxyType({}),
 ) -> list[str]:
     """What a person needs to decide, in plain words.
 
@@ -21,6 +27,7 @@ def verdict_lines(
         models: Row to the files of its exported model, the one that is opened first.
         checkpoint: The integer checkpoint, which mmdet runs.
         image: An image file for the program that is shown. Defaults to None: a made-up name.
+        programs: Row to the program that detects with its model and without mmdet. Defaults to none.
     """
     first, *others = results['rows']
     row = shipped_row(results, models)
@@ -43,8 +50,38 @@ def verdict_lines(
         lines.append(f'on this processor ({processor}): nothing is known that makes these figures wrong')
     exported = row['model'] in models
     path = models[row['model']][0] if exported else checkpoint
-    program = running_program(path, exported, results['config'], image)
-    return [*lines, *told, 'run it:', *(f'    {line}' for line in program)]
+    program = running_program(path, exported, results['config'] or 'config.py', image)
+    if alone := programs.get(row['model']):
+        told.append(f'run it without mmdet: python {shlex.quote(str(alone))} {shlex.quote(image or "image.jpg")}')
+    return [*lines, *told, 'run it in mmdet:' if alone else 'run it:', *(f'    {line}' for line in program)]
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """The whole run in one sentence: whether to ship, what, at what cost and for what gain.
+
+    Args:
+        results: See :func:`mmdet_ptq.analysis.results.new_results`.
+    """
+    first, *others = results['rows'] or [None]
+    if not others:
+        return 'Nothing to decide yet: no quantized model has been evaluated.'
+    row = shipped_row(results, [other['model'] for other in others if other['latency_ratio'] is not None])
+    if row is None:
+        wrong = any(other.get('remark') for other in others)
+        why = 'the figures of its runtimes are wrong on this processor' if wrong else 'no runtime has been evaluated'
+        return f'Nothing to ship yet: {why}; {_cost(results, others[0])}.'
+    change, ratio = _change(results, row), row['latency_ratio']
+    smaller = f'{first["size_bytes"] / row["size_bytes"]:.1f} times smaller'
+    gain = f'it is {smaller} and runs at {ratio:.2f} times the speed of float'
+    cost = _cost(results, row).replace(f', {row["model"]}', '')
+    if change is None:
+        return f'{row["model"]} runs, and what it costs is unknown: the evaluation gives no figures; {gain}.'
+    low, high = _interval(results, row) or (change, change)
+    if high < -MUCH:
+        return f'Not yet, integers cost too much: {cost}; {gain}.'
+    advice = f'Keep float here, unless size counts: {row["model"]} is slower' if ratio < 1 else f'Ship {row["model"]}'
+    doubt = '; the images are too few to tell a loss that matters from none' if low < -MUCH else ''
+    return f'{advice}: {cost}, {gain}{doubt}.'
 
 
 def shipped_row(results: Mapping[str, Any], models: Collection[str]) -> Mapping[str, Any] | None:
@@ -108,4 +145,12 @@ def _cost(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     images = results.get('evaluation', {}).get('num_images')
     told = f' on {images} images' if images else ''
     # + 0.0 turns a difference that rounds to nothing into +0.0 instead of -0.0
-    return f'{metric} {before:.3f} -> {after:.3f} ({round(change, 1) + 0.0:+.1f} points), {row["model"]}{told}'
+    interval = _interval(results, row)
+    spread = f', 95 % interval {interval[0]:+.1f} to {interval[1]:+.1f}' if interval else ''
+    return f'{metric} {before:.3f} -> {after:.3f} ({round(change, 1) + 0.0:+.1f} points{spread}), {row["model"]}{told}'
+
+
+def _interval(results: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Of the difference, where it was measured for this row."""
+    found = results.get('comparison') or {}
+    return found.get('interval') if found.get('model') == row['model'] else None

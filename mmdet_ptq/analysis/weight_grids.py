@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet_ptq.quantizers import Quantizer
 from mmdet_ptq.wrapping import QuantizedWeight, Structure, coverage_rows, float_weight, quantized_weights
+from mmdet_ptq.wrapping.folding import fold_norms
+from mmdet_ptq.wrapping.inputs import divisions_of
+from mmdet_ptq.wrapping.preparing.migration import times_factor
+from mmdet_ptq.wrapping.state import STATE
 
 # more ticks than this run into each other
 MAX_LEVELS = 64
@@ -38,33 +43,48 @@ class WeightGrid:
 
 
 @torch.no_grad()
-def weight_grids(detector: nn.Module, structure: Structure, count: int = 6) -> list[WeightGrid]:
+def weight_grids(
+    detector: nn.Module, structure: Structure, count: int = 6, float_detector: nn.Module | None = None
+) -> list[WeightGrid]:
     """The most instructive quantized layers: log-affine ones first, then those that lose most.
 
     Args:
         detector: The quantized detector.
         structure: Its structure.
         count: How many layers at most. Defaults to 6.
+        float_detector: The untouched float detector, whose weights are shown. Defaults to None: those behind the
+            quantized ones, which are the same until they are rebuilt from their codes.
     """
+    before = _float_weights(detector, structure, float_detector)
     formats = {row.name: row.weight for row in coverage_rows(structure)}
     found = {name: q for name, q in quantized_weights(detector).items() if name in formats}
-    losses = {name: _sqnr(detector.get_submodule(name), q) for name, q in found.items()}
+    losses = {name: _sqnr(before[name], detector.get_submodule(name), q) for name, q in found.items()}
     # a layer of a few weights makes no histogram
-    large = [name for name in found if float_weight(detector.get_submodule(name)).numel() >= 256] or list(found)
+    large = [name for name in found if before[name].numel() >= 256] or list(found)
     large.sort(key=lambda name: ('log' not in formats[name], losses[name]))
-    return [
-        _grid(name, formats[name], losses[name], detector.get_submodule(name), found[name]) for name in large[:count]
-    ]
+    return [_grid(name, formats[name], losses[name], before[name], found[name]) for name in large[:count]]
 
 
-def _sqnr(layer: nn.Module, quantized: QuantizedWeight) -> float:
-    rows = quantized.layout.to_rows(float_weight(layer)).float()
-    noise = (quantized.quantizer(rows) - rows).square().sum().item()
+def _float_weights(detector: nn.Module, structure: Structure, float_detector: nn.Module | None) -> dict[str, Tensor]:
+    """The weights as they were prepared: with the normalisations behind them, and the factors of their inputs."""
+    if float_detector is None:
+        return {name: float_weight(detector.get_submodule(name)) for name in quantized_weights(detector)}
+    prepared = copy.deepcopy(float_detector)
+    fold_norms(prepared, [tuple(pair) for pair in structure.folds])
+    names = quantized_weights(detector).keys()
+    factors = {name: division.factor for name, division in divisions_of(getattr(detector, STATE), names).items()}
+    layers = {name: prepared.get_submodule(name) for name in names}
+    return {name: times_factor(layer, layer.weight, factors.get(name)) for name, layer in layers.items()}
+
+
+def _sqnr(before: Tensor, layer: nn.Module, quantized: QuantizedWeight) -> float:
+    rows, after = (quantized.layout.to_rows(weight).float() for weight in (before, layer.weight))
+    noise = (after.to(rows) - rows).square().sum().item()
     return 10 * math.log10(max(rows.square().sum().item(), 1e-30) / noise) if noise else math.inf
 
 
-def _grid(name: str, style: str, sqnr_db: float, layer: nn.Module, quantized: QuantizedWeight) -> WeightGrid:
-    rows = quantized.layout.to_rows(float_weight(layer)).float()
+def _grid(name: str, style: str, sqnr_db: float, before: Tensor, quantized: QuantizedWeight) -> WeightGrid:
+    rows = quantized.layout.to_rows(before).float()
     levels = _levels(quantized.quantizer, len(rows))
     reach = levels.abs().amax(1, keepdim=True)
     # a channel of nothing but zeros offers nothing but zero

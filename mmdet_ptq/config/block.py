@@ -44,10 +44,12 @@ KEYS = (
 DATAFLOWS = ('accuracy', 'balanced', 'speed')
 # as they were called before
 _DATAFLOWS = {'per_channel': 'accuracy', 'auto': 'balanced', 'full': 'speed'}
-# keys of earlier versions, and why they are no more; where they were off, nothing is said
+# keys of earlier versions, why they are no more and what replaces them; where they were off, nothing is said
 GONE = {
-    'bias_correction': 'it brought nothing beyond chance on four detectors and cost two of YOLOX up to 1.2 points',
-    'equalize': 'cross-layer equalization brought nothing beyond chance on six detectors',
+    'bias_correction': 'it brought nothing beyond chance on four detectors and cost two of YOLOX up to 1.2 points; '
+    'remove it, `ptq.reconstruct` fits biases with the weights',
+    'equalize': 'cross-layer equalization brought nothing beyond chance on six detectors; remove it, or even out the '
+    'channels of 4-bit inputs with `ptq.activations.scale_migration`',
 }
 
 
@@ -130,7 +132,11 @@ class PTQConfig:
             raise PTQError(f'`ptq` must be a dict, got {type(block).__name__}.')
         for key in GONE.keys() & block:
             if block.pop(key):
-                raise PTQError(f'`ptq.{key}` is gone: {GONE[key]}; remove it.')
+                raise PTQError(f'`ptq.{key}` is gone: {GONE[key]}.')
+        if isinstance(block.get('global_loss'), dict) and 'mirror' in block['global_loss']:
+            raise PTQError(
+                '`ptq.global_loss.mirror` is gone: say `augment=2` to train on mirror images, too, or `augment=1`.'
+            )
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
         choice('ptq.preset', name, tuple(PRESETS))
@@ -195,6 +201,11 @@ class PTQConfig:
             else:
                 known.export += block.export
         return groups or [self]
+
+    def deprecated(self) -> list[str]:
+        """A sentence for each name of earlier versions that the block uses, with the one that replaces it."""
+        old = self.block.get('dataflow')
+        return [f'`ptq.dataflow={old!r}` is now called {_DATAFLOWS[old]!r}.'] if old in _DATAFLOWS else []
 
     def _check_formats(self) -> None:
         """Of the general formats and of what differs by role; overrides are checked where their layers are known."""

@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger, print_log
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.parts import HEADS, has_regions, part_path
+from mmdet_ptq.deploy.network.program import Opening
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.requirements import require
@@ -61,6 +62,7 @@ class Runtime:
         dataflow: ``ptq.dataflow`` that its integers take, where the config says nothing.
         saturation: ``ptq.saturation`` that its kernels take, where the config says nothing.
         end2end: Whether its models can decode and suppress, too.
+        opening: How a program without us runs such a model.
         packs: Whether it stores fewer than 8 bits a weight.
         compares: Whether :meth:`report_agreement` works.
         takes_parts: Whether a detector may be several networks, see :mod:`mmdet_ptq.deploy.network.parts`.
@@ -77,6 +79,7 @@ class Runtime:
     dataflow: str | None = None
     saturation: str = 'safe'
     end2end: bool = False
+    opening: Opening | None = None
     packs: bool = False
     compares: bool = False
     takes_parts: bool = False

@@ -29,6 +29,7 @@ from mmdet_ptq.deploy.checkpoint.check import declared_numbers
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.guard import only_registered
 from mmdet_ptq.deploy.network.stored_config import stored_config
+from mmdet_ptq.engine.detecting import export_detecting
 from mmdet_ptq.engine.runner import PTQRunner
 from mmdet_ptq.engine.work_dir import leave_work_dir
 from mmdet_ptq.errors import PTQError
@@ -47,6 +48,8 @@ def quantize(
     *,
     ptq: dict | None = None,
     work_dir: str | None = None,
+    test_dataloader: dict | None = None,
+    test_evaluator: dict | list | None = None,
 ) -> nn.Module:
     """Quantizes a trained mmdet detector.
 
@@ -54,20 +57,37 @@ def quantize(
         model: The float detector, e.g. from ``mmdet.apis.init_detector``; it is not changed.
         calibration_loader: Yields mmdet batches ``dict(inputs=[...], data_samples=[...])``.
         preset: Name of a preset. Defaults to ``'w8a8'``.
-        ptq: Further keys of the ``ptq`` block. With ``export``, models for these runtimes are written, too, but not
-            evaluated. Defaults to None.
+        ptq: Further keys of the ``ptq`` block. With ``export``, models for these runtimes are written, too. Defaults to
+            None.
         work_dir: Keeps the integer checkpoint ``quantized.pth``, exported models and the logs. Defaults to None, which
             keeps nothing.
+        test_dataloader: With ``test_evaluator``, float, quantized and exported detectors are evaluated and timed, and
+            ``work_dir`` gets ``results.json`` and ``report.html``, as from the command line: a dataloader as configs
+            have it, e.g. ``cfg.test_dataloader``. Defaults to None.
+        test_evaluator: The same of the evaluator. Defaults to None.
 
     Returns:
         The quantized detector, rebuilt from its integer codes.
 
     Raises:
-        PTQError: The preset or block is wrong, the loader yields nothing, or models are to be exported nowhere.
+        PTQError: The preset or block is wrong, the loader yields nothing, the evaluation is incomplete, or models or
+            results are to be written nowhere.
     """
+    evaluation = dict(test_dataloader=test_dataloader, test_evaluator=test_evaluator)
     block = PTQConfig.from_dict(ptq or {}, preset=preset)
     if block.export and work_dir is None:
         raise PTQError('`ptq.export` writes models into `work_dir`; give `quantize` one.')
+    if test_dataloader is None and test_evaluator is None:
+        evaluation = {}
+    elif not isinstance(test_dataloader, dict) or not isinstance(test_evaluator, dict | list):
+        raise PTQError(
+            '`quantize` evaluates with `test_dataloader` and `test_evaluator` as configs have them; give both, e.g. '
+            '`cfg.test_dataloader` and `cfg.test_evaluator`.'
+        )
+    elif work_dir is None:
+        raise PTQError('results and report go into `work_dir`; give `quantize` one, or leave the evaluation out.')
+    else:
+        evaluation |= dict(test_cfg=dict(type='TestLoop'), custom_hooks=[dict(type='mmdet_ptq.ProgressHook')])
     samples = LoadedSamples(calibration_loader)
     with tempfile.TemporaryDirectory() as temporary:
         runner = PTQRunner(
@@ -78,19 +98,32 @@ def quantize(
             default_scope='mmdet',
             cfg=getattr(model, 'cfg', None),
             log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
+            **evaluation,
         )
-        detector = runner.calibrate()
-        for part in (runner, *map(runner.part, runner.other_blocks)):
-            calibrated = detector if part is runner else part.calibrate()
-            for name in part.ptq.export:
-                folder = Path(runner.work_dir) / name
-                path = get_runtime(name).export(copy.deepcopy(calibrated).cpu(), folder, runner.input_shape)
-                print_log(f'{name}: {path}', 'current')
-        leave_work_dir(runner.work_dir)
+        if evaluation:
+            runner.run()
+        else:
+            _export_all(runner, getattr(model, 'dataset_meta', None) or {})
+            leave_work_dir(runner.work_dir)
+        detector = runner.detector
     for name in ('cfg', 'dataset_meta'):
         if hasattr(model, name):
             setattr(detector, name, getattr(model, name))
     return detector
+
+
+def _export_all(runner: PTQRunner, dataset_meta: dict) -> None:
+    """Calibrates and exports to every runtime, without an evaluation."""
+    runner.calibrate()
+    for part in (runner, *map(runner.part, runner.other_blocks)):
+        if part is not runner:
+            part.calibrate()
+        part.detector.dataset_meta = dataset_meta
+        for name in part.ptq.export:
+            folder, runtime = Path(runner.work_dir) / name, get_runtime(name)
+            path = runtime.export(copy.deepcopy(part.detector).cpu(), folder, runner.input_shape)
+            print_log(f'{name}: {path}', 'current')
+            export_detecting(part.detector, runtime, folder, runner.input_shape, runner.cfg)
 
 
 def load_quantized(

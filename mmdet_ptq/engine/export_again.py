@@ -13,13 +13,15 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.calibration.images import test_pipeline, without_annotations
-from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, read_quantized
+from mmdet_ptq.deploy import Runtime, get_runtime, model_bytes, open_model, read_quantized
+from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.network.raw_outputs import first_outputs
 from mmdet_ptq.deploy.onnx.end2end import check_end2end
 from mmdet_ptq.engine.api import load_quantized
+from mmdet_ptq.engine.detecting import program_of
 from mmdet_ptq.engine.stages.export import announce_coverage
 from mmdet_ptq.errors import PTQError, one_line
-from mmdet_ptq.files import check_space
+from mmdet_ptq.files import check_space, remove, write_text
 from mmdet_ptq.registry import runtime_names
 from mmdet_ptq.wrapping import Structure
 
@@ -97,6 +99,8 @@ def export_checkpoint(
             detector, folder / runtime.name, shape, dynamic_batch=dynamic_batch, packed=packed, end2end=end2end
         )
         logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
+        if end2end:
+            _add_program(logger, detector, runtime, path, shape)
         if path.suffix == runtime.suffix:
             coverage = open_model(path).whole_coverage()
             announce_coverage(runtime.name, coverage, runtime.evidence)
@@ -108,6 +112,17 @@ def export_checkpoint(
             if runtime.compares:
                 runtime.report_agreement(logger, detector, path, example)
     return paths
+
+
+def _add_program(logger: MMLogger, detector: nn.Module, runtime: type[Runtime], path: Path, shape: tuple) -> None:
+    """Writes the program that detects with an end-to-end model beside it, where the config's pipeline is known."""
+    file = path.with_name(PROGRAM)
+    remove(file)
+    try:
+        write_text(file, program_of(detector, runtime, shape, detector.cfg, path.name))
+        logger.info(f'{runtime.name}: {file} detects without mmdet')
+    except PTQError as error:
+        logger.info(f'{runtime.name}: no {PROGRAM}: {error}')
 
 
 def _names(ability: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mmdet_ptq.engine.evaluation import (
     image_sizes,
 )
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
+from mmdet_ptq.engine.kept import keeping
 from mmdet_ptq.engine.stage_store import fingerprint, stage_inputs, tensor_hash
 from mmdet_ptq.engine.told import ToldStages
 from mmdet_ptq.engine.work_dir import take_work_dir
@@ -264,12 +266,20 @@ class Run(Runner):
         meta = dataset_meta(self.evaluation_dataset())
         return quantized_state(self.detector, self.structure, config, meta, self.input_shape, self.canvas is not None)
 
-    def evaluate_detector(self, detector: nn.Module) -> dict[str, float]:
-        """Every figure of the config's evaluator for a detector."""
+    def evaluate_detector(self, detector: nn.Module, row: str | None = None) -> dict[str, float]:
+        """Every figure of the config's evaluator for a detector.
+
+        Args:
+            detector: The detector.
+            row: Its row, under which what it finds is kept for the report. Defaults to None: it is not kept.
+        """
         # of a part, too: the loop knows the runner that it was built for
         runner = self._test_loop.runner if isinstance(self._test_loop, BaseLoop) else self
         runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), detector)
-        return figures(runner.test())
+        self.check_evaluation()
+        evaluator = getattr(self._test_loop, 'evaluator', None)
+        with keeping(evaluator, self.work_dir, row) if row else nullcontext():
+            return figures(runner.test())
 
     def add_row(
         self,
@@ -279,9 +289,10 @@ class Run(Runner):
         operations: int,
         latency_ratio: float | None = None,
         remark: str = '',
+        latency: dict | None = None,
     ) -> None:
         """Adds a row to the results."""
-        self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio, remark))
+        self.results['rows'].append(result_row(model, metrics, size, operations, latency_ratio, remark, latency))
         self.write_results()
 
     def write_results(self) -> None:

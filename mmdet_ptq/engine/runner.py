@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_ptq.analysis import float_size_bytes, print_lines
@@ -66,6 +69,8 @@ class PTQRunner(Run):
 
     def check(self) -> None:
         """Checks all that can be checked before anything that takes long."""
+        for told in self.ptq.deprecated():
+            print_log(told, 'current', logging.WARNING)
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         for name in self.runtimes:
             get_runtime(name).check_detector(self.detector)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors, write_json
-from mmdet_ptq.version import __version__
+from mmdet_ptq.version import STATE_FORMAT
 
 STAGES = ('prepare', 'observe', 'protect', 'reconstruct', 'global', 'evaluate', 'export', 'report')
 # calibration stages after observe, in their order: stage -> key of the `ptq` block that it alone depends on
@@ -37,7 +37,7 @@ _GONE = {'equalize': None, 'bias_correction': False}
 
 def fingerprint(*parts: Any) -> str:
     """A short hash of anything JSON can hold; equal inputs give equal hashes."""
-    text = json.dumps([__version__, *parts], sort_keys=True, default=str)
+    text = json.dumps([STATE_FORMAT, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -193,7 +193,7 @@ class StageStore:
             )
             return None
         if record.inputs != inputs:
-            print_log(f'stage {told}: config, checkpoint, images, seed or version changed; it runs again', 'current')
+            print_log(f'stage {told}: config, checkpoint, images, seed or format changed; it runs again', 'current')
             return None
         self.seconds[told] = record.seconds
         print_log(f'stage {told}: taken over from the earlier run', 'current')

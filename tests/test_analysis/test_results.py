@@ -38,7 +38,7 @@ def test_schema(results):
     assert {'name', 'kind', 'macs', 'weight', 'activation', 'integer', 'reason'} <= set(
         results['coverage']['layers'][0]
     )
-    assert set(results['rows'][0]) == {'model', 'metrics', 'size_bytes', 'bops', 'latency_ratio', 'remark'}
+    assert set(results['rows'][0]) == {'model', 'metrics', 'size_bytes', 'bops', 'latency_ratio', 'remark', 'latency'}
 
 
 def test_keys_are_written_in_the_order_of_the_schema(tmp_path, results):

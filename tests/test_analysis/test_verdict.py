@@ -43,6 +43,15 @@ def test_gain_cost_and_the_file_to_ship_are_told(run):
     assert verdict_lines(results, models, CHECKPOINT)[3] == f'{ship}, with weights.bin beside it'
 
 
+def test_the_program_beside_the_model_is_shown_before_mmdets(run):
+    results, models = run(fast=(-0.1, 1.5, ''), other=(0.0, 1.1, ''))
+    programs = dict(fast=Path('my out/fast/detect.py'), other=Path('out/other/detect.py'))
+    *_, alone, in_mmdet, _, _, _ = verdict_lines(results, models, CHECKPOINT, 'a.png', programs)
+    assert alone == "run it without mmdet: python 'my out/fast/detect.py' a.png" and in_mmdet == 'run it in mmdet:'
+    *_, ship, in_mmdet, _, _, _ = verdict_lines(results, models, CHECKPOINT, 'a.png', dict(other=programs['other']))
+    assert ship.startswith('ship: ') and in_mmdet == 'run it:'
+
+
 def test_a_slower_model_is_called_slower(run):
     results, models = run(slow=(0.0, 0.8, ''))
     assert 'but slower: 0.80 times the speed of float in slow' in verdict_lines(results, models, CHECKPOINT)[0]

@@ -37,3 +37,15 @@ def test_sixteen_bits_are_thinned(quantized_with):
 
 def test_nothing_quantized(tiny):
     assert weight_grids(tiny.original, tiny.structure) == []
+
+
+def test_the_weights_are_those_of_float_with_all_that_preparing_multiplied(quantized_with):
+    """Normalisations are folded, channels of inputs divided: what the quantizer saw, not what the checkpoint holds."""
+    tiny = quantized_with(activations=dict(bits=4, scale_migration=1.0))
+    assert tiny.structure.folds and any('divided' in entry for entry in tiny.structure.activations.values())
+    behind = weight_grids(tiny.detector, tiny.structure, count=50)
+    ours = weight_grids(tiny.detector, tiny.structure, count=50, float_detector=tiny.original)
+    assert [grid.layer for grid in ours] == [grid.layer for grid in behind]
+    for grid, other in zip(ours, behind, strict=True):
+        np.testing.assert_allclose(grid.weights, other.weights, rtol=1e-4, atol=1e-6)
+        assert grid.sqnr_db == pytest.approx(other.sqnr_db, abs=0.01)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -89,3 +91,32 @@ def test_a_checkpoint_without_config_asks_for_one(quantized):
 def test_ground_truth_needs_annotations_in_the_loader(model):
     with pytest.raises(PTQError, match='annotated calibration images'):
         quantize(model, [tiny_batch()], ptq=dict(global_loss=dict(target='ground_truth', iters=1, holdout=0)))
+
+
+def test_quantize_with_an_evaluator_leaves_what_a_run_leaves(model, tmp_path):
+    cfg = tiny_config('retinanet', tmp_path / 'data')
+    evaluation = dict(test_dataloader=cfg.test_dataloader, test_evaluator=cfg.test_evaluator)
+    folder = tmp_path / 'work_dir'
+    detector = quantize(model, [tiny_batch(2, 0)], preset='w8a8_observe', work_dir=str(folder), **evaluation)
+    results = json.loads((folder / 'results.json').read_text())
+    assert [row['model'] for row in results['rows']] == ['float', 'simulated']
+    assert all('coco/bbox_mAP' in row['metrics'] for row in results['rows'])
+    assert results['comparison']['model'] == 'simulated'
+    assert '<h2>Results</h2>' in (folder / 'report.html').read_text()
+    stored = load_quantized(folder / 'quantized.pth', cfg)
+    image = model.data_preprocessor(tiny_batch(1, 3), False)['inputs']
+    with torch.no_grad():
+        assert torch.equal(detector(image, mode='tensor')[0][0], stored(image, mode='tensor')[0][0])
+
+
+@pytest.mark.parametrize(
+    ('given', 'told'),
+    [
+        (dict(test_evaluator=dict(type='CocoMetric'), work_dir='x'), 'give both'),
+        (dict(test_evaluator=object(), test_dataloader={}, work_dir='x'), 'as configs have them'),
+        (dict(test_evaluator={}, test_dataloader={}), 'results and report go into `work_dir`'),
+    ],
+)
+def test_half_an_evaluation_is_refused_at_once(model, given, told):
+    with pytest.raises(PTQError, match=told):
+        quantize(model, iter(lambda: pytest.fail('it read images'), None), **given)

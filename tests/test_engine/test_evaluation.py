@@ -98,7 +98,7 @@ def test_a_float_detector_that_finds_nothing_is_warned_of_before_the_calibration
     said = []
     monkeypatch.setattr('mmdet_ptq.engine.evaluation.print_log', lambda message, *args, **kwargs: said.append(message))
     runner = make_runner({'ptq.global_loss': None})
-    monkeypatch.setattr(runner, 'evaluate_detector', lambda detector: {})
+    monkeypatch.setattr(runner, 'evaluate_detector', lambda *args: {})
     monkeypatch.setattr(runner, 'prepare', interrupted)
     with pytest.raises(KeyboardInterrupt):
         runner.run()

@@ -243,7 +243,7 @@ def in_evaluate(patch):
     patch.setattr(
         PTQRunner,
         'evaluate_detector',
-        lambda self, detector: stop() if is_quantized(detector) else evaluate_detector(self, detector),
+        lambda self, detector, row: stop() if is_quantized(detector) else evaluate_detector(self, detector, row),
     )
 
 

@@ -13,6 +13,10 @@ def test_a_fingerprint_depends_on_every_part_and_not_on_the_order_of_keys():
     assert fingerprint(dict(a=1)) != fingerprint(dict(a=2)) != fingerprint(dict(a=1), 1)
 
 
+def test_a_fingerprint_is_the_one_that_work_directories_of_before_hold():
+    assert fingerprint(dict(preset='w8a8'), ['1.jpg']) == '91c66af81711bd83'
+
+
 def test_a_stage_is_taken_over_only_when_asked_and_for_the_same_inputs(tmp_path):
     assert StageStore(tmp_path, resume=True).run('observe', 'x', lambda: {'scale': torch.ones(2)})[1] is False
     state, taken_over = StageStore(tmp_path, resume=True).run('observe', 'x', lambda: None)

@@ -289,7 +289,7 @@ def test_half_precision_outputs_are_decoded_in_float32():
         'ATSSVLFusionHead',
         'CenterNetHead',
         'CornerHead',
-        'DETRHead',
+        'DDQDETRHead',
     ],
 )
 def test_heads_that_decode_otherwise_go_to_the_fallback(name):

@@ -24,7 +24,7 @@ from mmdet_ptq.config import GlobalLossConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_json
 from mmdet_ptq.predictions import AlignedPredictions, predict_aligned
-from mmdet_ptq.version import __version__
+from mmdet_ptq.version import STATE_FORMAT
 from mmdet_ptq.wrapping import Structure, quantization_mode
 from mmdet_ptq.wrapping.inputs import QuantizedInput, divisions_of
 from mmdet_ptq.wrapping.state import STATE, quantize_only, with_input
@@ -148,8 +148,8 @@ class DamageMeter:
         self.detector(data['inputs'][:1], copy.deepcopy(data['data_samples'][:1]), mode='predict')
 
     def fingerprint(self) -> str:
-        """Hash of the detector's numbers, its structure, the images and the version that measures."""
-        told = json.dumps([__version__, self.structure.to_dict()], sort_keys=True, default=str)
+        """Hash of the detector's numbers, its structure, the images and the format of the state."""
+        told = json.dumps([STATE_FORMAT, self.structure.to_dict()], sort_keys=True, default=str)
         digest = hashlib.sha256(told.encode())
         tensors = [*self.detector.state_dict().values(), *(data['inputs'] for data, _ in self.images)]
         for tensor in tensors:

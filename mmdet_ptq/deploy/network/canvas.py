@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from mmdet.structures import DetDataSample
 from torch import nn
 from torch.nn import functional
@@ -39,6 +40,18 @@ def check_canvas(canvas: tuple[int, int], sizes: Iterable[tuple[int, int]]) -> N
                 f'`ptq.export_size` is {canvas[0]}x{canvas[1]} (height x width), and the test pipeline gives an '
                 f'image of {height}x{width}; make it larger, or leave it out: it is chosen then.'
             )
+
+
+def with_size(inputs: tuple[np.ndarray, ...], count: int) -> tuple[np.ndarray, ...]:
+    """What a model takes: an end-to-end model asks for the size of the image within its tensor, too.
+
+    Args:
+        inputs: What it is given; an image alone fills its tensor.
+        count: How many inputs it has.
+    """
+    if len(inputs) != 1 or count != 2:
+        return inputs
+    return (*inputs, np.tile(np.float32(inputs[0].shape[2:]), (len(inputs[0]), 1)))
 
 
 def pad_to(detector: nn.Module, canvas: tuple[int, int]) -> None:

@@ -136,16 +136,16 @@ class _Network:
         self.runtime = runtime
         self.device = device
 
-    def outputs(self, image: Tensor) -> list[Tensor]:
-        batches = [self._run(part) for part in self._parts(image)]
+    def outputs(self, *given: Tensor) -> list[Tensor]:
+        batches = [self._run(*parts) for parts in zip(*map(self._parts, given), strict=True)]
         return [torch.from_numpy(np.concatenate(outputs)).to(self.device) for outputs in zip(*batches, strict=True)]
 
-    def _parts(self, image: Tensor) -> list[Tensor]:
+    def _parts(self, given: Tensor) -> list[Tensor]:
         if self.runtime.meta['dynamic_batch']:
-            return [image]
-        return list(image.split(self.runtime.meta['input_shape'][0]))
+            return [given]
+        return list(given.split(self.runtime.meta['input_shape'][0]))
 
-    def _run(self, image: Tensor) -> list[np.ndarray]:
+    def _run(self, image: Tensor, *others: Tensor) -> list[np.ndarray]:
         wanted = list(self.runtime.meta['input_shape'])
         if list(image.shape[1:]) != wanted[1:]:
             raise PTQError(
@@ -154,9 +154,10 @@ class _Network:
                 f'{image.shape[3]}: smaller images are padded.'
             )
         missing = 0 if self.runtime.meta['dynamic_batch'] else wanted[0] - len(image)
+        given = image, *others
         if missing > 0:
-            image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
-        outputs = self.runtime(image.detach().cpu().contiguous().numpy())
+            given = [torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) for tensor in given]
+        outputs = self.runtime(*(tensor.detach().cpu().contiguous().numpy() for tensor in given))
         return [output[: len(output) - missing] if missing > 0 else output for output in outputs]
 
 
@@ -249,16 +250,17 @@ class _Detections(_Network):
         self.clips = clips
 
     def __call__(self, image: Tensor, batch_data_samples: list, rescale: bool = False) -> list[InstanceData]:
-        samples = (sample.metainfo for sample in batch_data_samples)
-        return [
-            self._instances(*found, meta, rescale) for *found, meta in zip(*self.outputs(image), samples, strict=True)
-        ]
+        samples = [sample.metainfo for sample in batch_data_samples]
+        # models of older versions know the padded size only
+        sizes = [image.new_tensor([meta['img_shape'][:2] for meta in samples])] if 'inputs' in self.runtime.meta else []
+        found = zip(*self.outputs(image, *sizes), samples, strict=True)
+        return [self._instances(*values, meta, rescale) for *values, meta in found]
 
     def _instances(self, boxes: Tensor, scores: Tensor, labels: Tensor, meta: dict, rescale: bool) -> InstanceData:
         real = labels >= 0
         boxes = boxes[real]
         if self.clips:
-            # the model knows the padded size only
+            # of a model that knows the padded size only
             height, width = meta['img_shape'][:2]
             boxes = torch.minimum(boxes, boxes.new_tensor([width, height] * 2))
         if rescale:

@@ -14,8 +14,6 @@ from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from mmdet.structures.bbox import distance2bbox, get_box_tensor
 from torch import Tensor, nn
 
-from mmdet_ptq.errors import PTQError
-
 
 @dataclass
 class Candidates:
@@ -38,12 +36,11 @@ class Decoding:
     Args:
         head: The head.
         grids: Height and width of each level's maps.
-        size: Height and width of the image tensor.
     """
 
     METHODS: dict[str, type]
 
-    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]], size: Sequence[int]) -> None:
+    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]]) -> None:
         raise NotImplementedError
 
     @classmethod
@@ -51,7 +48,13 @@ class Decoding:
         """Whether every method that takes part in a head's decoding is the one that this class repeats."""
         return all(getattr(type(head), name, None) is getattr(owner, name) for name, owner in cls.METHODS.items())
 
-    def __call__(self, outputs: Sequence[Any]) -> Candidates:
+    def __call__(self, outputs: Sequence[Any], border: Tensor) -> Candidates:
+        """Candidates of every image.
+
+        Args:
+            outputs: The head's raw outputs.
+            border: (N, 1, 4): width and height of each image within its tensor, twice.
+        """
         raise NotImplementedError
 
 
@@ -65,11 +68,10 @@ class LevelDecoding(Decoding):
         _bbox_post_process=BaseDenseHead,
     )
 
-    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]], size: Sequence[int]) -> None:
+    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]]) -> None:
         self.channels, self.sigmoid, self.coder = head.cls_out_channels, head.use_sigmoid_cls, head.bbox_coder
         device = next(head.parameters()).device
         self.priors = [get_box_tensor(level) for level in head.prior_generator.grid_priors(grids, device=device)]
-        self.border = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32, device=device)
         self.threshold, self.count = head.test_cfg['score_thr'], head.test_cfg.get('nms_pre', -1)
         self.smallest = head.test_cfg.get('min_bbox_size', -1)
 
@@ -82,12 +84,12 @@ class LevelDecoding(Decoding):
             and type(head.bbox_coder) in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)
         )
 
-    def __call__(self, outputs: Sequence[Any]) -> Candidates:
+    def __call__(self, outputs: Sequence[Any], border: Tensor) -> Candidates:
         levels = [self._level(index, *maps) for index, maps in enumerate(zip(*outputs, strict=True))]
         scores, labels, priors, deltas = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
         boxes = self._decode(priors, deltas)
         if self.coder.clip_border:
-            boxes = torch.minimum(boxes.clamp(min=0), self.border)
+            boxes = torch.minimum(boxes.clamp(min=0), border)
         if self.smallest >= 0:
             width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
             scores = torch.where((width > self.smallest) & (height > self.smallest), scores, 0.0)
@@ -130,8 +132,8 @@ class GflDecoding(LevelDecoding):
 
     METHODS = dict(LevelDecoding.METHODS, _predict_by_feat_single=GFLHead, anchor_center=GFLHead)
 
-    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]], size: Sequence[int]) -> None:
-        super().__init__(head, grids, size)
+    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]]) -> None:
+        super().__init__(head, grids)
         self.priors = [head.anchor_center(level) for level in self.priors]
         self.bins = head.integral.project.detach().clone()
         self.strides = [stride[0] for stride in head.prior_generator.strides]
@@ -148,12 +150,12 @@ class YoloxDecoding(Decoding):
         predict=BaseDenseHead, predict_by_feat=YOLOXHead, _bbox_decode=YOLOXHead, _bbox_post_process=YOLOXHead
     )
 
-    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]], size: Sequence[int]) -> None:
+    def __init__(self, head: nn.Module, grids: Sequence[Sequence[int]]) -> None:
         device = next(head.parameters()).device
         self.priors = head.prior_generator.grid_priors(grids, device=device, with_stride=True)
         self.decode, self.threshold = head._bbox_decode, head.test_cfg['score_thr']
 
-    def __call__(self, outputs: Sequence[Any]) -> Candidates:
+    def __call__(self, outputs: Sequence[Any], border: Tensor) -> Candidates:
         classes, deltas, objectness = (
             torch.cat([_rows(level, len(priors)) for level, priors in zip(maps, self.priors, strict=True)], 1)
             for maps in outputs
@@ -164,20 +166,9 @@ class YoloxDecoding(Decoding):
         return Candidates(boxes, torch.where(scores >= self.threshold, scores, 0.0), labels)
 
 
-def decoding_of(head: nn.Module) -> type[Decoding]:
-    """The class that decodes as a head does.
-
-    Raises:
-        PTQError: The head decodes in a way of its own.
-    """
-    for decoding in (LevelDecoding, GflDecoding, YoloxDecoding):
-        if decoding.decodes(head):
-            return decoding
-    coder = type(getattr(head, 'bbox_coder', None)).__name__
-    raise PTQError(
-        f'--end2end does not know how {type(head).__name__} decodes (box coder {coder}): it repeats the '
-        'decoding of SSD, RetinaNet, ATSS, FCOS, RTMDet, GFL and YOLOX heads; export without --end2end.'
-    )
+def decoding_of(head: nn.Module) -> type[Decoding] | None:
+    """The class that decodes as a head does; None where the head decodes in a way of its own."""
+    return next((known for known in (LevelDecoding, GflDecoding, YoloxDecoding) if known.decodes(head)), None)
 
 
 def _rows(maps: Tensor, count: int) -> Tensor:

@@ -13,7 +13,7 @@ from mmdet_ptq.deploy.onnx.decoding import Candidates, Decoding, decoding_of
 from mmdet_ptq.deploy.onnx.nodes import OPSET
 from mmdet_ptq.errors import PTQError
 
-OUTPUTS = ['boxes', 'scores', 'labels']
+INPUTS, OUTPUTS = ['input', 'size'], ['boxes', 'scores', 'labels']
 # mmdet keeps every detection of heads that do not limit them (YOLOX); a tensor has to end somewhere
 MAX_DETECTIONS = 300
 _NMS_KEYS = {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
@@ -25,32 +25,34 @@ class EndToEnd(nn.Module):
 
     Args:
         detector: The detector, float or quantized, in eval mode.
-        outputs: Its raw outputs for an image of ``size``, whose maps tell the grids of the priors.
-        size: Height and width of the image tensor.
+        outputs: Its raw outputs for an image tensor, whose maps tell the grids of the priors.
 
     Raises:
         PTQError: See :func:`check_end2end`.
     """
 
-    def __init__(self, detector: nn.Module, outputs: Sequence[Any], size: Sequence[int]) -> None:
+    def __init__(self, detector: nn.Module, outputs: Sequence[Any]) -> None:
         super().__init__()
         check_end2end(detector)
         head = detector.bbox_head
         self.detector = detector
-        self.decoding: Decoding = decoding_of(head)(head, [maps.shape[-2:] for maps in outputs[0]], size)
+        self.decoding: Decoding = decoding_of(head)(head, [maps.shape[-2:] for maps in outputs[0]])
         self.suppression = Suppression(head.test_cfg)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, input: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detections, best first.
 
         Args:
             input: (N, C, H, W), normalized as mmdet's data preprocessor does.
+            size: (N, 2), height and width of each image within its tensor: boxes end there, before they are
+                suppressed, and not where the padding ends.
 
         Returns:
             Boxes (N, K, 4) as x1, y1, x2, y2 in pixels of the input, scores (N, K) and labels (N, K), int64; K is
             ``test_cfg.max_per_img``, places without a detection hold zeros and the label -1.
         """
-        return self.suppression(self.decoding(self.detector(input, None, mode='tensor')))
+        border = size[:, [1, 0, 1, 0]][:, None]
+        return self.suppression(self.decoding(self.detector(input, None, mode='tensor'), border))
 
 
 class Suppression:
@@ -116,20 +118,25 @@ def check_end2end(detector: nn.Module) -> None:
     Raises:
         PTQError: Its head decodes in a way of its own, or its NMS is not the plain one; names the head.
     """
+    if trouble := end2end_trouble(detector):
+        raise PTQError(f'--end2end: {trouble}; export without --end2end.')
+
+
+def end2end_trouble(detector: nn.Module) -> str:
+    """Why the decoding or the suppression of a detector has no place in its graph; '' if it has."""
     if type(detector).predict is not SingleStageDetector.predict:
-        raise PTQError(
-            f'{type(detector).__name__} predicts in a way of its own, which --end2end does not know; '
-            'export without --end2end.'
-        )
-    head = detector.bbox_head
+        return f'{type(detector).__name__} predicts in a way of its own'
+    head, test_cfg = detector.bbox_head, detector.bbox_head.test_cfg
     name = type(head).__name__
-    decoding_of(head)
-    test_cfg = head.test_cfg
+    if decoding_of(head) is None:
+        coder = type(getattr(head, 'bbox_coder', None)).__name__
+        return (
+            f'{name} decodes in a way of its own (box coder {coder}); known are the SSD, RetinaNet, ATSS, FCOS, '
+            'RTMDet, GFL and YOLOX heads'
+        )
     if not test_cfg or 'score_thr' not in test_cfg or not test_cfg.get('nms'):
-        raise PTQError(f'--end2end needs `model.test_cfg` of {name} with `score_thr` and `nms`, got {test_cfg}.')
+        return f'`model.test_cfg` of {name} needs `score_thr` and `nms`, and is {test_cfg}'
     nms = test_cfg['nms']
     if nms.get('type', 'nms') != 'nms' or set(nms) - _NMS_KEYS or 'iou_threshold' not in nms:
-        raise PTQError(
-            f"--end2end knows `model.test_cfg.nms=dict(type='nms', iou_threshold=...)`, {name} has "
-            f'{dict(nms)}; export without --end2end.'
-        )
+        return f"{name} has `model.test_cfg.nms={dict(nms)}`; known is dict(type='nms', iou_threshold=...)"
+    return ''

@@ -26,7 +26,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
 from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
-from mmdet_ptq.deploy.onnx.end2end import OUTPUTS, EndToEnd, check_end2end
+from mmdet_ptq.deploy.onnx.end2end import INPUTS, OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
 from mmdet_ptq.deploy.onnx.trouble import failing_module
 from mmdet_ptq.deploy.requirements import ONNX, require
@@ -112,8 +112,11 @@ def export_onnx(
         raw_shapes=output_shapes(outputs),
         **(dict(parts=digests) if others else {}),
     )
-    network = EndToEnd(detector, outputs, input_shape[2:]) if end2end else RawOutputs(detector)
-    return _export(detector, network, (image,), path, meta, chosen.dialect(), packed, saturating)
+    network, inputs = RawOutputs(detector), (image,)
+    if end2end:
+        network, inputs = EndToEnd(detector, outputs), (image, image.new_tensor([input_shape[2:]] * input_shape[0]))
+        meta['inputs'] = [list(tensor.shape) for tensor in inputs]
+    return _export(detector, network, inputs, path, meta, chosen.dialect(), packed, saturating)
 
 
 def _export(
@@ -158,7 +161,7 @@ def exported_program(
     detector: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], dialect: Dialect, told: dict
 ) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim('batch', min=1)
-    names = ['input'] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
+    names = INPUTS[:1] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
         with _writing(detector, dialect), deformable_nodes(), known_sizes(), _quiet():
             program = torch.onnx.export(
@@ -166,7 +169,7 @@ def exported_program(
                 inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=names,
+                input_names=INPUTS if told.get('end2end') else names,
                 output_names=OUTPUTS if told.get('end2end') else None,
                 dynamic_shapes=_open_shapes(network, inputs, batch) if told['dynamic_batch'] else None,
                 verbose=False,
@@ -183,7 +186,7 @@ def exported_program(
         raise PTQError(
             "--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
             'the option out: batches are split then.'
-            if not told.get('inputs')
+            if 'constants' not in told
             else "the detector's own code fixes the number of regions, which must stay open; remove `ptq.export`."
         )
     from mmdet_ptq.deploy.onnx.graph import own_constants
@@ -266,7 +269,7 @@ def model_meta(path: str | os.PathLike) -> dict:
         slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads
         the image itself. A detector with two stages has ``parts``, the name of each other network to the digest of its
         file; such a file has ``inputs``, the shapes that it read of an empty image (the first dimension is open), and
-        ``constants``, what else its module was called with.
+        ``constants``, what else its module was called with. An end-to-end model has ``inputs``, too.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.agreement import TensorAgreement
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.integers.kernels import SIGNED_ZERO
+from mmdet_ptq.deploy.network.canvas import with_size
 from mmdet_ptq.deploy.network.parts import Part, part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.onnx.export import model_meta
@@ -111,7 +112,8 @@ def _runtime_codes(model: str | os.PathLike, inputs: list[np.ndarray]) -> dict[s
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=['CPUExecutionProvider'])
-    values = session.run(list(read.values()), {g.name: v for g, v in zip(session.get_inputs(), inputs, strict=True)})
+    taken = [given.name for given in session.get_inputs()]
+    values = session.run(list(read.values()), dict(zip(taken, with_size(tuple(inputs), len(taken)), strict=True)))
     return {name.removesuffix(CODES): value for name, value in zip(read, values, strict=True)}
 
 

@@ -13,6 +13,8 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import name_first
+from mmdet_ptq.deploy.network.canvas import with_size
+from mmdet_ptq.deploy.network.program import Opening
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
@@ -40,6 +42,11 @@ class OnnxRuntime(Runtime):
     # it computes a convolution in integers only if its output is quantized, too
     dataflow = 'balanced'
     end2end = packs = compares = takes_parts = True
+    opening = Opening(
+        'onnxruntime',
+        "session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])",
+        "session.run(None, {'input': tensor, 'size': size})",
+    )
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.meta = model_meta(path)
@@ -154,8 +161,8 @@ class OnnxRuntime(Runtime):
         return super().remark() if self.session.get_providers()[0] == 'CPUExecutionProvider' else ''
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        names = (given.name for given in self.session.get_inputs())
-        return self.session.run(None, dict(zip(names, inputs, strict=True)))
+        names = [given.name for given in self.session.get_inputs()]
+        return self.session.run(None, dict(zip(names, with_size(inputs, len(names)), strict=True)))
 
     def coverage(self) -> IntegerCoverage:
         import onnx

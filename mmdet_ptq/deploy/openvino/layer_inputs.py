@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from mmdet_ptq.deploy.network.canvas import with_size
 from mmdet_ptq.deploy.network.meta import read_meta
 from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations, shared_core
 from mmdet_ptq.errors import PTQError
@@ -63,5 +64,5 @@ def _slices(image: np.ndarray, offsets: list[list[int]]) -> np.ndarray:
 
 def run_model(core: openvino.Core, model: openvino.Model, inputs: list[np.ndarray]) -> list[np.ndarray]:
     compiled = core.compile_model(model, 'CPU', FLOAT32)
-    found = compiled(inputs)
+    found = compiled(with_size(tuple(inputs), len(compiled.inputs)))
     return [found[index].copy() for index in range(len(compiled.outputs))]

@@ -14,8 +14,10 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import report_inputs
+from mmdet_ptq.deploy.network.canvas import with_size
 from mmdet_ptq.deploy.network.meta import checked_meta, write_meta
 from mmdet_ptq.deploy.network.parts import part_path, parts_of
+from mmdet_ptq.deploy.network.program import Opening
 from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
@@ -45,6 +47,12 @@ class OpenVino(Runtime):
     packages = ('openvino>=2025.0',)
     export_packages = (*packages, *ONNX)
     end2end = compares = takes_parts = True
+    opening = Opening(
+        'openvino',
+        f"model = openvino.Core().compile_model(str(path), 'CPU', {FLOAT32})",
+        # heads that do not end boxes (YOLOX) leave the size unread, and it is no input then
+        'list(model([tensor, size][: len(model.inputs)]).values())',
+    )
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.check()
@@ -150,7 +158,10 @@ class OpenVino(Runtime):
         report_inputs(logger, detector, found, image, 'OpenVINO', only_read_tensors)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        found = self.compiled(inputs)
+        taken = len(self.compiled.inputs)
+        if taken == 1:  # a size that the head does not read is no input
+            inputs = inputs[:1]
+        found = self.compiled(with_size(inputs, taken))
         return [found[index] for index in range(len(self.compiled.outputs))]
 
     def coverage(self) -> IntegerCoverage:

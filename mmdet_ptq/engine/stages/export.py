@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdet_ptq.analysis import bops, latency_ratio
+from mmdet_ptq.analysis import LatencyRatio, bops, latency_ratio
 from mmdet_ptq.deploy import IntegerCoverage, Runtime, get_runtime, model_bytes, open_model, with_runtime
+from mmdet_ptq.engine.detecting import detecting_files, export_detecting
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.engine.stage_store import fingerprint
 
@@ -33,6 +34,7 @@ class Exported:
         float: Names of those that it does not.
         files: Sizes of the model's files, by name.
         remark: What makes the figures wrong on this processor; '' if nothing does.
+        latency: Median times of both, see :func:`.analysis.result_row`.
     """
 
     metrics: dict
@@ -42,6 +44,7 @@ class Exported:
     float: list[str]
     files: dict[str, int]
     remark: str
+    latency: dict
 
 
 def export_runtime(run: Run, name: str) -> dict:
@@ -57,17 +60,31 @@ def export_runtime(run: Run, name: str) -> dict:
     runtime, folder = get_runtime(name), Path(run.work_dir) / name
     shape = run.input_shape
     path = _written(run.detector, runtime, folder, shape)
+    if is_main_process():
+        export_detecting(run.detector, runtime, folder, shape, run.cfg)
+    barrier()
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
     coverage = model.whole_coverage()
     announce_coverage(name, coverage, model.evidence)
-    metrics = run.evaluate_detector(with_runtime(copy.deepcopy(run.float_detector).cpu(), model, run.cfg))
+    metrics = run.evaluate_detector(with_runtime(copy.deepcopy(run.float_detector).cpu(), model, run.cfg), name)
     (float_path,) = (folder / FLOAT_FOLDER).glob(f'model{path.suffix}')
-    ratio = time_against_float(path, float_path, shape)
-    print_log(f'{name}: {ratio:.2f} times as fast as the float model there, one thread, batch {shape[0]}', 'current')
+    times = time_against_float(path, float_path, shape)
+    print_log(
+        f'{name}: {times.ratio:.2f} times as fast as the float model there ({times.second_ms:.2f} ms instead of '
+        f'{times.first_ms:.2f} ms), one thread, batch {shape[0]}',
+        'current',
+    )
     return vars(
         Exported(
-            metrics, model_bytes(path), ratio, coverage.integer, coverage.float, stored_files(folder), model.remark()
+            metrics,
+            model_bytes(path),
+            times.ratio,
+            coverage.integer,
+            coverage.float,
+            stored_files(folder),
+            model.remark(),
+            dict(ms=times.second_ms, float_ms=times.first_ms, threads=1, batch=shape[0]),
         )
     )
 
@@ -101,8 +118,9 @@ def _written(detector: nn.Module, runtime: type[Runtime], folder: Path, shape: t
 
 
 def stored_files(folder: Path) -> dict[str, int]:
-    """Names and sizes of the files of the model in a folder."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob('model*.*'))}
+    """Names and sizes of the files of the model in a folder, and of what detects with it."""
+    files = [*sorted(folder.glob('model*.*')), *detecting_files(folder)]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def announce_coverage(name: str, coverage: IntegerCoverage, evidence: str) -> None:
@@ -113,12 +131,12 @@ def announce_coverage(name: str, coverage: IntegerCoverage, evidence: str) -> No
         print_log(f'{name}: {call} stays float', 'current')
 
 
-def time_against_float(path: Path, float_path: Path, shape: tuple[int, int, int, int]) -> float:
-    """Latency ratio float / integer in one runtime, one thread each, interleaved."""
+def time_against_float(path: Path, float_path: Path, shape: tuple[int, int, int, int]) -> LatencyRatio:
+    """Latency of float against integer in one runtime, one thread each, interleaved."""
     image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     models = [open_model(p, threads=1) for p in (float_path, path)]
     with torch.no_grad():
-        return latency_ratio(*(lambda model=model: model.run_all(image) for model in models)).ratio
+        return latency_ratio(*(lambda model=model: model.run_all(image) for model in models))
 
 
 def export(run: Run) -> None:
@@ -128,7 +146,13 @@ def export(run: Run) -> None:
         row = _exported(run, f'export_{name}', inputs, Path(name), lambda name=name: export_runtime(run, name))
         run.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
         run.add_row(
-            name, row['metrics'], row['size_bytes'], bops(run.structure), row['latency_ratio'], row.get('remark', '')
+            name,
+            row['metrics'],
+            row['size_bytes'],
+            bops(run.structure),
+            row['latency_ratio'],
+            row.get('remark', ''),
+            row.get('latency'),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -21,14 +22,22 @@ from mmdet_ptq.analysis import (
     print_results,
     verdict_lines,
 )
+from mmdet_ptq.analysis.comparison import compare
+from mmdet_ptq.analysis.detections import DetectionPair, shown_image
+from mmdet_ptq.analysis.verdict import shipped_row
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to
+from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.runtime import model_files
-from mmdet_ptq.engine.evaluation import check_figures
+from mmdet_ptq.engine.evaluation import check_figures, dataset_meta
+from mmdet_ptq.engine.kept import kept_detections, truths_of
 from mmdet_ptq.engine.run import QUANTIZED, Run
 from mmdet_ptq.engine.stage_store import fingerprint
+from mmdet_ptq.errors import one_line
 
 SIMULATED = 'simulated'
+# images that changed most and are shown
+WORST = 5
 
 
 def evaluate_float(run: Run) -> None:
@@ -36,7 +45,7 @@ def evaluate_float(run: Run) -> None:
     run.float_figures, _ = run.stages.run(
         'evaluate_float',
         fingerprint(run.model_inputs(), run.evaluation_inputs),
-        lambda: run.evaluate_detector(run.float_detector),
+        lambda: run.evaluate_detector(run.float_detector, 'float'),
     )
     check_figures(run.float_figures, run._test_loop)
 
@@ -89,7 +98,7 @@ def evaluate_part(run: Run) -> None:
 def _simulated(run: Run, name: str) -> None:
     def work() -> dict:
         with integer_arithmetic(run.detector):
-            return run.evaluate_detector(run.detector)
+            return run.evaluate_detector(run.detector, name if name == SIMULATED else None)
 
     row, _ = run.stages.run('evaluate_simulated', run.quantized_inputs(), work)
     run.add_row(name, row, (run.folder / QUANTIZED).stat().st_size, bops(run.structure))
@@ -111,12 +120,53 @@ def _first_image(run: Run) -> str | None:
     return dataset.get_data_info(0).get('img_path') if hasattr(dataset, 'get_data_info') else None
 
 
+def compared(run: Run) -> dict[str, DetectionPair] | None:
+    """Compares what was kept of float and of the model to ship; adds it to the results.
+
+    Returns:
+        Captions to the images that changed most; None where nothing was kept.
+    """
+    timed = [row['model'] for row in run.results['rows'] if row['latency_ratio'] is not None]
+    row = shipped_row(run.results, timed) or run.results['rows'][1]
+    before, after = (kept_detections(run.work_dir, name) for name in ('float', row['model']))
+    dataset = run.evaluation_dataset()
+    truths = truths_of(dataset)
+    # ids that stand for several images, as in data sets put together, tell none apart
+    if not before or not after or not before.keys() == after.keys() == truths.keys() or len(truths) < len(dataset):
+        return None
+    found = compare(row['model'], before, after, truths, dataset_meta(dataset).get('classes') or ())
+    infos = [dataset.get_data_info(index) for index in range(len(dataset))]
+    places = {info['img_id']: index for index, info in enumerate(infos)}
+    for change in found.changed:
+        change.file = Path(str(infos[places[change.image]].get('img_path', ''))).name
+    run.results['comparison'] = found.to_dict()
+    worst = {}
+    for change in found.changed[:WORST]:
+        item = dataset[places[change.image]]
+        meta = item['data_samples'].metainfo
+        sides = (side[change.image].scaled(meta.get('scale_factor', (1.0, 1.0))) for side in (before, after))
+        named = change.file or f'image {change.image}'
+        caption = f'{named}: {change.lost} lost, {change.invented} invented ({row["model"]})'
+        worst[caption] = DetectionPair(shown_image(item['inputs'], meta), *sides)
+    return worst
+
+
+def _compared_or_told(run: Run) -> dict[str, DetectionPair] | None:
+    try:
+        return compared(run)
+    except Exception as error:  # data sets are of any design, and what the run has measured must not be lost
+        why = one_line(error)
+        print_log(f'report: the detections cannot be compared ({why})', 'current', level=logging.WARNING)
+        return None
+
+
 def report(run: Run) -> None:
     """Writes ``results.json`` and the page, prints the table."""
     with run.stages.timed('report'):
         batches = [batch for batch, _ in zip(run._test_dataloader, range(4), strict=False)]
         if is_main_process():
-            build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches)
+            worst = _compared_or_told(run)
+            build_report(run.work_dir, run.results, run.structure, run.detector, run.float_detector, batches, worst)
     run.results['remarks'] = closing_lines(run.results)
     run.write_results()
     if is_main_process():
@@ -125,6 +175,8 @@ def report(run: Run) -> None:
         print_results(run.results)
         models = {name: [_as_typed(path) for path in paths] for name, paths in exported_models(run).items()}
         checkpoint = _as_typed(run.folder / QUANTIZED)
-        print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run)))
+        programs = {name: path for name in run.runtimes if (path := Path(run.work_dir) / name / PROGRAM).is_file()}
+        programs = {name: _as_typed(path) for name, path in programs.items()}
+        print_lines(verdict_lines(run.results, models, checkpoint, _first_image(run), programs))
         print_lines([f'more: {_as_typed(Path(run.work_dir) / REPORT)}'])
     print_log(f'results, integer checkpoint and report are in {run.work_dir}', 'current')

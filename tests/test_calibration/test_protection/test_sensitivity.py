@@ -102,7 +102,7 @@ def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path, monkeypa
     calls.clear()
     measure_sensitivity(detector, structure, images(seed=6), path)  # other images: nothing is taken over
     assert len(calls) == whole
-    monkeypatch.setattr('mmdet_ptq.calibration.protection.damage.__version__', 'another')
+    monkeypatch.setattr('mmdet_ptq.calibration.protection.damage.STATE_FORMAT', 'another')
     calls.clear()
     measure_sensitivity(detector, structure, images(seed=6), path)
     assert len(calls) == whole

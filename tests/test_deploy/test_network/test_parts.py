@@ -161,7 +161,7 @@ def test_runtimes_that_take_one_network_refuse_two_stages(runtime):
 
 
 def test_one_graph_from_image_to_boxes_is_not_known(tmp_path):
-    with pytest.raises(PTQError, match='FasterRCNN predicts in a way of its own, which --end2end does not know'):
+    with pytest.raises(PTQError, match='FasterRCNN predicts in a way of its own; export without --end2end'):
         get_runtime('onnxruntime').export(tiny_detector('faster_rcnn'), tmp_path, (1, 3, 64, 64), end2end=True)
 
 

@@ -1,31 +1,35 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mmcv
-import numpy as np
 import pytest
 import torch
 from mmdet.apis import inference_detector
+from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.structures import InstanceData
 
 from mmdet_ptq import cli
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic, model_bytes, open_model, read_quantized, runtime_detector
+from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.api import load_quantized
+from mmdet_ptq.engine.detecting import END2END, export_detecting, program_of
 from mmdet_ptq.engine.stages.export import export_runtime
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_config, tiny_model_cfg
+from mmdet_ptq.testing import SIZE, tiny_config, tiny_detector, tiny_model_cfg
 from mmdet_ptq.testing.processors import PROCESSORS
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
 NAMES = ('onnxruntime', 'openvino')
-PROGRAM = Path(__file__).resolve().parents[3] / 'docs' / 'programs' / 'detect.py'
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +84,7 @@ def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
 def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
     pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
     monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+    monkeypatch.setattr('mmdet_ptq.engine.stages.export.export_detecting', lambda *args: None)
     cfg = Config.fromfile(config_file)
     cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=3, batch_size=3), export=['onnxruntime', 'ncnn'])
     cfg.work_dir = str(tmp_path)
@@ -125,38 +130,118 @@ def test_a_runtime_answers_like_a_detector(exported, config_file):
     assert len(found) > 0 and found.bboxes.shape[1] == 4
 
 
+# an image of 90x50 (height x width) becomes 64x36 and is padded at the end, 64x64, 64x36 and is padded by the pipeline
+PIPELINES = dict(
+    ratio_kept=[dict(type='Resize', scale=(SIZE, SIZE), keep_ratio=True)],
+    ratio_not_kept=[dict(type='Resize', scale=(SIZE, SIZE), keep_ratio=False)],
+    padded=[
+        dict(type='Resize', scale=(SIZE, SIZE), keep_ratio=True),
+        dict(type='Pad', size=(SIZE, SIZE), pad_val=dict(img=(114.0, 114.0, 114.0))),
+    ],
+)
+
+
+def photo(exported: PTQRunner, folder: Path) -> str:
+    """An image that is no square."""
+    image = mmcv.imread(str(sorted((Path(exported.cfg.filename).parent / 'val').glob('*.png'))[0]))
+    mmcv.imwrite(mmcv.imresize(image, (50, 90)), str(folder / 'photo.png'))
+    return str(folder / 'photo.png')
+
+
+def expected_boxes(exported: PTQRunner, name: str, pipeline: list[dict], image: str) -> InstanceData:
+    """What mmdet finds with the network in a runtime, within the image."""
+    cfg = copy.deepcopy(exported.cfg)
+    read, *_, pack = cfg.test_dataloader.dataset.pipeline
+    cfg.test_dataloader.dataset.pipeline = [read, *pipeline, pack]
+    path = Path(exported.work_dir) / name / f'model{get_runtime(name).suffix}'
+    detector = runtime_detector(cfg, open_model(path), exported.detector.dataset_meta)
+    found = inference_detector(detector, image).pred_instances
+    height, width = mmcv.imread(image).shape[:2]
+    found.bboxes = found.bboxes.clamp(min=0).minimum(torch.tensor([width, height] * 2))
+    return found
+
+
+def check_printed(printed: str, expected: InstanceData, threshold: float) -> None:
+    """Every detection of one side is one of the other's.
+
+    Those at the threshold may fall on either side of it; in very small ones what is printed is rounded.
+    """
+    rows = [line.split() for line in printed.splitlines()]
+    rows = [row for row in rows if min(float(row[4]) - float(row[2]), float(row[5]) - float(row[3])) > 2]
+    sides = expected.bboxes[:, 2:] - expected.bboxes[:, :2]
+    expected = expected[sides.amin(1) > 2.1]
+    classes = ('red', 'green', 'blue')
+    labels = torch.tensor([classes.index(row[0]) for row in rows])
+    scores, boxes = (
+        torch.tensor([[float(v) for v in row[part]] for row in rows]) for part in (slice(1, 2), slice(2, 6))
+    )
+    near = (bbox_overlaps(boxes, expected.bboxes) >= 0.99) & (labels[:, None] == expected.labels)
+    near &= (scores - expected.scores).abs() <= 0.01
+    assert len(rows) > 3 and near.any(1).all()
+    assert near.any(0)[expected.scores > threshold + 0.01].all()
+
+
+@pytest.mark.parametrize('pipeline', PIPELINES)
+@pytest.mark.parametrize('name', NAMES)
+def test_the_program_beside_a_model_finds_what_mmdet_finds(exported, name, pipeline, tmp_path):
+    image, steps = photo(exported, tmp_path), PIPELINES[pipeline]
+    expected = expected_boxes(exported, name, steps, image)
+    read, *_, pack = exported.cfg.test_dataloader.dataset.pipeline
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=[read, *steps, pack]))))
+    runtime, folder = get_runtime(name), Path(exported.work_dir) / name
+    program = program_of(exported.detector, runtime, exported.input_shape, cfg, f'{END2END}/model{runtime.suffix}')
+    if pipeline == 'ratio_kept':  # the run's own
+        assert (folder / PROGRAM).read_text() == program
+    file = tmp_path / PROGRAM
+    file.write_text(program)
+    threshold = float(expected.scores[-3])
+    options = ['--model', str(folder / END2END / f'model{runtime.suffix}'), '--threshold', str(threshold)]
+    # nothing of mmdet or of us can be imported
+    (tmp_path / 'mmdet.py').write_text('raise ImportError')
+    (tmp_path / 'mmdet_ptq.py').write_text('raise ImportError')
+    done = subprocess.run(
+        [sys.executable, str(file), image, *options], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    check_printed(done.stdout, expected, threshold)
+    drawn = mmcv.imread(str(tmp_path / 'detections.png'))
+    assert drawn.shape == (90, 50, 3) and (drawn != mmcv.imread(image)).any()
+
+
 @pytest.fixture(scope='module')
-def end2end(exported, config_file, tmp_path_factory):
-    """A model that gives boxes, an image, and what mmdet finds on it, best first."""
+def end2end(exported, tmp_path_factory):
+    """A program that the export command wrote."""
     folder = tmp_path_factory.mktemp('end2end')
     cli.export([f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--end2end', '--out', str(folder)])
-    path, image = folder / 'onnxruntime' / 'model.onnx', sorted((config_file.parent / 'val').glob('*.png'))[0]
-    detector = runtime_detector(exported.cfg, open_model(path))
-    assert detector.dataset_meta == dict(classes=('red', 'green', 'blue'))
-    return path, image, inference_detector(detector, str(image)).pred_instances
+    return folder / 'onnxruntime' / PROGRAM
 
 
 @pytest.mark.parametrize('processor', ['here', *PROCESSORS])
-def test_the_documented_program_finds_what_mmdet_finds(end2end, on_processor, processor):
-    path, image, found = end2end
-    program = PROGRAM.read_text()
-    threshold = float(found.scores[len(found) // 2]) - 1e-6
-    assert program.count('0.3') == 1
-    program = program.replace('0.3', str(threshold))
-    lines = on_processor(processor, program, str(path), str(image)).splitlines()
-    expected = [
-        (('red', 'green', 'blue')[label], f'{score:.2f}')
-        for label, score in zip(found.labels, found.scores, strict=True)
-        if score > threshold
-    ]
-    assert len(expected) > 1 and [tuple(line.split()[:2]) for line in lines] == expected
-    box = np.array([float(value) for value in lines[0].partition('[')[2].rstrip(']').split()])
-    np.testing.assert_allclose(box, found.bboxes[0], atol=0.51)
+def test_the_program_of_the_export_command_runs_on_processors_without_vnni(
+    exported, end2end, on_processor, processor, tmp_path, monkeypatch
+):
+    image = photo(exported, tmp_path)
+    expected = expected_boxes(exported, 'onnxruntime', PIPELINES['ratio_kept'], image)
+    threshold = float(expected.scores[-3])
+    code = 'import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    monkeypatch.chdir(tmp_path)
+    check_printed(
+        on_processor(processor, code, str(end2end), image, '--threshold', str(threshold)), expected, threshold
+    )
 
 
-def test_the_page_shows_the_program():
-    blocks = re.findall('```python\n(.*?)```', (PROGRAM.parent.parent / 'runtimes.md').read_text(), re.S)
-    assert PROGRAM.read_text() in blocks
+def test_what_has_no_end_to_end_model_is_told_in_one_sentence(exported, tmp_path, monkeypatch):
+    said, runtime = [], get_runtime('onnxruntime')
+    monkeypatch.setattr('mmdet_ptq.engine.detecting.print_log', lambda text, *_: said.append(text))
+    before = tmp_path / PROGRAM
+    before.write_text('of an earlier run')
+    export_detecting(tiny_detector('faster_rcnn'), runtime, tmp_path, (1, 3, SIZE, SIZE), exported.cfg)
+    assert said == ['onnxruntime: no end-to-end model and no detect.py: FasterRCNN predicts in a way of its own']
+    cfg = copy.deepcopy(exported.cfg)
+    cfg.test_dataloader.dataset.pipeline.insert(1, dict(type='RandomFlip', prob=0.5))
+    export_detecting(exported.detector, runtime, tmp_path, exported.input_shape, cfg)
+    assert said[1].endswith('no detect.py: the test pipeline has RandomFlip, which is unknown')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys):
@@ -290,6 +375,7 @@ def several_sizes(one_thread, tmp_path_factory) -> PTQRunner:
     cfg.ptq = dict(preset='w8a8_observe', calibration=dict(num_images=2, batch_size=2), export=['onnxruntime'])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+        patch.setattr('mmdet_ptq.engine.stages.export.export_detecting', lambda *args: None)
         runner = PTQRunner.from_cfg(cfg)
         runner.run()
     return runner
