@@ -9,6 +9,7 @@ from typing import Any
 
 from mmdet.models.detectors import SemiBaseDetector, SingleStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
+from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from mmdet.models.mot import BaseMOTModel
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
 from mmdet_ptq.predictions.dispatch import align_head
 from mmdet_ptq.predictions.queries import chooses_queries, chosen_queries
+from mmdet_ptq.predictions.samples import with_annotations
 from mmdet_ptq.predictions.two_stage import is_two_stage, predict_two_stage
 
 
@@ -31,19 +33,25 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
         batch_data_samples: Meta information of the N images.
     """
     with _same_part(detector):
-        return detector(batch_inputs, batch_data_samples, mode='tensor')
+        return detector(batch_inputs, with_annotations(batch_data_samples), mode='tensor')
 
 
 def check_raw_outputs(detector: nn.Module) -> None:
     """Refuses detectors that have no raw outputs to learn from.
 
     Raises:
-        PTQError: The detector's class does without ``mode='tensor'``, as mmdet's trackers do.
+        PTQError: The detector's class does without ``mode='tensor'``, as mmdet's trackers do, or needs annotations for
+            it, as YOLACT and CondInst do.
     """
     if isinstance(detector, BaseMOTModel) and type(detector)._forward is BaseMOTModel._forward:
         raise PTQError(
             f"{type(detector).__name__} has no forward in `mode='tensor'`, whose outputs `ptq.protect`, `reconstruct` "
             "and `global_loss` compare; quantize it with preset='w8a8_observe', or quantize its detector by itself."
+        )
+    if isinstance(detector, SingleStageInstanceSegmentor) and detector.with_bbox:
+        raise PTQError(
+            f'{type(detector).__name__} computes its raw outputs from annotated objects, so that `ptq.protect`, '
+            "`reconstruct` and `global_loss` have nothing to compare; quantize it with preset='w8a8_observe'."
         )
 
 

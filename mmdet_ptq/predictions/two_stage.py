@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
 from mmdet_ptq.predictions.dispatch import align_head, align_raw, announce, own_decoding
+from mmdet_ptq.predictions.samples import with_annotations
 
 # the background logit of padding rows: their confidence is zero, so no filter lets them pass
 PADDING_LOGIT = 50.0
@@ -44,7 +45,7 @@ def predict_two_stage(
     problem = _roi_problem(model.roi_head)
     given = None if reference is None else reference.regions
     with _captured(model, given, second_stage=problem is None) as seen:
-        outputs = detector(batch_inputs, batch_data_samples, mode='tensor')
+        outputs = detector(batch_inputs, with_annotations(batch_data_samples), mode='tensor')
     regions = Regions(seen.get('proposals'), seen['rois'])
     first = align_head(model.rpn_head, seen['rpn'], metas) if 'rpn' in seen else None
     if model.with_rpn and first is None:

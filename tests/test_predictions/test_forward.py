@@ -4,11 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import semi_supervised
+from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from mmdet.models.mot import BaseMOTModel
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.registry import MODEL_WRAPPERS
+from mmengine.structures import InstanceData
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import (
@@ -20,6 +22,7 @@ from mmdet_ptq.predictions import (
     raw_predictions,
     two_stage,
 )
+from mmdet_ptq.predictions.samples import with_annotations
 from mmdet_ptq.testing import tiny_batch, tiny_detector
 
 IMAGE = (64, 96)
@@ -276,3 +279,25 @@ def test_a_tracker_is_told_what_it_lacks():
     with pytest.raises(PTQError, match="Tracker has no forward in `mode='tensor'`.*preset='w8a8_observe'"):
         check_raw_outputs(Tracker())
     check_raw_outputs(tiny_detector('yolox'))
+
+
+def test_raw_outputs_that_need_annotated_objects_are_refused():
+    class Masks(SingleStageInstanceSegmentor):
+        """As YOLACT and CondInst: masks of the objects that the box head was trained with."""
+
+        with_bbox = True
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    with pytest.raises(PTQError, match="annotated objects.*preset='w8a8_observe'"):
+        check_raw_outputs(Masks())
+
+
+def test_heads_that_ask_for_annotations_get_empty_ones():
+    annotated = DetDataSample()
+    annotated.gt_instances = InstanceData(bboxes=torch.ones(1, 4), labels=torch.ones(1))
+    plain = DetDataSample(metainfo=dict(img_shape=IMAGE))
+    first, second = with_annotations([annotated, plain])
+    assert first is annotated and 'gt_instances' not in plain
+    assert len(second.gt_instances) == 0 and second.img_shape == IMAGE

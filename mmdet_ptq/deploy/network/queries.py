@@ -13,8 +13,9 @@ import torch
 from mmdet.models.detectors import MaskFormer
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
+
+from mmdet_ptq.predictions.samples import with_annotations
 
 
 def has_queries(detector: nn.Module) -> bool:
@@ -40,10 +41,7 @@ def whole_image(image: Tensor) -> list[DetDataSample]:
     """Meta information of an image without padding."""
     size = tuple(image.shape[2:])
     meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
-    sample = DetDataSample(metainfo=dict(meta, scale_factor=(1.0, 1.0)))
-    # some heads ask for annotations, and do not use them
-    sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
-    return [sample]
+    return with_annotations([DetDataSample(metainfo=dict(meta, scale_factor=(1.0, 1.0)))])
 
 
 def whole_images(detector: nn.Module, image: Tensor) -> list[DetDataSample]:
