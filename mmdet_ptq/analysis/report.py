@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from mmdet_ptq.analysis.weight_grids import weight_grids
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_text
 from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
+from mmdet_ptq.wrapping.watching.attention import open_attentions
 
 REPORT = 'report.html'
 NUM_IMAGES = 4
@@ -134,6 +136,9 @@ def build_report(
     Returns:
         The path of the page.
     """
+    if float_detector is not None and structure.attentions:
+        float_detector = copy.deepcopy(float_detector)
+        open_attentions(float_detector, structure.attentions)
     reference = detector if float_detector is None else float_detector
     classes = (getattr(detector, 'dataset_meta', None) or {}).get('classes', ())
     chapters: dict[str, Callable[[], Section | str]] = {

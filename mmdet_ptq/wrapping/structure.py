@@ -17,6 +17,7 @@ from mmdet_ptq.wrapping.flow import Site, attach_dataflow
 from mmdet_ptq.wrapping.folding import fold_norms
 from mmdet_ptq.wrapping.inputs import attach_inputs
 from mmdet_ptq.wrapping.state import ChannelDivision, QuantizationState, is_quantized
+from mmdet_ptq.wrapping.watching.attention import open_attentions
 from mmdet_ptq.wrapping.watching.layers import add_bias
 from mmdet_ptq.wrapping.weights import attach_weight
 
@@ -71,6 +72,7 @@ class Structure:
         sites: Functional operations whose results are quantized (see :class:`mmdet_ptq.wrapping.flow.Site`).
         module_calls: Modules whose operations are counted to find the sites, and how often each runs in a pass.
         islands: Operations between quantized layers that stay float: module, operation, reason.
+        attentions: Attentions whose projections became linear layers, see :mod:`mmdet_ptq.wrapping.watching.attention`.
     """
 
     folds: list[list[str]] = field(default_factory=list)
@@ -82,6 +84,7 @@ class Structure:
     sites: list[dict] = field(default_factory=list)
     module_calls: dict[str, int] = field(default_factory=dict)
     islands: list[dict] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, for a checkpoint that loads without pickle."""
@@ -167,6 +170,7 @@ _STRUCTURE = Fields(
         sites=[_SITE],
         module_calls=Each(Whole(1)),
         islands=[dict],
+        attentions=_TEXTS,
     ),
 )
 
@@ -185,6 +189,7 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     """
     if is_quantized(detector):
         raise PTQError('the detector is already quantized; start from the float checkpoint.')
+    open_attentions(detector, structure.attentions)
     fold_norms(detector, [tuple(pair) for pair in structure.folds])
     disable_checkpointing(detector)
     modules = dict(detector.named_modules())

@@ -25,6 +25,7 @@ from mmdet_ptq.wrapping.preparing.plan_dataflow import plan_dataflow
 from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, layer_roles, resolve_policies
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.structure import LayerStructure, Structure, apply_structure, disable_checkpointing
+from mmdet_ptq.wrapping.watching.attention import closed_attentions, open_attentions, opened_attentions
 from mmdet_ptq.wrapping.watching.channel_costs import Weigh, not_weighed
 from mmdet_ptq.wrapping.watching.layers import (
     QUANTIZABLE,
@@ -65,18 +66,20 @@ def prepare_detector(
     """
     check_finite(detector)
     disable_checkpointing(detector)
+    before = FloatOutputs(detector, run)
+    attentions = closed_attentions(detector)
+    open_attentions(detector, attentions)
     probe = probe_detector(detector, run)
     if not probe.calls:
         raise PTQError('no convolution or linear layer ran in `predict`; is the model a detector?')
     # before anything is changed: an override may be refused
     layers = [name for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)]
     policies = resolve_policies(cfg, layer_roles(detector, probe, layers))
-    before = FloatOutputs(detector, run)
     folds, kept = find_folds(detector, probe)
     fold_norms(detector, folds)
     plan = _plan(detector, cfg, probe, policies, run_many or run)
     structure = plan.structure
-    structure.norms = kept
+    structure.norms, structure.attentions = kept, attentions
     if cfg.dataflow is not None:
         plan_dataflow(detector, structure, cfg, run, probe.outputs, weigh or not_weighed(run))
     apply_structure(detector, structure)  # the folds are done; the structure records them only now
@@ -171,6 +174,11 @@ def planned_layers(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]) 
         PTQError: An override matches no layer.
     """
     disable_checkpointing(detector)
+    with opened_attentions(detector):
+        return _planned(detector, cfg, run)
+
+
+def _planned(detector: nn.Module, cfg: PTQConfig, run: Callable[[], Any]) -> dict[str, str]:
     probe = probe_detector(detector, run)
     layers = {name: module for name, module in detector.named_modules() if isinstance(module, QUANTIZABLE)}
     policies = resolve_policies(cfg, layer_roles(detector, probe, list(layers)))

@@ -181,6 +181,22 @@ def test_activation_products_are_named(toy, image, product):
     assert {op['reason'] for op in structure.uncovered} == {'activation x activation product'}
 
 
+def test_attention_that_stays_closed_is_counted_once(toy, image):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = nn.MultiheadAttention(8, 2, batch_first=True, add_zero_attn=True)
+
+        def forward(self, x):
+            y = x.flatten(2).transpose(1, 2)
+            return self.mha(y, y, y)[0].transpose(1, 2).reshape(x.shape)
+
+    inner = type(toy).features
+    _with(toy, lambda x: toy.attention(inner(toy, x)), attention=Attention())
+    structure, _ = _prepare(toy, image)
+    assert [op['operation'] for op in structure.uncovered] == ['multi_head_attention_forward']
+
+
 def test_attention_is_counted_once(toy, image):
     class Attention(nn.Module):
         def __init__(self):
@@ -194,9 +210,10 @@ def test_attention_is_counted_once(toy, image):
     inner = type(toy).features
     _with(toy, lambda x: toy.attention(inner(toy, x)), attention=Attention())
     structure, _ = _prepare(toy, image)
-    macs = {op['operation']: op['macs'] for op in structure.uncovered}
-    # four projections of 64 positions, and two products over all their pairs
-    assert macs == {'multi_head_attention_forward': 4 * 64 * 8 * 8 + 2 * 64 * 64 * 8}
+    # four projections of 64 positions are layers; two products over all their pairs are not
+    layers = {layer.name: layer.macs for layer in structure.layers if layer.name.startswith('attention.')}
+    assert layers == {f'attention.mha.{part}_proj': 64 * 8 * 8 for part in ('q', 'k', 'v', 'out')}
+    assert [(op['operation'], op['macs']) for op in structure.uncovered] == 2 * [('matmul', 64 * 64 * 8)]
 
 
 def test_heads_are_found_wherever_a_wrapper_keeps_them():
