@@ -65,19 +65,23 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero, low, high, factor):
         y = _simulate(x, scale, zero, low, high)
-        ctx.save_for_backward(x, scale, zero, y)
+        ctx.save_for_backward(x, scale, zero)
         ctx.consts = low, high, factor
+        # not saved as autograd does it: a detector may write into what a layer returned
+        ctx.output, ctx.version = y.detach(), y._version
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, zero, y = ctx.saved_tensors
+        x, scale, zero = ctx.saved_tensors
         low, high, factor = ctx.consts
         u = torch.div(x, scale).add_(zero)
         # passes the gradient where low - 1/2 < u < high + 1/2
         grad_x = torch.ops.aten.hardtanh_backward(grad, u, low - 0.5, high + 0.5)
         grad_scale = None
         if ctx.needs_input_grad[1]:
+            unchanged = ctx.output._version == ctx.version
+            y = ctx.output if unchanged else _simulate(x, scale, zero, low, high)
             # y / scale outside the range, (y - x) / scale inside; subtracted element by element to keep the digits
             total = torch.mul(grad, y, out=u).addcmul_(grad_x, x, value=-1)
             grad_scale = _reduce_to(total, scale.shape).div_(scale).mul_(factor)

@@ -306,3 +306,24 @@ def test_a_clipped_range_may_grow_to_the_extremes(symmetric):
     q.scale.data.fill_(1e3)
     ends = q.decode(torch.tensor(q.code_range))
     assert ends[1] == pytest.approx(40, rel=0.1) or ends[0] <= x.min()
+
+
+def test_gradients_survive_writing_into_the_output():
+    """mmdet's transformers add reference points to what a layer returned, in place."""
+
+    def gradients(write):
+        torch.manual_seed(0)
+        x = torch.randn(4, 6, requires_grad=True)
+        quantizer = AffineQuantizer(8)
+        quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+        write(quantizer(x)).square().sum().backward()
+        return x.grad, *(p.grad for p in quantizer.parameters() if p.grad is not None)
+
+    def in_place(y):
+        y[:, :2] += 1
+        return y
+
+    ours = gradients(in_place)
+    assert len(ours) > 1
+    for mine, plain in zip(ours, gradients(lambda y: y + torch.tensor([1.0, 1, 0, 0, 0, 0])), strict=True):
+        torch.testing.assert_close(mine, plain)
