@@ -130,8 +130,14 @@ def reasons(line: dict) -> list[str]:
     return list(dict.fromkeys(line[key] for key in keys if line.get(key)))
 
 
-def page(lines: list[dict], unbuilt: list[dict]) -> str:
-    """docs/support.md."""
+def page(lines: list[dict], unbuilt: list[dict], wanted: list[dict]) -> str:
+    """docs/support.md.
+
+    Args:
+        lines: What was tried.
+        unbuilt: Configs that do not build, and why.
+        wanted: All architectures.
+    """
     predicting = [line for line in lines if not line['predicts']]
     total = sum(int(line['configs']) for line in predicting)
 
@@ -148,7 +154,13 @@ def page(lines: list[dict], unbuilt: list[dict]) -> str:
         'all of this': [line for line in predicting if is_equal(line) and not line['global_loss']],
     }
     first = lines[0] if lines else {}
-    text = [_HEAD, '| | architectures | configs |', '|---|---:|---:|']
+    left = [a for a in wanted if a['config'] not in {line['config'] for line in lines}]
+    missing = f'{len(left)} architectures ({sum(int(a["configs"]) for a in left)} configs) were not tried yet. '
+    text = [
+        _HEAD + (missing if left else '') + 'Of those that predict on a CPU with random weights:\n',
+        '| | architectures | configs |',
+        '|---|---:|---:|',
+    ]
     text += [f'| {what} | {counted(chosen)} |' for what, chosen in rows.items()]
     text += [
         '',
@@ -192,6 +204,7 @@ python benchmarks/mmdet_zoo.py --jobs 2      # hours; goes on where it stopped
 ```
 
 ## Totals
+
 """
 
 
@@ -214,12 +227,15 @@ def _linked(line: dict) -> str:
 
 
 def _differs(line: dict) -> str:
-    told = [
-        f"{r}: {float(line[f'{r}_codes']):.2%} of the worst tensor's codes, outputs to {line[f'{r}_decibel']} dB"
-        for r in RUNTIMES
-        if line[f'{r}_state'] == 'differs'
-    ]
-    return '; '.join(told)
+    return '; '.join(
+        f'{runtime}: {_share(line[f"{runtime}_codes"])} of the codes, outputs to {line[f"{runtime}_decibel"]} dB'
+        for runtime in RUNTIMES
+        if line[f'{runtime}_state'] == 'differs'
+    )
+
+
+def _share(number: str) -> str:
+    return f'{float(number):.2%}' if number else 'unknown'
 
 
 def _told(sentence: str) -> str:
@@ -244,7 +260,7 @@ def main() -> None:
                 write_csv(TABLE, FIELDS, (known[key] for key in sorted(known)))
                 states = ', '.join(f'{runtime} {line.get(f"{runtime}_state", "-")}' for runtime in RUNTIMES)
                 print(line['config'], states, *reasons(line), flush=True)
-    write_text(PAGE, page(read_csv(TABLE), read_csv(UNBUILT)))
+    write_text(PAGE, page(read_csv(TABLE), read_csv(UNBUILT), read_csv(ARCHITECTURES)))
 
 
 if __name__ == '__main__':

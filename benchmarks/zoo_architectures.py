@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +92,21 @@ def quick_build() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def without_folders(said: str) -> str:
+    """A message without the folders of the machine that it was said on."""
+    return re.sub(r'(?<![\w.])/(?:[\w.\-]+/)+', '', said)
+
+
 def find_architectures(tell=print) -> tuple[list[Architecture], dict[str, str]]:
     """Builds every config of mmdet.
 
@@ -105,13 +122,13 @@ def find_architectures(tell=print) -> tuple[list[Architecture], dict[str, str]]:
             continue
         try:
             # some name others' configs from mmdet's own folder
-            with warnings.catch_warnings(), quick_build(), contextlib.chdir(folder.parent):
+            with warnings.catch_warnings(), quick_build(), _inside(folder.parent):
                 warnings.simplefilter('ignore')
                 if not Config.fromfile(str(path)).get('model', {}).get('type'):
                     continue
                 detector = build_detector(zoo_config(name))
         except Exception as error:  # whatever mmdet's own configs do
-            failed[name] = f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
+            failed[name] = without_folders(f'{type(error).__name__}: {" ".join(str(error).split())}')[:160]
             continue
         key = architecture_key(detector)
         million = sum(p.numel() for p in detector.parameters()) / 1e6

@@ -27,11 +27,11 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from zoo_architectures import zoo_config
+from zoo_architectures import without_folders, zoo_config
 
 from mmdet_ptq import load_quantized, quantize
 from mmdet_ptq.deploy import build_detector, get_runtime, integer_arithmetic, open_model, read_quantized
-from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.deploy.agreement import TensorAgreement, compare_layer_inputs
 from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
@@ -206,18 +206,36 @@ def _exported(quantized: nn.Module, name: str, folder: Path, image: Tensor) -> d
         codes, outputs = _compared(quantized, name, path, model, image)
     except Exception as error:
         return dict(state='refused' if isinstance(error, PTQError) else 'failed', reason=_sentence(error))
-    equal = codes >= CODES and outputs >= DECIBEL
+    equal = outputs >= DECIBEL and (codes is None or codes >= CODES)
     return dict(
         state='equal' if equal else 'differs',
         layers=layers,
-        codes=round(codes, 5),
+        codes='' if codes is None else round(codes, 5),
         decibel=round(outputs, 1),
         reason='',
     )
 
 
+def _followed(quantized: nn.Module, path: Path, image: Tensor, outputs: list[Tensor]) -> list[TensorAgreement] | None:
+    """What layers read in OpenVINO; None, and the outputs as they are, where it fuses otherwise while it is watched."""
+    parts, inputs = parts_of(quantized, image), {}
+    try:
+        for part in parts:
+            inputs |= openvino_inputs(part_path(path, part.name) if part.name else path, *part.inputs)
+    except PTQError as error:
+        if 'computes other outputs' not in str(error):
+            raise
+        with only_read_tensors(quantized):
+            for part in parts:
+                outputs += RawOutputs(quantized, part)(*part.inputs)
+        return None
+    return compare_layer_inputs(quantized, inputs, image, True, only_read_tensors, outputs)
+
+
 @torch.no_grad()
-def _compared(quantized: nn.Module, name: str, path: Path, model: Callable, image: Tensor) -> tuple[float, float]:
+def _compared(
+    quantized: nn.Module, name: str, path: Path, model: Callable, image: Tensor
+) -> tuple[float | None, float]:
     """The share of the worst tensor's codes that are the simulation's, and signal to noise of the worst raw output.
 
     ONNX Runtime is compared as it is evaluated, from the image to the outputs. In OpenVINO float arithmetic is not the
@@ -233,10 +251,7 @@ def _compared(quantized: nn.Module, name: str, path: Path, model: Callable, imag
             for part in parts:
                 ours += RawOutputs(quantized, part)(*part.inputs)
     else:
-        inputs = {}
-        for part in parts:
-            inputs |= openvino_inputs(part_path(path, part.name) if part.name else path, *part.inputs)
-        found = compare_layer_inputs(quantized, inputs, image, True, only_read_tensors, ours)
+        found = _followed(quantized, path, image, ours)
     worst, chosen = 200.0, chooses_queries(quantized)
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.double(), torch.from_numpy(b).double()
@@ -245,6 +260,8 @@ def _compared(quantized: nn.Module, name: str, path: Path, model: Callable, imag
         noise, signal = float((a - b).square().mean()), float((a - a.mean()).square().mean())
         if noise:
             worst = min(worst, 10 * np.log10(max(signal, 1e-30) / noise))
+    if found is None:
+        return None, worst
     shares = [entry.identical for entry in found] or [0.0]
     return (sum(shares) / len(shares) if chosen else min(shares)), worst
 
@@ -263,7 +280,7 @@ def _quiet(work: Callable) -> object:
 
 
 def _sentence(error: Exception) -> str:
-    said = ' '.join(str(error).split())[:240]
+    said = without_folders(' '.join(str(error).split()))[:240]
     return said if isinstance(error, PTQError) else f'{type(error).__name__}: {said}'
 
 

@@ -40,6 +40,9 @@ from mmdet_ptq.wrapping.state import only_read_tensors
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 FORMAT = 'mmdet_ptq.onnx'
 
 
@@ -130,15 +133,14 @@ def _export(
     saturating: Sequence[str] = (),
 ) -> dict:
     """Writes one graph; its first dimension stays open where ``told`` says so. Returns all that the file says."""
-    program = exported_program(detector, network, inputs, dialect, told)
+    model = exported_program(detector, network, inputs, dialect, told)
     from mmdet_ptq.deploy.onnx.compact import compact
-    from mmdet_ptq.deploy.onnx.graph import call_numbers, name_layers
+    from mmdet_ptq.deploy.onnx.graph import name_layers
     from mmdet_ptq.deploy.onnx.saturation import saturating_layers
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
-    model = program.model
     graph, meta = model.graph, dict(told, format=FORMAT, version=__version__)
-    meta['layers'] = name_layers(graph, detector, call_numbers(program.exported_program))
+    meta['layers'] = name_layers(graph, detector)
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
         # a float detector stays what PyTorch exports
@@ -159,7 +161,7 @@ def _export(
 
 def exported_program(
     detector: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], dialect: Dialect, told: dict
-) -> torch.onnx.ONNXProgram:
+) -> ir.Model:
     batch = torch.export.Dim('batch', min=1)
     names = INPUTS[:1] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
@@ -189,10 +191,11 @@ def exported_program(
             if 'constants' not in told
             else "the detector's own code fixes the number of regions, which must stay open; remove `ptq.export`."
         )
-    from mmdet_ptq.deploy.onnx.graph import own_constants
+    from mmdet_ptq.deploy.onnx.graph import note_calls, own_constants
 
     own_constants(program.model.graph)
-    return program
+    note_calls(program)
+    return program.model
 
 
 def _open_shapes(network: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> tuple:

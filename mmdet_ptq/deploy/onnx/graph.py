@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +14,7 @@ from torch import nn
 from mmdet_ptq.wrapping.names import call_name
 
 SCOPES = 'pkg.torch.onnx.name_scopes'
+CALL = 'mmdet_ptq.call'
 ROOT = 'detector.'
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 # they have a weight, too, which no runtime computes with in integers
@@ -95,46 +95,50 @@ def own_constants(graph: ir.Graph) -> None:
                     graph.register_initializer(value)
 
 
-def call_numbers(program: torch.export.ExportedProgram) -> dict[str, int]:
-    """Name of each operation that torch captured to the call of its module that it is of, 0 for the first one.
+def note_calls(program: torch.onnx.ONNXProgram) -> None:
+    """Notes in each node which call of its module it is of, 0 for the first one.
 
     Torch counts calls whose results nobody reads, too, and drops them later.
     """
-    stacks = {node.name: list(node.meta.get('nn_module_stack') or {}) for node in program.graph.nodes}
-    return {name: int(stack[-1].partition('@')[2] or 0) for name, stack in stacks.items() if stack}
+    stacks = {node.name: list(node.meta.get('nn_module_stack') or {}) for node in program.exported_program.graph.nodes}
+    for node in program.model.graph:
+        stack = stacks.get((_scopes(node) or [''])[-1])
+        if stack:
+            node.metadata_props[CALL] = stack[-1].partition('@')[2] or '0'
 
 
-def name_layers(
-    graph: ir.Graph, detector: nn.Module, numbers: Mapping[str, int] = MappingProxyType({})
-) -> dict[str, str]:
+def _scopes(node: ir.Node) -> list[str]:
+    return json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
+
+
+def name_layers(graph: ir.Graph, detector: nn.Module) -> dict[str, str]:
     """Names operations after the detector's layers instead of after the exporter's counters.
 
     Torch tells a module by the path that it was reached by, of which a shared one has several, and which begins at the
     detector itself where its forward is a bound method. The layer is called as the detector names it first.
 
     Args:
-        graph: A graph as torch exports it, with its scopes in the nodes' metadata.
+        graph: A graph as torch exports it, with its scopes in the nodes' metadata. Calls that :func:`note_calls` did
+            not note are numbered as they stand in the graph, as are those of layers that are reached by several
+            paths, or compute several operations.
         detector: The detector that was exported.
-        numbers: See :func:`call_numbers`. Defaults to none: calls are numbered as they stand in the graph, as are those
-            of layers that are reached by several paths, or compute several operations.
 
     Returns:
         Name of each convolution or matrix product to the layer in the detector it is a call of.
     """
     first = {module: name for name, module in detector.named_modules()}
     known = {name: first[module] for name, module in detector.named_modules(remove_duplicate=False) if name}
-    found: dict[str, list[tuple[ir.Node, str, int | None]]] = {}
+    found: dict[str, list[tuple[ir.Node, str, str | None]]] = {}
     for node in graph:
-        scopes = json.loads(node.metadata_props.get(SCOPES, '[]').replace("'", '"'))
-        paths = [path for path in (scope.removeprefix(ROOT) for scope in scopes) if path in known]
+        paths = [path for path in (scope.removeprefix(ROOT) for scope in _scopes(node)) if path in known]
         if node.op_type in WEIGHTED + _FLOAT_ONLY and paths:
-            found.setdefault(known[paths[-1]], []).append((node, paths[-1], numbers.get(scopes[-1])))
+            found.setdefault(known[paths[-1]], []).append((node, paths[-1], node.metadata_props.get(CALL)))
     named = {}
     for layer, nodes in found.items():
         _, paths, told = (set(column) for column in zip(*nodes, strict=True))
         certain = len(paths) == 1 and len(told) == len(nodes) and None not in told
         for place, (node, _, number) in enumerate(nodes):
-            node.name = call_name(layer, number if certain else place)
+            node.name = call_name(layer, int(number) if certain else place)
             # runtimes call what computes an output after the output
             node.outputs[0].name = node.name
             named[node] = layer

@@ -81,7 +81,7 @@ def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
     assert exported.ptq.dataflow == 'balanced'
 
 
-def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_thread, tmp_path, monkeypatch):
+def test_one_run_exports_to_runtimes_that_take_other_formats_too(config_file, one_thread, tmp_path, monkeypatch):
     pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
     monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
     monkeypatch.setattr('mmdet_ptq.engine.stages.export.export_detecting', lambda *args: None)
@@ -96,7 +96,7 @@ def test_one_run_exports_to_runtimes_without_zero_points_too(config_file, one_th
     first, second = (read_quantized(tmp_path / folder / 'quantized.pth') for folder in ('.', 'ncnn'))
     assert first['structure']['sites'] and not second['structure']['sites']
     specs = [entry['spec'] for entry in second['structure']['activations'].values()]
-    assert specs and all(spec['symmetric'] for spec in specs)
+    assert specs and all(spec['narrow_range'] and spec['shared_zero_point'] for spec in specs)
     assert results['recipe']['export'] == ['onnxruntime', 'ncnn'] and results['recipe']['dataflow'] == 'balanced'
     assert {'observe', 'ncnn_observe'} <= results['stages'].keys()
     assert all(coverage['integer'] and not coverage['float'] for coverage in results['runtimes'].values())

@@ -1,0 +1,85 @@
+"""The sweep over mmdet's own architectures: what it counts, what it tells, and one of them through all of it."""
+
+from __future__ import annotations
+
+import mmdet_zoo
+import pytest
+import zoo_architectures
+import zoo_trial
+
+LINE = dict.fromkeys(mmdet_zoo.FIELDS, '') | dict(
+    config='retinanet/retinanet_r18_fpn_1x_coco.py',
+    configs='30',
+    integer_mac_share='1.0',
+    onnxruntime_state='equal',
+    onnxruntime_layers='78 of 78',
+    onnxruntime_codes='0.999',
+    openvino_state='equal',
+    openvino_layers='77 of 78',
+    date='2026-01-01',
+)
+
+
+def test_the_page_counts_configs_and_names_what_does_not_hold():
+    differs = LINE | dict(
+        config='a/b.py', configs='3', openvino_state='differs', openvino_codes='', openvino_decibel='3'
+    )
+    refused = LINE | dict(config='c/d.py', configs='2', onnxruntime_state='refused', onnxruntime_reason='no | form')
+    broken = LINE | dict(config='e/f.py', configs='1', predicts='RuntimeError: no kernel')
+    wanted = [LINE, dict(config='i/j.py', configs='4')]
+    text = mmdet_zoo.page([LINE, differs, refused, broken], [dict(config='g/h.py', reason='ImportError: x')], wanted)
+    assert '1 architectures (4 configs) were not tried yet' in text
+    assert '| quantize | 3 of 3 | 35 of 35 |' in text
+    assert '| compute in ONNX Runtime what was simulated | 2 of 3 | 33 of 35 |' in text
+    assert '| all of this | 1 of 3 | 30 of 35 |' in text
+    assert '| `a/b` | 3 | openvino: unknown of the codes, outputs to 3 dB |' in text
+    assert '| `c/d` | 2 | no / form |' in text
+    assert '| `retinanet/retinanet_r18_fpn_1x_coco` | 30 | 100.0% | 78 of 78 | 77 of 78 |' in text
+    assert text.index('## Not tried') < text.index('RuntimeError: no kernel') < text.index('`g/h`')
+
+
+def test_what_is_there_is_not_tried_again(monkeypatch):
+    found = [dict(config=c, configs=n) for c, n in (('a.py', '1'), ('b.py', '5'), ('c.py', '3'))]
+    monkeypatch.setattr(mmdet_zoo, 'architectures', lambda: found)
+    known = {'b.py': LINE | dict(config='b.py'), 'c.py': LINE | dict(config='c.py', reloaded='predicts otherwise')}
+
+    def chosen(**args):
+        args = dict(only=[], failed=False) | args
+        return [a['config'] for a in mmdet_zoo.worth_trying(type('Args', (), args), known)]
+
+    assert chosen() == ['a.py']
+    assert chosen(failed=True) == ['c.py', 'a.py']
+    assert chosen(only=['b']) == ['b.py']
+
+
+def test_messages_are_without_folders():
+    assert zoo_architectures.without_folders("no file '/home/me/x/model.xml' in 3/4 of them") == (
+        "no file 'model.xml' in 3/4 of them"
+    )
+
+
+def test_models_are_reduced():
+    model = dict(
+        depth=50, encoder=dict(num_layers=6), test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000)), depths=[2, 6]
+    )
+    zoo_trial.reduced(model)
+    assert model == dict(
+        depth=50, encoder=dict(num_layers=2), test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=20)), depths=[2, 2]
+    )
+
+
+def test_configs_that_build_alike_are_one_architecture(monkeypatch):
+    names = ['retinanet/retinanet_r18_fpn_1x_coco.py', 'retinanet/retinanet_r18_fpn_1xb8-1x_coco.py']
+    folder = zoo_architectures.config_folder()
+    monkeypatch.setattr(type(folder), 'rglob', lambda self, pattern: [self / name for name in names])
+    (found,), failed = zoo_architectures.find_architectures(lambda said: None)
+    assert (found.configs, found.config, failed) == (2, names[0], {}) and 'RetinaHead' in found.key
+
+
+@pytest.mark.slow
+def test_an_architecture_goes_through_all_of_it(tmp_path):
+    pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
+    found = zoo_trial.trial('retinanet/retinanet_r18_fpn_1x_coco.py', tmp_path)
+    assert (found['predicts'], found['quantized'], found['reloaded'], found['global_loss']) == ('', '', '', '')
+    assert found['integer_mac_share'] == 1
+    assert found['onnxruntime_state'] == found['openvino_state'] == 'equal'
