@@ -84,9 +84,11 @@ class Part:
 
         # each call has ranges of its own: those before it are made, too, and nobody reads what they give
         token = _REHEARSAL.set(True)
-        for _ in range(call_of(self.name)):
-            call()
-        _REHEARSAL.reset(token)
+        try:
+            for _ in range(call_of(self.name)):
+                call()
+        finally:
+            _REHEARSAL.reset(token)
         return call()
 
 
