@@ -197,7 +197,8 @@ how accurate it is: [conformance](conformance.md) does.
 
 "Computes what was simulated": each tensor of the exported model was compared with the simulation, from the same codes;
 at least 99 % of the codes are equal in the worst tensor, and all outputs to at least 20 dB. Where an encoder chooses
-queries by their scores (DINO), single codes change their order, and the mean of all tensors counts.
+queries by their scores (DINO), single codes change their order, and the mean of all tensors counts. A line stands until
+its architecture is tried again (`--only`); its date is in the CSV.
 
 ```bash
 python benchmarks/mmdet_zoo.py --jobs 2      # hours; goes on where it stopped

@@ -19,6 +19,7 @@ from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
 from mmdet_ptq.predictions.dispatch import align_head
 from mmdet_ptq.predictions.queries import chooses_queries, chosen_queries
 from mmdet_ptq.predictions.samples import with_annotations
+from mmdet_ptq.predictions.stock import runs_as
 from mmdet_ptq.predictions.two_stage import is_two_stage, predict_two_stage
 
 
@@ -43,12 +44,12 @@ def check_raw_outputs(detector: nn.Module) -> None:
         PTQError: The detector's class does without ``mode='tensor'``, as mmdet's trackers do, or needs annotations for
             it, as YOLACT and CondInst do.
     """
-    if isinstance(detector, BaseMOTModel) and type(detector)._forward is BaseMOTModel._forward:
+    if runs_as(detector, BaseMOTModel):
         raise PTQError(
             f"{type(detector).__name__} has no forward in `mode='tensor'`, whose outputs `ptq.protect`, `reconstruct` "
             "and `global_loss` compare; quantize it with preset='w8a8_observe', or quantize its detector by itself."
         )
-    if isinstance(detector, SingleStageInstanceSegmentor) and detector.with_bbox:
+    if runs_as(detector, SingleStageInstanceSegmentor) and detector.with_bbox:
         raise PTQError(
             f'{type(detector).__name__} computes its raw outputs from annotated objects, so that `ptq.protect`, '
             "`reconstruct` and `global_loss` have nothing to compare; quantize it with preset='w8a8_observe'."
@@ -116,8 +117,5 @@ def predict_aligned(
 
 def _aligning(model: nn.Module) -> nn.Module:
     """The head; or the detector whose forward is its own: align_head.register(MyDetector) teaches it as a whole."""
-    plain = any(
-        isinstance(model, kind) and type(model)._forward is kind._forward
-        for kind in (SingleStageDetector, DetectionTransformer)
-    )
+    plain = runs_as(model, SingleStageDetector) or runs_as(model, DetectionTransformer)
     return model.bbox_head if plain else model

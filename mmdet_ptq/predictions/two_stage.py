@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
 from mmdet_ptq.predictions.dispatch import align_head, align_raw, announce, own_decoding
 from mmdet_ptq.predictions.samples import with_annotations
+from mmdet_ptq.predictions.stock import runs_as
 
 # the background logit of padding rows: their confidence is zero, so no filter lets them pass
 PADDING_LOGIT = 50.0
@@ -25,7 +26,7 @@ def is_two_stage(detector: nn.Module) -> bool:
     """Returns whether the detector runs its stages as ``TwoStageDetector`` does."""
     if isinstance(detector, TridentFasterRCNN) and detector.test_branch_idx != -1:
         return True  # of its branches it predicts with one
-    return isinstance(detector, TwoStageDetector) and type(detector)._forward is TwoStageDetector._forward
+    return runs_as(detector, TwoStageDetector)
 
 
 def predict_two_stage(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.queries import has_queries, last_layer, whole_image, whole_images
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.stock import runs_as
 from mmdet_ptq.predictions.two_stage import is_two_stage
 from mmdet_ptq.wrapping.names import call_name, call_of, layer_of
 from mmdet_ptq.wrapping.state import STATE
@@ -97,8 +98,7 @@ FIRST = Part('', ())
 
 def has_regions(detector: nn.Module) -> bool:
     """Returns whether a detector has heads that read regions of its features."""
-    panoptic = isinstance(detector, TwoStagePanopticSegmentor)
-    return is_two_stage(detector) or (panoptic and type(detector)._forward is TwoStagePanopticSegmentor._forward)
+    return is_two_stage(detector) or runs_as(detector, TwoStagePanopticSegmentor)
 
 
 def _first_stage(detector: nn.Module) -> Callable[[Tensor], tuple]:

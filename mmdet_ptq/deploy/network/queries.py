@@ -16,6 +16,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from mmdet_ptq.predictions.samples import with_annotations
+from mmdet_ptq.predictions.stock import runs_as
 
 
 def has_queries(detector: nn.Module) -> bool:
@@ -25,16 +26,12 @@ def has_queries(detector: nn.Module) -> bool:
 
 def finds_boxes(detector: nn.Module) -> bool:
     """Returns whether its queries find boxes, as ``DetectionTransformer``'s."""
-    return _runs_as(detector, DetectionTransformer)
+    return runs_as(detector, DetectionTransformer)
 
 
 def finds_masks(detector: nn.Module) -> bool:
     """Returns whether its queries find masks, as ``MaskFormer``'s."""
-    return _runs_as(detector, MaskFormer)
-
-
-def _runs_as(detector: nn.Module, kind: type) -> bool:
-    return isinstance(detector, kind) and type(detector)._forward is kind._forward
+    return runs_as(detector, MaskFormer)
 
 
 def whole_image(image: Tensor) -> list[DetDataSample]:

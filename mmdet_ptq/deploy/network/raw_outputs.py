@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from mmdet.models.detectors import BaseDetector, SingleStageDetector
+from mmdet.models.detectors import SingleStageDetector
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions
 from mmdet_ptq.deploy.network.queries import has_queries
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.stock import runs_as
 
 
 class RawOutputs(nn.Module):
@@ -102,12 +103,10 @@ def nest_outputs(flat: Sequence[Tensor], layout: Any) -> Any:
 
 def only_head(detector: nn.Module) -> nn.Module | None:
     """The one head of a detector with one stage: of boxes, or of masks; None of any other."""
-    forward = type(detector)._forward if isinstance(detector, BaseDetector) else None
-    if isinstance(detector, SingleStageDetector) and forward is SingleStageDetector._forward:
+    if runs_as(detector, SingleStageDetector):
         return detector.bbox_head
-    if isinstance(detector, SingleStageInstanceSegmentor) and forward is SingleStageInstanceSegmentor._forward:
-        return None if detector.with_bbox else detector.mask_head
-    return None
+    masks_alone = runs_as(detector, SingleStageInstanceSegmentor) and not detector.with_bbox
+    return detector.mask_head if masks_alone else None
 
 
 def check_exportable(detector: nn.Module) -> None:

@@ -75,7 +75,7 @@ def fold_divisions(graph: ir.Graph) -> int:
     return moved
 
 
-def fold_norms(graph: ir.Graph) -> int:
+def fold_affine(graph: ir.Graph) -> int:
     """Moves normalisations and factors behind one call of a convolution into this call's weight scale and bias.
 
     Normalisations stand there where several share a convolution, so that no weight in the detector could take them

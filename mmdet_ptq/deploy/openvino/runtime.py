@@ -135,7 +135,7 @@ class OpenVino(Runtime):
     @classmethod
     def dialect(cls) -> Dialect:
         from mmdet_ptq.deploy.onnx import passes
-        from mmdet_ptq.deploy.onnx.channel_scales import fold_divisions, fold_norms
+        from mmdet_ptq.deploy.onnx.channel_scales import fold_affine, fold_divisions
 
         # between layers it computes in what fuses best; more quantizers make it slower
         return Dialect(
@@ -145,7 +145,7 @@ class OpenVino(Runtime):
             passes=(
                 passes.drop_redundant_clips,
                 fold_divisions,
-                fold_norms,
+                fold_affine,
                 partial(passes.integer_biases, stored=False),
             ),
         )

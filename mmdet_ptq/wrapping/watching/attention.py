@@ -20,8 +20,7 @@ class OpenAttention(nn.Module):
     The products of activations stay float. Rounding apart, the outputs are the same.
 
     Args:
-        attention: What it replaces; its projections of queries, keys and values are copied, that of the outputs is
-            taken over.
+        attention: What it replaces; its weights are copied.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -50,6 +49,11 @@ class OpenAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``nn.MultiheadAttention``; a causal mask must be given as such, as torch wants it, too."""
+        if query.dim() == 2:  # no batch: its place is the second, or the first
+            places = [x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value)]
+            padding = None if key_padding_mask is None else key_padding_mask[None]
+            found, weights = self(*places, padding, need_weights, attn_mask, average_attn_weights, is_causal)
+            return found.squeeze(0 if self.batch_first else 1), None if weights is None else weights[0]
         queries, keys, values = (
             self._heads(project(x)) for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
@@ -100,12 +104,12 @@ def _can_open(module: nn.Module) -> bool:
         and module.bias_k is None
         and not module.add_zero_attn
         and not any(parametrize.is_parametrized(part) for part in (module, module.out_proj))
-        and not module._forward_pre_hooks
+        and not (module._forward_pre_hooks or module._forward_hooks)
     )
 
 
 def open_attentions(detector: nn.Module, names: Iterable[str]) -> None:
-    """Replaces attentions by layers, in place; what is open already stays.
+    """Replaces attentions by layers, in place and wherever they stand; what is open already stays.
 
     Args:
         detector: The detector.
@@ -116,9 +120,8 @@ def open_attentions(detector: nn.Module, names: Iterable[str]) -> None:
     """
     names = list(names)
     for name in names:
-        parent, _, child = name.rpartition('.')
         try:
-            owner, module = detector.get_submodule(parent), detector.get_submodule(name)
+            module = detector.get_submodule(name)
         except AttributeError:
             module = None
         if isinstance(module, OpenAttention):
@@ -128,7 +131,7 @@ def open_attentions(detector: nn.Module, names: Iterable[str]) -> None:
                 f'the detector has no attention {name[:100]!r}, which the quantized checkpoint names; '
                 'use the config the checkpoint was made with.'
             )
-        setattr(owner, child, OpenAttention(module))
+        _replace(detector, module, OpenAttention(module))
     if names:
         print_log(f'the projections of {len(names)} attentions became linear layers', 'current')
 
@@ -142,5 +145,11 @@ def opened_attentions(detector: nn.Module) -> Iterator[None]:
         yield
     finally:
         for name, module in closed.items():
-            parent, _, child = name.rpartition('.')
-            setattr(detector.get_submodule(parent), child, module)
+            _replace(detector, detector.get_submodule(name), module)
+
+
+def _replace(detector: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, under every name that leads to it."""
+    places = [name for name, module in detector.named_modules(remove_duplicate=False) if module is old]
+    for parent, _, child in (name.rpartition('.') for name in places):
+        setattr(detector.get_submodule(parent), child, new)

@@ -47,6 +47,31 @@ def test_outputs_are_those_of_torch(batch_first, bias, key_width):
     assert mine(*given, need_weights=False)[1] is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('batch_first', [False, True])
+def test_one_sequence_without_a_batch(batch_first):
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first).eval()
+    query, key = torch.randn(5, 16), torch.randn(7, 16)
+    none = torch.tensor([False] * 5 + [True] * 2)
+    for masks in (dict(key_padding_mask=none), dict(attn_mask=torch.rand(5, 7) > 0.7), dict(need_weights=False)):
+        mine = OpenAttention(attention)(query, key, key, **masks)
+        for ours, theirs in zip(mine, attention(query, key, key, **masks), strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert mine[1] is None or 'need_weights' not in masks
+
+
+def test_an_attention_in_two_places_stays_one():
+    shared = nn.MultiheadAttention(8, 2)
+    net = nn.ModuleDict(dict(first=nn.ModuleList([shared]), second=shared))
+    open_attentions(net, closed_attentions(net))
+    assert isinstance(net['second'], OpenAttention) and net['first'][0] is net['second']
+    net = nn.ModuleDict(dict(first=nn.ModuleList([shared]), second=shared))
+    with opened_attentions(net):
+        assert net['first'][0] is net['second'] is not shared
+    assert net['first'][0] is net['second'] is shared
+
+
 def test_gradients_are_those_of_torch():
     attention = nn.MultiheadAttention(16, 4).eval()
     mine = OpenAttention(attention)

@@ -181,11 +181,11 @@ def test_activation_products_are_named(toy, image, product):
     assert {op['reason'] for op in structure.uncovered} == {'activation x activation product'}
 
 
-def test_attention_that_stays_closed_is_counted_once(toy, image):
+def with_attention(toy, **options):
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
-            self.mha = nn.MultiheadAttention(8, 2, batch_first=True, add_zero_attn=True)
+            self.mha = nn.MultiheadAttention(8, 2, batch_first=True, **options)
 
         def forward(self, x):
             y = x.flatten(2).transpose(1, 2)
@@ -193,23 +193,16 @@ def test_attention_that_stays_closed_is_counted_once(toy, image):
 
     inner = type(toy).features
     _with(toy, lambda x: toy.attention(inner(toy, x)), attention=Attention())
-    structure, _ = _prepare(toy, image)
+    return toy
+
+
+def test_attention_that_stays_closed_is_counted_once(toy, image):
+    structure, _ = _prepare(with_attention(toy, add_zero_attn=True), image)
     assert [op['operation'] for op in structure.uncovered] == ['multi_head_attention_forward']
 
 
 def test_attention_is_counted_once(toy, image):
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x):
-            y = x.flatten(2).transpose(1, 2)
-            return self.mha(y, y, y)[0].transpose(1, 2).reshape(x.shape)
-
-    inner = type(toy).features
-    _with(toy, lambda x: toy.attention(inner(toy, x)), attention=Attention())
-    structure, _ = _prepare(toy, image)
+    structure, _ = _prepare(with_attention(toy), image)
     # four projections of 64 positions are layers; two products over all their pairs are not
     layers = {layer.name: layer.macs for layer in structure.layers if layer.name.startswith('attention.')}
     assert layers == {f'attention.mha.{part}_proj': 64 * 8 * 8 for part in ('q', 'k', 'v', 'out')}
