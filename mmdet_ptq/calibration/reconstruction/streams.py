@@ -253,6 +253,8 @@ class Streams:
         """Runs every batch up to the last of some units; returns the inputs of their calls, batch by batch."""
         found = {unit.name: [[] for _ in range(unit.calls)] for unit in targets}
         needed, now = self._needed(targets), _Pass(0, 0)
+        # as in a decoder that hands what its head found to its next layer
+        reads_itself = needed is None or any(name in found for name, _ in needed)
 
         def before(unit: Unit) -> Callable:
             def hook(module, args, kwargs):
@@ -268,7 +270,11 @@ class Streams:
                 call = now.counts[unit.name]
                 now.counts[unit.name] += 1
                 if unit.name in found:
-                    output = self._target_output(unit, call, now.index, stream, lambda: forward(*args, **kwargs))
+                    output = (
+                        forward(*args, **kwargs)
+                        if reads_itself and stream != FLOAT
+                        else self._target_output(unit, call, now.index, stream, lambda: forward(*args, **kwargs))
+                    )
                     now.left -= 1
                     if not now.left:
                         raise _Reached
@@ -332,7 +338,7 @@ class Streams:
             output = compute()
             kept.append(self.store.put(output))
             return output
-        # a later call of the same unit hardly ever reads it; the float output is as good as the quantized one then
+        # nobody reads it: no later call of the unit does, and with the last one the pass ends
         return self.store.get(kept[index]).to(self.device, copy=True)
 
     def _keep_inputs(self, args: tuple, kwargs: dict) -> CallInputs:
