@@ -46,8 +46,8 @@ class _LogFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mu, s, k, offset, rounding, mode, count, located, table_max):
-        grid = log_grid.Grid(mode, count, k, offset, table_max)
+    def forward(ctx, x, mu, s, k, offset, rounding, grid, located):
+        mode, count = grid.mode, grid.count
         unit, size = unit_and_size(s)
         d = (x - mu) / unit
         minus = log_grid.sign_bit(d)
@@ -86,18 +86,19 @@ class _LogFakeQuantize(torch.autograd.Function):
         yh = c.to(x.dtype) + 0.5
         level = log_grid.inverse(mode, yh, k, offset)
         slope = log_grid.slope(mode, level, k, offset)
-        ln2 = math.log(2)
-
         if mode == 'log1p':
             dw = inside * (level + offset) / (magnitude + offset)
-            dk = slope * (inside * y - yh) / k
-            doff = (level - dw * magnitude) / offset
         else:
-            dw = inside * slope * k / (ln2 * magnitude)
+            dw = inside * slope * k / (math.log(2) * magnitude)
+
+        def sides() -> tuple[Tensor, Tensor]:
+            if mode == 'log1p':
+                return slope * (inside * y - yh) / k, (level - dw * magnitude) / offset
             dk = slope * inside * (y - offset) / k
-            if mode == 'exact':
-                dk = dk - slope * (yh - offset) / k
-            doff = slope * (inside - 1)
+            return dk - slope * (yh - offset) / k if mode == 'exact' else dk, slope * (inside - 1)
+
+        # the table is fixed in most trainings
+        dk, doff = sides() if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else (None, None)
         # a channel of one value has no scale to learn, and its output does not follow the weight
         dw = dw * (s != 0)
 
@@ -107,7 +108,10 @@ class _LogFakeQuantize(torch.autograd.Function):
         grad_s = (signed * level - grad_x * d).sum(1, keepdim=True) * factor
         in_units = signed * size
 
-        def per_side(total: Tensor) -> Tensor:
+        def per_side(slopes: Tensor | None) -> Tensor | None:
+            if slopes is None:
+                return None
+            total = in_units * slopes
             below = (total * minus).sum()
             return torch.stack([total.sum() - below, below])
 
@@ -116,11 +120,9 @@ class _LogFakeQuantize(torch.autograd.Function):
             grad_x,
             (grad - grad_x).sum(1, keepdim=True),
             grad_s,
-            per_side(in_units * dk),
-            per_side(in_units * doff),
+            per_side(dk),
+            per_side(doff),
             grad_rounding,
-            None,
-            None,
             None,
             None,
         )
@@ -175,6 +177,7 @@ class LogAffineQuantizer(Quantizer):
         self.mode, self.requested_location, self.learn = mode, location, bool(learn)
         self.table_max = int(table_max)
         self.count = 2 ** (bits - 1)
+        self._last_grid: log_grid.Grid | None = None
         self.s = nn.Parameter(torch.ones(self.param_shape), requires_grad=self.learn)
         self._set_location(location)
         k, offset = log_grid.initial_side('log1p' if mode == 'auto' else mode, bits)
@@ -230,7 +233,11 @@ class LogAffineQuantizer(Quantizer):
         return self.log_k.exp(), offset.exp() if self._offset_name == 'log_eps' else offset
 
     def _grid(self) -> log_grid.Grid:
-        return log_grid.Grid(self.mode, self.count, *self.side_params(), self.table_max)
+        sides = self.side_params()
+        # compared by value: whoever writes into `.data` leaves no other trace
+        if self._last_grid is None or not self._last_grid.is_of(*sides):
+            self._last_grid = log_grid.Grid(self.mode, self.count, *sides, self.table_max)
+        return self._last_grid
 
     @torch.no_grad()
     def table(self) -> Tensor:
@@ -280,15 +287,7 @@ class LogAffineQuantizer(Quantizer):
         k, offset = self.side_params()
         rounding = None if rounding is None else self._rows(rounding)
         y = _LogFakeQuantize.apply(
-            self._rows(x),
-            *self._columns(),
-            k,
-            offset,
-            rounding,
-            self.mode,
-            self.count,
-            self.location != 'zero',
-            self.table_max,
+            self._rows(x), *self._columns(), k, offset, rounding, self._grid(), self.location != 'zero'
         )
         return y.reshape(x.shape).to(x.dtype)
 

@@ -114,7 +114,7 @@ class Grid:
 
     def __init__(self, mode: str, count: int, k: Tensor, offset: Tensor, table_max: int = TABLE_MAX) -> None:
         self.mode, self.count, self.table_max = mode, count, table_max
-        self.k, self.offset = k.detach(), offset.detach()
+        self.k, self.offset = k.detach().clone(), offset.detach().clone()
         level = levels(mode, self.k, self.offset, count)
         self.table, self.step = int8_table(level, table_max)
         if mode == 'shift':
@@ -128,6 +128,10 @@ class Grid:
         minus = torch.nextafter(-minus.flip(0), minus.new_tensor(torch.inf))
         self.bounds = torch.cat([minus, minus.new_zeros(1), plus])
         self._entries = self.table.float()
+
+    def is_of(self, k: Tensor, offset: Tensor) -> bool:
+        """Whether the grid is that of a slope and an offset, on their device."""
+        return self.k.device == k.device and torch.equal(self.k, k) and torch.equal(self.offset, offset)
 
     def side_params(self, minus: Tensor) -> tuple[Tensor, Tensor]:
         """Slope and offset of every element's side (``minus``: 1 below the location, else 0)."""

@@ -237,3 +237,18 @@ def test_auto_must_be_resolved():
     for call in (q, q.encode, q.fit_weight):
         with pytest.raises(PTQError, match='resolve_auto'):
             call(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize('mode', ['log1p', 'exact', 'shift'])
+def test_a_table_that_was_written_into_by_any_way_is_a_new_table(mode):
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    quantizer = LogAffineQuantizer(bits=4, num_channels=4, mode=mode)
+    quantizer.fit_weight(weight)
+    for name, parameter in quantizer.learnable().items():
+        before = quantizer(weight).detach()
+        parameter.data.mul_(1.3)
+        changed = quantizer(weight).detach()
+        fresh = LogAffineQuantizer(**{k: v for k, v in quantizer.spec().items() if k != 'type'})
+        fresh.load_state_dict(quantizer.state_dict())
+        assert torch.equal(changed, fresh(weight)), name
+        assert (name == 'k' and mode == 'shift') or not torch.equal(changed, before), name
