@@ -4,7 +4,8 @@ python benchmarks/ablation.py CONFIG [CONFIG ...] --bits w4a8 w4a4 --out docs/re
 
 The baselines run 20,000 iterations a unit as published; --iters makes them affordable, --steps does so for the global
 loss, and the recipe's name tells both. A second run with the same --work-dir takes over what is finished; recipes that
-differ in the global loss alone share the stages before it.
+differ in the global loss alone share the stages before it. The last lines, and OUT_pairs.csv, compare each recipe with
+--against on the same images and seeds, with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from paired import difference_of
 from runs import ROOT, run, write_csv
 
-LOCAL = 'ptq.global_loss=None'
+UNTRAINED = 'ptq.global_loss=None'
+CLOSED_FORM = 'ptq.reconstruct.type=mmdet_ptq.BlockReconstruction'
+LOCAL = (CLOSED_FORM, UNTRAINED)
 UNIFORM = ('ptq.weights.quantizer.type=mmdet_ptq.AffineQuantizer',)
 LOG = (*UNIFORM, 'ptq.head.weights.quantizer.type=mmdet_ptq.LogAffineQuantizer')
 # without the filter every prior counts
@@ -25,7 +30,8 @@ UNFILTERED = ('ptq.global_loss.score_thr=0.0', 'ptq.global_loss.iou_thr=0.0', 'p
 # what low-bit presets add to the inputs of layers
 UNMOVED = ('ptq.activations.scale_migration=0.0',)
 PUBLISHED_ITERS = 20000
-ROUNDED = ('ptq.reconstruct=None', LOCAL, *UNIFORM)
+ROUNDED = (UNTRAINED, *UNIFORM)
+PAIRS = ('detector', 'bits', 'recipe', 'against', 'seeds', 'images', 'points', 'low', 'high')
 
 
 def published(method: str) -> tuple[str, ...]:
@@ -34,7 +40,7 @@ def published(method: str) -> tuple[str, ...]:
         f'ptq.reconstruct.method={method}',
         'ptq.reconstruct.iters={iters}',
         'ptq.reconstruct.rounding_lr={rounding_lr}',
-        LOCAL,
+        UNTRAINED,
         *UNIFORM,
         *UNMOVED,
     )
@@ -65,19 +71,20 @@ RECIPES = {
     'adaround': published('adaround'),
     'brecq': published('brecq'),
     'qdrop': published('qdrop'),
-    'ours, uniform, local, scales not migrated': (LOCAL, *UNIFORM, *UNMOVED),
-    'ours, uniform, local': (LOCAL, *UNIFORM),
-    'ours, log-affine head, local': (LOCAL, *LOG),
-    'ours, best format a layer, local, outputs alike': (LOCAL, 'ptq.reconstruct.fisher=0'),
-    'ours, best format a layer, local, scales as observed': (LOCAL, 'ptq.reconstruct.search_scales=False'),
-    'ours, best format a layer, local': (LOCAL,),
+    'ours, uniform, local, scales not migrated': (*LOCAL, *UNIFORM, *UNMOVED),
+    'ours, uniform, local': (*LOCAL, *UNIFORM),
+    'ours, log-affine head, local': (*LOCAL, *LOG),
+    'ours, best format a layer, local, outputs alike': (*LOCAL, 'ptq.reconstruct.fisher=0'),
+    'ours, best format a layer, local, scales as observed': (*LOCAL, 'ptq.reconstruct.search_scales=False'),
+    'ours, best format a layer, local': LOCAL,
     'ours, uniform, + global': (*UNFILTERED, *UNIFORM),
     'ours, uniform, + filter': UNIFORM,
     'ours, log-affine head, + global': (*UNFILTERED, *LOG),
     'ours, log-affine head, + filter': LOG,
     'ours, best format a layer, + global': UNFILTERED,
     'ours': (),
-    'ours, rounding learned, local': (LOCAL, *LEARNED),
+    'ours, closed form first': (CLOSED_FORM,),
+    'ours, rounding learned, local': (UNTRAINED, *LEARNED),
     'ours, rounding learned': LEARNED,
 }
 
@@ -118,7 +125,7 @@ def shortened(recipe: Sequence[str], iters: int, steps: int | None) -> tuple[lis
     options = [option.format(iters=iters, rounding_lr=rounding_rate(iters)) for option in recipe]
     if options != list(recipe):
         return options, f' ({iters} iterations)'
-    if steps is None or LOCAL in options:
+    if steps is None or UNTRAINED in options:
         return options, ''
     return [*options, f'ptq.global_loss.iters={steps}'], f' ({steps} steps)'
 
@@ -133,11 +140,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('--steps', type=int, help='iterations of the global loss, if not those of the preset')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the images and of the training')
+    parser.add_argument('--against', choices=list(RECIPES), default='ours', help='recipe that others are compared with')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'ablation')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='changes to every config')
     args = parser.parse_args(argv)
-    lines, finished = [], {}
+    lines, finished, folders = [], {}, defaultdict(list)
     for config in args.configs:
         for bits in args.bits:
             for seed in args.seeds:
@@ -147,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                     folder = args.work_dir.resolve() / config.stem / bits / name
                     if seed:
                         folder = folder.with_name(f'{folder.name}_seed{seed}')
+                    folders[config.stem, bits, recipe].append(folder)
                     begin_with(folder, finished, (config, bits, seed, before_global(options)))
                     lines.append(
                         run(
@@ -160,6 +169,27 @@ def main(argv: list[str] | None = None) -> None:
                         )
                     )
                     write_csv(args.out, lines)
+    if len(args.recipes) > 1 and args.against in args.recipes:
+        compare_pairs(folders, args.against, len(args.seeds), args.out.with_name(f'{args.out.stem}_pairs.csv'))
+
+
+def compare_pairs(folders: dict[tuple, list[Path]], against: str, seeds: int, out: Path) -> None:
+    """Prints and writes how each recipe differs from another on the same images and seeds.
+
+    Args:
+        folders: Detector, preset and recipe to the work directories, one for each seed.
+        against: The recipe that all others are compared with.
+        seeds: How many seeds there are.
+        out: CSV file.
+    """
+    lines = []
+    for (detector, bits, recipe), after in folders.items():
+        if recipe != against:
+            points, low, high, images = difference_of(folders[detector, bits, against], after)
+            values = (detector, bits, recipe, against, seeds, images, *(f'{x:.2f}' for x in (points, low, high)))
+            lines.append(dict(zip(PAIRS, values, strict=True)))
+            print(f'{detector} {bits}: {recipe!r} against {against!r}: {points:+.2f} points, {low:+.2f} to {high:+.2f}')
+    write_csv(out, lines, PAIRS)
 
 
 if __name__ == '__main__':

@@ -45,6 +45,7 @@ FOLDERS = {
     'deploy.openvino': {'.', 'deploy.network', 'deploy.onnx'},
     'deploy.tensorrt': {'.', 'deploy.onnx'},
     'deploy.ncnn': {'.', 'deploy.integers', 'deploy.network'},
+    'analysis.detected': set(),
     'engine.global_stage': {'.'},
     'engine.stages': {'.', 'engine.global_stage'},
 }

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from mmdet_ptq.analysis.detections import SCORE_THR, DetectionPair, match
+from mmdet_ptq.analysis.detected.detections import SCORE_THR, DetectionPair, match
 from mmdet_ptq.analysis.drift import LayerError, ScoreDrift
 from mmdet_ptq.analysis.weight_grids import WeightGrid
 

@@ -18,7 +18,7 @@ from torch import nn
 from mmdet_ptq.analysis import pictures
 from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.cost import PartSummary, part_summary
-from mmdet_ptq.analysis.detections import SCORE_THR, DetectionPair, detect_both
+from mmdet_ptq.analysis.detected.detections import SCORE_THR, DetectionPair, detect_both
 from mmdet_ptq.analysis.drift import LayerError, layer_errors, score_drift
 from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
 from mmdet_ptq.analysis.table import format_bytes, format_count, model_lines, result_lines

@@ -15,8 +15,8 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
-from mmdet_ptq.analysis.comparison import MAX_DETECTIONS, Truth
-from mmdet_ptq.analysis.detections import Detections
+from mmdet_ptq.analysis.detected.average_precision import MAX_DETECTIONS, Truth
+from mmdet_ptq.analysis.detected.detections import Detections
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors
 

@@ -16,7 +16,7 @@ def test_recipes_share_what_precedes_the_global_loss(tmp_path):
     ablation = module('ablation')
     local, trained, other = (
         ablation.before_global(ablation.RECIPES[name])
-        for name in ('ours, best format a layer, local', 'ours', 'ours, uniform, local')
+        for name in ('ours', 'ours, best format a layer, + global', 'ours, uniform, local')
     )
     assert local == trained != other
     first, second, third = (tmp_path / name for name in ('first', 'second', 'third'))
@@ -48,7 +48,9 @@ def test_a_seed_is_of_the_images_and_of_the_training(tmp_path, monkeypatch):
         versions={},
     )
     monkeypatch.setattr(runs, 'run_ptq', lambda *args: (given.append(args), (['', '', '--preset', 'w4a4'], results))[1])
-    module('ablation').main(
+    ablation, compared = module('ablation'), []
+    monkeypatch.setattr(ablation, 'compare_pairs', lambda *args: compared.append(args))
+    ablation.main(
         [
             str(tmp_path / 'tiny.py'),
             '--bits',
@@ -67,7 +69,13 @@ def test_a_seed_is_of_the_images_and_of_the_training(tmp_path, monkeypatch):
     )
     assert [list(args[4]) for args in given] == [[], [], ['--seed', '2'], ['--seed', '2']]
     assert len({args[2] for args in given}) == 4
-    assert '--preset w4a4 --seed 2 --cfg-options ptq.reconstruct=None' in read(tmp_path / 'out.csv')[3]['command']
+    assert '--preset w4a4 --seed 2 --cfg-options ptq.global_loss=None' in read(tmp_path / 'out.csv')[3]['command']
+    ((folders, against, seeds, out),) = compared
+    assert (against, seeds, out) == ('ours', 2, tmp_path / 'out_pairs.csv')
+    assert folders == {
+        ('tiny', 'w4a4', recipe): [given[index][2] for index in places]
+        for recipe, places in (('ours', (0, 2)), ('rounding', (1, 3)))
+    }
 
 
 def test_shortened_recipes_say_so():

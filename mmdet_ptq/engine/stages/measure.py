@@ -22,8 +22,8 @@ from mmdet_ptq.analysis import (
     print_results,
     verdict_lines,
 )
-from mmdet_ptq.analysis.comparison import compare
-from mmdet_ptq.analysis.detections import DetectionPair, shown_image
+from mmdet_ptq.analysis.detected.comparison import compare
+from mmdet_ptq.analysis.detected.detections import DetectionPair, shown_image
 from mmdet_ptq.analysis.verdict import shipped_row
 from mmdet_ptq.deploy import get_runtime, integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mmdet_ptq.analysis.detections import Detections, detect_both, match
+from mmdet_ptq.analysis.detected.detections import Detections, detect_both, match
 
 
 def detections(*rows):

@@ -1,0 +1,1 @@
+"""What two detectors find on the same images."""
