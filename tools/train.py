@@ -1,8 +1,12 @@
-"""Trains a float detector with mmengine's own loop, and writes a slim checkpoint: weights and plain values only."""
+"""Trains a float detector with mmengine's own loop, and writes a slim checkpoint: weights and plain values only.
+
+With --quantized it trains a quantized detector instead, and writes a quantized.pth.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import mmengine
@@ -10,6 +14,9 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from torch import Tensor, nn
+
+from mmdet_ptq.engine.label_training import train_quantized
+from mmdet_ptq.errors import PTQError
 
 
 def to_fast_layout(model: nn.Module) -> None:
@@ -43,6 +50,11 @@ def main() -> None:
     parser.add_argument('config')
     parser.add_argument('--export', type=Path, help='where to write the slim checkpoint (no optimizer, no history)')
     parser.add_argument('--half', action='store_true', help='store the weights as float16')
+    parser.add_argument(
+        '--quantized',
+        type=Path,
+        help='a quantized.pth: it is trained with its labels, and the work directory gets a new one',
+    )
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the work directory')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     args = parser.parse_args()
@@ -51,6 +63,13 @@ def main() -> None:
     config.merge_from_dict(args.cfg_options)
     config.resume = args.resume
     config.work_dir = config.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    if args.quantized:
+        try:
+            train_quantized(config, args.quantized)
+        except PTQError as error:
+            print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+        return
     runner = Runner.from_cfg(config)
     to_fast_layout(runner.model)
     runner.train()

@@ -178,6 +178,8 @@ class GlobalLossConfig:
             None takes ``lr``. A table moves in steps of 1/127, and reconstructed weights have been fitted to it.
         weight_lr: Learning rate of the weights (straight-through gradients), relative to their quantization step; 0
             leaves them. Defaults to 0.
+        weight_scale_lr: Learning rate of the scales and offsets of weights, relative to the size of the scale; 0 leaves
+            them, None takes ``lr``. The gradient of a scale is what its weights' rounding errors happen to sum up to.
         augment: Versions of each calibration image that are trained on: the image, its mirror image, then random
             enlarged parts of both; 1 leaves the images as they are. With ``target='ground_truth'`` it is always 1.
             Defaults to 2.
@@ -209,6 +211,7 @@ class GlobalLossConfig:
     bias_lr: float = 1e-3
     grid_lr: float | None = None
     weight_lr: float = 0
+    weight_scale_lr: float | None = None
     augment: int = 2
     holdout: float = 0.125
     val_interval: int = 50
@@ -239,14 +242,16 @@ class GlobalLossConfig:
             raise PTQError(f'`{key}.p` must be at least 1, got {self.p!r}.')
         if self.max_boxes is not None and self.max_boxes < 1:
             raise PTQError(f'`{key}.max_boxes` must be None or a whole number of at least 1, got {self.max_boxes!r}.')
-        for name in ('bias_lr', 'grid_lr', 'weight_lr'):
+        for name in ('bias_lr', 'grid_lr', 'weight_lr', 'weight_scale_lr'):
             if (getattr(self, name) or 0) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}; 0 leaves them.')
 
     def rates(self) -> dict[str, float]:
         """Kind of parameter to learning rate."""
         grid = self.lr if self.grid_lr is None else self.grid_lr
-        return dict(scale=self.lr, s=self.lr, mu=self.lr, k=grid, eps=grid, weight=self.weight_lr, bias=self.bias_lr)
+        scales = self.lr if self.weight_scale_lr is None else self.weight_scale_lr
+        weights = dict(weight_scale=scales, s=scales, mu=scales, k=grid, eps=grid, weight=self.weight_lr)
+        return dict(scale=self.lr, **weights, bias=self.bias_lr)
 
 
 @dataclass

@@ -34,6 +34,9 @@ _OWN_KEYS = {
 # keys of the `ptq` block that are gone, as they stood in the hashes of work directories of before
 _GONE = {'equalize': None, 'bias_correction': False}
 
+# keys that came later, with what they stood for before: left out of the hashes, where they say nothing else
+_ADDED = {'global_loss': dict(weight_scale_lr=None)}
+
 
 def fingerprint(*parts: Any) -> str:
     """A short hash of anything JSON can hold; equal inputs give equal hashes."""
@@ -49,6 +52,9 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
         *others: What every stage depends on besides: model, checkpoint, images, seed.
     """
     recipe = {**_GONE, **recipe}
+    for section, added in _ADDED.items():
+        if recipe[section] is not None:
+            recipe[section] = {k: v for k, v in recipe[section].items() if k not in added or v != added[k]}
     # what the preset and the runtimes stand for is in the other keys
     skipped = ('preset', 'export', 'export_size', *_OWN_KEYS.values())
     first = {key: value for key, value in recipe.items() if key not in skipped}

@@ -14,7 +14,7 @@ from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
 
 # Scales and offsets differ by orders of magnitude between layers; log k and log eps are relative already.
-RELATIVE_KINDS = ('scale', 's', 'mu', 'weight', 'bias')
+RELATIVE_KINDS = ('scale', 'weight_scale', 's', 'mu', 'weight', 'bias')
 
 
 def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, float]]:
@@ -24,8 +24,8 @@ def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Par
         detector: A quantized detector.
 
     Yields:
-        Name, kind (``'scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'``, ``'weight'``, ``'bias'``), parameter, typical
-        size; a weight's is its quantization step.
+        Name, kind, parameter, typical size; a weight's is its quantization step. Kinds are ``'scale'`` of activations,
+        ``'weight_scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'`` of weights, ``'weight'`` and ``'bias'``.
     """
     for name, quantizer in getattr(detector, STATE).activations.items():
         for kind, parameter in quantizer.learnable().items():
@@ -34,7 +34,8 @@ def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Par
         parameters = weight.quantizer.learnable()
         for kind, parameter in parameters.items():
             # an offset moves in steps of the scale it stands beside
-            yield f'{name}.weight.{kind}', kind, parameter, _size(parameters['s' if kind == 'mu' else kind])
+            size = _size(parameters['s' if kind == 'mu' else kind])
+            yield f'{name}.weight.{kind}', 'weight_scale' if kind == 'scale' else kind, parameter, size
         yield f'{name}.weight', 'weight', float_weight(detector.get_submodule(name)), weight.step_size()
         bias = getattr(detector.get_submodule(name), 'bias', None)
         if isinstance(bias, nn.Parameter):
@@ -73,7 +74,8 @@ class QuantizationParamsConstructor:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         module = model.module if hasattr(model, 'module') else model
         groups = []
-        for name, kind, parameter, size in learnable_parameters(module.detector):
+        # the global stage's model has the detector in it, mmdet's own training trains the detector itself
+        for name, kind, parameter, size in learnable_parameters(getattr(module, 'detector', module)):
             if not parameter.requires_grad:
                 continue
             scale = size if kind in RELATIVE_KINDS else 1.0
