@@ -17,7 +17,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from asked import Otherwise, check_sections, check_structure
 from hostile import OLD
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mutations import damaged, mutated
@@ -28,7 +30,8 @@ from mmdet_ptq.deploy import open_model, read_quantized, save_quantized
 from mmdet_ptq.deploy.network.seal import BLANK, CHECKSUM, seal
 from mmdet_ptq.engine import PTQRunner
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
-from mmdet_ptq.testing import tiny_config, tiny_detector
+from mmdet_ptq.testing import predict, tiny_batch, tiny_config, tiny_detector
+from mmdet_ptq.wrapping import Structure, integer_mac_share, prepare_detector
 
 SENTENCE, RIGHT, TRACEBACK, SILENT, EXECUTED = 'one sentence', 'accepted and right', 'traceback', 'silent', 'executed'
 
@@ -107,6 +110,81 @@ BLOCK = dict(
 
 
 PTQConfig.from_dict(BLOCK)  # itself is good
+MIN_MAX = dict(type='mmdet_ptq.MinMaxObserver')  # takes no time
+FORMATS = dict(
+    preset='w4a8',
+    weights=dict(bits=4, quantizer=dict(type='mmdet_ptq.AffineQuantizer', symmetric=True), observer=MIN_MAX),
+    activations=dict(bits=8, observer=dict(type='mmdet_ptq.PercentileObserver', percentile=99.9)),
+    head=dict(
+        weights=dict(bits=8, quantizer=dict(type='mmdet_ptq.LogAffineQuantizer', mode='log1p')),
+        last=dict(activations=dict(bits=8, quantizer=dict(symmetric=False))),
+    ),
+    first=dict(weights=dict(bits=8), activations=dict(bits=8, observer=MIN_MAX)),
+    last=dict(weights=dict(bits=8, quantizer=dict(type='mmdet_ptq.AffineQuantizer'))),
+    overrides={
+        'neck.*': dict(weights=dict(bits=8, float=False), activations=dict(bits=16)),
+        'backbone.layer1': 'float',
+        'backbone.layer2.0': dict(activations=dict(quantizer=dict(symmetric=True))),
+        'bbox_head.retina_reg': dict(weights=dict(float=True)),
+    },
+)
+# values that are good somewhere
+GOOD = (
+    'float',
+    'float_outputs',
+    'log_affine',
+    'paper_w4a4',
+    'w8a8_observe',
+    5,
+    16,
+    False,
+    dict(bits=3),
+    dict(weights=dict(bits=6)),
+    dict(activations=dict(bits=6), weights=dict(float=True)),
+    dict(type='mmdet_ptq.AffineQuantizer', symmetric=True),
+    dict(type='mmdet_ptq.LogAffineQuantizer', mode='auto'),
+    dict(type='mmdet_ptq.PercentileObserver'),
+)
+STAGES = dict(
+    FORMATS,
+    calibration=dict(num_images=4, batch_size=2, seed=0),
+    reconstruct=dict(type='mmdet_ptq.BlockReconstruction', iters=1, holdout=0.25, batch_size=2),
+    global_loss=dict(iters=2, batch_size=2, lr=1e-3, holdout=0.25, augment=1),
+)
+
+
+def formats(there: Situation, draw: random.Random) -> tuple:
+    """A block that is carried out as far as formats are chosen."""
+    value, told = mutated(FORMATS, draw, (*there.traps, *GOOD))
+
+    def act() -> None:
+        detector = tiny_detector('retinanet')
+        structure = prepare_detector(
+            detector, PTQConfig.from_dict(value), lambda: predict(detector, tiny_batch(1))
+        )
+        check_structure(structure, value)
+
+    return act, told
+
+
+def calibrated(there: Situation, draw: random.Random) -> tuple:
+    """A block that is carried out up to the file, in which the formats must stand."""
+    value, told = mutated(STAGES, draw, (*there.traps, *GOOD))
+
+    def act() -> None:
+        cfg = copy.deepcopy(there.cfg)
+        cfg.ptq = value
+        runner = there.run(cfg)
+        runner.calibrate()
+        state = read_quantized(runner.folder / 'quantized.pth')
+        check_structure(Structure.from_dict(state['structure']), value)
+        images = min(value.get('calibration', {}).get('num_images', 256), 8)
+        done = {key for key in ('reconstruct', 'global_loss') if value.get(key, {}) is not None}
+        stages = {dict(reconstruct='reconstruct', global_loss='global')[key] for key in done}
+        if len(runner.calibration) != images or not stages <= runner.stages.seconds.keys():
+            raise Wrong(f'{len(runner.calibration)} images, stages {list(runner.stages.seconds)}')
+
+    return act, told
 
 
 def block(there: Situation, draw: random.Random) -> tuple:
@@ -116,6 +194,7 @@ def block(there: Situation, draw: random.Random) -> tuple:
         read = PTQConfig.from_dict(value)
         if PTQConfig.from_dict(read.to_dict()).to_dict() != read.to_dict():
             raise Wrong('not the block that was read')
+        check_sections(read.to_dict(), value)
 
     return act, told
 
@@ -193,16 +272,59 @@ def annotations(there: Situation, draw: random.Random) -> tuple:
 PARTS = ('test_dataloader', 'test_evaluator', 'train_dataloader', 'model', 'visualizer', 'env_cfg', 'default_hooks')
 
 
+def plain(value: object) -> dict:
+    """The settings of an object."""
+    simple = (str, int, float, bool, list, tuple, dict, type(None))
+    filled = ('results', 'cat_ids', 'img_ids')  # when images are seen
+    return {
+        key: str(item)
+        for key, item in vars(value).items()
+        if isinstance(item, simple) and key not in filled and not key.startswith('_')
+    }
+
+
+def as_mmdet(runner: PTQRunner, cfg: Config) -> None:
+    """Compares what a run has built with what mmdet builds from the same config."""
+    cfg = copy.deepcopy(cfg)
+    detector = MODELS.build(cfg.model).eval()
+    load_float_checkpoint(detector, cfg.load_from)
+    found, expected = (predict(each, tiny_batch(2)) for each in (runner.detector, detector))
+    if str(detector) != str(runner.detector) or any(
+        not torch.equal(a.pred_instances.bboxes, b.pred_instances.bboxes)
+        or not torch.equal(a.pred_instances.scores, b.pred_instances.scores)
+        for a, b in zip(found, expected, strict=True)
+    ):
+        raise Wrong('another detector')
+    loader, dataset = cfg.test_dataloader, DATASETS.build(cfg.test_dataloader.dataset)
+    ours = runner.evaluation_dataset()
+    infos, others = ([data.get_data_info(i) for i in range(len(data))] for data in (dataset, ours))
+    if str(infos) != str(others) or loader.get('batch_size', 1) != runner._test_loop.dataloader.batch_size:
+        raise Wrong('other evaluation images')
+    metric = METRICS.build(cfg.test_evaluator)
+    if plain(metric) != plain(runner._test_loop.evaluator.metrics[0]):
+        raise Wrong('another metric')
+    train = DATASETS.build({**cfg.train_dataloader.dataset, 'test_mode': True, 'filter_cfg': None})
+    known = {train.get_data_info(i)['img_path'] for i in range(len(train))}
+    if not {runner.calibration.datasets[d].get_data_info(i)['img_path'] for d, i in runner.calibration.index} <= known:
+        raise Wrong('other calibration images')
+
+
 def config(there: Situation, draw: random.Random) -> tuple:
     part = draw.choice(PARTS)
     value, told = mutated({part: there.cfg.to_dict()[part]}, draw)
+    further = draw.random() < 0.1  # takes longer
 
     def act() -> None:
         cfg = there.cfg.to_dict()
         cfg.pop(part)
-        runner = there.run(Config({**cfg, **value}))
-        if not len(runner.calibration) or not len(runner.evaluation_dataset()):
-            raise Wrong('no images')
+        cfg = Config({**cfg, **value})
+        runner = there.run(copy.deepcopy(cfg))
+        as_mmdet(runner, cfg)
+        if further:
+            runner.prepare()
+            check_structure(runner.structure, cfg.ptq)
+            if integer_mac_share(runner.structure) != 1:
+                raise Wrong('a part of it is float')
 
     return act, told
 
@@ -289,6 +411,8 @@ def command_line(there: Situation, draw: random.Random) -> tuple:
 # kind of input: what makes a case, and how many there are
 KINDS = {
     'ptq block': (block, 150),
+    'ptq block, formats': (formats, 120),
+    'ptq block, stages': (calibrated, 12),
     'quantized.pth': (quantized, 60),
     'float checkpoint': (float_checkpoint, 60),
     'annotations': (annotations, 60),
@@ -313,7 +437,7 @@ def outcome(there: Situation, kind: str, number: int) -> tuple[str, str]:
         end = SENTENCE
         if '\n' in str(error) or not str(error):
             end, told = TRACEBACK, f'{told}: {error}'
-    except Wrong as error:
+    except (Wrong, Otherwise) as error:
         end, told = SILENT, f'{told}: {error}'
     except Exception:
         end, told = TRACEBACK, f'{told}: {traceback.format_exc()[-1500:]}'
@@ -332,17 +456,26 @@ def check(there: Situation, kind: str, numbers: range) -> Counter:
     return counts
 
 
-@pytest.mark.parametrize(('kind', 'count'), [('ptq block', 60), ('float checkpoint', 10), ('exported model', 5)])
+@pytest.mark.parametrize(('kind', 'count'), [('ptq block', 60), ('ptq block, formats', 25), ('float checkpoint', 10), ('exported model', 5)])
 def test_a_part_of_the_malformed_inputs(there, kind, count):
     counts = check(there, kind, range(count))
     assert counts[SENTENCE]
 
 
+# as many as take minutes on a busy machine
+AT_ONCE = 50
+CHUNKS = [
+    (kind, range(first, min(first + AT_ONCE, count)))
+    for kind, (_, count) in KINDS.items()
+    for first in range(0, count, AT_ONCE)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS)
-def test_every_malformed_input_ends_in_one_sentence_or_is_right(there, kind):
-    counts = check(there, kind, range(KINDS[kind][1]))
-    assert counts[SENTENCE] > KINDS[kind][1] / 5
+@pytest.mark.parametrize(('kind', 'numbers'), CHUNKS, ids=str)
+def test_every_malformed_input_ends_in_one_sentence_or_is_right(there, kind, numbers):
+    counts = check(there, kind, numbers)
+    assert counts[SENTENCE] > len(numbers) / 5
 
 
 def test_there_are_at_least_three_hundred():

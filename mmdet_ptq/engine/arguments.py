@@ -37,7 +37,7 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
     if dropped:
         print_log(f'custom_hooks belong to training and are not used: {", ".join(map(str, dropped))}', 'current')
     for key in ('test_dataloader', 'test_evaluator'):
-        if cfg.get(key) is None:
+        if not cfg.get(key):  # an empty list of metrics gives no figures
             raise PTQError(f'the config has no `{key}`, which the report is made with.')
     return dict(
         model=cfg['model'],

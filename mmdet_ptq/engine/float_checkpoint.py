@@ -15,6 +15,9 @@ from mmdet_ptq.deploy import is_quantized_checkpoint
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import check_tensor, load_tensors
 
+# what trackers and semi-supervised detectors call the one that detects
+PARTS = ('detector.', 'teacher.')
+
 
 def load_float_checkpoint(detector: nn.Module, path: str) -> None:
     """Loads trained weights into a detector; every weight must be there and fit.
@@ -52,6 +55,7 @@ def load_float_checkpoint(detector: nn.Module, path: str) -> None:
         for key, value in (metadata.items() if isinstance(metadata, dict) else ())
         if isinstance(key, str) and isinstance(value, dict)
     }
+    tensors = _own_part(tensors, detector)
     _check_kinds(tensors, detector, path)
     _check_finite(tensors, path)
     _load(detector, tensors, path)
@@ -68,6 +72,18 @@ def _read(path: str) -> object:
             f'the checkpoint {path!r} cannot be fetched ({type(error).__name__}: {error}); download it '
             'and give the local file.'
         ) from error
+
+
+def _own_part(state: OrderedDict, detector: nn.Module) -> OrderedDict:
+    """The tensors of the detector, where they are those of something larger that holds it."""
+    own = [key for key in detector.state_dict() if not _is_counter(key) and not key.startswith('data_preprocessor.')]
+    for part in PARTS:
+        if all(f'{part}{key}' in state for key in own) and not any(key in state for key in own):
+            print_log(f'the checkpoint is of more than a detector: what is called {part}* in it is taken', 'current')
+            inner = OrderedDict((k.removeprefix(part), v) for k, v in state.items() if k.startswith(part))
+            inner._metadata = {k.removeprefix(part): v for k, v in state._metadata.items() if k.startswith(part)}
+            return inner
+    return state
 
 
 def _check_kinds(state: dict[str, Tensor], detector: nn.Module, path: str) -> None:

@@ -42,6 +42,7 @@ from mmdet_ptq.engine.told import ToldStages
 from mmdet_ptq.engine.work_dir import take_work_dir
 from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
+from mmdet_ptq.predictions import check_no_tracker
 from mmdet_ptq.progress import adopted
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
@@ -105,6 +106,7 @@ class Run(Runner):
             get_runtime(name)
         check_space(work_dir, 0)
         check_seed('randomness.seed', randomness['seed'])
+        check_no_tracker(model)
         with building(dict(model=model, **{key: value for key, value in kwargs.items() if key != 'cfg'})):
             super().__init__(model=model, work_dir=work_dir, randomness=randomness, **kwargs)
         # checkpoints are loaded here, with checks, not by mmengine's lenient loader

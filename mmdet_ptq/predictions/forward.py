@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ from mmdet.models.detectors import SemiBaseDetector, SingleStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from mmdet.models.mot import BaseMOTModel
+from mmdet.registry import MODELS
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
@@ -37,18 +38,33 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
         return detector(batch_inputs, with_annotations(batch_data_samples), mode='tensor')
 
 
+def check_no_tracker(model: nn.Module | Mapping) -> None:
+    """Refuses what follows objects through videos: its detector is what there is to quantize.
+
+    Args:
+        model: A detector, or its config; trackers may need packages to be built.
+
+    Raises:
+        PTQError: It is one of mmdet's trackers.
+    """
+    kind = model.get('type') if isinstance(model, Mapping) else type(model)
+    if isinstance(kind, str):
+        kind = MODELS.module_dict.get(kind.rpartition('.')[2])
+    if isinstance(kind, type) and issubclass(kind, BaseMOTModel):
+        raise PTQError(
+            f'{kind.__name__} follows objects through videos; quantize its detector by a config of its own, whose '
+            "`model` is the tracker's `model.detector` with a `data_preprocessor` of the type DetDataPreprocessor, "
+            "whose data sets hold images, and whose `load_from` may be the tracker's checkpoint, then put it in: "
+            "tracker.detector = load_quantized('quantized.pth')."
+        )
+
+
 def check_raw_outputs(detector: nn.Module) -> None:
     """Refuses detectors that have no raw outputs to learn from.
 
     Raises:
-        PTQError: The detector's class does without ``mode='tensor'``, as mmdet's trackers do, or needs annotations for
-            it, as YOLACT and CondInst do.
+        PTQError: The detector's class needs annotations for ``mode='tensor'``, as YOLACT and CondInst do.
     """
-    if runs_as(detector, BaseMOTModel):
-        raise PTQError(
-            f"{type(detector).__name__} has no forward in `mode='tensor'`, whose outputs `ptq.protect`, `reconstruct` "
-            "and `global_loss` compare; quantize it with preset='w8a8_observe', or quantize its detector by itself."
-        )
     if runs_as(detector, SingleStageInstanceSegmentor) and detector.with_bbox:
         raise PTQError(
             f'{type(detector).__name__} computes its raw outputs from annotated objects, so that `ptq.protect`, '

@@ -32,6 +32,10 @@ def _build(registry: Registry, cfg: Mapping[str, Any], what: str) -> Any:
         for key in kwargs:
             if key not in accepted:
                 raise PTQError(f"{cls.__name__} has no option '{key}'.{did_you_mean(key, accepted)}")
+    for key, value in kwargs.items():
+        # anything has a truth value: 'False' would be taken for True
+        if key in accepted and accepted[key].annotation in (bool, 'bool') and not isinstance(value, bool):
+            raise PTQError(f'`{key}` must be True or False, got {value!r:.100}.')
     try:
         return cls(**kwargs)
     except (TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.names import output_name
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.frames import Frame, Frames
@@ -122,6 +123,19 @@ class Dataflow:
         finally:
             self.active = False
             self.frames.stack.clear()
+
+    def check_running(self, layer: str) -> None:
+        """Refuses a layer that runs outside of a pass, where the operations between the layers are not seen.
+
+        Raises:
+            PTQError: Somebody called a part of the detector by itself.
+        """
+        if self.enabled and not self.active and self.state.mode == 'quantize' and (self.sites or self.module_calls):
+            raise PTQError(
+                f'a part of the quantized detector, with the layer {layer}, was called by itself, and what is quantized '
+                'between the layers (`ptq.dataflow`) is known for whole passes alone; call the detector or its '
+                '`predict`, or quantize it with `ptq.dataflow=None`.'
+            )
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -243,13 +257,18 @@ class _Leave:
 
 
 class _Running:
-    """The detector's forward. Hooks would not do: an interrupt from the keyboard passes them, the mode would stay."""
+    """A method of the detector that is a whole pass.
+
+    Hooks would not do: an interrupt from the keyboard passes them, the mode would stay.
+    """
 
     def __init__(self, flow: Dataflow, forward: Callable) -> None:
         self.flow, self.forward = flow, forward
         self.__doc__ = forward.__doc__
 
     def __call__(self, *args, **kwargs):
+        if not self.flow.active:
+            self.flow.state.reset()  # nobody called the detector itself, whose hooks do that
         with self.flow.running(whole=True):
             return self.forward(*args, **kwargs)
 
@@ -305,7 +324,10 @@ def attach_dataflow(
         hook = QuantizedOutput(state, name, names)
         state.hooks.append(hook)
         modules[name].register_forward_hook(hook)
-    detector.forward = _Running(flow, detector.forward)
+    # trackers call `predict`
+    for method in ('forward', 'predict'):
+        if hasattr(detector, method):
+            setattr(detector, method, _Running(flow, getattr(detector, method)))
 
 
 def _around(module: nn.Module, flow: Dataflow, name: str | None) -> None:

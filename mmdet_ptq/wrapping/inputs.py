@@ -30,6 +30,8 @@ class QuantizedInput:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         name = self.names[self.calls % len(self.names)]
         self.calls += 1
+        if self.state.flow is not None:
+            self.state.flow.check_running(self.layer)
         if name is None:
             return args, kwargs
         return with_input(args, kwargs, lambda x: apply_to(self.state, name, x, self.layer))

@@ -5,7 +5,6 @@ import pytest
 import torch
 from architectures import semi_supervised
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
-from mmdet.models.mot import BaseMOTModel
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
@@ -270,15 +269,6 @@ def test_a_semi_supervised_detector_answers_as_the_part_that_predicts(kind, part
     assert torch.equal(found.cls_logits, expected.cls_logits) and torch.equal(again.boxes, expected.boxes)
     assert needs_reference(wrapper) == (kind == 'faster_rcnn')
     assert wrapper.semi_test_cfg == dict(predict_on=part, forward_on=other)
-
-
-def test_a_tracker_is_told_what_it_lacks():
-    class Tracker(BaseMOTModel):
-        loss = predict = None
-
-    with pytest.raises(PTQError, match="Tracker has no forward in `mode='tensor'`.*preset='w8a8_observe'"):
-        check_raw_outputs(Tracker())
-    check_raw_outputs(tiny_detector('yolox'))
 
 
 def test_raw_outputs_that_need_annotated_objects_are_refused():
