@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,24 @@ def _let_manager_release_its_lock() -> None:
         setattr(manager.ManagerMixin, name, _release_on_error(vars(manager.ManagerMixin)[name]))
 
 
+# ---- lvis under NumPy's present names ----
+
+
+def _lvis_calls_np_float() -> bool:
+    if find_spec('lvis') is None:
+        return False
+    from lvis import eval as lvis_eval
+
+    return not hasattr(lvis_eval.np, 'float') and 'float' in lvis_eval.LVISEval.accumulate.__code__.co_names
+
+
+def _give_lvis_np_float() -> None:
+    from lvis import eval as lvis_eval
+
+    # for this module alone: numpy itself stays as it is
+    lvis_eval.np = SimpleNamespace(**{**vars(np), 'float': float})
+
+
 WORKAROUNDS: tuple[Workaround, ...] = (
     Workaround(
         name='SSDHead.loss_cls',
@@ -192,6 +211,13 @@ WORKAROUNDS: tuple[Workaround, ...] = (
         'same process waits for ever as soon as it logs',
         applies=_manager_keeps_its_lock,
         apply=_let_manager_release_its_lock,
+    ),
+    Workaround(
+        name='np.float in lvis',
+        versions='lvis 0.5.3 with numpy >= 1.24',
+        why='evaluation on LVIS ends in an AttributeError once all images have been detected on',
+        applies=_lvis_calls_np_float,
+        apply=_give_lvis_np_float,
     ),
 )
 

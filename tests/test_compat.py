@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 
 import mmengine
@@ -239,3 +240,28 @@ def test_missing_pkg_resources_is_told(monkeypatch):
 def test_present_pkg_resources_passes(monkeypatch):
     monkeypatch.setattr(compat, 'find_spec', lambda name: object())
     compat.check_pkg_resources()
+
+
+# ---- lvis ----
+
+
+def test_lvis_accumulates_with_the_present_numpy(monkeypatch, tmp_path):
+    # as in lvis 0.5.3, eval.py
+    (tmp_path / 'lvis').mkdir()
+    (tmp_path / 'lvis' / '__init__.py').touch()
+    (tmp_path / 'lvis' / 'eval.py').write_text(
+        'import numpy as np\n\n\nclass LVISEval:\n    def accumulate(self, tps):\n'
+        '        return np.cumsum(tps).astype(dtype=np.float)\n'
+    )
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'lvis']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    from lvis.eval import LVISEval
+
+    with pytest.raises(AttributeError, match='float'):
+        LVISEval().accumulate([True, True])
+    assert 'np.float in lvis' in compat.apply_workarounds()
+    assert LVISEval().accumulate([True, True]).tolist() == [1.0, 2.0]
+    assert not hasattr(np, 'float') and compat.apply_workarounds() == []
+    for name in ('lvis', 'lvis.eval'):
+        monkeypatch.delitem(sys.modules, name)

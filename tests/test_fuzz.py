@@ -358,6 +358,7 @@ OPTIONS = """
 --seed 5
 --fast
 --resume
+--dry-run
 --device gpu
 --device cpu
 --device cuda:9
@@ -395,7 +396,7 @@ def command_line(there: Situation, draw: random.Random) -> tuple:
             patch.chdir(there.folder)
             for key in ('CUDA_VISIBLE_DEVICES', 'LOCAL_RANK'):
                 patch.setenv(key, os.environ.get(key, '0'))
-            patch.setattr(PTQRunner, 'run', PTQRunner.load)  # what follows takes long
+            patch.setattr(PTQRunner, 'run', lambda self, dry=False: self.load())  # what follows takes long
             patch.setattr('mmdet_ptq.engine.analyze.analyze', lambda cfg, images: PTQRunner.from_cfg(cfg).load())
             DetLocalVisualizer._instance_dict.pop('visualizer', None)
             try:

@@ -14,6 +14,7 @@ from mmdet_ptq.errors import PTQError
 _BOXES = dict(annotations=('id', 'image_id', 'category_id', 'bbox', 'area'), categories=('id', 'name'))
 TO_LOAD_IMAGES = dict(images=('id', 'file_name'))
 TO_LOAD = dict(images=('id', 'file_name', 'width', 'height'), **_BOXES)
+TO_LOAD_LVIS = {**TO_LOAD, 'images': ('id', 'coco_url', 'width', 'height')}
 TO_EVALUATE = dict(images=('id',), **{**_BOXES, 'annotations': (*_BOXES['annotations'], 'iscrowd')})
 
 

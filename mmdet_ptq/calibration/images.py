@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from torch.utils.data import Dataset, Subset
 
-from mmdet_ptq.calibration.annotations import TO_LOAD, check_annotation_file, complete
+from mmdet_ptq.calibration.annotations import TO_LOAD, TO_LOAD_LVIS, check_annotation_file, complete
 from mmdet_ptq.config import CalibrationConfig
 from mmdet_ptq.errors import PTQError, building
 from mmdet_ptq.files import file_hash
@@ -156,10 +156,10 @@ def source_datasets(cfg: dict, calibration: CalibrationConfig, annotated: bool =
         source = {**copy.deepcopy(dict(source)), 'pipeline': pipeline, 'test_mode': True}
         source.pop('filter_cfg', None)  # XMLDataset, of VOC and WIDER FACE, refuses one in test mode
         check_classes(source, key)
-        if (cls := coco_class(source)) is not None:
-            path = annotation_path(source)
-            if annotated and Path(path).is_file():
-                check_annotation_file(path, f'{key}.ann_file', TO_LOAD)
+        path, cls, fields = annotation_path(source), coco_class(source), annotation_fields(source)
+        if fields is not None and (annotated or cls is None) and Path(path).is_file():
+            check_annotation_file(path, f'{key}.ann_file', fields)
+        if cls is not None:
             source['type'] = cls if annotated else _images_of(cls, f'`{key}`: the annotation file {path!r}')
         with building(cfg):
             datasets.append(build_dataset(DATASETS, source, key))
@@ -192,12 +192,26 @@ def check_pipeline(cfg: dict, key: str) -> None:
 def coco_class(cfg: dict) -> type | None:
     """The class of a dataset config, if it reads annotation files as mmdet's ``CocoDataset`` does."""
     from mmdet.datasets import CocoDataset
+
+    return _reading_as(CocoDataset, cfg)
+
+
+def annotation_fields(cfg: dict) -> Mapping | None:
+    """What the class of a dataset config reads of its annotation file, see :mod:`.annotations`; None if not known."""
+    from mmdet.datasets import CocoDataset, LVISV1Dataset, LVISV05Dataset
+
+    kinds = ((CocoDataset, TO_LOAD), (LVISV05Dataset, TO_LOAD), (LVISV1Dataset, TO_LOAD_LVIS))
+    return next((fields for kind, fields in kinds if _reading_as(kind, cfg) is not None), None)
+
+
+def _reading_as(kind: type, cfg: dict) -> type | None:
+    """The class of a dataset config, if it reads files as a class of mmdet does."""
     from mmdet.registry import DATASETS
 
     cls = DATASETS.get(cfg['type']) if isinstance(cfg.get('type'), str) else cfg.get('type')
-    if not isinstance(cls, type) or not issubclass(cls, CocoDataset):
+    if not isinstance(cls, type) or not issubclass(cls, kind):
         return None
-    return cls if cls.load_data_list is CocoDataset.load_data_list else None
+    return cls if cls.load_data_list is kind.load_data_list else None
 
 
 def annotation_path(cfg: dict) -> str:

@@ -24,8 +24,8 @@ from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmdet_ptq.calibration.annotations import TO_EVALUATE, TO_LOAD, check_annotation_file
-from mmdet_ptq.calibration.images import annotation_path, check_classes, check_pipeline, coco_class, loader_sources
+from mmdet_ptq.calibration.annotations import TO_EVALUATE, check_annotation_file
+from mmdet_ptq.calibration.images import annotation_fields, annotation_path, check_classes, check_pipeline, loader_sources
 from mmdet_ptq.deploy import integer_arithmetic
 from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError, building, one_line
@@ -56,7 +56,7 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         PTQError: The config has no evaluation, or one of its files is missing.
     """
     for key in ('test_dataloader', 'test_evaluator'):
-        if cfg.get(key) is None:
+        if not cfg.get(key):
             raise PTQError(f'the config has no `{key}`, which detectors are evaluated with.')
     check_space(cfg['work_dir'], 0)
     with building(cfg):
@@ -115,8 +115,9 @@ def build_evaluation(cfg: Config, build: Callable[[], TestLoop]) -> TestLoop:
             )
     with building(cfg, 'test_dataloader', 'test_evaluator'), evaluation_files():
         for source in sources:
-            if coco_class(source) is not None and Path(annotation_path(source)).is_file():
-                check_annotation_file(annotation_path(source), 'test_dataloader.dataset.ann_file', TO_LOAD)
+            fields = annotation_fields(source)
+            if fields is not None and Path(annotation_path(source)).is_file():
+                check_annotation_file(annotation_path(source), 'test_dataloader.dataset.ann_file', fields)
         for metric in _metrics(cfg['test_evaluator']):
             if str(metric.get('type')).endswith('CocoMetric') and Path(str(metric.get('ann_file'))).is_file():
                 check_annotation_file(metric['ann_file'], 'test_evaluator.ann_file', TO_EVALUATE)
