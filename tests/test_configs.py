@@ -22,7 +22,9 @@ from mmdet_ptq.wrapping import coverage_rows, integer_mac_share, prepare_detecto
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
 PRESET_FILES = sorted((CONFIGS / '_ptq_').glob('*.py'))
-EVERY = sorted(p for p in CONFIGS.rglob('*.py') if p not in PRESET_FILES)
+# what configs import
+MODULES = [CONFIGS / 'nanodet' / 'nanodet_modules.py']
+EVERY = sorted(p for p in CONFIGS.rglob('*.py') if p not in (*PRESET_FILES, *MODULES))
 RECIPES = sorted(CONFIGS.glob('*/*_coco.py'))
 METAFILES = sorted(CONFIGS.glob('*/metafile.yml'))
 STOCK = Path(mmdet.__file__).parent / '.mim'
@@ -52,6 +54,12 @@ def recipe_entries() -> dict[str, dict]:
     return {entry['Config']: entry for entry in entries}
 
 
+def float_config(entry: dict) -> str:
+    """The config that a recipe adds a preset to: mmdet's, or one of ours for detectors that mmdet does not ship."""
+    data = entry['Metadata']
+    return str(STOCK / data['Stock Config'] if 'Stock Config' in data else ROOT / data['Float Config'])
+
+
 def unscoped(value: object) -> object:
     """A config without the scope marks that mmengine leaves when a base comes from another package."""
     if isinstance(value, dict):
@@ -66,9 +74,9 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_recipes_are_there():
-    families = {'detr', 'dino', 'faster_rcnn', 'fcos', 'gfl', 'mask_rcnn', 'retinanet', 'rtmdet', 'ssdlite', 'yolox'}
-    assert {path.parent.name for path in RECIPES} == families
-    assert len(RECIPES) == 14
+    families = 'detr dino faster_rcnn fcos gfl mask_rcnn nanodet retinanet rtmdet ssdlite yolox'.split()
+    assert sorted({path.parent.name for path in RECIPES}) == families
+    assert len(RECIPES) == 16
 
 
 @pytest.mark.parametrize('path', PRESET_FILES, ids=names(PRESET_FILES))
@@ -95,7 +103,7 @@ def test_config_loads_and_its_block_validates(path):
 @pytest.mark.parametrize('path', RECIPES, ids=names(RECIPES))
 def test_recipe_is_the_stock_config_with_a_preset(path):
     config, entry = load(path), recipe_entries()[str(path.relative_to(ROOT))]
-    stock = Config.fromfile(str(STOCK / entry['Metadata']['Stock Config']))
+    stock = Config.fromfile(float_config(entry))
     assert path.stem.split('_')[-2] == config.ptq.preset
     ours, theirs = unscoped(config.to_dict()), unscoped(stock.to_dict())
     changed = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
@@ -108,7 +116,7 @@ def test_metafile_tells_what_mmdet_published(path):
     entry = recipe_entries()[str(path.relative_to(ROOT))]
     assert entry['Name'] == path.stem
     assert (ROOT / entry['README']).is_file()
-    data, source = entry['Metadata'], published().get(entry['Metadata']['Stock Config'])
+    data, source = entry['Metadata'], published().get(entry['Metadata'].get('Stock Config'))
     if source is None:  # mmdet publishes no checkpoint: neither do we name one
         assert 'Float Checkpoint' not in data and load(path).get('load_from') is None
         return
@@ -158,9 +166,9 @@ def test_recipe_wraps_completely(path):
         structure = prepare_detector(detector, block, lambda: detector(image, [sample.clone()], mode='predict'))
     open_rows = [row.name for row in coverage_rows(structure) if row.macs and not row.integer]
     # what decodes distributions into boxes; torch's attention, which is one operation
-    named = dict(gfl='bbox_head.integral', detr='attn', dino='attn').get(path.parent.name)
+    named = dict(gfl='bbox_head.integral', nanodet='bbox_head.integral', detr='attn', dino='attn').get(path.parent.name)
     assert bool(open_rows) == bool(named) and all(named in name for name in open_rows)
-    assert integer_mac_share(structure) > dict(gfl=0.9999, detr=0.8, dino=0.8).get(path.parent.name, 1 - 1e-9)
+    assert integer_mac_share(structure) > dict(gfl=0.9999, nanodet=0.999, detr=0.8, dino=0.8).get(path.parent.name, 1 - 1e-9)
     heads = {'rpn_head', 'roi_head'} if hasattr(detector, 'roi_head') else {'bbox_head'}
     parts = {layer.part for layer in structure.layers}
     assert {'backbone', 'neck'} | heads <= parts

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
+import shutil
+import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -119,3 +122,19 @@ def test_operators_that_do_not_work_are_built_plainly_next_time(tmp_path, setup_
         mmcv.check_operators()
     mmcv.install()
     assert venv.built == [True, False]
+
+
+@pytest.mark.parametrize('python', ['python3.10', 'python3.13', 'python3.14', sys.executable])
+def test_what_exec_sets_is_found_by_locals(python, tmp_path, setup_mmcv):
+    """As the `setup.py` of mmcv reads its version."""
+    if shutil.which(python) is None or subprocess.run([python, '-c', ''], capture_output=True).returncode:
+        pytest.skip(f'there is no {python}')
+    (tmp_path / 'sitecustomize.py').write_text(setup_mmcv.LOCALS_OF_EXEC)
+    (tmp_path / 'setup.py').write_text(
+        "def version():\n    exec(compile('__version__ = \"2.1.0\"', 'version.py', 'exec'))\n"
+        "    return locals()['__version__']\n\n\n"
+        "space = {}\nexec('a = 1', space)\nexec('b = 2')\nprint(version(), space['a'], b)\n"
+    )
+    env = dict(os.environ, PYTHONPATH=str(tmp_path))
+    done = subprocess.run([python, tmp_path / 'setup.py'], capture_output=True, text=True, env=env)
+    assert done.stdout == '2.1.0 1 2\n', done.stderr

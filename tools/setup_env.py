@@ -30,7 +30,7 @@ from setup_parts import ROOT, SetupError, clock, digest, extra, probe, say, stop
 TORCH = '2.13.0'
 STACKS = ('openmmlab', 'onedl')
 BUILD_TOOLS = ['pip', 'setuptools<82', 'wheel', 'ninja', 'psutil', 'packaging']
-SUPPORTED = ((3, 10), (3, 11), (3, 12))
+SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
 STACK_IMPORTS = 'import torch, mmengine, mmcv.ops, mmdet'
 
 
@@ -51,7 +51,7 @@ def foreign_environment(venv: Path, dry_run: bool) -> str | None:
         info = probe(python)
         if info is None:
             if os.environ.get('PYTHON'):
-                raise SetupError(f'PYTHON={python} does not run; give the path of a Python 3.10 to 3.12.')
+                raise SetupError(f'PYTHON={python} does not run; give the path of a Python 3.10 to 3.13.')
             continue
         missing = [n for n in ('torch', 'mmengine', 'mmcv', 'mmcv._ext', 'mmdet') if not info['found'][n]]
         if Path(info['prefix']).resolve() == venv.resolve() or len(missing) == 5:
@@ -270,7 +270,7 @@ class Venv:
         base = next((n for n in names if tuple((probe(n) or {}).get('version', ())[:2]) in SUPPORTED), None)
         if base is None:
             raise SetupError(
-                f'None of {", ".join(names)} is a working Python 3.10 to 3.12; install one, or '
+                f'None of {", ".join(names)} is a working Python 3.10 to 3.13; install one, or '
                 'name it with PYTHON=/path/to/python.'
             )
         modules = [base, '-c', 'import ensurepip, venv']

@@ -27,6 +27,26 @@ DISPATCH_UNITS = 2
 MERGED = '.cpp.part'
 
 
+# mmcv's `setup.py` reads by `locals()` what `exec` has set, which from Python 3.13 on is kept apart (PEP 667); Python
+# imports a module of this name when it starts, that of `setup.py` included
+LOCALS_OF_EXEC = """\
+import builtins
+import sys
+
+plain = builtins.exec
+
+
+def exec(code, globals=None, locals=None, /, **options):
+    if globals is None:
+        frame = sys._getframe(1)
+        globals, locals = frame.f_globals, frame.f_locals
+    plain(code, globals, locals, **options)
+
+
+builtins.exec = exec
+"""
+
+
 def merge_sources(pytorch: Path) -> None:
     """Replaces C++ sources by a few units that include them; nothing in a source is changed.
 
@@ -95,12 +115,21 @@ class Mmcv:
                 f'build it again, file by file; the log of the build is {self.venv.state / "mmcv-build.log"}.'
             )
 
+    def environment(self) -> dict[str, str]:
+        """Returns what mmcv's `setup.py` needs in the environment to run at all."""
+        if self.venv.minor_version() < [3, 13] or self.venv.dry_run:
+            return {}
+        startup = self.source / 'startup'
+        startup.mkdir(parents=True, exist_ok=True)
+        (startup / 'sitecustomize.py').write_text(LOCALS_OF_EXEC)
+        return {'PYTHONPATH': os.pathsep.join(filter(None, [str(startup), os.environ.get('PYTHONPATH')]))}
+
     def build(self) -> None:
         """Compiles in a folder that is kept, so that ninja goes on where an interrupted build stopped."""
         if not any(self.source.glob('*.tar.gz')):
             download = 'pip download --no-deps --no-build-isolation --no-binary :all: -d'.split()
             command = [self.venv.python, '-m', *download, self.source, self.pin]
-            self.venv.run('Fetching the source of mmcv', command, 'mmcv-source')
+            self.venv.run('Fetching the source of mmcv', command, 'mmcv-source', env=self.environment())
         say('mmcv publishes no wheel for this torch: it is compiled now, once (1 to 3 minutes on 2 cores).')
         if not self.plain.exists():
             try:
@@ -141,7 +170,7 @@ class Mmcv:
         tree = self.source / name
         if not tree.exists() and not self.venv.dry_run:
             self.unpack(tree, merge)
-        env = {
+        env = self.environment() | {
             'MMCV_WITH_OPS': '1',
             'MAX_JOBS': os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0))),
             # operators are a small share of a detector's time; -O1 without symbols halves the build

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmdet_ptq.errors import PTQError
 
+_TEXTS = ('file_name', 'coco_url', 'name')
 # what is needed of each entry, by who needs it
 _BOXES = dict(annotations=('id', 'image_id', 'category_id', 'bbox', 'area'), categories=('id', 'name'))
 TO_LOAD_IMAGES = dict(images=('id', 'file_name'))
@@ -28,7 +29,7 @@ def check_annotation_file(path: str | Path, key: str, needed: Mapping[str, Itera
     """
     try:
         content = json.loads(Path(path).read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without an end
         raise PTQError(f'`{key}`: the annotation file {str(path)!r} is no valid JSON ({error}).') from error
     check_annotations(content, f'`{key}`: the annotation file {str(path)!r}', needed)
 
@@ -58,6 +59,8 @@ def check_annotations(content: Any, what: str, needed: Mapping[str, Iterable[str
                     lvis = field == 'file_name' and 'coco_url' in entry
                     fix = "it is in the format of LVIS, which type='LVISV1Dataset' reads" if lvis else 'add it'
                     raise PTQError(f'{named} has no `{field}`; {fix}.')
+                if field in _TEXTS and not isinstance(entry[field], str):
+                    raise PTQError(f'{named} has the `{field}` {entry[field]!r:.60}, which is no text.')
             if entry['id'] in seen:
                 raise PTQError(f'{named} is there twice; give each entry an id of its own.')
             seen.add(entry['id'])

@@ -90,7 +90,8 @@ class FolderDataset(Dataset):
     def __init__(self, folder: str, pipeline: Sequence[dict]) -> None:
         if not Path(folder).is_dir():
             raise PTQError(f'`ptq.calibration.images` names {folder!r}, which is no folder.')
-        self.paths = sorted(str(p) for p in Path(folder).rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = (p for p in Path(folder).rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        self.paths = sorted(map(str, files))
         self.pipeline = Compose(pipeline)
 
     def __len__(self) -> int:
@@ -248,7 +249,7 @@ def build_dataset(registry, cfg: dict, key: str) -> Dataset:
         raise PTQError(
             f'`{key}` needs the file {str(path)!r}, which does not exist; check `data_root` and `ann_file`.'
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PTQError(f'`{key}`: the annotation file {annotation_path(cfg)!r} is no valid JSON ({error}).') from error
     except ValueError as error:
         if 'need at least one array' not in str(error):  # mmengine joining the records of no image
