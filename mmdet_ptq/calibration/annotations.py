@@ -11,6 +11,7 @@ from typing import Any
 from mmdet_ptq.errors import PTQError
 
 _TEXTS = ('file_name', 'coco_url', 'name')
+_NUMBERS = ('width', 'height', 'area')
 # what is needed of each entry, by who needs it
 _BOXES = dict(annotations=('id', 'image_id', 'category_id', 'bbox', 'area'), categories=('id', 'name'))
 TO_LOAD_IMAGES = dict(images=('id', 'file_name'))
@@ -28,7 +29,7 @@ def check_annotation_file(path: str | Path, key: str, needed: Mapping[str, Itera
         needed: One of :data:`TO_LOAD`, :data:`TO_EVALUATE`, ...
     """
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without an end
         raise PTQError(f'`{key}`: the annotation file {str(path)!r} is no valid JSON ({error}).') from error
     check_annotations(content, f'`{key}`: the annotation file {str(path)!r}', needed)
@@ -61,11 +62,28 @@ def check_annotations(content: Any, what: str, needed: Mapping[str, Iterable[str
                     raise PTQError(f'{named} has no `{field}`; {fix}.')
                 if field in _TEXTS and not isinstance(entry[field], str):
                     raise PTQError(f'{named} has the `{field}` {entry[field]!r:.60}, which is no text.')
+                if field in _NUMBERS and not is_number(entry[field]):
+                    raise PTQError(f'{named} has the `{field}` {_shown(entry[field])}, which is no finite number.')
             if entry['id'] in seen:
                 raise PTQError(f'{named} is there twice; give each entry an id of its own.')
             seen.add(entry['id'])
             if 'bbox' in fields and not is_box(entry['bbox']):
-                raise PTQError(f'{named} has the `bbox` {entry["bbox"]}, which is not four finite numbers.')
+                raise PTQError(f'{named} has the `bbox` {_shown(entry["bbox"])}, which is not four finite numbers.')
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f'{value!r:.60}'
+    except ValueError:  # Python writes no number of thousands of digits
+        return 'of too many digits'
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what floats hold
+        return False
 
 
 def is_box(value: Any) -> bool:
@@ -73,7 +91,7 @@ def is_box(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 4
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
+        and all(map(is_number, value))
     )
 
 
@@ -89,15 +107,15 @@ def complete(content: Any, what: str) -> None:
     """
     check_annotations(content, what, TO_LOAD_IMAGES)
     for image in content['images']:
-        image.setdefault('width', 0)
-        image.setdefault('height', 0)
+        for side in ('width', 'height'):
+            image[side] = image[side] if is_number(image.get(side)) else 0
     boxes = [
         box
         for box in content.get('annotations') or []
         if {'image_id', 'category_id'} <= box.keys() and is_box(box.get('bbox'))
     ]
     for place, box in enumerate(boxes):
-        box.setdefault('area', box['bbox'][2] * box['bbox'][3])
+        box['area'] = box['area'] if is_number(box.get('area')) else box['bbox'][2] * box['bbox'][3]
         box.setdefault('id', f'box {place}')
     content['annotations'] = list({box['id']: box for box in boxes}.values())
     content['categories'] = [c for c in content.get('categories') or [] if {'id', 'name'} <= c.keys()]

@@ -48,6 +48,10 @@ def _with(part, **fields):
         (_with('annotations', bbox=[0, math.nan, 1, 1]), r'id 8 has the `bbox` \[0, nan, 1, 1\], which is not four'),
         (_with('annotations', bbox=[0, 1, 1]), 'which is not four finite numbers'),
         (_with('annotations', bbox=['0', 1, 1, 1]), 'which is not four finite numbers'),
+        (_with('annotations', bbox=[0, 1, 1, 10**400]), 'which is not four finite numbers'),
+        (_with('annotations', area='16'), "id 8 has the `area` '16', which is no finite number"),
+        (_with('images', width=math.inf), 'id 2 has the `width` inf, which is no finite number'),
+        (_with('images', file_name=5), 'id 2 has the `file_name` 5, which is no text'),
     ],
 )
 def test_what_an_evaluation_misses_is_named(tmp_path, change, told):
@@ -60,7 +64,7 @@ def test_what_an_evaluation_misses_is_named(tmp_path, change, told):
     check_annotations(GOOD, 'it', needed)
 
 
-@pytest.mark.parametrize('text', [b'{"images": [', b'', '{"images": "\u00e9"}'.encode('latin-1'), b'[1'])
+@pytest.mark.parametrize('text', [b'{"images": [', b'', '{"images": "\u00e9"}'.encode('latin-1'), b'[1', b'[' * 200000])
 def test_a_file_that_is_no_json_is_one_sentence(tmp_path, text):
     (tmp_path / 'a.json').write_bytes(text)
     with pytest.raises(PTQError, match="'.*a.json' is no valid JSON"):
@@ -77,6 +81,8 @@ DAMAGE = {
     'no category': _without('annotations', 'category_id'),
     'a box that is none': _with('annotations', bbox=[0, math.nan, 1, 1]),
     'one id twice': lambda content: content['annotations'][-1].update(id=content['annotations'][0]['id']),
+    'an area that is no number': _with('annotations', area='16'),
+    'a size that is no number': _with('images', width='64'),
     'no size': lambda content: [image.pop('width') for image in content['images']],
     'no categories': lambda content: content.pop('categories'),
     'no annotations': lambda content: content.pop('annotations'),

@@ -1,6 +1,7 @@
 import copy
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,3 +295,14 @@ def test_batches_of_the_users_own_loader():
     assert drawn[0]['inputs'].shape == (3, 64, 64)
     with pytest.raises(PTQError, match='loader is empty'):
         LoadedSamples([])
+
+
+def test_what_is_no_file_in_a_folder_of_images_is_no_image(own, tmp_path):
+    folder = tmp_path / 'images'
+    shutil.copytree(_root(own) / 'train', folder)
+    # to open a pipe waits for somebody who writes
+    os.mkfifo(folder / 'pipe.png')
+    (folder / 'folder.png').mkdir()
+    (folder / 'nowhere.png').symlink_to(folder / 'gone.png')
+    drawn = _draw(own, 20, images=str(folder))
+    assert len(drawn) == 8 and not drawn.skipped
