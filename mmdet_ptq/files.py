@@ -174,8 +174,9 @@ def check_space(folder: str | os.PathLike, needed: int, option: str = '--work-di
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise PTQError(f'cannot make the folder {folder}: {error.strerror}; choose another {option}.') from error
+    except (OSError, ValueError) as error:  # a name may hold what no name can
+        why = getattr(error, 'strerror', None) or str(error)
+        raise PTQError(f'cannot make the folder {str(folder)!r:.200}: {why}; choose another {option}.') from error
     if not os.access(folder, os.W_OK):
         raise PTQError(f'the folder {folder} cannot be written; choose another {option}.')
     if free < needed:

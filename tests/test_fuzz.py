@@ -303,7 +303,8 @@ def as_mmdet(runner: PTQRunner, cfg: Config) -> None:
     metric = METRICS.build(cfg.test_evaluator)
     if plain(metric) != plain(runner._test_loop.evaluator.metrics[0]):
         raise Wrong('another metric')
-    train = DATASETS.build({**cfg.train_dataloader.dataset, 'test_mode': True, 'filter_cfg': None})
+    # calibration images come through the test pipeline
+    train = DATASETS.build({**cfg.train_dataloader.dataset, 'test_mode': True, 'filter_cfg': None, 'pipeline': []})
     known = {train.get_data_info(i)['img_path'] for i in range(len(train))}
     if not {runner.calibration.datasets[d].get_data_info(i)['img_path'] for d, i in runner.calibration.index} <= known:
         raise Wrong('other calibration images')
