@@ -168,7 +168,9 @@ def test_recipe_wraps_completely(path):
     # what decodes distributions into boxes; torch's attention, which is one operation
     named = dict(gfl='bbox_head.integral', nanodet='bbox_head.integral', detr='attn', dino='attn').get(path.parent.name)
     assert bool(open_rows) == bool(named) and all(named in name for name in open_rows)
-    assert integer_mac_share(structure) > dict(gfl=0.9999, nanodet=0.999, detr=0.8, dino=0.8).get(path.parent.name, 1 - 1e-9)
+    assert integer_mac_share(structure) > dict(gfl=0.9999, nanodet=0.999, detr=0.8, dino=0.8).get(
+        path.parent.name, 1 - 1e-9
+    )
     heads = {'rpn_head', 'roi_head'} if hasattr(detector, 'roi_head') else {'bbox_head'}
     parts = {layer.part for layer in structure.layers}
     assert {'backbone', 'neck'} | heads <= parts

@@ -159,9 +159,7 @@ def formats(there: Situation, draw: random.Random) -> tuple:
 
     def act() -> None:
         detector = tiny_detector('retinanet')
-        structure = prepare_detector(
-            detector, PTQConfig.from_dict(value), lambda: predict(detector, tiny_batch(1))
-        )
+        structure = prepare_detector(detector, PTQConfig.from_dict(value), lambda: predict(detector, tiny_batch(1)))
         check_structure(structure, value)
 
     return act, told
@@ -458,7 +456,9 @@ def check(there: Situation, kind: str, numbers: range) -> Counter:
     return counts
 
 
-@pytest.mark.parametrize(('kind', 'count'), [('ptq block', 60), ('ptq block, formats', 25), ('float checkpoint', 10), ('exported model', 5)])
+@pytest.mark.parametrize(
+    ('kind', 'count'), [('ptq block', 60), ('ptq block, formats', 25), ('float checkpoint', 10), ('exported model', 5)]
+)
 def test_a_part_of_the_malformed_inputs(there, kind, count):
     counts = check(there, kind, range(count))
     assert counts[SENTENCE]

@@ -88,11 +88,7 @@ def is_number(value: Any) -> bool:
 
 def is_box(value: Any) -> bool:
     """Whether a value is a box: x, y, width, height."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 4
-        and all(map(is_number, value))
-    )
+    return isinstance(value, list | tuple) and len(value) == 4 and all(map(is_number, value))
 
 
 def complete(content: Any, what: str) -> None:

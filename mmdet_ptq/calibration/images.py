@@ -199,7 +199,7 @@ def coco_class(cfg: dict) -> type | None:
 
 def annotation_fields(cfg: dict) -> Mapping | None:
     """What the class of a dataset config reads of its annotation file, see :mod:`.annotations`; None if not known."""
-    from mmdet.datasets import CocoDataset, LVISV1Dataset, LVISV05Dataset
+    from mmdet.datasets import CocoDataset, LVISV05Dataset, LVISV1Dataset
 
     kinds = ((CocoDataset, TO_LOAD), (LVISV05Dataset, TO_LOAD), (LVISV1Dataset, TO_LOAD_LVIS))
     return next((fields for kind, fields in kinds if _reading_as(kind, cfg) is not None), None)

@@ -25,7 +25,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmdet_ptq.calibration.annotations import TO_EVALUATE, check_annotation_file
-from mmdet_ptq.calibration.images import annotation_fields, annotation_path, check_classes, check_pipeline, loader_sources
+from mmdet_ptq.calibration.images import (
+    annotation_fields,
+    annotation_path,
+    check_classes,
+    check_pipeline,
+    loader_sources,
+)
 from mmdet_ptq.deploy import integer_arithmetic
 from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError, building, one_line

@@ -132,9 +132,9 @@ class Dataflow:
         """
         if self.enabled and not self.active and self.state.mode == 'quantize' and (self.sites or self.module_calls):
             raise PTQError(
-                f'a part of the quantized detector, with the layer {layer}, was called by itself, and what is quantized '
-                'between the layers (`ptq.dataflow`) is known for whole passes alone; call the detector or its '
-                '`predict`, or quantize it with `ptq.dataflow=None`.'
+                f'a part of the quantized detector, with the layer {layer}, was called by itself, and what is '
+                'quantized between the layers (`ptq.dataflow`) is known for whole passes alone; call the detector or '
+                'its `predict`, or quantize it with `ptq.dataflow=None`.'
             )
 
     @contextmanager
