@@ -212,7 +212,7 @@ def test_units_that_run_by_themselves_do_what_they_do_in_the_whole(flowing, kind
 @pytest.mark.parametrize('kind', ['ssd', 'retinanet', 'rtmdet'])
 def test_gradients_reach_the_scales(flowing, kind):
     detector, structure = copy.deepcopy(flowing(kind))
-    rates = dict.fromkeys(('scale', 'mu', 's', 'k', 'eps', 'weight', 'bias'), 1.0)
+    rates = dict.fromkeys(('scale', 'weight_scale', 'mu', 's', 'k', 'eps', 'weight', 'bias'), 1.0)
     train_only_quantization(detector, rates)
     data = detector.data_preprocessor(tiny_batch(2), False)
     for _ in range(2):
