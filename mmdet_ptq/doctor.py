@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'problem'
-_SUPPORTED = ((3, 10), (3, 12))
+_SUPPORTED = ((3, 10), (3, 13))
 _INSTALL = {
     'torch': '`pip install torch`',
     'mmengine': '`pip install mmengine==0.10.7`',
@@ -156,7 +156,7 @@ def _python() -> list[Finding]:
             'python',
             found,
             PROBLEM if old else NOTE,
-            f'Python 3.10 to 3.12 is what mmdet-ptq is tested with{why}; install Python 3.12 and make an environment '
+            f'Python 3.10 to 3.13 is what mmdet-ptq is tested with{why}; install Python 3.12 and make an environment '
             'with it.',
         )
     ]

@@ -265,7 +265,7 @@ class Venv:
         names = (
             [os.environ['PYTHON']]
             if os.environ.get('PYTHON')
-            else [sys.executable, 'python3.11', 'python3.12', 'python3.10', 'python3']
+            else [sys.executable, 'python3.11', 'python3.12', 'python3.10', 'python3.13', 'python3']
         )
         base = next((n for n in names if tuple((probe(n) or {}).get('version', ())[:2]) in SUPPORTED), None)
         if base is None:
