@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.integers.biases import SharedBias, float_shared_biases
 from mmdet_ptq.deploy.integers.kernels import (
+    Average,
     Call,
     ConvolutionSum,
+    HardSigmoid,
     IntegerKernel,
     Product,
     Result,
@@ -39,7 +41,7 @@ from mmdet_ptq.wrapping.flow import Dataflow, carried
 from mmdet_ptq.wrapping.inputs import QuantizedInput
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.layers import out_channels
-from mmdet_ptq.wrapping.watching.operations import PRODUCTS, clip_bounds, clips_at_zero
+from mmdet_ptq.wrapping.watching.operations import PRODUCTS, clip_bounds, clips_at_zero, is_mean_of_images
 
 _CONVOLUTIONS = frozenset({'conv1d', 'conv2d', 'conv3d'})
 _ADDITIONS = frozenset({'add', 'add_', '__add__', '__iadd__'})
@@ -271,7 +273,10 @@ class _Watch:
 
     def gate(self, kind: str, x: Tensor) -> Tensor:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.gate`."""
-        return self._approximated(sigmoid, x) if kind == 'sigmoid' else self._gate(kind, x)
+        if kind == 'sigmoid':
+            return self._approximated(sigmoid, x)
+        out, result = self._gate(kind, x), self._single(HardSigmoid, x)
+        return out if result is None else _mark(out, result)
 
     @torch.no_grad()
     def _approximated(self, function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
@@ -291,15 +296,25 @@ class _Watch:
         result = _result_of(args[0])
         if result is not None and clips_at_zero(name, args, kwargs):
             return replace(result, ends=[*result.ends, clip_bounds(name, args, kwargs)[1]])
+        if name == 'hardsigmoid' or is_mean_of_images(name, args, kwargs):
+            return self._single(HardSigmoid if name == 'hardsigmoid' else Average, args[0])
         kind = Sum if name in _ADDITIONS else Product if name in PRODUCTS else None
         if kind is None or len(args) != 2 or kwargs or not all(isinstance(x, Tensor) for x in args):
             return None
         return self._pair(kind, *args)
 
     @torch.no_grad()
+    def _single(self, kind: type[HardSigmoid | Average], x: Tensor) -> Result | None:
+        name = carried(x)
+        quantizer = self.flow.state.activations[name] if self.flow.works(name) else None
+        known = quantizer is not None and is_kernel_format(quantizer) and quantizer.num_channels is None
+        return kind(quantizer.encode(x), quantizer) if known else None
+
+    @torch.no_grad()
     def _pair(self, kind: type[Sum | Product], a: Tensor, b: Tensor) -> Result | None:
         names = [carried(x) for x in (a, b)]
-        if None in names or a.shape != b.shape:
+        # a tensor and a vector are added with other roundings
+        if None in names or (a.shape != b.shape and kind is Sum):
             return None
         first, second = quantizers = [self.flow.state.activations[name] for name in names]
         if not all(is_kernel_format(q) and self.flow.works(n) for q, n in zip(quantizers, names, strict=True)):

@@ -34,6 +34,8 @@ _DENOMINATOR = (
     1.16817656904453e-01,
     9.93151921023180e-01,
 )
+# clip(a x + b, 0, 1)
+HARD_SIGMOID = (1 / 6, 0.5)
 # float32 holds every integer up to here, so sums that never leave the range are exact in any order
 _FLOAT32 = 2**24
 
@@ -141,6 +143,56 @@ class Product(_Pair):
         zero = _byte(output.zero_point, output).float()
         scale_a, scale_b, scale = (q.positive_scale().detach() for q in (*self.quantizers, output))
         return ((a * b).float() * (scale_a * scale_b / scale) + zero).round() - zero
+
+
+@dataclass
+class _Single(Result):
+    """Of one tensor.
+
+    Attributes:
+        x: Its codes.
+        quantizer: Its quantizer.
+    """
+
+    x: Tensor
+    quantizer: AffineQuantizer
+
+
+@dataclass
+class HardSigmoid(_Single):
+    """QLinearAdd of a constant: the factor is in the scale, the ends are those of the gate's codes."""
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        if not _is_gate(output):
+            return None
+        factor, added = (self.x.new_tensor(value, dtype=torch.float32) for value in HARD_SIGMOID)
+        scale = output.positive_scale().detach()
+        ratio, constant = self.quantizer.positive_scale().detach() * factor / scale, added / scale
+        fixed = -(_byte(self.quantizer.zero_point, self.quantizer).float() * ratio)
+        return _fma(_byte(self.x, self.quantizer), ratio, constant + fixed).round()
+
+
+def _is_gate(quantizer: AffineQuantizer) -> bool:
+    """Whether its codes are all bytes from 0 to 1."""
+    ends = quantizer.decode(torch.tensor(quantizer.code_range, device=quantizer.zero_point.device))
+    return (
+        quantizer.num_channels is None
+        and quantizer.bits == 8
+        and bool(((ends - ends.new_tensor([0, 1])).abs() < SLACK).all())
+    )
+
+
+@dataclass
+class Average(_Single):
+    """QLinearGlobalAveragePool: the exact sum of integers, times one factor."""
+
+    def levels(self, output: AffineQuantizer) -> Tensor | None:
+        if output.num_channels is not None:
+            return None
+        total = (self.x - self.quantizer.zero_point).double().sum((2, 3), keepdim=True).float()
+        size = float(self.x.shape[2] * self.x.shape[3])
+        scale = self.quantizer.positive_scale().detach() / (output.positive_scale().detach() * size)
+        return (total * scale).round()
 
 
 def by_table(function: Callable[[Tensor], Tensor], x: Tensor, quantizer: AffineQuantizer) -> Tensor:

@@ -117,6 +117,7 @@ class OnnxRuntime(Runtime):
         from mmdet_ptq.deploy.onnx import passes
         from mmdet_ptq.deploy.onnx.channel_scales import absorb_channel_scales
         from mmdet_ptq.deploy.onnx.packing import narrow_biases, pack_weights
+        from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images
 
         return Dialect(
             clip_codes=True,
@@ -129,6 +130,8 @@ class OnnxRuntime(Runtime):
                 partial(absorb_channel_scales, outputs=False),
                 passes.drop_redundant_clips,
                 passes.clip_codes,
+                average_images,
+                add_to_clip,
                 passes.keep_float,
                 partial(passes.integer_biases, stored=True),
                 passes.weight_zero_points,

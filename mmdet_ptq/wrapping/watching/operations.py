@@ -189,6 +189,19 @@ def clip_bounds(name: str, args: tuple, kwargs: dict) -> tuple[float, float]:
     return -inf if lo is None else lo, inf if hi is None else hi
 
 
+def is_mean_of_images(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation leaves one value of each channel of an image, in its place: the mean."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
+        return False
+    if name == 'adaptive_avg_pool2d':
+        size = args[1] if len(args) > 1 else kwargs.get('output_size')
+        return size in (1, (1, 1), [1, 1])
+    if name != 'mean':
+        return False
+    axes, keeps = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((1, 'dim'), (2, 'keepdim')))
+    return bool(keeps) and isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes) == [2, 3]
+
+
 def drops(args: tuple, kwargs: dict) -> bool:
     """Whether a dropout drops anything."""
     return args[2] if len(args) > 2 else kwargs.get('training', True)

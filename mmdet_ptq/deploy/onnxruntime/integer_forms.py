@@ -1,0 +1,108 @@
+"""Operations written in the form that ONNX Runtime computes in integers; it knows no other form of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mmdet_ptq.deploy.integers.kernels import HARD_SIGMOID
+from mmdet_ptq.deploy.onnx.graph import add_constant, axis_of, constant, only_consumer, produced_by
+
+
+def average_images(graph: ir.Graph) -> int:
+    """Writes means over height and width as GlobalAveragePool, which has an integer kernel; ReduceMean has none.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many means were changed.
+    """
+    changed = 0
+    for node in list(graph):
+        if node.op_type != 'ReduceMean' or not _over_images(node) or _pair_around(node) is None:
+            continue
+        pool = ir.node('GlobalAveragePool', node.inputs[:1], name=node.name)
+        _take_place(graph, node, pool)
+        changed += 1
+    return changed
+
+
+def _over_images(node: ir.Node) -> bool:
+    """Whether a mean leaves one value of each channel of an image, in its place."""
+    shape, axes = node.inputs[0].shape, constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    keeps = 'keepdims' not in node.attributes or node.attributes['keepdims'].as_int() == 1
+    return keeps and axes is not None and shape is not None and sorted(axes % len(shape)) == [2, 3] and len(shape) == 4
+
+
+def add_to_clip(graph: ir.Graph) -> int:
+    """Writes hard sigmoids between quantizers as a sum with a constant: clip(a x + b, 0, 1), where codes end.
+
+    The gate's codes end at 0 and 1 by themselves, and a factor goes into the scale. A sum has an integer kernel.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many hard sigmoids were changed.
+    """
+    changed = 0
+    for node in list(graph):
+        pair = _pair_around(node) if node.op_type == 'HardSigmoid' else None
+        if pair is None or not _ends_with_gate(pair[1]):
+            continue
+        source, _ = pair
+        factor, added = (
+            np.float32(node.attributes[name].as_float() if name in node.attributes else default)
+            for name, default in (('alpha', 0.2), ('beta', 0.5))
+        )
+        if (factor, added) != tuple(map(np.float32, HARD_SIGMOID)):
+            continue
+        scaled = _dequantize(graph, node, source.inputs[0], constant(source.inputs[1]) * factor, source.inputs[2], 'x')
+        code = add_constant(graph, f'{node.name}_code', np.uint8(1))
+        zero = add_constant(graph, f'{node.name}_code_zero_point', np.uint8(0))
+        shift = _dequantize(graph, node, code, np.float32(added), zero, 'shift')
+        _take_place(graph, node, ir.node('Add', [scaled, shift], name=node.name))
+        if not source.outputs[0].uses():
+            graph.remove(source, safe=True)
+        changed += 1
+    return changed
+
+
+def _ends_with_gate(quantize: ir.Node) -> bool:
+    """Whether the codes of a quantizer are those from 0 to 1, so that it clips what a hard sigmoid would."""
+    scale, zero = (constant(value) for value in quantize.inputs[1:3])
+    return zero == 0 and abs(float(scale) * np.iinfo(zero.dtype).max - 1) < 1e-6
+
+
+def _pair_around(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The DequantizeLinear and the QuantizeLinear around an operation; None unless both are bytes of one scale."""
+    source, target = produced_by(node.inputs[0], 'DequantizeLinear'), only_consumer(node.outputs[0])
+    if source is None or target is None or target.op_type != 'QuantizeLinear':
+        return None
+    for quantizer in (source, target):
+        zero = constant(quantizer.inputs[2]) if len(quantizer.inputs) > 2 else None
+        if axis_of(quantizer) is not None or zero is None or zero.dtype != np.uint8:
+            return None
+    return source, target
+
+
+def _dequantize(
+    graph: ir.Graph, node: ir.Node, codes: ir.Value, scale: np.ndarray, zero: ir.Value, label: str
+) -> ir.Value:
+    name = f'{node.name}_{label}'
+    factor = add_constant(graph, f'{name}_scale', np.asarray(scale, np.float32))
+    dequantize = ir.node('DequantizeLinear', [codes, factor, zero], name=name)
+    out = dequantize.outputs[0]
+    out.name, out.shape, out.type = name, codes.shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(node, dequantize)
+    return out
+
+
+def _take_place(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    out, before = new.outputs[0], old.outputs[0]
+    name, out.shape, out.type = before.name, before.shape, before.type
+    graph.insert_before(old, new)
+    before.replace_all_uses_with(out)
+    graph.remove(old, safe=True)
+    out.name = name

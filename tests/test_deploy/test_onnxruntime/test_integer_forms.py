@@ -1,0 +1,116 @@
+"""Operations in the form that ONNX Runtime has integer kernels for, and what those compute."""
+
+from __future__ import annotations
+
+import platform
+
+import numpy as np
+import pytest
+import torch
+
+onnxruntime = pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+ir = pytest.importorskip('onnx_ir', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+
+import onnx  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from mmdet_ptq.deploy.integers import kernels  # noqa: E402
+from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images  # noqa: E402
+from mmdet_ptq.quantizers import AffineQuantizer  # noqa: E402
+
+X86 = platform.machine().lower() in ('x86_64', 'amd64')
+SHAPE = (1, 4, 16, 16)
+
+
+def uniform(scale, zero=0):
+    quantizer = AffineQuantizer(8)
+    quantizer.scale.data.fill_(float(scale))
+    quantizer.zero_point.fill_(int(zero))
+    return quantizer
+
+
+GATE = uniform(1 / 255)
+
+
+def model_of(operation, source, target, out_shape=SHAPE, **attributes):
+    """An operation between two quantizers: bytes in, bytes out."""
+    constants = {}
+    for name, quantizer in (('in', source), ('out', target)):
+        constants |= {f's_{name}': quantizer.scale.detach().numpy(), f'z_{name}': np.uint8(quantizer.zero_point)}
+    if operation == 'ReduceMean':
+        constants['axes'] = np.array(attributes.pop('axes'), np.int64)
+    nodes = [
+        helper.make_node('DequantizeLinear', ['codes', 's_in', 'z_in'], ['x']),
+        helper.make_node(operation, ['x', *(['axes'] if 'axes' in constants else [])], ['y'], 'it', **attributes),
+        helper.make_node('QuantizeLinear', ['y', 's_out', 'z_out'], ['found']),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        operation,
+        [helper.make_tensor_value_info('codes', TensorProto.UINT8, SHAPE)],
+        [helper.make_tensor_value_info('found', TensorProto.UINT8, out_shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+def run(model, codes, folder):
+    """What the runtime gives, and the operations that it computed."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / 'optimized.onnx'), 3
+    serialized = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(serialized, options, providers=['CPUExecutionProvider'])
+    found = session.run(None, {'codes': codes.numpy().astype(np.uint8)})[0]
+    return found.astype(int), [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+def random_codes(seed):
+    return torch.randint(0, 256, SHAPE, dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_hard_sigmoid_is_a_sum_of_integers(tmp_path):
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        source, codes = uniform(rng.uniform(0.01, 0.2), rng.integers(0, 256)), random_codes(seed)
+        model = model_of('HardSigmoid', source, GATE, alpha=1 / 6)
+        before, _ = run(model, codes, tmp_path)
+        assert add_to_clip(model.graph) == 1
+        after, operations = run(model, codes, tmp_path)
+        assert operations == ['QLinearAdd']
+        # on a boundary between two codes the last digit decides
+        assert np.abs(before - after).max() <= 1 and (before == after).mean() > 0.99
+        simulated = GATE.encode(kernels.HardSigmoid(codes, source).value(GATE)).numpy()
+        assert (simulated == after).mean() >= (1 if X86 else 0.999)
+
+
+def test_a_mean_of_images_is_a_sum_of_integers(tmp_path):
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        source, codes = uniform(rng.uniform(0.01, 0.2), rng.integers(0, 256)), random_codes(seed)
+        target = uniform(float(source.scale) * rng.uniform(0.05, 0.3), rng.integers(0, 256))
+        model = model_of('ReduceMean', source, target, (1, 4, 1, 1), axes=[-1, -2], keepdims=1)
+        before, _ = run(model, codes, tmp_path)
+        assert average_images(model.graph) == 1
+        after, operations = run(model, codes, tmp_path)
+        assert operations == ['QLinearGlobalAveragePool']
+        assert np.abs(before - after).max() <= 1
+        simulated = target.encode(kernels.Average(codes, source).value(target)).numpy()
+        assert (simulated == after).all()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(operation='HardSigmoid', alpha=0.2),
+        dict(operation='HardSigmoid', target=uniform(1 / 200), alpha=1 / 6),
+        dict(operation='ReduceMean', axes=[1, 2], keepdims=1, out_shape=(1, 1, 1, 16)),
+        dict(operation='ReduceMean', axes=[2, 3], keepdims=0, out_shape=(1, 4)),
+    ],
+    ids=['another factor', 'another end', 'over channels', 'another shape'],
+)
+def test_what_no_integer_kernel_computes_stays(change):
+    model = model_of(**{'source': uniform(0.1, 100), 'target': GATE, **change})
+    before = [node.op_type for node in model.graph]
+    assert add_to_clip(model.graph) == average_images(model.graph) == 0
+    assert [node.op_type for node in model.graph] == before
