@@ -108,15 +108,27 @@ class Subject:
         return detector.eval()
 
     @cached_property
-    def images(self) -> list[np.ndarray]:
-        """The calibration images that ours draws, each as the network reads it."""
+    def samples(self) -> list[dict]:
+        """The calibration images that ours draws, with what the pipeline packs beside them."""
         from mmdet.registry import DATASETS
 
         evaluation = build_dataset(DATASETS, copy.deepcopy(self.cfg.test_dataloader.dataset), 'test_dataloader.dataset')
-        drawn = CalibrationDataset(
-            source_datasets(self.cfg, self.calibration), self.calibration.num_images, self.calibration.seed, evaluation
+        return list(
+            CalibrationDataset(
+                source_datasets(self.cfg, self.calibration),
+                self.calibration.num_images,
+                self.calibration.seed,
+                evaluation,
+            )
         )
-        return [self.detector.data_preprocessor(pseudo_collate([sample]), False)['inputs'].numpy() for sample in drawn]
+
+    @cached_property
+    def images(self) -> list[np.ndarray]:
+        """The same, each as the network reads it."""
+        return [
+            self.detector.data_preprocessor(pseudo_collate([sample]), False)['inputs'].numpy()
+            for sample in self.samples
+        ]
 
     def float_model(self, runtime: str) -> Path:
         """The float detector in a runtime; exported when it is first asked for."""

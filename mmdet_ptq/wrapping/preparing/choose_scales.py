@@ -2,13 +2,14 @@
 
 In integers between the layers a tensor has one scale. Three kinds of tensors may have better, and are slower then: the
 output of a convolution in front of SiLU or HardSwish, which computes in float then; the input of a depthwise
-convolution; a tensor that a depthwise convolution and others read, which stays float where it is computed, so that each
-reader has a quantizer of its own.
+convolution, which is computed in float then, unless a convolution writes it and takes the scales over; a tensor that a
+depthwise convolution and others read, which stays float where it is computed, so that each reader has a quantizer of
+its own. A zero point for each channel is slower still: the tensor is shifted and padded in float, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from mmengine.logging import print_log
@@ -38,7 +39,13 @@ class Scales:
 
 
 def choose_scales(
-    detector: nn.Module, structure: Structure, dataflow: str, weigh: Weigh, gated: set[str], own: set[str]
+    detector: nn.Module,
+    structure: Structure,
+    dataflow: str,
+    weigh: Weigh,
+    gated: set[str],
+    own: set[str],
+    alone: set[str],
 ) -> Scales:
     """Chooses, and gives inputs of depthwise convolutions one scale in the structure where that was chosen.
 
@@ -49,10 +56,14 @@ def choose_scales(
         weigh: Runs the detector and tells what matters.
         gated: Layers whose output nothing but SiLU or HardSwish reads.
         own: Inputs of depthwise convolutions whose tensor others read, too, and that may stay float.
+        alone: Inputs of depthwise convolutions that nobody else reads, and whose scales no layer takes over.
     """
     if dataflow == 'accuracy':
         return Scales(set(gated), set(own))
     if dataflow == 'speed':
+        for name, entry in structure.activations.items():
+            if name in alone and _may_have_one_scale(entry):
+                give_one_scale(entry)
         return Scales()
     layers = [layer.name for layer in structure.layers if layer.integer]
     inputs, outputs = channel_costs(detector, layers, gated, weigh, channel_axis)
@@ -60,15 +71,14 @@ def choose_scales(
     choices: list[tuple[str, str, ChannelCost]] = [('gated', name, cost) for name, cost in outputs.items()]
     for name, entry in structure.activations.items():
         readers = [inputs[x.name] for x in structure.layers if name in x.inputs and x.name in inputs]
-        # fewer bits than 8 are too few for channels to lose any
-        if not readers or entry['spec'].get('num_channels') is None or entry['spec']['bits'] < BITS:
-            continue
-        if name in own:
-            choices.append(('own', name, readers[0]))
-        elif not any(cost.positive for cost in readers):
-            # else one zero point serves all channels, and the layers around absorb the scales: they cost nothing
-            choices.append(('channels', name, readers[0]))
+        if readers and name in own | alone and _may_have_one_scale(entry):
+            choices.append(('own' if name in own else 'channels', name, readers[0]))
     return _spend(structure, choices, budget)
+
+
+def _may_have_one_scale(entry: dict) -> bool:
+    """Whether an activation has scales per channel; fewer bits than 8 are too few for channels to lose any."""
+    return entry['spec'].get('num_channels') is not None and entry['spec']['bits'] >= BITS
 
 
 def _present(structure: Structure, layer: str, cost: ChannelCost) -> float:
@@ -80,24 +90,46 @@ def _present(structure: Structure, layer: str, cost: ChannelCost) -> float:
 
 def _spend(structure: Structure, choices: list[tuple[str, str, ChannelCost]], budget: float) -> Scales:
     """Gives one scale where that costs least for the elements that gain by it, until the budget is used up."""
-    extra = {(kind, name): max(cost.together() - cost.apart(), 0.0) for kind, name, cost in choices}
-    found, left, one = Scales(), budget, 0
-    for kind, name, _ in sorted(choices, key=lambda choice: extra[choice[:2]] / max(choice[2].elements, 1)):
-        if extra[kind, name] <= left:
-            left -= extra[kind, name]
+    found, kept, left, one, shared = Scales(), [], budget, 0, 0
+    for extra, kind, name, cost in _by_cost(choices, ChannelCost.together):
+        if extra <= left:
+            left -= extra
             one += 1
             if kind == 'channels':
                 give_one_scale(structure.activations[name])
-        elif kind == 'gated':
-            found.gated.add(name)
-        elif kind == 'own':
-            found.own.add(name)
+        else:
+            kept.append((kind, name, cost))
+    inputs = [choice for choice in kept if choice[0] != 'gated']
+    for extra, _, name, _ in _by_cost(inputs, ChannelCost.one_zero_point):
+        if extra <= left:
+            left -= extra
+            shared += give_one_zero_point(structure.activations[name])
+    for kind, name, _ in kept:
+        if kind != 'channels':
+            (found.gated if kind == 'gated' else found.own).add(name)
+    spent = (budget - left) / budget * SHARE if budget else 0
     print_log(
-        f'{one} of {len(choices)} tensors between the layers that could have a scale per channel have one for all; '
-        f'it adds {(budget - left) / budget * SHARE if budget else 0:.0%} to what layer inputs are expected to lose',
+        f'{one} of {len(choices)} tensors between the layers that could have a scale per channel have one for all, '
+        f'{shared} one zero point; it adds {spent:.0%} to what layer inputs are expected to lose',
         'current',
     )
     return found
+
+
+def _by_cost(
+    choices: list[tuple[str, str, ChannelCost]], worse: Callable[[ChannelCost], float]
+) -> list[tuple[float, str, str, ChannelCost]]:
+    """Choices with what they would lose more than with scales and zero points per channel, the cheapest first."""
+    told = [(max(worse(cost) - cost.apart(), 0.0), kind, name, cost) for kind, name, cost in choices]
+    return sorted(told, key=lambda choice: choice[0] / max(choice[3].elements, 1))
+
+
+def give_one_zero_point(entry: dict) -> bool:
+    """Changes an activation's format to one zero point for all channels; False where it has none."""
+    if not build_quantizer(entry['spec']).has_zero_point:
+        return False
+    entry['spec'] = build_quantizer({**entry['spec'], 'shared_zero_point': True}).spec()
+    return True
 
 
 def give_one_scale(entry: dict) -> None:

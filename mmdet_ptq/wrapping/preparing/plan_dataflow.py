@@ -17,7 +17,7 @@ from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.wrapping.flow import Site
 from mmdet_ptq.wrapping.names import output_name, result_name
-from mmdet_ptq.wrapping.preparing.choose_scales import Scales, choose_scales, give_one_scale
+from mmdet_ptq.wrapping.preparing.choose_scales import Scales, choose_scales, give_one_scale, give_one_zero_point
 from mmdet_ptq.wrapping.structure import Structure
 from mmdet_ptq.wrapping.watching.channel_costs import Weigh
 from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_depthwise, out_channels
@@ -178,6 +178,22 @@ class _Graph:
             if self.others_read(key, modules) and self._computes_alone(self.origin(key))
         }
 
+    def alone(self, modules: dict[str, nn.Module]) -> set[str]:
+        """Inputs of depthwise convolutions that nobody else reads, and that no layer writes, perhaps through a ReLU.
+
+        Layers take the scales over.
+        """
+        return {
+            name
+            for key in self.readers
+            for name in self.depthwise_names(key)
+            if not self.others_read(key, modules) and not self._is_of_layer(self.origin(key))
+        }
+
+    def _is_of_layer(self, op: Operation | None) -> bool:
+        maker = self.producer.get(op.inputs[0]) if op is not None and op.clips else op
+        return maker is not None and maker.kind == LAYER and (maker is op or self.fused(maker))
+
     def _computes_alone(self, op: Operation | None) -> bool:
         """Whether an operation may put out floats: no layer needs its result quantized to compute in integers."""
         if op is None or op.kind == LAYER or op.joins:
@@ -308,9 +324,7 @@ class _Planner:
         for op in found:
             name = self.graph.input_names.get(op.outputs[0]) if op.kind == LAYER else None
             if name is not None and self._entry(name)['spec'].get('num_channels') is not None:
-                entry = self._entry(name)
-                if build_quantizer(entry['spec']).has_zero_point:
-                    entry['spec'] = build_quantizer({**entry['spec'], 'shared_zero_point': True}).spec()
+                give_one_zero_point(self._entry(name))
 
     def name_of(self, op: Operation) -> str:
         """The quantizer of what an operation computes."""
@@ -441,7 +455,13 @@ def plan_dataflow(
     calls = dict(recorder.frames.calls)
     modules = dict(detector.named_modules())
     scales = choose_scales(
-        detector, structure, cfg.dataflow, weigh, graph.gated_layers(), graph.may_stay_float(modules)
+        detector,
+        structure,
+        cfg.dataflow,
+        weigh,
+        graph.gated_layers(),
+        graph.may_stay_float(modules),
+        graph.alone(modules),
     )
     planner = _Planner(graph, structure, cfg, modules, calls, outputs, scales)
     planner.plan()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet_ptq.quantizers import FisherObserver
+from mmdet_ptq.quantizers import AffineQuantizer, FisherObserver
 
 BITS = 8
 # values of a tensor that are looked at in each image
@@ -62,11 +62,6 @@ class ChannelCost:
         self._observer.update(rows)
         self._observer.weigh(rows, weights)
 
-    @property
-    def positive(self) -> bool:
-        """Whether nothing lies below zero, as behind a ReLU: one zero point serves all channels."""
-        return not bool((self.low < 0).any())
-
     def together(self) -> float:
         """Expected loss with one scale, up to a factor that all tensors of a detector share."""
         low, high = (end.double().cpu() for end in self._observer.range(BITS, symmetric=False))
@@ -74,8 +69,20 @@ class ChannelCost:
 
     def apart(self) -> float:
         """The same with a scale for each channel."""
+        low, high = self._ranges()
+        return self._rounding(high - low)
+
+    def one_zero_point(self) -> float:
+        """The same with a scale for each channel and one zero point for all."""
+        low, high = self._ranges()
+        quantizer = AffineQuantizer(BITS, num_channels=len(low), channel_axis=0, shared_zero_point=True)
+        quantizer.set_range(low, high)
+        return self._rounding(quantizer.positive_scale().detach().double() * (2**BITS - 1))
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        """The channels' ends, none beyond those of the tensor."""
         low, high = (end.double().cpu() for end in self._observer.range(BITS, symmetric=False))
-        return self._rounding(self.high.minimum(high) - self.low.maximum(low))
+        return self.low.maximum(low).clamp_max(0), self.high.minimum(high).clamp_min(0)
 
     def _rounding(self, widths: Tensor) -> float:
         noise = (widths / (2**BITS - 1)).square() / 12

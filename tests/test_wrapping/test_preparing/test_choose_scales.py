@@ -6,6 +6,7 @@ from torch import nn
 
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.testing.calibrated import OBSERVE
+from mmdet_ptq.wrapping.preparing import choose_scales
 
 BALANCED = dict(dataflow='balanced')
 
@@ -51,6 +52,31 @@ def test_balanced_gives_inputs_of_depthwise_convolutions_one_scale_where_channel
         depthwise=nn.Conv2d(4, 4, 3, groups=4),
     )
     assert structure.activations['depthwise']['spec']['num_channels'] == channels
+
+
+@pytest.mark.parametrize('act, channels', [(F.silu, None), (F.relu, 4), (lambda x: x, 4), (F.leaky_relu, None)])
+def test_speed_keeps_scales_per_channel_where_the_layer_before_takes_them_over(act, channels):
+    _, structure, _ = toy(
+        lambda self, a, b: self.depthwise(act(self.scaled(a))),
+        scaled=Scaled((40.0, 1.0, 1.0, 1.0)),
+        depthwise=nn.Conv2d(4, 4, 3, groups=4),
+    )
+    assert structure.activations['depthwise']['spec']['num_channels'] == channels
+
+
+def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatch):
+    def spec_of(share):
+        monkeypatch.setattr(choose_scales, 'SHARE', share)
+        _, structure, _ = toy(
+            lambda self, a, b: self.depthwise(F.silu(self.scaled(a))),
+            BALANCED,
+            scaled=Scaled((40.0, 30.0, 1.0, 1.0)),
+            depthwise=nn.Conv2d(4, 4, 3, groups=4),
+        )
+        return structure.activations['depthwise']['spec']
+
+    kinds = [(spec['num_channels'], spec.get('shared_zero_point', False)) for spec in map(spec_of, (0, 0.25, 1e3))]
+    assert kinds == [(4, False), (4, True), (None, False)]
 
 
 def test_balanced_leaves_inputs_of_few_bits_their_scales_per_channel():

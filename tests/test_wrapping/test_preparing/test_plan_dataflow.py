@@ -90,8 +90,13 @@ def test_float_islands_are_named_and_the_layers_around_them_stay_in_integers(mon
 
 
 def test_a_scale_per_channel_stays_behind_what_moves_channels():
-    layers = dict(depthwise=nn.Conv2d(8, 8, 3, padding=1, groups=8))
-    _, structure, _ = toy(lambda self, a, b: self.depthwise(torch.cat([a, b], 1)), **layers)
+    def joined(dataflow):
+        layer = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        return toy(lambda self, a, b: self.depthwise(torch.cat([a, b], 1)), dict(dataflow=dataflow), depthwise=layer)
+
+    _, structure, _ = joined('speed')
+    assert structure.activations['depthwise']['spec']['num_channels'] is None
+    _, structure, _ = joined('accuracy')
     assert structure.activations['depthwise']['spec']['num_channels'] == 8
     assert outputs_of(structure)['stem'] == ['stem:out'] and outputs_of(structure)['other'] == ['other:out']
     # but through a pooling it goes

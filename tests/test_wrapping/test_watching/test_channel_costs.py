@@ -19,7 +19,16 @@ def test_cost_is_near_the_squared_error_of_rounding():
     together, apart = (float(((x / s).round() * s - x).square().sum()) for s in (scales[:, :1], scales))
     assert cost.together() == pytest.approx(together, rel=0.1)
     assert cost.apart() == pytest.approx(apart, rel=0.1)
-    assert cost.positive and not cost_of(-x).positive and cost.elements == x.numel()
+    assert cost.elements == x.numel()
+    # nothing lies below zero: one zero point serves all channels
+    assert cost.one_zero_point() == pytest.approx(cost.apart())
+
+
+def test_one_zero_point_behind_silu_costs_less_than_one_scale():
+    torch.manual_seed(0)
+    x = torch.nn.functional.silu(torch.randn(1, 3, 30, 30) * torch.tensor([10.0, 1.0, 1.0]).reshape(1, 3, 1, 1))
+    cost = cost_of(x)
+    assert 1.05 * cost.apart() < cost.one_zero_point() < 0.95 * cost.together()
 
 
 def test_channels_that_do_not_matter_cost_nothing_and_lost_ones_their_values():

@@ -1,0 +1,244 @@
+"""AP against time: what each `ptq.dataflow` costs and gains, beside float and other tools, in one run.
+
+python benchmarks/frontier.py --detectors rtmdet yolox efficientnet --out docs/results/frontier.csv
+
+The detectors are those of the conformance suite (benchmarks/conformance.py). All models of a runtime are timed in turn,
+round by round, so that what else the machine does meets them all. Lines of other detectors in --out are kept. NNCF
+(``pip install nncf``) gets a line that says so where it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+from conformance import ZOO, config_of, options_of
+from mmengine.dataset import pseudo_collate
+from peer_models import package_version, quantize_nncf, quantize_onnxruntime
+from peers import RUNTIMES, Subject
+from runs import ROOT, one_sentence, write_csv
+from runs import VERSIONS as PACKAGES
+
+from mmdet_ptq import quantize
+from mmdet_ptq.analysis import versions
+from mmdet_ptq.deploy import get_runtime, open_model, with_runtime
+from mmdet_ptq.errors import PTQError
+
+FLOAT, NONE = 'float', 'none'
+# what runs between the layers, by runtime; the first is what a run takes there
+DATAFLOWS = dict(onnxruntime=('balanced', 'accuracy', 'speed'), openvino=(NONE, 'balanced', 'accuracy', 'speed'))
+PEERS = dict(onnxruntime=('quantize_static', quantize_onnxruntime), openvino=('nncf', quantize_nncf))
+PAUSE = 0.02  # seconds, after which no thread of another model waits in a loop for work any more
+FIELDS = (
+    'detector',
+    'runtime',
+    'model',
+    'AP',
+    'drop_points',
+    'threads',
+    'fastest_ms',
+    'median_ms',
+    'ratio',
+    'median_ratio',
+    'peer_ratio',
+    'rounds',
+    'integer_convolutions',
+    'convolutions',
+    'calibration_seconds',
+    'calibration_cpu_seconds',
+    'calibration_images',
+    'seed',
+    'load',
+    'note',
+    'date',
+    *PACKAGES,
+    'onnxruntime',
+    'openvino',
+    'nncf',
+    'command',
+)
+
+
+class Models:
+    """Every model of one detector.
+
+    Args:
+        subject: The detector.
+        args: The command line.
+
+    Attributes:
+        paths: Runtime and name to the file.
+        about: The same to further columns of its lines.
+    """
+
+    def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
+        self.subject, self.args = subject, args
+        self.paths: dict[tuple[str, str], Path] = {}
+        self.about: dict[tuple[str, str], dict] = {}
+        for runtime in args.runtimes:
+            self.paths[runtime, FLOAT] = subject.float_model(runtime)
+            self.about[runtime, FLOAT] = {}
+        for runtime in args.runtimes:
+            self._add_peer(runtime)
+        for dataflow in dict.fromkeys(name for runtime in args.runtimes for name in DATAFLOWS[runtime]):
+            self._add_ours(dataflow)
+
+    def _add_peer(self, runtime: str) -> None:
+        name, maker = PEERS[runtime]
+        path = self.subject.folder / name / f'model{get_runtime(runtime).suffix}'
+        images = self.subject.images  # drawn and loaded before the clock runs
+        try:
+            _, told = timed(lambda: maker(self.paths[runtime, FLOAT], path, images))
+        except PTQError as error:
+            self.about[runtime, name] = dict(note=f'skipped: {error}')
+            return
+        self.paths[runtime, name], self.about[runtime, name] = path, told
+
+    def _add_ours(self, dataflow: str) -> None:
+        subject = self.subject
+        loader = [pseudo_collate([copy.deepcopy(sample)]) for sample in subject.samples]
+        block = {} if dataflow == NONE else dict(dataflow=dataflow)
+        detector, told = timed(lambda: quantize(subject.detector, loader, self.args.preset, ptq=block))
+        for runtime in self.args.runtimes:
+            if dataflow in DATAFLOWS[runtime]:
+                folder = subject.folder / f'ours_{dataflow}' / runtime
+                path = get_runtime(runtime).export(copy.deepcopy(detector), folder, subject.images[0].shape)
+                self.paths[runtime, dataflow], self.about[runtime, dataflow] = path, told
+
+
+def timed(run: Callable[[], object]) -> tuple[object, dict]:
+    """What a function returns, and how long it took: seconds say little on a busy machine, those of the process do."""
+    start, cpu = time.perf_counter(), time.process_time()
+    result = run()
+    return result, dict(
+        calibration_seconds=round(time.perf_counter() - start, 1),
+        calibration_cpu_seconds=round(time.process_time() - cpu, 1),
+    )
+
+
+def times_in_turn(runs: dict[str, Callable[[], object]], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Milliseconds of every model in every round, the first of a round changing each time."""
+    found, names = {name: [] for name in runs}, list(runs)
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    for number in range(rounds):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            if threads > 1:
+                time.sleep(PAUSE)
+                runs[name]()  # what was idle is slow at first
+            start = time.perf_counter()
+            runs[name]()
+            found[name].append(1e3 * (time.perf_counter() - start))
+    return found
+
+
+def lines_of(subject: Subject, args: argparse.Namespace) -> list[dict]:
+    """All lines of a detector."""
+    models, lines = Models(subject, args), []
+    for runtime in args.runtimes:
+        paths = {name: path for (where, name), path in models.paths.items() if where == runtime}
+        peer, image = PEERS[runtime][0], subject.images[0]
+        figures = {}
+        for name, path in paths.items():
+            model = open_model(path, threads=1)
+            coverage, ap = model.coverage(), None
+            if args.evaluate:
+                ap = subject.evaluate(with_runtime(copy.deepcopy(subject.detector), model, subject.cfg))
+            integer = len(coverage.integer)
+            figures[name] = dict(AP=ap, integer_convolutions=integer, convolutions=integer + len(coverage.float))
+            print(f'{subject.name}, {runtime}, {name}: {figures[name]}, {models.about[runtime, name]}', flush=True)
+        for threads in args.threads:
+            opened = {name: open_model(path, threads) for name, path in paths.items()}
+            runs = {name: partial(model, image) for name, model in opened.items()}
+            times, load = times_in_turn(runs, args.rounds, threads), round(os.getloadavg()[0], 1)
+            for name, taken in times.items():
+                ap, reference = figures[name]['AP'], figures[FLOAT]['AP']
+                line = dict(
+                    runtime=runtime,
+                    model=name,
+                    threads=threads,
+                    drop_points=None if ap is None else round(100 * (reference - ap), 1),
+                    fastest_ms=round(min(taken), 3),
+                    median_ms=round(statistics.median(taken), 3),
+                    ratio=round(min(times[FLOAT]) / min(taken), 2),
+                    median_ratio=round(statistics.median(a / b for a, b in zip(times[FLOAT], taken, strict=True)), 2),
+                    peer_ratio=round(min(times[peer]) / min(taken), 2) if peer in times else None,
+                    rounds=args.rounds,
+                    load=load,
+                    **figures[name],
+                    **models.about[runtime, name],
+                )
+                lines.append(complete(subject, line, args))
+        lines += [
+            complete(subject, dict(runtime=runtime, model=name, **told), args)
+            for (where, name), told in models.about.items()
+            if where == runtime and name not in paths
+        ]
+    return lines
+
+
+def complete(subject: Subject, line: dict, args: argparse.Namespace) -> dict:
+    """Adds what every line says."""
+    known = versions()
+    options = ['--detectors', subject.name, '--images', str(args.images), '--rounds', str(args.rounds)]
+    threads = ['--threads', *map(str, args.threads)]
+    return dict(
+        detector=subject.name,
+        calibration_images=args.images,
+        seed=args.seed,
+        **line,
+        date=datetime.now(timezone.utc).date().isoformat(),
+        **{name: known[name] for name in PACKAGES},
+        **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')},
+        command=' '.join(['python', 'benchmarks/frontier.py', *options, *threads, '--seed', str(args.seed)]),
+    )
+
+
+def kept_lines(path: Path, detectors: Sequence[str]) -> list[dict]:
+    """What a file holds of other detectors."""
+    if not path.is_file():
+        return []
+    with path.open(encoding='utf-8') as file:
+        return [line for line in csv.DictReader(file) if line['detector'] not in detectors]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--detectors', nargs='+', required=True, help='members of the conformance suite')
+    parser.add_argument('--images', type=int, default=64, help='calibration images')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--preset', default='w8a8_observe')
+    parser.add_argument('--runtimes', nargs='+', default=list(RUNTIMES), choices=list(RUNTIMES))
+    parser.add_argument('--threads', nargs='+', type=int, default=[1, 2])
+    parser.add_argument('--rounds', type=int, default=60)
+    parser.add_argument('--no-evaluation', dest='evaluate', action='store_false', help='times alone')
+    parser.add_argument('--zoo', type=Path, default=ZOO, help='folder of the detector zoo')
+    parser.add_argument('--out', type=Path, required=True, help='CSV file')
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'frontier')
+    args = parser.parse_args(argv)
+    args.out, args.zoo, args.work_dir = args.out.resolve(), args.zoo.resolve(), args.work_dir.resolve()
+    os.chdir(ROOT)  # where the data of the configs lie
+    sys.path.append(str(args.zoo))  # its plug-ins
+    for name in args.detectors:
+        config = config_of(name, args.zoo)
+        if config is None:
+            raise PTQError(f'there is no config of {name!r}; name a member of the suite, or set --zoo.')
+        args.cfg_options = options_of(config, 'whole')
+        subject = Subject(config, args)
+        lines = [*kept_lines(args.out, [name]), *lines_of(subject, args)]
+        write_csv(args.out, lines, FIELDS)
+
+
+if __name__ == '__main__':
+    one_sentence(main)
