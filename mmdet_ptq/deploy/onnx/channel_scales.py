@@ -175,7 +175,7 @@ def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) 
     out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
     scaled.replace_input_with(0, out)
     graph.insert_after(dequantize, scaled)
-    scaled.replace_input_with(1, _by_channel(graph, scaled, f'{dequantize.name}_factor', scale, out.shape))
+    scaled.replace_input_with(1, by_channel(graph, scaled, f'{dequantize.name}_factor', scale, out.shape))
 
 
 def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> bool:
@@ -245,7 +245,7 @@ def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np
     """Dequantizes in float operations: fusing with a scale or zero point per channel makes ONNX Runtime fail."""
     out = dequantize.outputs[0]
     centre, factor = (
-        _by_channel(graph, dequantize, f'{dequantize.name}_{label}', array, out.shape)
+        by_channel(graph, dequantize, f'{dequantize.name}_{label}', array, out.shape)
         for label, array in (('centre', zero.astype(np.float32)), ('factor', scale))
     )
     cast = ir.node('Cast', [dequantize.inputs[0]], dict(to=ir.DataType.FLOAT), name=f'{dequantize.name}_cast')
@@ -258,7 +258,7 @@ def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np
     graph.remove(dequantize, safe=True)
 
 
-def _by_channel(graph: ir.Graph, before: ir.Node, name: str, array: np.ndarray, shape: ir.Shape) -> ir.Value:
+def by_channel(graph: ir.Graph, before: ir.Node, name: str, array: np.ndarray, shape: ir.Shape) -> ir.Value:
     """A constant per channel, shaped to be combined with a tensor.
 
     Along the last axis it is repeated when the session starts: with the channels last, ONNX Runtime combines one row of
@@ -337,7 +337,7 @@ def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, zero: 
     shape = quantize.outputs[0].shape
     steps = [('Div', 'scale', scale)] + ([] if zero is None else [('Add', 'shift', zero.astype(np.float32))])
     for op_type, label, factor in steps:
-        factor = _by_channel(graph, quantize, f'{quantize.name}_{label}', factor, shape)
+        factor = by_channel(graph, quantize, f'{quantize.name}_{label}', factor, shape)
         node = ir.node(op_type, [quantize.inputs[0], factor], name=f'{quantize.name}_{op_type.lower()}')
         node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.FLOAT)
         graph.insert_before(quantize, node)

@@ -1,4 +1,4 @@
-"""Operations written in the form that ONNX Runtime computes in integers; it knows no other form of them."""
+"""Operations written in the form that ONNX Runtime computes fast between integer kernels; it knows no other form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mmdet_ptq.deploy.integers.kernels import HARD_SIGMOID
+from mmdet_ptq.deploy.onnx.channel_scales import by_channel
 from mmdet_ptq.deploy.onnx.graph import add_constant, axis_of, constant, only_consumer, produced_by
 
 
@@ -69,6 +70,46 @@ def add_to_clip(graph: ir.Graph) -> int:
     return changed
 
 
+def norms_by_channel(graph: ir.Graph) -> int:
+    """Writes normalisations behind integers as a product and a sum: integer kernels have the channels last.
+
+    ONNX Runtime normalises with the channels first, between two Transposes.
+
+    Args:
+        graph: Changed in place.
+
+    Returns:
+        How many normalisations were changed.
+    """
+    changed = 0
+    for node in list(graph):
+        x = node.inputs[0] if node.op_type == 'BatchNormalization' else None
+        numbers = [constant(value) for value in node.inputs[1:5]] if x is not None else []
+        if not numbers or x.shape is None or len(x.shape) != 4 or not _comes_from_integers(x):
+            continue
+        if any(number is None for number in numbers) or len(node.outputs) > 1:
+            continue
+        gamma, beta, mean, variance = numbers
+        epsilon = np.float32(node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5)
+        gain = (gamma / np.sqrt(variance + epsilon)).astype(np.float32)
+        shift = (beta - mean * gain).astype(np.float32)
+        scaled = ir.node('Mul', [x, by_channel(graph, node, f'{node.name}_gain', gain, x.shape)])
+        out = scaled.outputs[0]
+        scaled.name = out.name = f'{node.name}_scaled'
+        out.shape, out.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
+        graph.insert_before(node, scaled)
+        added = by_channel(graph, node, f'{node.name}_shift', shift, x.shape)
+        _take_place(graph, node, ir.node('Add', [out, added], name=node.name))
+        changed += 1
+    return changed
+
+
+def _comes_from_integers(value: ir.Value) -> bool:
+    """Whether a value is dequantized, perhaps with scales per channel behind."""
+    scaled = produced_by(value, 'Mul')
+    return produced_by(scaled.inputs[0] if scaled else value, 'DequantizeLinear') is not None
+
+
 def _ends_with_gate(quantize: ir.Node) -> bool:
     """Whether the codes of a quantizer are those from 0 to 1, so that it clips what a hard sigmoid would."""
     scale, zero = (constant(value) for value in quantize.inputs[1:3])
@@ -103,6 +144,6 @@ def _take_place(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     out, before = new.outputs[0], old.outputs[0]
     name, out.shape, out.type = before.name, before.shape, before.type
     graph.insert_before(old, new)
-    before.replace_all_uses_with(out)
+    before.replace_all_uses_with(out, replace_graph_outputs=True)
     graph.remove(old, safe=True)
     out.name = name

@@ -117,7 +117,7 @@ class OnnxRuntime(Runtime):
         from mmdet_ptq.deploy.onnx import passes
         from mmdet_ptq.deploy.onnx.channel_scales import absorb_channel_scales
         from mmdet_ptq.deploy.onnx.packing import narrow_biases, pack_weights
-        from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images
+        from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images, norms_by_channel
 
         return Dialect(
             clip_codes=True,
@@ -132,6 +132,7 @@ class OnnxRuntime(Runtime):
                 passes.clip_codes,
                 average_images,
                 add_to_clip,
+                norms_by_channel,
                 passes.keep_float,
                 partial(passes.integer_biases, stored=True),
                 passes.weight_zero_points,

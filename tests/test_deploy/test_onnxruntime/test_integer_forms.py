@@ -15,7 +15,7 @@ import onnx  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from mmdet_ptq.deploy.integers import kernels  # noqa: E402
-from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images  # noqa: E402
+from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images, norms_by_channel  # noqa: E402
 from mmdet_ptq.quantizers import AffineQuantizer  # noqa: E402
 
 X86 = platform.machine().lower() in ('x86_64', 'amd64')
@@ -88,7 +88,7 @@ def test_a_mean_of_images_is_a_sum_of_integers(tmp_path):
     rng = np.random.default_rng(0)
     for seed in range(20):
         source, codes = uniform(rng.uniform(0.01, 0.2), rng.integers(0, 256)), random_codes(seed)
-        target = uniform(float(source.scale) * rng.uniform(0.05, 0.3), rng.integers(0, 256))
+        target = uniform(source.scale.item() * rng.uniform(0.05, 0.3), rng.integers(0, 256))
         model = model_of('ReduceMean', source, target, (1, 4, 1, 1), axes=[-1, -2], keepdims=1)
         before, _ = run(model, codes, tmp_path)
         assert average_images(model.graph) == 1
@@ -114,3 +114,42 @@ def test_what_no_integer_kernel_computes_stays(change):
     before = [node.op_type for node in model.graph]
     assert add_to_clip(model.graph) == average_images(model.graph) == 0
     assert [node.op_type for node in model.graph] == before
+
+
+@pytest.mark.parametrize('between', ['DequantizeLinear', 'Mul', 'Relu'])
+def test_a_normalisation_behind_integers_is_a_product_and_a_sum(between, tmp_path):
+    rng = np.random.default_rng(0)
+    constants = {name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ('gamma', 'beta', 'mean', 'variance')}
+    constants |= dict(s=np.float32(0.1), z=np.uint8(100), factor=np.full((4, 1, 1), 2, np.float32))
+    nodes = [
+        helper.make_node('DequantizeLinear', ['codes', 's', 'z'], ['x']),
+        *([helper.make_node('Mul', ['x', 'factor'], ['read'])] if between == 'Mul' else []),
+        *([helper.make_node('Relu', ['x'], ['read'])] if between == 'Relu' else []),
+        helper.make_node(
+            'BatchNormalization',
+            ['x' if between == 'DequantizeLinear' else 'read', 'gamma', 'beta', 'mean', 'variance'],
+            ['y'],
+            'norm',
+            epsilon=0.01,
+        ),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        'norm',
+        [helper.make_tensor_value_info('codes', TensorProto.UINT8, SHAPE)],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, SHAPE)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
+    model, codes = ir.from_proto(onnx.shape_inference.infer_shapes(model)), random_codes(0)
+    serialized = ir.to_proto(model).SerializeToString()
+    # what comes from floats may have the channels first
+    assert norms_by_channel(model.graph) == (between != 'Relu')
+    before, after = (
+        onnxruntime.InferenceSession(proto, providers=['CPUExecutionProvider']).run(
+            ['y'], {'codes': codes.numpy().astype(np.uint8)}
+        )[0]
+        for proto in (serialized, ir.to_proto(model).SerializeToString())
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+    assert ('BatchNormalization' in [node.op_type for node in model.graph]) == (between == 'Relu')
