@@ -3,8 +3,9 @@
 python benchmarks/frontier.py --detectors rtmdet yolox efficientnet --out docs/results/frontier.csv
 
 The detectors are those of the conformance suite (benchmarks/conformance.py). All models of a runtime are timed in turn,
-round by round, so that what else the machine does meets them all. Lines of other detectors in --out are kept. NNCF
-(``pip install nncf``) gets a line that says so where it is missing.
+round by round, so that what else the machine does meets them all. Lines of other detectors in --out are kept. With
+--resume, models and AP are taken over, and the times are measured again. NNCF (``pip install nncf``) gets a line that
+says so where it is missing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from conformance import ZOO, config_of, options_of
+from latency import example
 from mmengine.dataset import pseudo_collate
 from peer_models import package_version, quantize_nncf, quantize_onnxruntime
 from peers import RUNTIMES, Subject
@@ -37,6 +39,8 @@ FLOAT, NONE = 'float', 'none'
 # what runs between the layers, by runtime; the first is what a run takes there
 DATAFLOWS = dict(onnxruntime=('balanced', 'accuracy', 'speed'), openvino=(NONE, 'balanced', 'accuracy', 'speed'))
 PEERS = dict(onnxruntime=('quantize_static', quantize_onnxruntime), openvino=('nncf', quantize_nncf))
+# what a model's lines say besides times
+ABOUT = ('AP', 'drop_points', 'integer_convolutions', 'convolutions', 'calibration_seconds', 'calibration_cpu_seconds')
 PAUSE = 0.02  # seconds, after which no thread of another model waits in a loop for work any more
 FIELDS = (
     'detector',
@@ -74,16 +78,25 @@ class Models:
     Args:
         subject: The detector.
         args: The command line.
+        known: Lines of an earlier run whose models are taken over.
 
     Attributes:
         paths: Runtime and name to the file.
-        about: The same to further columns of its lines.
+        about: The same to what its lines say besides times.
     """
 
-    def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
+    def __init__(self, subject: Subject, args: argparse.Namespace, known: Sequence[dict] = ()) -> None:
         self.subject, self.args = subject, args
         self.paths: dict[tuple[str, str], Path] = {}
         self.about: dict[tuple[str, str], dict] = {}
+        if known:
+            for line in known:
+                key = line['runtime'], line['model']
+                self.about[key] = {name: line[name] for name in (*ABOUT, 'note') if line[name]}
+                path = self._path(*key)
+                if path.is_file():
+                    self.paths[key] = path
+            return
         for runtime in args.runtimes:
             self.paths[runtime, FLOAT] = subject.float_model(runtime)
             self.about[runtime, FLOAT] = {}
@@ -92,9 +105,15 @@ class Models:
         for dataflow in dict.fromkeys(name for runtime in args.runtimes for name in DATAFLOWS[runtime]):
             self._add_ours(dataflow)
 
+        for (runtime, name), path in self.paths.items():
+            self._evaluate(runtime, name, path)
+
+    def _path(self, runtime: str, name: str) -> Path:
+        return self.subject.folder / name / runtime / f'model{get_runtime(runtime).suffix}'
+
     def _add_peer(self, runtime: str) -> None:
         name, maker = PEERS[runtime]
-        path = self.subject.folder / name / f'model{get_runtime(runtime).suffix}'
+        path = self._path(runtime, name)
         images = self.subject.images  # drawn and loaded before the clock runs
         try:
             _, told = timed(lambda: maker(self.paths[runtime, FLOAT], path, images))
@@ -110,9 +129,19 @@ class Models:
         detector, told = timed(lambda: quantize(subject.detector, loader, self.args.preset, ptq=block))
         for runtime in self.args.runtimes:
             if dataflow in DATAFLOWS[runtime]:
-                folder = subject.folder / f'ours_{dataflow}' / runtime
+                folder = self._path(runtime, dataflow).parent
                 path = get_runtime(runtime).export(copy.deepcopy(detector), folder, subject.images[0].shape)
-                self.paths[runtime, dataflow], self.about[runtime, dataflow] = path, told
+                self.paths[runtime, dataflow], self.about[runtime, dataflow] = path, dict(told)
+
+    def _evaluate(self, runtime: str, name: str, path: Path) -> None:
+        subject, model = self.subject, open_model(path, threads=1)
+        coverage, about = model.coverage(), self.about[runtime, name]
+        integer = len(coverage.integer)
+        about.update(integer_convolutions=integer, convolutions=integer + len(coverage.float))
+        if self.args.evaluate:
+            about['AP'] = subject.evaluate(with_runtime(copy.deepcopy(subject.detector), model, subject.cfg))
+            about['drop_points'] = round(100 * (self.about[runtime, FLOAT]['AP'] - about['AP']), 1)
+        print(f'{subject.name}, {runtime}, {name}: {about}', flush=True)
 
 
 def timed(run: Callable[[], object]) -> tuple[object, dict]:
@@ -143,32 +172,21 @@ def times_in_turn(runs: dict[str, Callable[[], object]], rounds: int, threads: i
     return found
 
 
-def lines_of(subject: Subject, args: argparse.Namespace) -> list[dict]:
+def lines_of(subject: Subject, args: argparse.Namespace, known: Sequence[dict]) -> list[dict]:
     """All lines of a detector."""
-    models, lines = Models(subject, args), []
+    models, lines = Models(subject, args, known), []
     for runtime in args.runtimes:
         paths = {name: path for (where, name), path in models.paths.items() if where == runtime}
-        peer, image = PEERS[runtime][0], subject.images[0]
-        figures = {}
-        for name, path in paths.items():
-            model = open_model(path, threads=1)
-            coverage, ap = model.coverage(), None
-            if args.evaluate:
-                ap = subject.evaluate(with_runtime(copy.deepcopy(subject.detector), model, subject.cfg))
-            integer = len(coverage.integer)
-            figures[name] = dict(AP=ap, integer_convolutions=integer, convolutions=integer + len(coverage.float))
-            print(f'{subject.name}, {runtime}, {name}: {figures[name]}, {models.about[runtime, name]}', flush=True)
+        peer, image = PEERS[runtime][0], example(open_model(paths[FLOAT]))
         for threads in args.threads:
             opened = {name: open_model(path, threads) for name, path in paths.items()}
             runs = {name: partial(model, image) for name, model in opened.items()}
             times, load = times_in_turn(runs, args.rounds, threads), round(os.getloadavg()[0], 1)
             for name, taken in times.items():
-                ap, reference = figures[name]['AP'], figures[FLOAT]['AP']
                 line = dict(
                     runtime=runtime,
                     model=name,
                     threads=threads,
-                    drop_points=None if ap is None else round(100 * (reference - ap), 1),
                     fastest_ms=round(min(taken), 3),
                     median_ms=round(statistics.median(taken), 3),
                     ratio=round(min(times[FLOAT]) / min(taken), 2),
@@ -176,7 +194,6 @@ def lines_of(subject: Subject, args: argparse.Namespace) -> list[dict]:
                     peer_ratio=round(min(times[peer]) / min(taken), 2) if peer in times else None,
                     rounds=args.rounds,
                     load=load,
-                    **figures[name],
                     **models.about[runtime, name],
                 )
                 lines.append(complete(subject, line, args))
@@ -205,12 +222,12 @@ def complete(subject: Subject, line: dict, args: argparse.Namespace) -> dict:
     )
 
 
-def kept_lines(path: Path, detectors: Sequence[str]) -> list[dict]:
-    """What a file holds of other detectors."""
+def read_lines(path: Path) -> list[dict]:
+    """What a file of an earlier run holds."""
     if not path.is_file():
         return []
     with path.open(encoding='utf-8') as file:
-        return [line for line in csv.DictReader(file) if line['detector'] not in detectors]
+        return list(csv.DictReader(file))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -223,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2])
     parser.add_argument('--rounds', type=int, default=60)
     parser.add_argument('--no-evaluation', dest='evaluate', action='store_false', help='times alone')
+    parser.add_argument('--resume', action='store_true', help='take over models and AP of --work-dir and --out')
     parser.add_argument('--zoo', type=Path, default=ZOO, help='folder of the detector zoo')
     parser.add_argument('--out', type=Path, required=True, help='CSV file')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'frontier')
@@ -235,8 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config is None:
             raise PTQError(f'there is no config of {name!r}; name a member of the suite, or set --zoo.')
         args.cfg_options = options_of(config, 'whole')
-        subject = Subject(config, args)
-        lines = [*kept_lines(args.out, [name]), *lines_of(subject, args)]
+        subject, before = Subject(config, args), read_lines(args.out)
+        known = [line for line in before if line['detector'] == name and args.resume]
+        lines = [line for line in before if line['detector'] != name] + lines_of(subject, args, known)
         write_csv(args.out, lines, FIELDS)
 
 
