@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class ChannelCost:
 
         Where that is not known, errors count relative to the values of their channel.
         """
+        self.__dict__.pop('_range', None)
         rows = x.detach().movedim(axis, 0).flatten(1)
         if weight is None:
             power = rows.double().square().mean(1, keepdim=True)
@@ -64,7 +66,7 @@ class ChannelCost:
 
     def together(self) -> float:
         """Expected loss with one scale, up to a factor that all tensors of a detector share."""
-        low, high = (end.double().cpu() for end in self._observer.range(BITS, symmetric=False))
+        low, high = self._range
         return self._rounding(high - low)
 
     def apart(self) -> float:
@@ -81,8 +83,14 @@ class ChannelCost:
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
         """The channels' ends, none beyond those of the tensor."""
-        low, high = (end.double().cpu() for end in self._observer.range(BITS, symmetric=False))
+        low, high = self._range
         return self.low.maximum(low).clamp_max(0), self.high.minimum(high).clamp_min(0)
+
+    @cached_property
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """The tensor's ends; the search takes as long as seeing a dozen images."""
+        low, high = self._observer.range(BITS, symmetric=False)
+        return low.double().cpu(), high.double().cpu()
 
     def _rounding(self, widths: Tensor) -> float:
         noise = (widths / (2**BITS - 1)).square() / 12
