@@ -230,6 +230,28 @@ def read_lines(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def table(lines: Sequence[dict]) -> str:
+    """The lines in Markdown: a row for each model, in brackets how many times as fast as the other tool's model."""
+    rows: dict[tuple, dict[str, dict]] = {}
+    for line in lines:
+        if line.get('threads'):
+            rows.setdefault((line['detector'], line['runtime'], line['model']), {})[str(line['threads'])] = line
+    threads = sorted({count for found in rows.values() for count in found}, key=int)
+    head = ['detector', 'runtime', 'model', 'AP', 'points', *(f'{count} thread(s)' for count in threads)]
+    out = [head, ['---'] * 3 + ['---:'] * (len(head) - 3)]
+    for key, found in rows.items():
+        told = next(iter(found.values()))
+        cells = ['', '']
+        if told.get('AP'):
+            cells = [f'{float(told["AP"]):.3f}', f'{-float(told["drop_points"]) or 0.0:+.1f}']
+        for count in threads:
+            line = found.get(count, {})
+            peer = f' ({float(line["peer_ratio"]):.2f})' if line.get('peer_ratio') else ''
+            cells.append(f'{float(line["ratio"]):.2f}{peer}' if line else '')
+        out.append([*key, *cells])
+    return '\n'.join(f'| {" | ".join(row)} |' for row in out)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--detectors', nargs='+', required=True, help='members of the conformance suite')
@@ -257,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = [line for line in before if line['detector'] == name and args.resume]
         lines = [line for line in before if line['detector'] != name] + lines_of(subject, args, known)
         write_csv(args.out, lines, FIELDS)
+    print(table(read_lines(args.out)))
 
 
 if __name__ == '__main__':

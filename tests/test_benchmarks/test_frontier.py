@@ -24,7 +24,7 @@ def arguments(tmp_path, *more):
     return [text for key, value in options.items() for text in (f'--{key}', str(value))] + list(more)
 
 
-def test_every_dataflow_and_the_peer_have_a_line_beside_float(frontier, tmp_path):
+def test_every_dataflow_and_the_peer_have_a_line_beside_float(frontier, tmp_path, capsys):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     frontier.write_csv(tmp_path / 'out.csv', [dict(detector='tiny'), dict(detector='other')], frontier.FIELDS)
     frontier.main(arguments(tmp_path, '--detectors', 'tiny'))
@@ -44,6 +44,15 @@ def test_every_dataflow_and_the_peer_have_a_line_beside_float(frontier, tmp_path
         )
         assert line['integer_convolutions'] == line['convolutions'] != '0'
         assert '--detectors tiny' in line['command'] and str(tmp_path) not in line['command']
+    rows = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert [row.split(' | ')[2] for row in rows] == list(by_name)
+    points, ratio = -float(lines[1]['drop_points']) or 0.0, float(lines[1]['ratio'])
+    assert rows[1].endswith(f'{points:+.1f} | {ratio:.2f} (1.00) |')
+    # times alone are measured again
+    frontier.main(arguments(tmp_path, '--detectors', 'tiny', '--resume'))
+    again = read(tmp_path / 'out.csv')[1:]
+    same = [name for name in frontier.FIELDS if not name.endswith(('ms', 'ratio')) and name != 'load']
+    assert [[line[name] for name in same] for line in again] == [[line[name] for name in same] for line in lines]
 
 
 def test_a_peer_that_is_missing_is_a_line_that_says_so(frontier, tmp_path, monkeypatch):

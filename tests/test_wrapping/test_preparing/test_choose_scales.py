@@ -79,6 +79,24 @@ def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatc
     assert kinds == [(4, False), (4, True), (None, False)]
 
 
+def test_balanced_spends_where_one_scale_saves_most_time(monkeypatch):
+    def per_channel(share, saved):
+        monkeypatch.setattr(choose_scales, 'SHARE', share)
+        monkeypatch.setattr(choose_scales, 'SAVED', dict(gated=1.0, channels=saved, own=1.0))
+        _, structure, _ = toy(
+            lambda self, a, b: self.depthwise(F.silu(self.scaled(a.sigmoid()))),
+            BALANCED,
+            scaled=Scaled((6.0, 1.0, 1.0, 1.0)),
+            depthwise=nn.Conv2d(4, 4, 3, groups=4),
+        )
+        names = 'depthwise', outputs_of(structure)['scaled.conv'][0]
+        return [structure.activations[name]['spec']['num_channels'] is not None for name in names]
+
+    # where there is enough for either of two tensors, and not for both
+    found = [(per_channel(share, 1e6), per_channel(share, 1e-6)) for share in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)]
+    assert ([False, True], [True, False]) in found, found
+
+
 def test_balanced_leaves_inputs_of_few_bits_their_scales_per_channel():
     few = dict(activations=OBSERVE['activations'] | dict(bits=4))
     _, structure, _ = toy(
