@@ -66,6 +66,7 @@ def test_speed_keeps_scales_per_channel_where_the_layer_before_takes_them_over(a
 
 def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatch):
     def spec_of(share):
+        torch.manual_seed(0)
         monkeypatch.setattr(choose_scales, 'SHARE', share)
         _, structure, _ = toy(
             lambda self, a, b: self.depthwise(F.silu(self.scaled(a))),
@@ -80,8 +81,11 @@ def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatc
 
 
 def test_balanced_spends_where_one_scale_saves_most_time(monkeypatch):
-    def per_channel(share, saved):
-        monkeypatch.setattr(choose_scales, 'SHARE', share)
+    # enough for either of two tensors, and not for both
+    monkeypatch.setattr(choose_scales, 'SHARE', 0.6)
+
+    def per_channel(saved):
+        torch.manual_seed(0)
         monkeypatch.setattr(choose_scales, 'SAVED', dict(gated=1.0, channels=saved, own=1.0))
         _, structure, _ = toy(
             lambda self, a, b: self.depthwise(F.silu(self.scaled(a.sigmoid()))),
@@ -92,9 +96,8 @@ def test_balanced_spends_where_one_scale_saves_most_time(monkeypatch):
         names = 'depthwise', outputs_of(structure)['scaled.conv'][0]
         return [structure.activations[name]['spec']['num_channels'] is not None for name in names]
 
-    # where there is enough for either of two tensors, and not for both
-    found = [(per_channel(share, 1e6), per_channel(share, 1e-6)) for share in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)]
-    assert ([False, True], [True, False]) in found, found
+    assert per_channel(1e6) == [False, True]
+    assert per_channel(1e-6) == [True, False]
 
 
 def test_balanced_leaves_inputs_of_few_bits_their_scales_per_channel():
