@@ -302,7 +302,11 @@ class AffineQuantizer(Quantizer):
 
     @torch.no_grad()
     def step_size(self) -> float:
-        return float(self.positive_scale().mean())
+        return float(self.step_sizes().mean())
+
+    @torch.no_grad()
+    def step_sizes(self) -> Tensor:
+        return self.positive_scale().detach().clone()
 
     def _params_of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a range that contains zero; a range of nothing but zero gets scale 1."""

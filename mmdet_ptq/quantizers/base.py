@@ -84,8 +84,12 @@ class Quantizer(nn.Module):
         self.any_param().mul_(factor.to(self.any_param()))
 
     def step_size(self) -> float:
-        """Typical distance of neighbouring values, averaged over channels: the unit of a weight's learning rate."""
+        """Typical distance of neighbouring values, averaged over channels."""
         raise NotImplementedError
+
+    def step_sizes(self) -> Tensor:
+        """The same of each channel, of shape ``param_shape``: the units of a weight's learning rate."""
+        return self.any_param().new_full(self.param_shape, self.step_size())
 
     def inside_bin(self, codes: Tensor) -> Tensor:
         """A value that is rounded to each code: what the code stands for, wherever that quantizes to itself."""

@@ -332,7 +332,11 @@ class LogAffineQuantizer(Quantizer):
 
     @torch.no_grad()
     def step_size(self) -> float:
-        return float(self.table_scale().mean() * self.table().float().diff().median())
+        return float(self.step_sizes().mean())
+
+    @torch.no_grad()
+    def step_sizes(self) -> Tensor:
+        return self.table_scale() * self.table().float().diff().median()
 
     @torch.no_grad()
     def inside_bin(self, codes: Tensor) -> Tensor:

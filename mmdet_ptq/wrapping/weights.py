@@ -52,6 +52,11 @@ class QuantizedWeight(nn.Module):
         """See :meth:`mmdet_ptq.quantizers.Quantizer.step_size`."""
         return self.quantizer.step_size()
 
+    def step_sizes(self, weight: Tensor) -> Tensor:
+        """The quantization step of every element of a weight."""
+        rows = self.layout.to_rows(weight.detach())
+        return self.layout.from_rows(self.quantizer.step_sizes().reshape(-1, 1).expand_as(rows), weight.shape)
+
     def learn_rounding(self, weight: Tensor) -> LearnedRounding:
         """Rounds with a learned choice from now on, until :meth:`settle_rounding`."""
         self.rounding = LearnedRounding(self.quantizer, self.layout.to_rows(weight.detach()))

@@ -5,45 +5,49 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 
+import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
-from torch import nn
+from torch import Tensor, nn
 
+from mmdet_ptq.quantizers.base import SCALE_FLOOR
 from mmdet_ptq.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.weights import float_weight, quantized_weights
 
-# Scales and offsets differ by orders of magnitude between layers; log k and log eps are relative already.
-RELATIVE_KINDS = ('scale', 'weight_scale', 's', 'mu', 'weight', 'bias')
 
-
-def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, float]]:
+def learnable_parameters(detector: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, Tensor]]:
     """Every learnable quantization parameter of a detector, and the weights and biases of its quantized layers.
+
+    Channels of one layer may differ by orders of magnitude, after a folded normalisation or in front of a depthwise
+    convolution: each has a unit of its own.
 
     Args:
         detector: A quantized detector.
 
     Yields:
-        Name, kind, parameter, typical size; a weight's is its quantization step. Kinds are ``'scale'`` of activations,
-        ``'weight_scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'`` of weights, ``'weight'`` and ``'bias'``.
+        Name, kind, parameter, and the unit in which it moves, as a tensor that broadcasts to it. Kinds are ``'scale'``
+        of activations, ``'weight_scale'``, ``'mu'``, ``'s'``, ``'k'``, ``'eps'`` of weights, ``'weight'`` and
+        ``'bias'``. The unit of a scale is itself, that of a weight its quantization step.
     """
     for name, quantizer in getattr(detector, STATE).activations.items():
         for kind, parameter in quantizer.learnable().items():
-            yield f'{name}.{kind}', kind, parameter, _size(parameter)
+            yield f'{name}.{kind}', kind, parameter, parameter.detach().abs()
     for name, weight in quantized_weights(detector).items():
-        parameters = weight.quantizer.learnable()
+        layer, parameters = detector.get_submodule(name), weight.quantizer.learnable()
         for kind, parameter in parameters.items():
-            # an offset moves in steps of the scale it stands beside
-            size = _size(parameters['s' if kind == 'mu' else kind])
-            yield f'{name}.weight.{kind}', 'weight_scale' if kind == 'scale' else kind, parameter, size
-        yield f'{name}.weight', 'weight', float_weight(detector.get_submodule(name)), weight.step_size()
-        bias = getattr(detector.get_submodule(name), 'bias', None)
+            # an offset moves in steps of the scale it stands beside; log k and log eps are relative already
+            unit = parameters['s' if kind == 'mu' else kind].detach().abs()
+            unit = torch.ones_like(unit) if kind in ('k', 'eps') else unit
+            yield f'{name}.weight.{kind}', 'weight_scale' if kind == 'scale' else kind, parameter, unit
+        original = float_weight(layer)
+        yield f'{name}.weight', 'weight', original, weight.step_sizes(original)
+        bias = getattr(layer, 'bias', None)
         if isinstance(bias, nn.Parameter):
-            yield f'{name}.bias', 'bias', bias, max(_size(bias), 1e-2)
-
-
-def _size(parameter: nn.Parameter) -> float:
-    return float(parameter.detach().abs().mean())
+            # as wide as the channel's weights are
+            norms = weight.layout.to_rows(original.detach()).norm(dim=1)
+            spread = bias.detach().abs().mean().clamp_min(1e-2)
+            yield f'{name}.bias', 'bias', bias, spread * norms / norms.mean().clamp_min(SCALE_FLOOR)
 
 
 def train_only_quantization(detector: nn.Module, rates: Mapping[str, float]) -> None:
@@ -75,11 +79,9 @@ class QuantizationParamsConstructor:
         module = model.module if hasattr(model, 'module') else model
         groups = []
         # the global stage's model has the detector in it, mmdet's own training trains the detector itself
-        for name, kind, parameter, size in learnable_parameters(getattr(module, 'detector', module)):
-            if not parameter.requires_grad:
-                continue
-            scale = size if kind in RELATIVE_KINDS else 1.0
-            groups.append(dict(params=[parameter], lr=self.rates[kind] * scale, name=name))
+        for name, kind, parameter, unit in learnable_parameters(getattr(module, 'detector', module)):
+            if parameter.requires_grad:
+                groups.append(dict(params=[parameter], lr=self.rates[kind], name=name, unit=unit.clone()))
         return build_wrapper(self.cfg, groups)
 
 
@@ -92,7 +94,30 @@ def build_wrapper(cfg: dict, groups: list[dict]) -> OptimWrapper:
     """
     cfg = {'type': 'OptimWrapper', 'optimizer': {}, **cfg}
     optimizer = OPTIMIZERS.build({'type': 'Adam', **cfg.pop('optimizer'), 'params': groups})
+    _step_in_units(optimizer)
     return OPTIM_WRAPPERS.build({**cfg, 'optimizer': optimizer})
+
+
+def _step_in_units(optimizer: torch.optim.Optimizer) -> None:
+    """Multiplies what a step changes in a parameter by the ``unit`` of its group, whatever the optimizer is."""
+    before: dict[int, Tensor] = {}
+
+    def keep(*args) -> None:
+        for group in optimizer.param_groups:
+            # a run of before has none: its rates are products already
+            if 'unit' in group:
+                before.update({id(parameter): parameter.detach().clone() for parameter in group['params']})
+
+    @torch.no_grad()
+    def scale(*args) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                start = before.pop(id(parameter), None)
+                if start is not None:
+                    parameter.sub_(start).mul_(group['unit'].to(parameter)).add_(start)
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(scale)
 
 
 def by_iterations(scheduler: dict) -> dict:
