@@ -13,18 +13,20 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
 from runs import ROOT, VERSIONS
 from zoo_architectures import find_architectures
+from zoo_trial import trial
 
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.files import write_text
@@ -32,7 +34,8 @@ from mmdet_ptq.files import write_text
 FOLDER = ROOT / 'benchmarks' / 'mmdet_zoo'
 TABLE, ARCHITECTURES, UNBUILT = FOLDER / 'results.csv', FOLDER / 'architectures.csv', FOLDER / 'unbuilt.csv'
 PAGE = ROOT / 'docs' / 'support.md'
-TRIAL = ROOT / 'benchmarks' / 'zoo_trial.py'
+# processes that have imported everything before they are born
+_TRIALS = multiprocessing.get_context('forkserver')
 TOLD = ('state', 'layers', 'codes', 'decibel', 'reason')
 RUNTIMES = ('onnxruntime', 'openvino')
 FIELDS = (
@@ -80,22 +83,29 @@ def architectures() -> list[dict]:
 
 def try_one(config: str, timeout: float) -> dict:
     """One architecture, in a process of its own."""
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), *_python_path()])}
+    receiver, sender = _TRIALS.Pipe(duplex=False)
+    process = _TRIALS.Process(target=_send_trial, args=(config, sender))
+    process.start()
+    sender.close()
     try:
-        run = subprocess.run(
-            [sys.executable, str(TRIAL), config], capture_output=True, text=True, timeout=timeout, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return dict(config=config, quantized=f'took more than {timeout:.0f} s')
-    try:
-        return json.loads(run.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        told = (run.stderr.strip().splitlines() or [''])[-1][:200]
-        return dict(config=config, quantized=f'the process ended with {run.returncode}: {told}')
+        if receiver.poll(timeout):
+            return receiver.recv()
+        process.kill()
+        return dict(quantized=f'took more than {timeout:.0f} s')
+    except EOFError:
+        process.join()
+        return dict(quantized=f'the process ended with {process.exitcode}')
+    finally:
+        process.join()
 
 
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path]
+def _send_trial(config: str, sender: Connection) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        sender.send(trial(config, Path(folder)))
 
 
 def is_equal(line: dict) -> bool:
@@ -119,7 +129,7 @@ def worth_trying(args: argparse.Namespace, known: dict[str, dict]) -> list[dict]
 def told_of(found: dict, line: dict) -> dict:
     """The whole line of an architecture."""
     told = versions()
-    line |= {key: found[key] for key in ('configs', 'million')}
+    line |= {key: found[key] for key in ('config', 'configs', 'million')}
     line |= {key: told.get(key, '') for key in (*VERSIONS, *RUNTIMES)}
     return line | dict(date=datetime.now(timezone.utc).date().isoformat())
 
@@ -251,6 +261,7 @@ def main() -> None:
     parser.add_argument('--timeout', type=float, default=900, help='seconds for each; default %(default)s')
     parser.add_argument('--jobs', type=int, default=1, help='how many at once; default %(default)s')
     args = parser.parse_args()
+    _TRIALS.set_forkserver_preload(['zoo_trial', 'onnxscript', 'onnxruntime', 'openvino'])
     known = {line['config']: line for line in read_csv(TABLE)}
     if not args.page:
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import resource
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmdet.models import TwoStageDetector
+from mmdet.models import ResNet, TwoStageDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -50,9 +51,14 @@ RUNTIMES = ('onnxruntime', 'openvino')
 # what bounds the work behind the network: regions, and detections that are read for masks
 FEW = dict(max_per_img=20, nms_pre=200, max_per_image=20, num_proposals=20)
 # what repeats the same layers
-FEW_LAYERS = dict(num_layers=2, depths=2, stacked_convs=2, num_blocks=1, num_modules=1)
+FEW_LAYERS = dict(num_layers=2, depths=2, stacked_convs=1, num_blocks=1, num_modules=1)
+# widths that no other part of a config has to agree with, in most of them
+NARROW = dict(feat_channels=64, fc_out_channels=64, feedforward_channels=128)
+BASE = 16  # channels of the first stage of ResNet and its kin, 64 as they are published
+_BLOCKS = (2, 1, 1, 1)
 PTQ = dict(
-    # as the presets do it, but ranges of two images are not worth a search
+    # as the presets do it, but random weights and ranges of two images are not worth a search
+    weights=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
     activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')),
     global_loss=dict(iters=1, batch_size=1, holdout=0, val_interval=1, checkpoint_interval=1, log_interval=1),
     # the finest of what runtimes take; OpenVINO leaves out what it does not
@@ -76,10 +82,10 @@ def zoo_batch(detector: nn.Module, size: tuple[int, int], seed: int) -> dict:
     return dict(inputs=[image], data_samples=[sample])
 
 
-def reduced(value: object) -> None:
+def reduced(value: object, bounds: dict[str, int] = FEW | FEW_LAYERS) -> None:
     """Bounds proposals, detections and repeated layers of a model's config, in place."""
     if isinstance(value, dict):
-        for key, most in (FEW | FEW_LAYERS).items():
+        for key, most in bounds.items():
             if isinstance(value.get(key), int):
                 value[key] = min(value[key], most)
             elif isinstance(value.get(key), list | tuple) and all(isinstance(item, int) for item in value[key]):
@@ -87,17 +93,55 @@ def reduced(value: object) -> None:
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:
-            reduced(item)
+            reduced(item, bounds)
+
+
+def narrow_backbone(model: dict) -> None:
+    """A quarter of the channels in ResNet and its kin, and in what the neck reads of them, in place."""
+    backbone, neck = model.get('backbone', {}), model.get('neck')
+    neck = neck[0] if isinstance(neck, list) else neck
+    kind = MODELS.get(backbone.get('type')) if isinstance(backbone.get('type'), str) else backbone.get('type')
+    if neck and kind is not None and issubclass(kind, ResNet) and isinstance(neck.get('in_channels'), list):
+        factor = backbone.get('base_channels', 64) // BASE
+        backbone['base_channels'] = BASE
+        neck['in_channels'] = [channels // factor for channels in neck['in_channels']]
+
+
+def with_random_weights(detector: nn.Module) -> tuple[int, int]:
+    """Gives a detector weights with which it predicts, in place; the size that it takes."""
+    detector.eval()
+    detector.init_weights()  # some allocate parameters without values
+    randomise(detector, lambda: damp_refinements(detector) or first_size(detector))
+    return first_size(detector)
+
+
+def smallest(config: Config) -> tuple[Config, nn.Module, tuple[int, int]]:
+    """The narrowest detector of an architecture that builds and predicts, its config and the size that it takes.
+
+    Raises:
+        Exception: None does; as the detector's own code says it.
+    """
+    for narrow, bounds in ((True, NARROW), (False, NARROW), (False, {})):
+        tried = copy.deepcopy(config)
+        reduced(tried['model'], FEW | FEW_LAYERS | bounds)
+        if narrow:
+            narrow_backbone(tried['model'])
+        try:
+            detector = build_detector(tried)
+            return tried, detector, with_random_weights(detector)
+        except Exception as error:
+            why = error
+    raise why
 
 
 def shallow_stages() -> None:
-    """Two blocks in each stage of ResNet and its kin, for this process: one with a projection and one without."""
+    """Few blocks in each stage of ResNet and its kin, for this process; the first stage has two of them."""
     for name in list(MODELS.module_dict):
         settings = getattr(MODELS.module_dict[name], 'arch_settings', None)
         if isinstance(settings, dict):
             for depth, (block, *stages) in [(d, s) for d, s in settings.items() if isinstance(s, tuple)]:
                 if stages and isinstance(stages[0], tuple) and all(isinstance(n, int) for n in stages[0]):
-                    settings[depth] = (block, tuple(min(2, blocks) for blocks in stages[0]))
+                    settings[depth] = (block, tuple(min(most, n) for most, n in zip(_BLOCKS, stages[0], strict=False)))
 
 
 def damp_refinements(detector: nn.Module) -> None:
@@ -114,9 +158,11 @@ def first_size(detector: nn.Module) -> tuple[int, int]:
     Raises:
         RuntimeError: It takes none of them; as its own code says it.
     """
-    for size in SIZES:
+    # of one image, a map may have a single value: too few for the statistics of a normalisation
+    for images, size in itertools.product((1, 2), SIZES):
+        batches = [zoo_batch(detector, size, seed) for seed in range(images)]
         try:
-            _predict(detector, zoo_batch(detector, size, 0))
+            _predict(detector, {key: [item for batch in batches for item in batch[key]] for key in batches[0]})
             return size
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             why = error
@@ -140,16 +186,10 @@ def trial(name: str, folder: Path) -> dict:
     """
     start = time.perf_counter()
     torch.manual_seed(0)
-    config = zoo_config(name)
-    reduced(config['model'])
     shallow_stages()
     found = dict(config=name)
     try:
-        detector = build_detector(config)
-        detector.eval()
-        detector.init_weights()  # some allocate parameters without values
-        randomise(detector, lambda: damp_refinements(detector) or first_size(detector))
-        size = first_size(detector)
+        config, detector, size = smallest(Config(dict(model=zoo_config(name)['model'], default_scope='mmdet')))
     except Exception as error:
         return dict(found, predicts=_sentence(error))
     found |= dict(predicts='', size='x'.join(map(str, size)))

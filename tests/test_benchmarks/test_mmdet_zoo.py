@@ -6,6 +6,7 @@ import mmdet_zoo
 import pytest
 import zoo_architectures
 import zoo_trial
+from mmengine.config import Config
 
 LINE = dict.fromkeys(mmdet_zoo.FIELDS, '') | dict(
     config='retinanet/retinanet_r18_fpn_1x_coco.py',
@@ -66,6 +67,17 @@ def test_models_are_reduced():
     assert model == dict(
         depth=50, encoder=dict(num_layers=2), test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=20)), depths=[2, 2]
     )
+
+
+def test_the_narrowest_that_predicts_is_tried():
+    narrow = Config(dict(model=zoo_architectures.zoo_config('retinanet/retinanet_r18_fpn_1x_coco.py')['model']))
+    config, detector, size = zoo_trial.smallest(narrow)
+    assert size == zoo_trial.SIZES[0]
+    assert (detector.backbone.conv1.out_channels, detector.bbox_head.feat_channels) == (16, 64)
+    # nothing tells this backbone to be narrower
+    model = zoo_architectures.zoo_config('regnet/retinanet_regnetx-800MF_fpn_1x_coco.py')['model']
+    config, detector, _ = zoo_trial.smallest(Config(dict(model=model)))
+    assert 'base_channels' not in config.model.backbone and detector.bbox_head.feat_channels == 64
 
 
 def test_configs_that_build_alike_are_one_architecture(monkeypatch):
