@@ -115,9 +115,9 @@ def is_equal(line: dict) -> bool:
 
 
 def worth_trying(args: argparse.Namespace, known: dict[str, dict]) -> list[dict]:
-    """Architectures that are to be tried, those that stand for most configs first."""
+    """Architectures that are to be tried, those that stand for most configs first, and the smallest of these."""
     chosen = []
-    for found in sorted(architectures(), key=lambda a: -int(a['configs'])):
+    for found in sorted(architectures(), key=lambda a: (-int(a['configs']), float(a['million']))):
         config, line = found['config'], known.get(found['config'])
         named = any(name in config for name in args.only)
         again = named or (args.failed and line is not None and not is_equal(line))

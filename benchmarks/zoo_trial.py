@@ -51,7 +51,7 @@ RUNTIMES = ('onnxruntime', 'openvino')
 # what bounds the work behind the network: regions, and detections that are read for masks
 FEW = dict(max_per_img=20, nms_pre=200, max_per_image=20, num_proposals=20)
 # what repeats the same layers
-FEW_LAYERS = dict(num_layers=2, depths=2, stacked_convs=1, num_blocks=1, num_modules=1)
+FEW_LAYERS = dict(num_layers=2, depths=2, stacked_convs=1, num_blocks=1, num_modules=1, stage_blocks=1, num_stacks=1)
 # widths that no other part of a config has to agree with, in most of them
 NARROW = dict(feat_channels=64, fc_out_channels=64, feedforward_channels=128)
 BASE = 16  # channels of the first stage of ResNet and its kin, 64 as they are published
@@ -96,6 +96,18 @@ def reduced(value: object, bounds: dict[str, int] = FEW | FEW_LAYERS) -> None:
             reduced(item, bounds)
 
 
+def few_refinements(model: dict) -> None:
+    """Two of the stages that refine boxes one after the other, in place."""
+    head = model.get('roi_head') or {}
+    if isinstance(head.get('num_stages'), int):
+        head['num_stages'] = min(2, head['num_stages'])
+        settings = (model.get('train_cfg') or {}, model.get('test_cfg') or {})
+        lists = [(head, key) for key in ('bbox_head', 'mask_head', 'stage_loss_weights')]
+        for owner, key in lists + [(owner, 'rcnn') for owner in settings]:
+            if isinstance(owner.get(key), list | tuple):
+                owner[key] = owner[key][: head['num_stages']]
+
+
 def narrow_backbone(model: dict) -> None:
     """A quarter of the channels in ResNet and its kin, and in what the neck reads of them, in place."""
     backbone, neck = model.get('backbone', {}), model.get('neck')
@@ -124,6 +136,7 @@ def smallest(config: Config) -> tuple[Config, nn.Module, tuple[int, int]]:
     for narrow, bounds in ((True, NARROW), (False, NARROW), (False, {})):
         tried = copy.deepcopy(config)
         reduced(tried['model'], FEW | FEW_LAYERS | bounds)
+        few_refinements(tried['model'])
         if narrow:
             narrow_backbone(tried['model'])
         try:

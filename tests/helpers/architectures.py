@@ -152,6 +152,59 @@ def cascade_rcnn() -> dict:
     return model
 
 
+def query_inst() -> dict:
+    """Queries stand for the regions of every image, and a head compares those of one image with each other."""
+    model = tiny_model_cfg('faster_rcnn')
+    model['type'], head = 'QueryInst', model['roi_head']
+    extractor, embed, stages = head['bbox_roi_extractor'], dict(in_channels=16, out_channels=16), 1
+    dynamic = dict(type='DynamicConv', feat_channels=8, input_feat_shape=5, norm_cfg=dict(type='LN'), **embed)
+    box_head = dict(
+        type='DIIHead',
+        num_classes=NUM_CLASSES,
+        num_heads=2,
+        num_reg_fcs=1,
+        feedforward_channels=32,
+        in_channels=16,
+        dynamic_conv_cfg=dynamic,
+        bbox_coder=dict(head['bbox_head']['bbox_coder'], clip_border=False),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        loss_bbox=dict(type='L1Loss'),
+        loss_iou=dict(type='GIoULoss'),
+    )
+    mask_head = dict(
+        type='DynamicMaskHead',
+        dynamic_conv_cfg=dict(dynamic, with_proj=False),
+        num_convs=1,
+        num_classes=NUM_CLASSES,
+        roi_feat_size=5,
+        in_channels=16,
+        conv_out_channels=16,
+        class_agnostic=False,
+        loss_mask=dict(type='DiceLoss', use_sigmoid=True, activate=False),
+    )
+    model['rpn_head'] = dict(type='EmbeddingRPNHead', num_proposals=10, proposal_feature_channel=16)
+    model['roi_head'] = dict(
+        type='SparseRoIHead',
+        num_stages=stages,
+        stage_loss_weights=[1] * stages,
+        proposal_feature_channel=16,
+        bbox_roi_extractor=extractor,
+        mask_roi_extractor=copy.deepcopy(extractor),
+        bbox_head=[copy.deepcopy(box_head) for _ in range(stages)],
+        mask_head=[copy.deepcopy(mask_head) for _ in range(stages)],
+    )
+    costs = [dict(type='FocalLossCost'), dict(type='BBoxL1Cost', box_format='xyxy'), dict(type='IoUCost')]
+    matched = dict(
+        assigner=dict(type='HungarianAssigner', match_costs=costs),
+        sampler=dict(type='PseudoSampler'),
+        pos_weight=1,
+        mask_size=10,
+    )
+    model['train_cfg'] = dict(rpn=None, rcnn=[copy.deepcopy(matched) for _ in range(stages)])
+    model['test_cfg'] = dict(rpn=None, rcnn=dict(max_per_img=10, mask_thr_binary=0.5))
+    return model
+
+
 def deformable_detr() -> dict:
     """Feed-forward networks that write into views."""
     layer = dict(
@@ -255,6 +308,7 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     mask_rcnn=mask_rcnn,
     solo=solo,
     cascade_rcnn=cascade_rcnn,
+    query_inst=query_inst,
     deformable_detr=deformable_detr,
     two_stage_detr=two_stage_detr,
     mask2former=mask2former,

@@ -40,7 +40,7 @@ def test_the_page_counts_configs_and_names_what_does_not_hold():
 
 
 def test_what_is_there_is_not_tried_again(monkeypatch):
-    found = [dict(config=c, configs=n) for c, n in (('a.py', '1'), ('b.py', '5'), ('c.py', '3'))]
+    found = [dict(config=c, configs=n, million='1') for c, n in (('a.py', '1'), ('b.py', '5'), ('c.py', '3'))]
     monkeypatch.setattr(mmdet_zoo, 'architectures', lambda: found)
     known = {'b.py': LINE | dict(config='b.py'), 'c.py': LINE | dict(config='c.py', reloaded='predicts otherwise')}
 

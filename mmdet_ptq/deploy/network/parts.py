@@ -7,7 +7,7 @@ and merges what the heads find.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from mmdet.models.detectors import TwoStagePanopticSegmentor
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from mmdet_ptq.deploy.network.queries import has_queries, last_layer, whole_image, whole_images
 from mmdet_ptq.errors import PTQError
@@ -50,7 +51,8 @@ class Part:
     Attributes:
         name: Path of the module that computes it, with ``#k`` for its further calls; '' for the network that reads the
             image.
-        args: What the module is called with, tensors and constants; regions are the first dimension of the tensors.
+        args: What the module is called with, tensors and constants; the first dimension of the tensors are regions, or
+            images where heads compare the regions of each.
         kwargs: The same by keyword.
     """
 
@@ -62,6 +64,11 @@ class Part:
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors of its call, flat."""
         return tuple(tensors_in((self.args, self.kwargs)))
+
+    @property
+    def any_number(self) -> bool:
+        """Whether it takes any number of regions: regions are the first dimension of all that it reads."""
+        return len({len(tensor) for tensor in self.inputs}) == 1
 
     @property
     def constants(self) -> list:
@@ -102,11 +109,13 @@ def has_regions(detector: nn.Module) -> bool:
 
 
 def _first_stage(detector: nn.Module) -> Callable[[Tensor], tuple]:
-    """Features, what the region proposal network says of them, and a head for all of the image, where there is one."""
+    """Features, what the heads say that read all of them, and what mmdet's own code reads of the detector itself."""
+    read = [detector.get_parameter(name) for name in parameters_between(detector)]
 
     def forward(image: Tensor) -> tuple:
         features = detector.extract_feat(image)
-        return (features, *(head(features) for head in image_heads(detector)))
+        constants = (values.expand(len(image), *values.shape) for values in read)
+        return (features, *(head(features) for head in image_heads(detector)), *constants)
 
     return forward
 
@@ -120,6 +129,29 @@ def image_heads(detector: nn.Module) -> list[nn.Module]:
 def proposes(detector: nn.Module) -> bool:
     """Whether a detector of two stages has a region proposal network that reads the features alone."""
     return detector.with_rpn and type(detector.rpn_head).forward is not nn.Module.forward
+
+
+def parameters_between(detector: nn.Module) -> list[str]:
+    """Names of the parameters that no network computes with, such as queries that stand for regions of every image.
+
+    mmdet's own code reads them between the networks. Layers are none of them.
+    """
+    layers = {name for name, module in detector.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+    inside = ['backbone', 'neck', STATE, *_image_head_names(detector), *(name for name, _ in region_heads(detector))]
+    return [
+        name
+        for name, _ in detector.named_parameters()
+        if not _is_in(name, inside) and name.rpartition('.')[0] not in layers
+    ]
+
+
+def _image_head_names(detector: nn.Module) -> list[str]:
+    heads = image_heads(detector)
+    return [name for name, module in detector.named_children() if any(module is head for head in heads)]
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return name.startswith(tuple(f'{module}.' for module in modules))
 
 
 @contextmanager
@@ -194,7 +226,7 @@ def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
         return lambda module, args, kwargs: calls.setdefault(name, []).append(Part(name, args, kwargs))
 
     with ExitStack() as stack:
-        for name, head in _heads(detector.roi_head, HEADS):
+        for name, head in region_heads(detector):
             stack.callback(head.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         detector(image[:1], _sample(detector, image), mode='tensor')
     found = [replace(part, name=call_name(name, k)) for name, parts in calls.items() for k, part in enumerate(parts)]
@@ -218,6 +250,11 @@ def _sample(detector: nn.Module, image: Tensor) -> list[DetDataSample]:
     return [sample]
 
 
+def region_heads(detector: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The heads behind the regions, with their paths."""
+    return list(_heads(detector.roi_head, HEADS))
+
+
 def _heads(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -227,16 +264,21 @@ def _heads(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _widened(part: Part) -> Part:
-    """The same with enough regions that none is taken for a constant."""
-    wide = (tensor.repeat_interleave(_FEWEST, 0) if len(tensor) < _FEWEST else tensor for tensor in part.inputs)
+    """The same with enough regions that none is taken for a constant, where any number may come."""
+    if not part.any_number:
+        return part
+    wide = (
+        torch.cat([tensor, tensor.new_zeros(max(0, _FEWEST - len(tensor)), *tensor.shape[1:])])
+        for tensor in part.inputs
+    )
     return Part(part.name, *(_replaced(value, wide) for value in (part.args, part.kwargs)))
 
 
 def _check_complete(detector: nn.Module, names: list[str]) -> None:
     """Refuses weights that no network has."""
-    heads = [name for name, module in detector.named_children() if module in image_heads(detector)]
-    known = ['backbone', 'neck', STATE, *map(layer_of, names[1:]), *heads]
-    left = [name for name, _ in detector.named_parameters() if not name.startswith(tuple(f'{stem}.' for stem in known))]
+    known = ['backbone', 'neck', STATE, *map(layer_of, names[1:]), *_image_head_names(detector)]
+    between = parameters_between(detector)
+    left = [name for name, _ in detector.named_parameters() if not _is_in(name, known) and name not in between]
     if left:
         raise PTQError(
             f'{type(detector).__name__} cannot be exported: its own code computes with {left[0]} between the networks '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.canvas import pad_to
-from mmdet_ptq.deploy.network.parts import constants_in, has_regions, image_heads, parts_of
+from mmdet_ptq.deploy.network.parts import constants_in, has_regions, image_heads, parameters_between, parts_of
 from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, only_head, output_shapes
 from mmdet_ptq.deploy.runtime import Runtime
@@ -94,7 +94,8 @@ def with_runtime(
         detector.neck = nn.Identity()
     detector.extract_feat = _Features()
     if has_regions(detector):
-        detector.extract_feat = first = _FirstStage(runtime, device)
+        read = [detector.get_parameter(name) for name in parameters_between(detector)]
+        detector.extract_feat = first = _FirstStage(runtime, device, read)
         for place, head in enumerate(image_heads(detector)):
             head.forward = partial(first.of_head, place)
         calls: dict[str, list[Runtime]] = {}
@@ -204,10 +205,17 @@ class _FirstStage(_Network):
 
     heads: Sequence[_Head] = ()
 
+    def __init__(self, runtime: Runtime, device: torch.device, read: Sequence[nn.Parameter]) -> None:
+        super().__init__(runtime, device)
+        self.read = read
+
     def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
         for head in self.heads:
             head.calls = 0
         features, *self.found = nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+        # the model's own, which are the same for every image
+        for parameter, values in zip(self.read, self.found[len(self.found) - len(self.read) :], strict=True):
+            parameter.data = values[0]
         return features
 
     def of_head(self, place: int, features: tuple[Tensor, ...]) -> Any:
@@ -234,12 +242,32 @@ class _Head:
                 f'{self.name} was exported as it is called with {meta["constants"]}, and is called with {constants}; '
                 'such a detector cannot run in a runtime.'
             )
-        inputs = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors_in((args, kwargs))]
+        tensors = zip(tensors_in((args, kwargs)), meta['inputs'], strict=True)
+        inputs = [_rows(tensor.detach().cpu(), len(shape)).numpy() for tensor, shape in tensors]
         if len(inputs[0]):
-            flat = [torch.from_numpy(output) for output in runtime(*inputs)]
+            found = [runtime(*given) for given in self._calls(inputs, meta)]
+            flat = [torch.from_numpy(np.concatenate(outputs)) for outputs in zip(*found, strict=True)]
         else:  # no runtime takes so few
             flat = [torch.zeros(0, *shape) for shape in meta['raw_shapes']]
         return nest_outputs([output.to(self.device) for output in flat], meta['outputs'])
+
+    def _calls(self, inputs: list[np.ndarray], meta: dict) -> Iterable[Sequence[np.ndarray]]:
+        """What the network is given, once where it takes any number of regions, otherwise image by image."""
+        if meta['dynamic_batch']:
+            return [inputs]
+        images = max(1, len(inputs[0]) // meta['inputs'][0][0])
+        shapes = [[len(given) / images, *given.shape[1:]] for given in inputs]
+        if shapes != meta['inputs']:
+            raise PTQError(
+                f'{self.name} was exported for inputs of {meta["inputs"]}, and is given {shapes}; such a detector '
+                'cannot run in a runtime.'
+            )
+        return zip(*(np.split(given, images) for given in inputs), strict=True)
+
+
+def _rows(tensor: Tensor, dimensions: int) -> Tensor:
+    """As many dimensions as were exported: some heads take regions as rows, and as rows of each image."""
+    return tensor.flatten(0, max(0, tensor.ndim - dimensions)).contiguous()
 
 
 class _Detections(_Network):

@@ -98,7 +98,7 @@ def export_onnx(
         example = part.run(detector, *part.inputs)
         told_part = dict(
             told,
-            dynamic_batch=True,
+            dynamic_batch=part.any_number,
             outputs=output_layout(example),
             raw_shapes=output_shapes(example),
             inputs=[list(tensor.shape) for tensor in part.inputs],
@@ -194,7 +194,7 @@ def exported_program(
     from mmdet_ptq.deploy.onnx.graph import note_calls, own_constants
 
     own_constants(program.model.graph)
-    note_calls(program)
+    note_calls(program, detector)
     return program.model
 
 

@@ -137,6 +137,8 @@ def channel_costs(
 
     def take(key: tuple[int, str], x: Tensor, weight: Tensor | None) -> None:
         side, name = key
+        if not x.numel():  # of a head that was given no regions
+            return
         if name not in found[side]:
             found[side][name] = ChannelCost(x.shape[axes[name]])
         found[side][name].see(x, weight, axes[name])
