@@ -16,6 +16,7 @@ from mmdet_ptq.wrapping.names import call_name
 SCOPES = 'pkg.torch.onnx.name_scopes'
 CALL = 'mmdet_ptq.call'
 ROOT = 'detector.'
+_SELF = 'L__self__'  # as torch calls what it exports
 WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 # they have a weight, too, which no runtime computes with in integers
 _FLOAT_ONLY = ('DeformConv',)
@@ -95,16 +96,40 @@ def own_constants(graph: ir.Graph) -> None:
                     graph.register_initializer(value)
 
 
-def note_calls(program: torch.onnx.ONNXProgram) -> None:
-    """Notes in each node which call of its module it is of, 0 for the first one.
+def note_calls(program: torch.onnx.ONNXProgram, detector: nn.Module) -> None:
+    """Notes in each node which call of its layer it is of, 0 for the first one.
 
-    Torch counts calls whose results nobody reads, too, and drops them later.
+    Torch counts calls whose results nobody reads, too, and drops them later. Those of a layer with several
+    paths it counts by path; they are numbered as they were traced: the graph lacks those that repeat others.
+
+    Args:
+        program: As torch exports it.
+        detector: The detector that was exported.
     """
+    layers = _first_paths(detector)
     stacks = {node.name: list(node.meta.get('nn_module_stack') or {}) for node in program.exported_program.graph.nodes}
+    traced: dict[str, dict[str, int]] = {}
+
+    def layer_of(call: str) -> str:
+        path = call.partition('@')[0].removeprefix(_SELF).removeprefix(ROOT)
+        return layers.get(path, path)
+
+    for call in (stack[-1] for stack in stacks.values() if stack):
+        numbers = traced.setdefault(layer_of(call), {})
+        numbers.setdefault(call, len(numbers))
+    several = {layer for layer, calls in traced.items() if len({call.partition('@')[0] for call in calls}) > 1}
     for node in program.model.graph:
-        stack = stacks.get((_scopes(node) or [''])[-1])
-        if stack:
-            node.metadata_props[CALL] = stack[-1].partition('@')[2] or '0'
+        call = (stacks.get((_scopes(node) or [''])[-1]) or [''])[-1]
+        if call:
+            layer = layer_of(call)
+            number = traced[layer][call] if layer in several else call.partition('@')[2] or 0
+            node.metadata_props[CALL] = str(number)
+
+
+def _first_paths(detector: nn.Module) -> dict[str, str]:
+    """Every path of a module to the one that the detector names it by."""
+    first = {module: name for name, module in detector.named_modules()}
+    return {name: first[module] for name, module in detector.named_modules(remove_duplicate=False) if name}
 
 
 def _scopes(node: ir.Node) -> list[str]:
@@ -119,25 +144,23 @@ def name_layers(graph: ir.Graph, detector: nn.Module) -> dict[str, str]:
 
     Args:
         graph: A graph as torch exports it, with its scopes in the nodes' metadata. Calls that :func:`note_calls` did
-            not note are numbered as they stand in the graph, as are those of layers that are reached by several
-            paths, or compute several operations.
+            not note are numbered as they stand in the graph, as are those of layers that compute several operations.
         detector: The detector that was exported.
 
     Returns:
         Name of each convolution or matrix product to the layer in the detector it is a call of.
     """
-    first = {module: name for name, module in detector.named_modules()}
-    known = {name: first[module] for name, module in detector.named_modules(remove_duplicate=False) if name}
-    found: dict[str, list[tuple[ir.Node, str, str | None]]] = {}
+    known = _first_paths(detector)
+    found: dict[str, list[tuple[ir.Node, str | None]]] = {}
     for node in graph:
         paths = [path for path in (scope.removeprefix(ROOT) for scope in _scopes(node)) if path in known]
         if node.op_type in WEIGHTED + _FLOAT_ONLY and paths:
-            found.setdefault(known[paths[-1]], []).append((node, paths[-1], node.metadata_props.get(CALL)))
+            found.setdefault(known[paths[-1]], []).append((node, node.metadata_props.get(CALL)))
     named = {}
     for layer, nodes in found.items():
-        _, paths, told = (set(column) for column in zip(*nodes, strict=True))
-        certain = len(paths) == 1 and len(told) == len(nodes) and None not in told
-        for place, (node, _, number) in enumerate(nodes):
+        told = {number for _, number in nodes}
+        certain = len(told) == len(nodes) and None not in told
+        for place, (node, number) in enumerate(nodes):
             node.name = call_name(layer, int(number) if certain else place)
             # runtimes call what computes an output after the output
             node.outputs[0].name = node.name

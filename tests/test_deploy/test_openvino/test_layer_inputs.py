@@ -1,8 +1,10 @@
 import copy
 
+import architectures
 import numpy as np
 import pytest
 import torch
+from mmdet.models.dense_heads import RetinaSepBNHead
 
 from mmdet_ptq.deploy import get_runtime, settle_biases
 from mmdet_ptq.deploy.agreement import compare_layer_inputs
@@ -67,6 +69,27 @@ def test_layers_that_feed_no_output_are_not_missed(tmp_path, monkeypatch):
     path = get_runtime('openvino').export(detector, tmp_path, (1, 3, 64, 64))
     found = {entry.name for entry in compare(detector, path)}
     assert dead and found == calls(structure) - dead
+
+
+def test_a_call_that_repeats_another_is_computed_once(tmp_path, monkeypatch):
+    """RTMDet-Ins has its classification layers a second time where the regression's should be."""
+    architectures.register(monkeypatch)
+    build = RetinaSepBNHead._init_layers
+
+    def alike(self):
+        build(self)
+        self.reg_convs = self.cls_convs
+
+    monkeypatch.setattr(RetinaSepBNHead, '_init_layers', alike)
+    detector, structure = tiny_quantized('sepbn', CASES['retinanet'])
+    settle_biases(detector, structure)
+    freeze_weights(detector)
+    path = get_runtime('openvino').export(detector, tmp_path, (1, 3, 64, 64))
+    inputs, first = openvino_inputs(path, image(detector)), 'bbox_head.cls_convs.0.0.conv'
+    assert [f'{first}{call}' in inputs for call in ('', '#1', '#2', '#3')] == [True, False, True, False]
+    found = compare(detector, path, follow=True, within=only_read_tensors)
+    assert {entry.name for entry in found} == calls(structure)
+    assert min(entry.identical for entry in found) > 0.999
 
 
 def test_quantizers_that_openvino_leaves_out_are_seen(exported):
