@@ -207,7 +207,8 @@ how accurate it is: [conformance](conformance.md) does.
 
 "Computes what was simulated": each tensor of the exported model was compared with the simulation, from the same codes;
 at least 99 % of the codes are equal in the worst tensor, and all outputs to at least 20 dB. Where an encoder chooses
-queries by their scores (DINO), single codes change their order, and the mean of all tensors counts. A line stands until
+queries by their scores (DINO), single codes change their order: in OpenVINO the simulation goes on with those that were
+chosen there, of which 99 % have to be its own, too; in ONNX Runtime the mean of all tensors counts. A line stands until
 its architecture is tried again (`--only`); its date is in the CSV.
 
 ```bash

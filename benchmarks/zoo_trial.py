@@ -36,7 +36,7 @@ from mmdet_ptq.deploy.agreement import TensorAgreement, compare_layer_inputs
 from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
-from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_choices, openvino_inputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions import check_raw_outputs
 from mmdet_ptq.predictions.queries import chooses_queries
@@ -282,7 +282,8 @@ def _followed(quantized: nn.Module, path: Path, image: Tensor, outputs: list[Ten
             for part in parts:
                 outputs += RawOutputs(quantized, part)(*part.inputs)
         return None
-    return compare_layer_inputs(quantized, inputs, image, True, only_read_tensors, outputs)
+    choices = openvino_choices(path, image) if chooses_queries(quantized) else None
+    return compare_layer_inputs(quantized, inputs, image, True, only_read_tensors, outputs, choices)
 
 
 @torch.no_grad()
@@ -293,8 +294,8 @@ def _compared(
 
     ONNX Runtime is compared as it is evaluated, from the image to the outputs. In OpenVINO float arithmetic is not the
     simulation's to the last bit, and random weights make much of single codes: there the simulation goes on with what
-    each layer of the runtime read. Where an encoder chooses queries by their scores, single codes change the order of
-    the queries: outputs are compared in the order of their values then, and codes on the mean of all tensors.
+    each layer of the runtime read, and with the queries that its encoder chose. In ONNX Runtime, single codes change
+    their order: outputs are compared in the order of their values then, and codes on the mean of all tensors.
     """
     parts, ours = parts_of(quantized, image), []
     theirs = [out for p in parts for out in (model.parts[p.name] if p.name else model)(*(x.numpy() for x in p.inputs))]
@@ -305,7 +306,7 @@ def _compared(
                 ours += RawOutputs(quantized, part)(*part.inputs)
     else:
         found = _followed(quantized, path, image, ours)
-    worst, chosen = 200.0, chooses_queries(quantized)
+    worst, chosen = 200.0, name == 'onnxruntime' and chooses_queries(quantized)
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.double(), torch.from_numpy(b).double()
         if chosen:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.network.parts import is_rehearsal, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.queries import chosen_queries
 from mmdet_ptq.wrapping.inputs import QuantizedInput
 from mmdet_ptq.wrapping.names import call_name
 from mmdet_ptq.wrapping.state import STATE, with_input
@@ -23,6 +24,7 @@ from mmdet_ptq.wrapping.watching.tensors import walk_back
 # a model with ReLU activations agrees at least so far
 AGREEMENT = 0.999
 INPUT = 'the input of '
+CHOSEN = 'what reads the chosen queries'
 
 
 @dataclass
@@ -47,6 +49,7 @@ def compare_layer_inputs(
     follow: bool = False,
     within: Callable[[nn.Module], AbstractContextManager] = nullcontext,
     outputs: list[Tensor] | None = None,
+    choices: list[Tensor] | None = None,
 ) -> list[TensorAgreement]:
     """Compares the codes that every layer reads between the simulation and a runtime.
 
@@ -62,9 +65,13 @@ def compare_layer_inputs(
             and :func:`mmdet_ptq.wrapping.flow.without_dataflow` make it do what such runtimes are given.
             Defaults to nothing: it quantizes between the layers as it was calibrated.
         outputs: Takes the raw outputs of the simulation, if given.
+        choices: Which queries the runtime chose of a detector that chooses them by their scores
+            (:func:`mmdet_ptq.predictions.queries.chooses_queries`), choice after choice. Given, the simulation goes on
+            with these: of scores that are nearly the same, either may be the higher. Defaults to None.
 
     Returns:
         One entry per call of a layer, in the order of the network, named like the layer; ``#k`` marks further calls.
+        Behind them, of choices, the share of the queries that the simulation would have chosen, too.
         Layers that feed no output have none: runtimes leave them out.
 
     Raises:
@@ -74,13 +81,18 @@ def compare_layer_inputs(
     missing: set[str] = set()
     # the same regions as the runtime was given, whatever surrounds the simulation
     parts = parts_of(detector, image)
-    with torch.no_grad(), within(detector):
+    own: list[Tensor] = []
+    chosen = chosen_queries(detector, choices, own) if choices else nullcontext()
+    with torch.no_grad(), within(detector), chosen:
         with _compared(detector, inputs, follow, agreements, missing) as calls:
             for part in parts:
                 calls.clear()
                 found = RawOutputs(detector, part)(*part.inputs)
                 if outputs is not None:
                     outputs += found
+    for ours, theirs in zip(own, choices or (), strict=True):
+        shared = torch.stack([torch.isin(a, b).double().mean() for a, b in zip(ours, theirs, strict=True)])
+        agreements.append(TensorAgreement(CHOSEN, float(shared.min()), 1))
     wanted = missing & _feeding(detector, image) if missing else missing
     if wanted:
         raise PTQError(f'the exported model has no layer {min(wanted)}; export it again.')
@@ -185,6 +197,7 @@ def report_inputs(
     image: Tensor,
     runtime: str,
     given: Callable[[nn.Module], AbstractContextManager],
+    choices: list[Tensor] | None = None,
 ) -> None:
     """Logs how far the codes that layers read are the simulation's, with and without what the runtime leaves out.
 
@@ -195,22 +208,24 @@ def report_inputs(
         image: (N, C, H, W), normalized, which the runtime read.
         runtime: What the runtime is called.
         given: What the runtime is given, as ``within`` of :func:`compare_layer_inputs`.
+        choices: Which queries it chose, see there.
     """
     for call, value in inputs.items():
         if value is None:
             logger.info(f'{runtime} reads the input of {call} in float, so that it cannot be compared')
     _log_shares(
         logger,
-        compare_layer_inputs(detector, inputs, image),
+        compare_layer_inputs(detector, inputs, image, choices=choices),
         f'inputs of layers compared with {runtime}: from the image to the outputs',
     )
-    name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True), INPUT)
+    name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, choices=choices), INPUT)
     left_out = sum(not count for count in getattr(detector, STATE).readers.values())
     if left_out:
         logger.info(
             f'{left_out} quantizers between the layers are not in the model for {runtime}; the simulation without them:'
         )
-        name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, within=given), INPUT)
+        found = compare_layer_inputs(detector, inputs, image, follow=True, within=given, choices=choices)
+        name_first(logger, found, INPUT)
 
 
 def _log_shares(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:

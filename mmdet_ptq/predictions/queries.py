@@ -22,14 +22,17 @@ def chooses_queries(detector: nn.Module) -> bool:
 
 
 @contextmanager
-def chosen_queries(model: nn.Module, given: list[Tensor] | None) -> Iterator[list[Tensor]]:
+def chosen_queries(
+    model: nn.Module, given: list[Tensor] | None, own: list[Tensor] | None = None
+) -> Iterator[list[Tensor]]:
     """Collects the indices that a forward pass chooses by ``torch.topk``; puts the given ones in their place, if any.
 
     Args:
         model: A detector that :func:`chooses_queries`.
-        given: What the float detector chose, choice after choice.
+        given: What another detector chose, choice after choice.
+        own: Takes what the pass would have chosen itself, if given. Defaults to None.
     """
-    choices = _Choices(given)
+    choices = _Choices(given, [] if own is None else own)
     with choices:
         yield choices.seen
     if not choices.seen:
@@ -40,9 +43,10 @@ def chosen_queries(model: nn.Module, given: list[Tensor] | None) -> Iterator[lis
 
 
 class _Choices(TorchFunctionMode):
-    def __init__(self, given: list[Tensor] | None) -> None:
+    def __init__(self, given: list[Tensor] | None, own: list[Tensor]) -> None:
         super().__init__()
         self.given = given
+        self.own = own
         self.seen: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -50,6 +54,7 @@ class _Choices(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func not in (torch.topk, Tensor.topk):
             return out
+        self.own.append(out.indices)
         if self.given:
             values = args[0] if args else kwargs['input']
             dim = args[2] if len(args) > 2 else kwargs.get('dim', -1)

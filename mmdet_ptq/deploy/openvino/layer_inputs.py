@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmdet_ptq.deploy.network.canvas import with_size
@@ -30,14 +32,33 @@ def openvino_inputs(path: str | os.PathLike, *tensors: Tensor) -> dict[str, np.n
     Raises:
         PTQError: OpenVINO computes something else as soon as it is watched.
     """
-    core, given = shared_core(), [tensor.cpu().numpy() for tensor in tensors]
-    model = core.read_model(os.fspath(path))
+    model = shared_core().read_model(os.fspath(path))
     meta = read_meta(model.get_rt_info([META]).astype(str))
-    plain = run_model(core, model, given)
     inputs = {call: op.input_value(0) for call, op in layer_operations(model, meta['layers']).items()}
+    values = _watched(model, path, tensors, inputs.values())
+    found = {call: values[_place(value)] for call, value in inputs.items()}
+    for call, offsets in meta.get('folded', {}).items():
+        found[call] = _slices(found[call], offsets)
+    return found
+
+
+def openvino_choices(path: str | os.PathLike, *tensors: Tensor) -> list[Tensor]:
+    """Which queries a detector chose by their scores, choice after choice; see :func:`openvino_inputs`."""
+    model = shared_core().read_model(os.fspath(path))
+    chosen = [op.output(1) for op in model.get_ordered_ops() if op.get_type_name() == 'TopK']
+    values = _watched(model, path, tensors, chosen)
+    return [torch.from_numpy(values[_place(value)].astype(np.int64)) for value in chosen]
+
+
+def _watched(
+    model: openvino.Model, path: str | os.PathLike, tensors: tuple[Tensor, ...], wanted: Iterable[openvino.Output]
+) -> dict[tuple[str, int], np.ndarray]:
+    """Values inside a model by their places, from one run in which all of them are put out."""
+    core, given = shared_core(), [tensor.cpu().numpy() for tensor in tensors]
+    plain = run_model(core, model, given)
     put_out = [_place(result.input_value(0)) for result in model.get_results()]
     # a tensor that several layers read is put out once
-    added = {_place(value): value for value in inputs.values() if _place(value) not in put_out}
+    added = {_place(value): value for value in wanted if _place(value) not in put_out}
     model.add_outputs(list(added.values()))
     watched = run_model(core, model, given)
     if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(plain, watched, strict=False)):
@@ -45,11 +66,7 @@ def openvino_inputs(path: str | os.PathLike, *tensors: Tensor) -> dict[str, np.n
             f'OpenVINO computes other outputs of {os.fspath(path)!r} as soon as its tensors are read; '
             'compare in ONNX Runtime.'
         )
-    values = dict(zip([*put_out, *added], watched, strict=True))
-    found = {call: values[_place(value)] for call, value in inputs.items()}
-    for call, offsets in meta.get('folded', {}).items():
-        found[call] = _slices(found[call], offsets)
-    return found
+    return dict(zip([*put_out, *added], watched, strict=True))
 
 
 def _place(value: openvino.Output) -> tuple[str, int]:

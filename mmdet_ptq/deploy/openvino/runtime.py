@@ -24,12 +24,13 @@ from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.openvino.compact import compact, strip_layout
 from mmdet_ptq.deploy.openvino.deformable import deformable_extension
-from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_choices, openvino_inputs
 from mmdet_ptq.deploy.openvino.model import FLOAT32, META, shared_core
 from mmdet_ptq.deploy.requirements import ONNX
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, file_digest, remove_parts, worst_case
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import remove, write_atomic
+from mmdet_ptq.predictions.queries import chooses_queries
 from mmdet_ptq.registry import RUNTIMES
 from mmdet_ptq.wrapping import Structure
 from mmdet_ptq.wrapping.state import only_read_tensors
@@ -155,7 +156,8 @@ class OpenVino(Runtime):
         found = {}
         for part in parts_of(detector, image):
             found |= openvino_inputs(part_path(path, part.name) if part.name else path, *part.inputs)
-        report_inputs(logger, detector, found, image, 'OpenVINO', only_read_tensors)
+        choices = openvino_choices(path, image) if chooses_queries(detector) else None
+        report_inputs(logger, detector, found, image, 'OpenVINO', only_read_tensors, choices)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         taken = len(self.compiled.inputs)
