@@ -15,6 +15,8 @@ import csv
 import io
 import multiprocessing
 import os
+import resource
+import signal
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -84,22 +86,22 @@ def architectures() -> list[dict]:
 def try_one(config: str, timeout: float) -> dict:
     """One architecture, in a process of its own."""
     receiver, sender = _TRIALS.Pipe(duplex=False)
-    process = _TRIALS.Process(target=_send_trial, args=(config, sender))
+    process = _TRIALS.Process(target=_send_trial, args=(config, int(timeout), sender))
     process.start()
     sender.close()
     try:
-        if receiver.poll(timeout):
-            return receiver.recv()
-        process.kill()
-        return dict(quantized=f'took more than {timeout:.0f} s')
+        return receiver.recv()
     except EOFError:
         process.join()
-        return dict(quantized=f'the process ended with {process.exitcode}')
+        late = process.exitcode == -signal.SIGXCPU
+        return dict(quantized=f'took more than {timeout:.0f} s' if late else f'ended with {process.exitcode}')
     finally:
         process.join()
 
 
-def _send_trial(config: str, sender: Connection) -> None:
+def _send_trial(config: str, seconds: int, sender: Connection) -> None:
+    # of this process, however many others there are
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
@@ -259,7 +261,7 @@ def main() -> None:
     parser.add_argument('--only', nargs='+', default=[], help='those whose config has one of these in its name')
     parser.add_argument('--failed', action='store_true', help='those that were not equal everywhere, again')
     parser.add_argument('--page', action='store_true', help='writes the page, and runs nothing')
-    parser.add_argument('--timeout', type=float, default=900, help='seconds for each; default %(default)s')
+    parser.add_argument('--timeout', type=float, default=900, help='processor seconds for each; default %(default)s')
     parser.add_argument('--jobs', type=int, default=1, help='how many at once; default %(default)s')
     args = parser.parse_args()
     _TRIALS.set_forkserver_preload(['zoo_trial', 'onnxscript', 'onnxruntime', 'openvino'])
