@@ -197,7 +197,7 @@ def trial(name: str, folder: Path) -> dict:
     Returns:
         What was found; ``reason`` fields are one sentence, '' where nothing failed.
     """
-    start = time.perf_counter()
+    start = time.process_time()
     torch.manual_seed(0)
     shallow_stages()
     found = dict(config=name)
@@ -218,7 +218,7 @@ def trial(name: str, folder: Path) -> dict:
     try:
         quantized = _quiet(lambda: quantize(detector, images, preset, ptq=ptq, work_dir=str(folder)))
     except Exception as error:
-        return dict(found, quantized=_sentence(error), seconds=round(time.perf_counter() - start))
+        return dict(found, quantized=_sentence(error), seconds=round(time.process_time() - start))
     path = folder / 'quantized.pth'
     state = read_quantized(path)
     found |= dict(quantized='', integer_mac_share=round(integer_mac_share(Structure.from_dict(state['structure'])), 4))
@@ -228,7 +228,7 @@ def trial(name: str, folder: Path) -> dict:
     for runtime in RUNTIMES:
         found |= {f'{runtime}_{key}': value for key, value in _exported(quantized, runtime, folder, image).items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return dict(found, seconds=round(time.perf_counter() - start), peak_gib=round(peak, 2))
+    return dict(found, seconds=round(time.process_time() - start), peak_gib=round(peak, 2))
 
 
 def _reloaded(quantized: nn.Module, path: Path, config: Config, batch: dict) -> str:
