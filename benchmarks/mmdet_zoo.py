@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -83,10 +83,10 @@ def architectures() -> list[dict]:
     return read_csv(ARCHITECTURES)
 
 
-def try_one(config: str, timeout: float) -> dict:
+def try_one(config: str, timeout: float, runtimes: Sequence[str] = RUNTIMES) -> dict:
     """One architecture, in a process of its own."""
     receiver, sender = _TRIALS.Pipe(duplex=False)
-    process = _TRIALS.Process(target=_send_trial, args=(config, int(timeout), sender))
+    process = _TRIALS.Process(target=_send_trial, args=(config, int(timeout), runtimes, sender))
     process.start()
     sender.close()
     try:
@@ -99,7 +99,7 @@ def try_one(config: str, timeout: float) -> dict:
         process.join()
 
 
-def _send_trial(config: str, seconds: int, sender: Connection) -> None:
+def _send_trial(config: str, seconds: int, runtimes: Sequence[str], sender: Connection) -> None:
     # of this process, however many others there are
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -107,7 +107,7 @@ def _send_trial(config: str, seconds: int, sender: Connection) -> None:
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        sender.send(trial(config, Path(folder)))
+        sender.send(trial(config, Path(folder), runtimes))
 
 
 def is_equal(line: dict) -> bool:

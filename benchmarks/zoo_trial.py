@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -187,12 +187,13 @@ def _predict(detector: nn.Module, batch: dict) -> list:
     return detector(**detector.data_preprocessor(copy.deepcopy(batch), False), mode='predict')
 
 
-def trial(name: str, folder: Path) -> dict:
+def trial(name: str, folder: Path, runtimes: Sequence[str] = RUNTIMES) -> dict:
     """Runs one architecture.
 
     Args:
         name: The config, relative to mmdet's folder.
         folder: Takes what is written.
+        runtimes: To which it is exported.
 
     Returns:
         What was found; ``reason`` fields are one sentence, '' where nothing failed.
@@ -225,7 +226,7 @@ def trial(name: str, folder: Path) -> dict:
     found.setdefault('global_loss', '')
     found['reloaded'] = _tried(lambda: _reloaded(quantized, path, config, images[0]))
     image = quantized.data_preprocessor(copy.deepcopy(images[0]), False)['inputs']
-    for runtime in RUNTIMES:
+    for runtime in runtimes:
         found |= {f'{runtime}_{key}': value for key, value in _exported(quantized, runtime, folder, image).items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return dict(found, seconds=round(time.process_time() - start), peak_gib=round(peak, 2))

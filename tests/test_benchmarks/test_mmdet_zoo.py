@@ -89,9 +89,27 @@ def test_configs_that_build_alike_are_one_architecture(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_architecture_goes_through_all_of_it(tmp_path):
+@pytest.mark.parametrize(
+    'name, runtime',
+    [
+        ('retinanet/retinanet_r18_fpn_1x_coco.py', 'onnxruntime'),
+        ('faster_rcnn/faster-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py', 'openvino'),
+        ('mask_rcnn/mask-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py', 'onnxruntime'),
+        ('yolox/yolox_nano_8xb8-300e_coco.py', 'openvino'),
+        ('ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py', 'onnxruntime'),
+        ('rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py', 'openvino'),
+        ('sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py', 'onnxruntime'),
+        ('cascade_rcnn/cascade-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py', 'openvino'),
+        ('solo/solo_r18_fpn_8xb8-lsj-200e_coco.py', 'onnxruntime'),
+        ('detr/detr_r18_8xb2-500e_coco.py', 'openvino'),
+        ('atss/atss_r18_fpn_8xb8-amp-lsj-200e_coco.py', 'onnxruntime'),
+        ('centernet/centernet-update_r18_fpn_8xb8-amp-lsj-200e_coco.py', 'openvino'),
+    ],
+)
+def test_an_architecture_goes_through_all_of_it(name, runtime):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
-    found = zoo_trial.trial('retinanet/retinanet_r18_fpn_1x_coco.py', tmp_path)
-    assert (found['predicts'], found['quantized'], found['reloaded'], found['global_loss']) == ('', '', '', '')
-    assert found['integer_mac_share'] == 1
-    assert found['onnxruntime_state'] == found['openvino_state'] == 'equal'
+    # in a process of its own: it changes mmdet's classes
+    found = mmdet_zoo.try_one(name, 400, [runtime])
+    told = {key: found.get(key) for key in ('predicts', 'quantized', 'reloaded', 'global_loss', f'{runtime}_reason')}
+    assert set(told.values()) == {''}, told
+    assert found['integer_mac_share'] > 0.9 and found[f'{runtime}_state'] == 'equal'
