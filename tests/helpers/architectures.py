@@ -137,6 +137,44 @@ def solo() -> dict:
     return model
 
 
+def yolact() -> dict:
+    """Masks are sums of prototypes, by coefficients of their boxes."""
+    model = tiny_model_cfg('retinanet')
+    model['type'], head = 'YOLACT', model['bbox_head']
+    channels = model['neck']['out_channels']
+    keys = ('num_classes', 'anchor_generator', 'bbox_coder')
+    model['bbox_head'] = dict(
+        type='YOLACTHead',
+        in_channels=channels,
+        feat_channels=16,
+        num_head_convs=1,
+        num_protos=8,
+        loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, reduction='none'),
+        loss_bbox=dict(type='SmoothL1Loss'),
+        **{key: head[key] for key in keys},
+    )
+    model['mask_head'] = dict(
+        type='YOLACTProtonet',
+        in_channels=channels,
+        num_protos=8,
+        num_classes=NUM_CLASSES,
+        proto_channels=(16, None, 8),
+        proto_kernel_sizes=(3, -2, 1),
+        max_masks_to_train=10,
+    )
+    model['test_cfg'] = dict(
+        nms_pre=100,
+        min_bbox_size=0,
+        score_thr=0.05,
+        iou_thr=0.5,
+        top_k=100,
+        max_per_img=20,
+        mask_thr=0.5,
+        mask_thr_binary=0.5,
+    )
+    return model
+
+
 def cascade_rcnn() -> dict:
     """The second of two stages reads the regions that the first one moved."""
     model = tiny_model_cfg('faster_rcnn')
@@ -307,6 +345,7 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     pvt=pvt,
     mask_rcnn=mask_rcnn,
     solo=solo,
+    yolact=yolact,
     cascade_rcnn=cascade_rcnn,
     query_inst=query_inst,
     deformable_detr=deformable_detr,

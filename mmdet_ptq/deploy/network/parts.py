@@ -22,6 +22,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from mmdet_ptq.deploy.network.prototypes import has_prototypes, prototype_network
 from mmdet_ptq.deploy.network.queries import has_queries, last_layer, whole_image, whole_images
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.stock import runs_as
@@ -79,9 +80,14 @@ class Part:
         """What it computes, as nested as the detector's own code returns it."""
         if not self.name and has_queries(detector):
             return last_layer(detector(*inputs, whole_images(detector, *inputs), mode='tensor'))
-        if not self.name and not has_regions(detector):
+        if self.name:
+            run = partial(self._call, detector.get_submodule(layer_of(self.name)))
+        elif has_regions(detector):
+            run = _first_stage(detector)
+        elif has_prototypes(detector):
+            run = prototype_network(detector)
+        else:
             return detector(*inputs, None, mode='tensor')
-        run = partial(self._call, detector.get_submodule(layer_of(self.name))) if self.name else _first_stage(detector)
         with _called(detector, run):
             return detector(*inputs)
 

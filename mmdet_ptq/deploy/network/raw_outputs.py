@@ -11,6 +11,7 @@ from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstance
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions
+from mmdet_ptq.deploy.network.prototypes import has_prototypes
 from mmdet_ptq.deploy.network.queries import has_queries
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.stock import runs_as
@@ -115,7 +116,8 @@ def check_exportable(detector: nn.Module) -> None:
     Raises:
         PTQError: The detector has a forward of its own.
     """
-    if not has_regions(detector) and not has_queries(detector) and only_head(detector) is None:
+    known = has_regions(detector) or has_queries(detector) or has_prototypes(detector)
+    if not known and only_head(detector) is None:
         raise PTQError(
             f'{type(detector).__name__} cannot be exported: runtimes take detectors of one or two stages, whose '
             'heads read nothing but features, and those with queries; remove `ptq.export`.'

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.parts import constants_in, has_regions, image_heads, parameters_between, parts_of
+from mmdet_ptq.deploy.network.prototypes import has_prototypes, prototype_heads
 from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, only_head, output_shapes
 from mmdet_ptq.deploy.runtime import Runtime
@@ -104,6 +105,10 @@ def with_runtime(
         first.heads = [_Head(name, parts, device) for name, parts in calls.items()]
         for head in first.heads:
             detector.get_submodule(head.name).forward = head
+    elif has_prototypes(detector):
+        detector.extract_feat = network = _PrototypeNetwork(runtime, device)
+        for place, head in enumerate(prototype_heads(detector)):
+            head.forward = partial(network.of_head, place)
     elif finds_masks(detector):
         detector.panoptic_head.forward = _MaskQueries(runtime, device)
     elif finds_boxes(detector):
@@ -220,6 +225,18 @@ class _FirstStage(_Network):
 
     def of_head(self, place: int, features: tuple[Tensor, ...]) -> Any:
         """What a head said of the features that were given last."""
+        return self.found[place]
+
+
+class _PrototypeNetwork(_Network):
+    """Stands in for backbone and neck of a detector with prototypes, and knows what its heads say."""
+
+    def __call__(self, image: Tensor) -> tuple[Tensor]:
+        self.found = nest_outputs(self.outputs(image), self.runtime.meta['outputs'])
+        return (image,)
+
+    def of_head(self, place: int, features: Any) -> Any:
+        """What a head said of the image that was given last."""
         return self.found[place]
 
 
