@@ -133,9 +133,10 @@ def smallest(config: Config) -> tuple[Config, nn.Module, tuple[int, int]]:
     Raises:
         Exception: None does; as the detector's own code says it.
     """
-    for narrow, bounds in ((True, NARROW), (False, NARROW), (False, {})):
+    few = FEW | FEW_LAYERS
+    for narrow, bounds in ((True, few | NARROW), (False, few | NARROW), (False, few), (False, FEW)):
         tried = copy.deepcopy(config)
-        reduced(tried['model'], FEW | FEW_LAYERS | bounds)
+        reduced(tried['model'], bounds)
         few_refinements(tried['model'])
         if narrow:
             narrow_backbone(tried['model'])

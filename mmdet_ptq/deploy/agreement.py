@@ -182,7 +182,7 @@ def _repeated(calls: Iterable[tuple[str, Tensor]], values: Tensor) -> str | None
 
 def _like(values: np.ndarray, shape: tuple[int, ...], label: str) -> np.ndarray:
     """A tensor in the shape that the detector's layer reads: matrix products may have theirs flattened."""
-    if values.size != np.prod(shape):
+    if values.size != np.prod(shape) or values.shape[-1] != shape[-1]:
         raise PTQError(
             f'the layer {label} of the exported model reads an input of {values.shape}, that of '
             f'the detector {tuple(shape)}; export it again.'

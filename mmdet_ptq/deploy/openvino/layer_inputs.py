@@ -34,9 +34,13 @@ def openvino_inputs(path: str | os.PathLike, *tensors: Tensor) -> dict[str, np.n
     """
     model = shared_core().read_model(os.fspath(path))
     meta = read_meta(model.get_rt_info([META]).astype(str))
-    inputs = {call: op.input_value(0) for call, op in layer_operations(model, meta['layers']).items()}
-    values = _watched(model, path, tensors, inputs.values())
-    found = {call: values[_place(value)] for call, value in inputs.items()}
+    layers = layer_operations(model, meta['layers'])
+    values = _watched(model, path, tensors, [op.input_value(0) for op in layers.values()])
+    found = {call: values[_place(op.input_value(0))] for call, op in layers.items()}
+    for call, op in layers.items():
+        # OpenVINO reads a transposed tensor as it was before
+        if op.get_attributes().get('transpose_a'):
+            found[call] = np.swapaxes(found[call], -1, -2)
     for call, offsets in meta.get('folded', {}).items():
         found[call] = _slices(found[call], offsets)
     return found

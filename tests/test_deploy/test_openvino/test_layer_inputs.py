@@ -8,8 +8,10 @@ from mmdet.models.dense_heads import RetinaSepBNHead
 
 from mmdet_ptq.deploy import get_runtime, settle_biases
 from mmdet_ptq.deploy.agreement import compare_layer_inputs
+from mmdet_ptq.deploy.network.meta import write_meta
 from mmdet_ptq.deploy.openvino import layer_inputs as module
 from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
+from mmdet_ptq.deploy.openvino.model import META
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import models, tiny_batch, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import freeze_weights
@@ -69,6 +71,22 @@ def test_layers_that_feed_no_output_are_not_missed(tmp_path, monkeypatch):
     path = get_runtime('openvino').export(detector, tmp_path, (1, 3, 64, 64))
     found = {entry.name for entry in compare(detector, path)}
     assert dead and found == calls(structure) - dead
+
+
+def test_what_openvino_reads_transposed_is_in_the_order_of_the_layer(tmp_path):
+    """It takes transpositions into matrix products, as in front of the last layer of deformable attention."""
+    import openvino
+    from openvino import opset13
+
+    tokens = opset13.parameter([1, 4, 6], np.float32)
+    product = opset13.matmul(tokens, opset13.constant(np.ones((3, 4), np.float32)), True, True)
+    product.set_friendly_name('attention.output_proj')
+    model = openvino.Model([product], [tokens])
+    model.set_rt_info(write_meta(dict(layers={'attention.output_proj': 'attention.output_proj'})), [META])
+    openvino.save_model(model, tmp_path / 'model.xml', compress_to_fp16=False)
+    given = torch.arange(24.0).view(1, 4, 6)
+    found = openvino_inputs(tmp_path / 'model.xml', given)
+    assert np.array_equal(found['attention.output_proj'], given.transpose(1, 2))
 
 
 def test_a_call_that_repeats_another_is_computed_once(tmp_path, monkeypatch):
