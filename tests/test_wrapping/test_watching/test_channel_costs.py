@@ -54,6 +54,18 @@ def test_all_calls_of_a_layer_are_measured_and_hooks_are_gone():
     assert list(inputs) == ['0'] and not outputs
 
 
+def test_a_head_without_regions_is_measured_where_it_has_some():
+    layer = nn.Conv2d(1, 2, 1)
+    detector = nn.ModuleList([layer])
+    nothing, something = torch.zeros(0, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    found = [
+        channel_costs(detector, ['0'], ['0'], not_weighed(lambda xs=xs: [layer(x) for x in xs]), lambda module: 1)
+        for xs in ([nothing], [nothing, something])
+    ]
+    assert found[0] == ({}, {})
+    assert found[1][0]['0'].elements == 4 and found[1][0]['0'].high.tolist() == [1]
+
+
 def test_a_layer_may_be_called_by_keyword():
     layer = nn.Conv2d(2, 3, 1)
     net = nn.ModuleDict(dict(layer=layer))
