@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -54,6 +55,7 @@ FIELDS = (
     'seconds',
     'peak_gib',
     'date',
+    'commit',
     *VERSIONS,
     *RUNTIMES,
 )
@@ -128,12 +130,18 @@ def worth_trying(args: argparse.Namespace, known: dict[str, dict]) -> list[dict]
     return chosen
 
 
+def commit() -> str:
+    """What this clone stands at; '' in none."""
+    command = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def told_of(found: dict, line: dict) -> dict:
     """The whole line of an architecture."""
     told = versions()
     line |= {key: found[key] for key in ('config', 'configs', 'million')}
     line |= {key: told.get(key, '') for key in (*VERSIONS, *RUNTIMES)}
-    return line | dict(date=datetime.now(timezone.utc).date().isoformat())
+    return line | dict(date=datetime.now(timezone.utc).date().isoformat(), commit=commit())
 
 
 def reasons(line: dict) -> list[str]:
@@ -204,14 +212,15 @@ _HEAD = """# Detectors of mmdet
 
 Every config of mmdet's own was built. Configs that build detectors of the same classes are one architecture, tried
 once, with the config that has the fewest weights. Weights are random, the image has 160 x 192 pixels or the next size
-that the detector takes, stages have two blocks, transformers two layers. So the page says whether a family works, not
-how accurate it is: [conformance](conformance.md) does.
+that the detector takes. Stages have one or two blocks, transformers two layers, cascades two stages; backbones and
+heads are narrower than published where the config lets them. So the page says whether a family works, not how accurate
+it is: [conformance](conformance.md) does.
 
 "Computes what was simulated": each tensor of the exported model was compared with the simulation, from the same codes;
 at least 99 % of the codes are equal in the worst tensor, and all outputs to at least 20 dB. Where an encoder chooses
 queries by their scores (DINO), single codes change their order: in OpenVINO the simulation goes on with those that were
 chosen there, of which 99 % have to be its own, too; in ONNX Runtime the mean of all tensors counts. A line stands until
-its architecture is tried again (`--only`); its date is in the CSV.
+its architecture is tried again (`--only`); its date and its commit are in the CSV.
 
 ```bash
 python benchmarks/mmdet_zoo.py --jobs 2      # hours; goes on where it stopped
