@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
 
 WEIGHTED_FUNCTIONS = {
     F.conv1d,
@@ -54,12 +55,25 @@ def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _ConstantsIntoViews():
             yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
         detach_computed(detector)
+
+
+class _ConstantsIntoViews(TorchFunctionMode):
+    """Lets code that knows no gradients write a constant into one of several views, as into a chunk of regions."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            constant = func is Tensor.__setitem__ and not getattr(args[2], 'requires_grad', False)
+            if not constant or 'multiple views' not in str(error):
+                raise
+            return func(args[0].data, *args[1:])  # of which autograd counts no versions
 
 
 def detach_computed(detector: nn.Module) -> None:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -20,3 +21,15 @@ def test_a_pass_with_gradients_leaves_no_weight_that_cannot_be_copied():
     with gradients_everywhere(net):
         net(torch.randn(1, 3, 4, 4))
     assert net.weight.grad_fn is None and not net.weight_orig.requires_grad
+
+
+def test_code_that_knows_no_gradients_writes_constants_into_views():
+    """PointRend sets the image's number in the regions of each."""
+    net = nn.Linear(4, 5)
+    with gradients_everywhere(net):
+        rows = net(torch.ones(6, 4))
+        first, second = rows.split([2, 4])
+        first[:, 0] = 7
+        assert rows[:, 0].tolist()[:2] == [7, 7] and first.grad_fn is not None
+        with pytest.raises(RuntimeError, match='multiple views'):
+            second[:, 0] = net.bias[0]
