@@ -296,8 +296,8 @@ def _compared(
 
     ONNX Runtime is compared as it is evaluated, from the image to the outputs. In OpenVINO float arithmetic is not the
     simulation's to the last bit, and random weights make much of single codes: there the simulation goes on with what
-    each layer of the runtime read, and with the queries that its encoder chose. In ONNX Runtime, single codes change
-    their order: outputs are compared in the order of their values then, and codes on the mean of all tensors.
+    each layer of the runtime read, and with the queries that its encoder chose. Single codes change the order of such
+    queries: outputs are compared in the order of their values, and in ONNX Runtime codes on the mean of all tensors.
     """
     parts, ours = parts_of(quantized, image), []
     theirs = [out for p in parts for out in (model.parts[p.name] if p.name else model)(*(x.numpy() for x in p.inputs))]
@@ -308,7 +308,7 @@ def _compared(
                 ours += RawOutputs(quantized, part)(*part.inputs)
     else:
         found = _followed(quantized, path, image, ours)
-    worst, chosen = 200.0, name == 'onnxruntime' and chooses_queries(quantized)
+    worst, chosen = 200.0, chooses_queries(quantized)
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.double(), torch.from_numpy(b).double()
         if chosen:
@@ -319,7 +319,7 @@ def _compared(
     if found is None:
         return None, worst
     shares = [entry.identical for entry in found] or [0.0]
-    return (sum(shares) / len(shares) if chosen else min(shares)), worst
+    return (sum(shares) / len(shares) if chosen and name == 'onnxruntime' else min(shares)), worst
 
 
 def _tried(work: Callable[[], str]) -> str:
