@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from mmdet.models.detectors import TwoStagePanopticSegmentor
@@ -231,10 +232,19 @@ def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
     def note(name: str) -> Callable:
         return lambda module, args, kwargs: calls.setdefault(name, []).append(Part(name, args, kwargs))
 
-    with ExitStack() as stack:
-        for name, head in region_heads(detector):
-            stack.callback(head.register_forward_pre_hook(note(name), with_kwargs=True).remove)
-        detector(image[:1], _sample(detector, image), mode='tensor')
+    def run(mode: str, heads: list[tuple[str, nn.Module]]) -> None:
+        with ExitStack() as stack:
+            for name, head in heads:
+                stack.callback(head.register_forward_pre_hook(note(name), with_kwargs=True).remove)
+            detector(image[:1], _sample(detector, image), mode=mode)
+
+    heads = region_heads(detector)
+    run('tensor', heads)
+    left = [(name, head) for name, head in heads if name not in calls]
+    if left and 'score_thr' in (detector.roi_head.test_cfg or {}):
+        # heads that refine what others found run where something is found
+        with mock.patch.dict(detector.roi_head.test_cfg, score_thr=-1.0):
+            run('predict', left)
     found = [replace(part, name=call_name(name, k)) for name, parts in calls.items() for k, part in enumerate(parts)]
     for part in found:
         strange = {type(constant).__name__ for constant in part.constants} - _PLAIN
