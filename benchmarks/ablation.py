@@ -21,8 +21,7 @@ from paired import difference_of
 from runs import ROOT, run, write_csv
 
 UNTRAINED = 'ptq.global_loss=None'
-CLOSED_FORM = 'ptq.reconstruct.type=mmdet_ptq.BlockReconstruction'
-LOCAL = (CLOSED_FORM, UNTRAINED)
+LOCAL = (UNTRAINED,)
 UNIFORM = ('ptq.weights.quantizer.type=mmdet_ptq.AffineQuantizer',)
 LOG = (*UNIFORM, 'ptq.head.weights.quantizer.type=mmdet_ptq.LogAffineQuantizer')
 # without the filter every prior counts
@@ -30,7 +29,7 @@ UNFILTERED = ('ptq.global_loss.score_thr=0.0', 'ptq.global_loss.iou_thr=0.0', 'p
 # what low-bit presets add to the inputs of layers
 UNMOVED = ('ptq.activations.scale_migration=0.0',)
 PUBLISHED_ITERS = 20000
-ROUNDED = (UNTRAINED, *UNIFORM)
+ROUNDED = ('ptq.reconstruct=None', UNTRAINED, *UNIFORM)
 PAIRS = ('detector', 'bits', 'recipe', 'against', 'seeds', 'images', 'points', 'low', 'high')
 
 
@@ -83,7 +82,7 @@ RECIPES = {
     'ours, log-affine head, + filter': LOG,
     'ours, best format a layer, + global': UNFILTERED,
     'ours': (),
-    'ours, closed form first': (CLOSED_FORM,),
+    'ours, from rounding': ('ptq.reconstruct=None',),
     'ours, rounding learned, local': (UNTRAINED, *LEARNED),
     'ours, rounding learned': LEARNED,
 }

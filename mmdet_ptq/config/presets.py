@@ -38,27 +38,25 @@ _EIGHT_BIT_ENDS = dict(
 
 
 def _low_bit(weights: int, activations: int) -> dict:
-    start, training = (
-        ({}, dict(iters=500, lr=1e-3, weight_lr=1e-2, bias_lr=1e-2))
+    # with few levels FisherObserver's ranges are worse to start from, and longer training pays
+    start = {} if activations >= 8 else dict(scale_migration=1.0, observer=_MSE)
+    training = (
+        dict(iters=200, augment=2, lr=1e-4, weight_lr=1e-3)
         if activations >= 8
-        # few levels cost so much that larger steps pay; FisherObserver's ranges are worse to start from there
-        else (dict(scale_migration=1.0, observer=_MSE), dict(iters=1000, lr=1e-2, weight_lr=3e-2, bias_lr=3e-2))
+        else dict(iters=1000, val_interval=100, augment=8, lr=3e-4, weight_lr=1e-2, bias_lr=3e-3)
     )
     return dict(
         weights=dict(bits=weights, quantizer=_AUTO),
         activations=dict(bits=activations, **start),
-        # so many codes change that what they were at first hardly matters: no reconstruction comes before
-        global_loss=dict(**training, augment=8, val_interval=100, weight_scale_lr=0, grid_lr=0),
+        reconstruct=dict(),
+        global_loss=dict(**training, weight_scale_lr=0, grid_lr=0),
         **_EIGHT_BIT_ENDS,
     )
 
 
 def _paper(weights: int, activations: int) -> dict:
-    """The protocol of Reg-PTQ's tables: log-affine heads, uniform elsewhere, first layer 8-bit, output layers float.
-
-    Unit by unit first, as there, then all at once.
-    """
-    preset = {**_low_bit(weights, activations), 'reconstruct': {}}
+    """The protocol of Reg-PTQ's tables: log-affine heads, uniform elsewhere, first layer 8-bit, output layers float."""
+    preset = _low_bit(weights, activations)
     preset['weights']['quantizer'] = _AFFINE
     preset['activations'].pop('scale_migration', None)
     return {**preset, 'head': dict(weights=dict(quantizer=_LOG_AFFINE)), 'last': HEAD_POLICIES['float']}

@@ -116,7 +116,7 @@ def test_the_best_held_out_state_is_the_result(make_runner, tmp_path):
     # slow enough that several states of this random detector are better than the first
     make_runner(
         {
-            'ptq.global_loss.lr': 2e-5,
+            'ptq.global_loss.lr': 1e-4,
             'ptq.global_loss.weight_lr': 0.0,
             'ptq.global_loss.iters': 12,
             'ptq.global_loss.val_interval': 4,
