@@ -53,7 +53,7 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
     """
     recipe = {**_GONE, **recipe}
     for section, added in _ADDED.items():
-        if recipe[section] is not None:
+        if isinstance(recipe[section], dict):
             recipe[section] = {k: v for k, v in recipe[section].items() if k not in added or v != added[k]}
     # what the preset and the runtimes stand for is in the other keys
     skipped = ('preset', 'export', 'export_size', *_OWN_KEYS.values())
