@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from mmdet.models.dense_heads import EmbeddingRPNHead
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
@@ -55,6 +56,9 @@ def randomise(detector: nn.Module, run: Callable[[], object]) -> None:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 module.bias.normal_(0, 0.1)
+        if isinstance(module, EmbeddingRPNHead):
+            # centre and size, as shares of the image's: drawn as mmdet leaves them, some would be turned inside out
+            module.init_proposal_bboxes.weight.uniform_(0.3, 0.7)
     if hasattr(detector, 'level_embed'):
         detector.level_embed.normal_()  # transformers allocate it without values
     norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -54,12 +54,7 @@ def whole_pass(detector, data, streams, unit, mode):
     return seen
 
 
-# its second stage reads boxes that its first calls found: in the quantized stream random weights turn some inside out,
-# which mmcv's RoIAlign refuses; not mended yet
-REGIONS = pytest.param('query_inst', marks=pytest.mark.xfail(reason='regions of negative size', raises=RuntimeError))
-
-
-@pytest.mark.parametrize('kind', [*KINDS, *(kind for kind in ARCHITECTURES if kind != 'query_inst'), REGIONS])
+@pytest.mark.parametrize('kind', [*KINDS, *ARCHITECTURES])
 def test_units_get_what_an_ordinary_pass_gives_them(kind, tmp_path, monkeypatch):
     register(monkeypatch)
     detector, units, streams, data = make(kind, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import architectures
 import pytest
 import torch
-from mmdet.models.dense_heads import EmbeddingRPNHead
 
 from mmdet_ptq.deploy import get_runtime, open_model, settle_biases, with_runtime
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
@@ -22,15 +21,8 @@ QUERIES = ['rpn_head.init_proposal_bboxes.weight', 'rpn_head.init_proposal_featu
 
 
 @pytest.fixture(autouse=True)
-def boxes_within_the_image(monkeypatch):
+def registered(monkeypatch):
     architectures.register(monkeypatch)
-    build = EmbeddingRPNHead._init_layers
-
-    def with_boxes(self):
-        build(self)
-        self.init_proposal_bboxes.weight.data.uniform_(0.3, 0.7)
-
-    monkeypatch.setattr(EmbeddingRPNHead, '_init_layers', with_boxes)
 
 
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
