@@ -99,25 +99,35 @@ def build_wrapper(cfg: dict, groups: list[dict]) -> OptimWrapper:
 
 
 def _step_in_units(optimizer: torch.optim.Optimizer) -> None:
-    """Multiplies what a step changes in a parameter by the ``unit`` of its group, whatever the optimizer is."""
-    before: dict[int, Tensor] = {}
+    """Lets an optimizer see parameters in the ``unit`` of their group, whatever it is; a unit of zero holds one.
 
-    def keep(*args) -> None:
+    Values are then of the order of one, and a step late in the schedule is not lost in their rounding.
+    """
+    held: dict[int, Tensor] = {}
+
+    def in_units() -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
         for group in optimizer.param_groups:
             # a run of before has none: its rates are products already
-            if 'unit' in group:
-                before.update({id(parameter): parameter.detach().clone() for parameter in group['params']})
+            for parameter in group['params'] if 'unit' in group else ():
+                unit = group['unit'].to(parameter)
+                yield parameter, torch.where(unit > 0, unit, 1), unit > 0
 
     @torch.no_grad()
-    def scale(*args) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group['params']:
-                start = before.pop(id(parameter), None)
-                if start is not None:
-                    parameter.sub_(start).mul_(group['unit'].to(parameter)).add_(start)
+    def divide(*args) -> None:
+        for parameter, unit, moves in in_units():
+            if not moves.all():
+                held[id(parameter)] = parameter.detach().clone()
+            parameter.div_(unit)
 
-    optimizer.register_step_pre_hook(keep)
-    optimizer.register_step_post_hook(scale)
+    @torch.no_grad()
+    def multiply(*args) -> None:
+        for parameter, unit, moves in in_units():
+            parameter.mul_(unit)
+            if id(parameter) in held:
+                parameter.copy_(torch.where(moves, parameter, held.pop(id(parameter))))
+
+    optimizer.register_step_pre_hook(divide)
+    optimizer.register_step_post_hook(multiply)
 
 
 def by_iterations(scheduler: dict) -> dict:

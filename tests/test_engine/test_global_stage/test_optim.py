@@ -27,6 +27,15 @@ def test_a_step_is_as_wide_as_its_unit(optimizer):
         assert torch.allclose(plain.detach() - before[1], torch.full((4,), -0.2 if optimizer == 'SGD' else -0.1))
 
 
+@pytest.mark.parametrize('size', [1e-6, 1.0, 300.0])
+def test_late_steps_are_not_lost_in_the_rounding_of_large_values(size):
+    parameter = nn.Parameter(torch.full((4,), size))
+    wrapper = build_wrapper({}, [dict(params=[parameter], lr=3e-6, unit=torch.full((4,), size))])
+    for _ in range(100):
+        wrapper.update_params(-parameter.sum() / size)
+    assert torch.allclose(parameter / size - 1, torch.full((4,), 3e-4), rtol=0.05)
+
+
 def test_a_run_of_before_goes_on_with_the_rates_that_it_had():
     parameter = nn.Parameter(torch.ones(2))
     wrapper = build_wrapper({}, [dict(params=[parameter], lr=0.1, unit=torch.full((2,), 1e-3))])
