@@ -5,9 +5,9 @@ SHELL := /bin/bash
 .PHONY: help setup demo test test-slow lint docs doctor clean
 
 # A Python that works (pyenv shims may exist and fail) runs the set-up, which then chooses the environment.
-BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3.13 python3 python; do \
+BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3.13 python3.14 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; done),$(error \
-	No working Python 3.10 to 3.13 was found; install one (Debian, Ubuntu: apt install python3 python3-venv python3-dev)))
+	No working Python 3.10 to 3.14 was found; install one (Debian, Ubuntu: apt install python3 python3-venv python3-dev)))
 RUN = @$(BOOT) tools/setup_env.py
 
 help:  ## list the targets

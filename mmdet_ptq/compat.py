@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import pickle
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -188,7 +189,22 @@ def _give_lvis_np_float() -> None:
     lvis_eval.np = SimpleNamespace(**{**vars(np), 'float': float})
 
 
+# ---- Python 3.14 ----
+
+
+def _give_find_loader() -> None:
+    pkgutil.find_loader = lambda name: getattr(find_spec(name), 'loader', None)
+
+
 WORKAROUNDS: tuple[Workaround, ...] = (
+    # first: importing mmdet may ask whether mmcv has its operators
+    Workaround(
+        name='pkgutil.find_loader',
+        versions='Python >= 3.14 with mmengine <= 0.10.7 or mmcv 2.1',
+        why='both ask with it whether the operators of mmcv are there, and it is gone',
+        applies=lambda: not hasattr(pkgutil, 'find_loader'),
+        apply=_give_find_loader,
+    ),
     Workaround(
         name='SSDHead.loss_cls',
         versions='mmdet 3.3.0, onedl-mmdetection 3.5.1',

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'problem'
-_SUPPORTED = ((3, 10), (3, 13))
+_SUPPORTED = ((3, 10), (3, 14))
 _INSTALL = {
     'torch': '`pip install torch`',
     'mmengine': '`pip install mmengine==0.10.7`',
@@ -150,14 +150,12 @@ def _python() -> list[Finding]:
     if _SUPPORTED[0] <= sys.version_info[:2] <= _SUPPORTED[1]:
         return [Finding('python', found)]
     old = sys.version_info[:2] < _SUPPORTED[0]
-    why = '' if old else ', and the setup.py of mmcv 2.1 does not run on a newer one'
     return [
         Finding(
             'python',
             found,
             PROBLEM if old else NOTE,
-            f'Python 3.10 to 3.13 is what mmdet-ptq is tested with{why}; install Python 3.12 and make an environment '
-            'with it.',
+            'mmdet-ptq is tested with Python 3.10 to 3.14; install Python 3.12 and make an environment with it.',
         )
     ]
 

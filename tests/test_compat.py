@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import pkgutil
 import sys
 import threading
 
@@ -240,6 +241,18 @@ def test_missing_pkg_resources_is_told(monkeypatch):
 def test_present_pkg_resources_passes(monkeypatch):
     monkeypatch.setattr(compat, 'find_spec', lambda name: object())
     compat.check_pkg_resources()
+
+
+# ---- Python 3.14 ----
+
+
+def test_mmcv_finds_its_operators_without_find_loader(monkeypatch):
+    from mmcv.utils.ext_loader import check_ops_exist
+
+    monkeypatch.delattr(pkgutil, 'find_loader', raising=False)
+    assert 'pkgutil.find_loader' in compat.apply_workarounds() and check_ops_exist()
+    assert pkgutil.find_loader('no_such_module') is None
+    monkeypatch.delattr(pkgutil, 'find_loader')
 
 
 # ---- lvis ----

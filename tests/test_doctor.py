@@ -69,7 +69,7 @@ def test_the_processor_is_told(tmp_path, monkeypatch, text, machine, found, stat
 
 
 @pytest.mark.parametrize(
-    ('version', 'status', 'told'), [((3, 9), PROBLEM, 'Python 3.12'), ((3, 14), NOTE, 'the setup.py of mmcv 2.1')]
+    ('version', 'status', 'told'), [((3, 9), PROBLEM, 'Python 3.12'), ((3, 15), NOTE, 'Python 3.10 to 3.14')]
 )
 def test_another_python_is_told_what_to_install(monkeypatch, version, status, told):
     monkeypatch.setattr(doctor.sys, 'version_info', (*version, 0))

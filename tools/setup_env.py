@@ -30,7 +30,7 @@ from setup_parts import ROOT, SetupError, clock, digest, extra, probe, say, stop
 TORCH = '2.13.0'
 STACKS = ('openmmlab', 'onedl')
 BUILD_TOOLS = ['pip', 'setuptools<82', 'wheel', 'ninja', 'psutil', 'packaging']
-SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
+SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
 STACK_IMPORTS = 'import torch, mmengine, mmcv.ops, mmdet'
 
 
@@ -51,7 +51,7 @@ def foreign_environment(venv: Path, dry_run: bool) -> str | None:
         info = probe(python)
         if info is None:
             if os.environ.get('PYTHON'):
-                raise SetupError(f'PYTHON={python} does not run; give the path of a Python 3.10 to 3.13.')
+                raise SetupError(f'PYTHON={python} does not run; give the path of a Python 3.10 to 3.14.')
             continue
         missing = [n for n in ('torch', 'mmengine', 'mmcv', 'mmcv._ext', 'mmdet') if not info['found'][n]]
         if Path(info['prefix']).resolve() == venv.resolve() or len(missing) == 5:
@@ -266,12 +266,12 @@ class Venv:
         names = (
             [os.environ['PYTHON']]
             if os.environ.get('PYTHON')
-            else [sys.executable, 'python3.11', 'python3.12', 'python3.10', 'python3.13', 'python3']
+            else [sys.executable, 'python3.11', 'python3.12', 'python3.10', 'python3.13', 'python3.14', 'python3']
         )
         base = next((n for n in names if tuple((probe(n) or {}).get('version', ())[:2]) in SUPPORTED), None)
         if base is None:
             raise SetupError(
-                f'None of {", ".join(names)} is a working Python 3.10 to 3.13; install one, or '
+                f'None of {", ".join(names)} is a working Python 3.10 to 3.14; install one, or '
                 'name it with PYTHON=/path/to/python.'
             )
         modules = [base, '-c', 'import ensurepip, venv']
