@@ -30,7 +30,8 @@ def adopt(detector: nn.Module, structure: Structure, tensors: TensorSet, candida
     put_in(detector, tensors, candidate)
     for name, quantizer in candidate.quantizers.items():
         if tensors.kind == ACTIVATION:
-            structure.activations[name].update(spec=quantizer.spec(), observer=dict(candidate.observers[name]))
+            entry = structure.activations[name]
+            entry.spec, entry.observer = quantizer.spec(), dict(candidate.observers[name])
     if tensors.kind != ACTIVATION:
         for layer in structure.layers:
             if layer.name in candidate.quantizers:

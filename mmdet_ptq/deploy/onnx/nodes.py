@@ -42,9 +42,9 @@ def check_activation_formats(structure: Structure) -> None:
         PTQError: A quantizer is of a class of its own.
     """
     for name, entry in structure.activations.items():
-        if entry['spec']['type'] != AFFINE:
+        if entry.spec['type'] != AFFINE:
             raise PTQError(
-                f'the activation {name} has the format {entry["spec"]["type"]}, which ONNX cannot express; '
+                f'the activation {name} has the format {entry.spec["type"]}, which ONNX cannot express; '
                 f'use `ptq.activations.quantizer=dict(type={AFFINE!r})`.'
             )
 

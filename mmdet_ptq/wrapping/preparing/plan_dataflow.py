@@ -18,7 +18,7 @@ from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.wrapping.flow import Site
 from mmdet_ptq.wrapping.names import output_name, result_name
 from mmdet_ptq.wrapping.preparing.choose_scales import Scales, choose_scales, give_one_scale, give_one_zero_point
-from mmdet_ptq.wrapping.structure import Structure
+from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import Weigh
 from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_depthwise, out_channels
 from mmdet_ptq.wrapping.watching.operations import (
@@ -80,15 +80,15 @@ class _Graph:
         self.entries = structure.activations
         # where depthwise convolutions have a quantizer of their own, the tensor's is that of the other layers
         own = [op for op in self.operations if self._is_of_the_tensor(op, structure)]
-        own.sort(key=lambda op: self.entries[self.input_of(op)]['spec'].get('num_channels') is None)
+        own.sort(key=lambda op: self.entries[self.input_of(op)].spec.get('num_channels') is None)
         self.input_names = {op.inputs[0]: self.input_of(op) for op in own}
 
     def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
         """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
         name = self.input_of(op)
-        if name is None or 'divided' in (entry := structure.activations[name]):
+        if name is None or (entry := structure.activations[name]).divided:
             return False
-        return entry['spec']['bits'] >= BITS or not self.read_by_others(op.inputs[0], name)
+        return entry.spec['bits'] >= BITS or not self.read_by_others(op.inputs[0], name)
 
     def read_by_others(self, key: Key, name: str) -> bool:
         """Whether anything but layers whose input has this quantizer reads a tensor, be it through movements."""
@@ -166,7 +166,7 @@ class _Graph:
 
     def depthwise_names(self, key: Key) -> set[str]:
         """The quantizers per channel of the layers that read a tensor; with few bits they are nobody else's anyway."""
-        specs = {name: self.entries[name]['spec'] for op in self.readers[key] if (name := self.input_of(op))}
+        specs = {name: self.entries[name].spec for op in self.readers[key] if (name := self.input_of(op))}
         return {name for name, spec in specs.items() if spec.get('num_channels') is not None and spec['bits'] >= BITS}
 
     def may_stay_float(self, modules: dict[str, nn.Module]) -> set[str]:
@@ -284,7 +284,7 @@ class _Planner:
             else:
                 gated = op.name in GATED and not self._float_gate(op.inputs[0])
                 gate = self._fixed(f'{self._site_name(op)}/{GATED[op.name]}') if gated else None
-                observes = name == self._site_name(op) and 'range' not in self._entry(name)
+                observes = name == self._site_name(op) and self._entry(name).range is None
                 self.structure.sites.append(Site(*op.place, name, gate, observes).to_dict())
 
         known = {op.place for op in found}
@@ -317,13 +317,13 @@ class _Planner:
         """Gives the readers of one quantizer another one, which quantizes the same tensor."""
         for layer in self.structure.layers:
             layer.inputs = [into if known == name else known for known in layer.inputs]
-        self._entry(into)['readers'] += self.structure.activations.pop(name)['readers']
+        self._entry(into).readers += self.structure.activations.pop(name).readers
 
     def _one_zero_point_where_layers_write(self, found: list[Operation]) -> None:
         """A layer absorbs the scales of what it writes; its kernel adds one zero point for all channels."""
         for op in found:
             name = self.graph.input_names.get(op.outputs[0]) if op.kind == LAYER else None
-            if name is not None and self._entry(name)['spec'].get('num_channels') is not None:
+            if name is not None and self._entry(name).spec.get('num_channels') is not None:
                 give_one_zero_point(self._entry(name))
 
     def name_of(self, op: Operation) -> str:
@@ -347,10 +347,10 @@ class _Planner:
         if not self._follow(key, True, found) or len(found) != 1:
             return None
         name = found.pop()
-        if self._entry(name)['spec']['bits'] < BITS and self.graph.read_by_others(key, name):
+        if self._entry(name).spec['bits'] < BITS and self.graph.read_by_others(key, name):
             return None
-        if self._entry(name)['spec'].get('num_channels') is None:
-            self._entry(name)['moved'] = True
+        if self._entry(name).spec.get('num_channels') is None:
+            self._entry(name).moved = True
         return name
 
     def _follow(self, key: Key, same_channels: bool, found: set[str]) -> bool:
@@ -369,7 +369,7 @@ class _Planner:
                 if name is None:
                     if not self._follow(out, same, found):
                         return False
-                elif not same and self._entry(name)['spec'].get('num_channels') is not None:
+                elif not same and self._entry(name).spec.get('num_channels') is not None:
                     return False
                 else:
                     found.add(name)
@@ -389,7 +389,7 @@ class _Planner:
             if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])
         ] + [dict(module=op.place[0], operation=op.name, reason=own) for op in self.left_float if op.kind != LAYER]
 
-    def _entry(self, name: str) -> dict:
+    def _entry(self, name: str) -> ActivationStructure:
         return self.structure.activations[name]
 
     def _channels(self, op: Operation) -> dict:
@@ -422,13 +422,11 @@ class _Planner:
 
     def _new(self, name: str, channels: dict) -> str:
         spec = build_quantizer({**self.spec, **channels}).spec()
-        self.structure.activations[name] = dict(spec=spec, readers=0, observer=self.observer)
+        self.structure.activations[name] = ActivationStructure(spec, 0, self.observer)
         return name
 
     def _fixed(self, name: str) -> str:
-        self.structure.activations[name] = dict(
-            spec=dict(self.gate_spec), readers=0, observer=self.observer, range=[0.0, 1.0]
-        )
+        self.structure.activations[name] = ActivationStructure(dict(self.gate_spec), 0, self.observer, [0.0, 1.0])
         return name
 
 

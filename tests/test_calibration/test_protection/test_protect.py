@@ -72,7 +72,7 @@ def test_overrides_give_the_same_detector_again(limits):
     assert protection.choices
     assert_same_as_prepared_anew(tiny_detector('retinanet'), block, protection, detector, structure)
     if limits['candidates'] == ['16bit']:
-        assert {s['spec']['bits'] for s in structure.activations.values()} == {8, 16}
+        assert {s.spec['bits'] for s in structure.activations.values()} == {8, 16}
 
 
 @pytest.mark.parametrize('candidates', [['8bit', '16bit', 'range'], ['float']])
@@ -105,7 +105,7 @@ def test_sixteen_bits_are_float_in_runtimes(export, share, chosen):
     }
     protection, _, structure = protect(*prepared(tiny_detector('retinanet'), PTQConfig.from_dict(LOOSE)), block)
     assert bool(protection.choices) == chosen
-    assert ({s['spec']['bits'] for s in structure.activations.values()} == {8, 16}) == chosen
+    assert ({s.spec['bits'] for s in structure.activations.values()} == {8, 16}) == chosen
     assert all((choice.float_macs > 0) == bool(export) for choice in protection.choices)
 
 
