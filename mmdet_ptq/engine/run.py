@@ -14,9 +14,9 @@ from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler, pseudo_collate
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +28,7 @@ from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
 from mmdet_ptq.engine.arguments import runner_arguments
 from mmdet_ptq.engine.evaluation import (
+    LoggedRunner,
     build_evaluation,
     check_evaluation,
     dataset_meta,
@@ -43,7 +44,6 @@ from mmdet_ptq.engine.work_dir import take_work_dir
 from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.predictions import check_no_tracker
-from mmdet_ptq.progress import adopted
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
 from mmdet_ptq.wrapping.watching.tensors import deep_copy
@@ -56,7 +56,7 @@ HOW_IT_RAN = ('work_dir', 'resume', 'launcher', 'experiment_name')
 CHANNEL_IMAGES = 32
 
 
-class Run(Runner):
+class Run(LoggedRunner):
     """A detector to be quantized, what it is calibrated and evaluated on, and where a run keeps what it has done.
 
     A stock mmengine Runner; the stages (:mod:`mmdet_ptq.engine.stages`) work on it.
@@ -137,10 +137,6 @@ class Run(Runner):
             PTQError: The block is wrong, or no checkpoint is named.
         """
         return cls(**runner_arguments(cfg))
-
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        """mmengine's, which shows warnings alone where a person looks on."""
-        return adopted(super().build_logger(*args, **kwargs))
 
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine, and on machines without an accelerator, too; takes the work directory.
