@@ -52,36 +52,54 @@ class _Graph:
                 self.readers[key].append(op)
             for key in op.outputs:
                 self.producer.setdefault(key, op)
-        # computed from integers: by known operations alone, or by any; what the head puts out is not followed further
-        self.comes: set[Key] = set()
-        self.comes_anyhow: set[Key] = set()
-        for op in self.operations:
-            if op.kind == LAYER:
-                if self.input_of(op) is not None and op.name not in outputs:
-                    self.comes.update(op.outputs)
-                    self.comes_anyhow.update(op.outputs)
-                continue
-            if op.kind != UNKNOWN and self.comes.intersection(op.inputs):
-                self.comes.update(op.outputs)
-            if self.comes_anyhow.intersection(op.inputs):
-                self.comes_anyhow.update(op.outputs)
-        self.leads: set[Key] = set()
-        self.leads_anyhow: set[Key] = set()
-        for op in reversed(self.operations):
-            if op.kind == LAYER:
-                if self.input_of(op) is not None:
-                    self.leads.update(op.inputs)
-                    self.leads_anyhow.update(op.inputs)
-                continue
-            if op.kind != UNKNOWN and self.leads.intersection(op.outputs):
-                self.leads.update(op.inputs)
-            if self.leads_anyhow.intersection(op.outputs):
-                self.leads_anyhow.update(op.inputs)
+        # behind and in front of quantized layers, by known operations alone or by any
+        self._comes, self._comes_anyhow = self._behind_layers(known=True), self._behind_layers(known=False)
+        self._leads, self._leads_anyhow = self._before_layers(known=True), self._before_layers(known=False)
         self.entries = structure.activations
         # where depthwise convolutions have a quantizer of their own, the tensor's is that of the other layers
         own = [op for op in self.operations if self._is_of_the_tensor(op, structure)]
         own.sort(key=lambda op: self.entries[self.input_of(op)].spec.get('num_channels') is None)
         self.input_names = {op.inputs[0]: self.input_of(op) for op in own}
+
+    def _behind_layers(self, known: bool) -> set[Key]:
+        """Tensors that are computed from what quantized layers write; the head's outputs are not followed further."""
+        found: set[Key] = set()
+        for op in self.operations:
+            if op.kind == LAYER:
+                reached = self.input_of(op) is not None and op.name not in self.outputs
+            else:
+                reached = not (known and op.kind == UNKNOWN) and found.intersection(op.inputs)
+            if reached:
+                found.update(op.outputs)
+        return found
+
+    def _before_layers(self, known: bool) -> set[Key]:
+        """Tensors that quantized layers read, or something that is computed from them."""
+        found: set[Key] = set()
+        for op in reversed(self.operations):
+            if op.kind == LAYER:
+                reached = self.input_of(op) is not None
+            else:
+                reached = not (known and op.kind == UNKNOWN) and found.intersection(op.outputs)
+            if reached:
+                found.update(op.inputs)
+        return found
+
+    def made_of_integers(self, key: Key) -> bool:
+        """Whether known operations alone stand between quantized layers and a tensor."""
+        return key in self._comes
+
+    def becomes_integers(self, key: Key) -> bool:
+        """Whether known operations alone stand between a tensor and a quantized layer."""
+        return key in self._leads
+
+    def come_from_layers(self, keys: list[Key]) -> bool:
+        """Whether any of some tensors is computed from what quantized layers write, by whatever operations."""
+        return not self._comes_anyhow.isdisjoint(keys)
+
+    def lead_to_layers(self, keys: list[Key]) -> bool:
+        """Whether quantized layers read what is computed from any of some tensors, by whatever operations."""
+        return not self._leads_anyhow.isdisjoint(keys)
 
     def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
         """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
@@ -115,8 +133,8 @@ class _Graph:
         if any(reader.overwrites and reader.inputs[0] == key for reader in self.readers[key]):
             return False
         if op.kind == LAYER:
-            return key in self.comes and key in self.leads_anyhow or self.writes_output(op)
-        return (op.kind == ARITHMETIC or op.joins) and key in self.comes and key in self.leads
+            return self.made_of_integers(key) and self.lead_to_layers(op.outputs) or self.writes_output(op)
+        return (op.kind == ARITHMETIC or op.joins) and self.made_of_integers(key) and self.becomes_integers(key)
 
     def writes_output(self, op: Operation) -> bool:
         """Whether a quantized layer writes an output of the heads."""
@@ -127,7 +145,7 @@ class _Graph:
         return [
             op
             for op in self.readers[key]
-            if self.input_of(op) is not None or self.leads_anyhow.intersection(op.outputs) and op.kind != LAYER
+            if self.input_of(op) is not None or self.lead_to_layers(op.outputs) and op.kind != LAYER
         ]
 
     def fused(self, op: Operation) -> bool:
@@ -209,10 +227,8 @@ class _Graph:
         """Operations between quantized layers that stay float."""
         found: dict[tuple[str, str], dict] = {}
         for op in self.operations:
-            if (
-                op.kind in (LAYER, MOVEMENT)
-                or not self.comes_anyhow.intersection(op.inputs)
-                or not self.leads_anyhow.intersection(op.outputs)
+            if op.kind in (LAYER, MOVEMENT) or not (
+                self.come_from_layers(op.inputs) and self.lead_to_layers(op.outputs)
             ):
                 continue
             if op.overwrites:
@@ -222,11 +238,8 @@ class _Graph:
             elif self.between(op):
                 continue
             else:
-                reason = (
-                    'float operations stand before it'
-                    if self.leads.intersection(op.outputs)
-                    else 'only float operations read it'
-                )
+                behind = any(map(self.becomes_integers, op.outputs))
+                reason = 'float operations stand before it' if behind else 'only float operations read it'
             found.setdefault((op.place[0], op.name), dict(module=op.place[0], operation=op.name, reason=reason))
         return list(found.values())
 
@@ -295,7 +308,7 @@ class _Planner:
                 and not op.overwrites
                 and op.place not in known
                 and graph.reads_values(op.outputs[0])
-                and graph.comes_anyhow.intersection(op.inputs[:1])
+                and graph.come_from_layers(op.inputs[:1])
             ):
                 self.structure.sites.append(Site(*op.place, None).to_dict())
 
@@ -330,28 +343,29 @@ class _Planner:
         """The quantizer of what an operation computes."""
         key = op.outputs[0]
         if key not in self.names:
-            name = self.graph.input_names.get(key) or self._shared(key, op)
-            if name is None:
-                own = (
-                    self._site_name(op)
-                    if op.kind != LAYER
-                    else output_name(op.name, op.place[1] if len(self.graph.layers[op.name].inputs) > 1 else None)
-                )
-                name = self._fixed(own) if op.name in GATES else self._new(own, self._channels(op))
-            self.names[key] = name
+            name = self.graph.input_names.get(key)
+            if name is None and (name := self._moved_into(key)) is not None:
+                entry = self._entry(name)
+                entry.moved = entry.moved or entry.spec.get('num_channels') is None
+            self.names[key] = self._own(op) if name is None else name
         return self.names[key]
 
-    def _shared(self, key: Key, op: Operation) -> str | None:
+    def _own(self, op: Operation) -> str:
+        """A quantizer of its own for what an operation computes."""
+        if op.kind != LAYER:
+            name = self._site_name(op)
+        else:
+            name = output_name(op.name, op.place[1] if len(self.graph.layers[op.name].inputs) > 1 else None)
+        return self._fixed(name) if op.name in GATES else self._new(name, self._channels(op))
+
+    def _moved_into(self, key: Key) -> str | None:
         """The quantizer of the one tensor into which a tensor's values are moved, if nobody else computes with them."""
         found: set[str] = set()
         if not self._follow(key, True, found) or len(found) != 1:
             return None
         name = found.pop()
-        if self._entry(name).spec['bits'] < BITS and self.graph.read_by_others(key, name):
-            return None
-        if self._entry(name).spec.get('num_channels') is None:
-            self._entry(name).moved = True
-        return name
+        few_bits = self._entry(name).spec['bits'] < BITS
+        return None if few_bits and self.graph.read_by_others(key, name) else name
 
     def _follow(self, key: Key, same_channels: bool, found: set[str]) -> bool:
         for reader in self.graph.reads_values(key):
@@ -361,7 +375,7 @@ class _Planner:
                 return False
             same = same_channels and keeps_channels(reader.name)
             for out in reader.outputs:
-                if out not in self.graph.leads:
+                if not self.graph.becomes_integers(out):
                     continue
                 name = self.graph.input_names.get(out)
                 if name is None and reader.joins:
