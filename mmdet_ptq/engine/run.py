@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from mmengine.config import Config
@@ -69,6 +70,7 @@ class Run(LoggedRunner):
         **kwargs: mmengine Runner's arguments (test dataloader and evaluator, launcher, ...).
 
     Attributes:
+        model: The untouched float detector once it is loaded; mmengine's evaluation finds another one here.
         detector: The detector in its present state: float, quantized, loaded from the integer checkpoint.
         float_detector: The untouched float detector.
         structure: The quantized detector's structure, after ``prepare``.
@@ -172,7 +174,8 @@ class Run(LoggedRunner):
             load_float_checkpoint(self.detector, self.checkpoint)
         if self._test_loop is not None:
             self.check_evaluation()
-        self.float_detector = deep_copy(self.detector)
+        # `detector` is quantized in place
+        self.model = self.float_detector = deep_copy(self.detector)
         self.inputs = self.stage_inputs()
 
     def stage_inputs(self) -> dict[str, str]:
@@ -273,10 +276,11 @@ class Run(LoggedRunner):
         """
         # of a part, too: the loop knows the runner that it was built for
         runner = self._test_loop.runner if isinstance(self._test_loop, BaseLoop) else self
-        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), detector)
+        evaluated = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), detector)
         self.check_evaluation()
         evaluator = getattr(self._test_loop, 'evaluator', None)
-        with keeping(evaluator, self.work_dir, row) if row else nullcontext():
+        kept = keeping(evaluator, self.work_dir, row) if row else nullcontext()
+        with mock.patch.object(runner, 'model', evaluated), kept:
             return figures(runner.test())
 
     def add_row(
