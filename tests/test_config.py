@@ -51,11 +51,8 @@ PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob(
         (dict(global_loss=dict(iou_thr=1.5)), ['`ptq.global_loss.iou_thr`', 'between 0 and 1']),
         (dict(global_loss=dict(holdout=1.0)), ['`ptq.global_loss.holdout`']),
         (dict(global_loss=dict(lr=-1.0)), ['`ptq.global_loss.lr`', 'positive']),
-        (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type`', 'FilteredGlobalLoss']),
-        (
-            dict(reconstruct=dict(type='BlockReconstructon')),
-            ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"],
-        ),
+        (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type` is gone', 'FilteredGlobalLoss', 'remove it']),
+        (dict(reconstruct=dict(type='Own')), ['`ptq.reconstruct.type` is gone', 'BlockReconstruction', 'remove it']),
         (dict(equalize='weights'), ['`ptq.equalize` is gone', 'remove it', '`ptq.activations.scale_migration`']),
         (dict(dataflow='spee'), ['`ptq.dataflow`', "Did you mean 'speed'"]),
         (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),

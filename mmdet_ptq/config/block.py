@@ -52,6 +52,8 @@ GONE = {
     'equalize': 'cross-layer equalization brought nothing beyond chance on six detectors; remove it, or even out the '
     'channels of 4-bit inputs with `ptq.activations.scale_migration`',
 }
+# sections whose `type` is gone, and the only one that there was
+GONE_TYPES = {'reconstruct': 'BlockReconstruction', 'global_loss': 'FilteredGlobalLoss'}
 
 
 @dataclass
@@ -134,6 +136,10 @@ class PTQConfig:
         for key in GONE.keys() & block:
             if block.pop(key):
                 raise PTQError(f'`ptq.{key}` is gone: {GONE[key]}.')
+        for key, only in GONE_TYPES.items():
+            section = block.get(key)
+            if isinstance(section, dict) and str(section.pop('type', only)).rpartition('.')[2] != only:
+                raise PTQError(f'`ptq.{key}.type` is gone: there was none but {only!r}; remove it.')
         if isinstance(block.get('global_loss'), dict) and 'mirror' in block['global_loss']:
             raise PTQError(
                 '`ptq.global_loss.mirror` is gone: say `augment=2` to train on mirror images, too, or `augment=1`.'

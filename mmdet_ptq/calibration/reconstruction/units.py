@@ -16,7 +16,6 @@ from mmdet_ptq.wrapping.watching.layers import channel_axis, matches
 from mmdet_ptq.wrapping.watching.tensors import gradients_everywhere, tensors_in
 from mmdet_ptq.wrapping.weights import quantized_weights
 
-GRANULARITIES = ('block', 'layer', 'paper')
 # a larger module is no block but a stage: its own children are looked at
 MAX_LAYERS = 16
 # how values leave tensors for Python, where nothing tells what they are used for

@@ -7,7 +7,7 @@ from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, ranges, with_a
 
 from mmdet_ptq.analysis import bops, float_bops
 from mmdet_ptq.calibration.protection.damage import DamageMeter
-from mmdet_ptq.calibration.protection.protect import Protector, protect_detector, with_overrides
+from mmdet_ptq.calibration.protection.protect import Protector, protect_detector
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import quantized_state
 from mmdet_ptq.errors import PTQError
@@ -32,8 +32,8 @@ def protect(detector, structure, block, **kwargs):
 
 def assert_same_as_prepared_anew(float_detector, block, protection, detector, structure):
     """The overrides are valid, and give bit for bit the detector that protection made."""
-    PTQConfig.from_dict({**block, 'overrides': protection.overrides})
-    anew, structure_anew = prepared(float_detector, with_overrides(PTQConfig.from_dict(block), protection.overrides))
+    overrides = {**block.get('overrides', {}), **protection.overrides}
+    anew, structure_anew = prepared(float_detector, PTQConfig.from_dict({**block, 'overrides': overrides}))
     assert structure.to_dict() == structure_anew.to_dict()
     state, state_anew = detector.state_dict(), anew.state_dict()
     assert state.keys() == state_anew.keys()
@@ -189,23 +189,6 @@ def test_the_whole_detector_has_what_no_layer_reads():
     assert protection.choices
     assert protection.before == DamageMeter(detector, structure, images()).measure_all()
     assert protection.after == DamageMeter(changed, structure_changed, images()).measure_all()
-
-
-def test_overrides_win_over_all_patterns():
-    cfg = PTQConfig.from_dict(
-        dict(
-            preset='w8a8_observe',
-            overrides={
-                'neck.a': dict(weights=dict(bits=6)),
-                'neck.*': dict(activations=dict(bits=4)),
-                'neck.b': 'float',
-            },
-        )
-    )
-    merged = with_overrides(cfg, {'neck.a': dict(activations=dict(bits=16)), 'neck.c': dict(weights=dict(bits=8))})
-    assert list(merged.overrides) == ['neck.*', 'neck.b', 'neck.a', 'neck.c']
-    assert merged.overrides['neck.a'] == dict(weights=dict(bits=6), activations=dict(bits=16))
-    assert merged.overrides['neck.c'] == dict(weights=dict(bits=8))
 
 
 @pytest.mark.parametrize(
