@@ -9,7 +9,7 @@ from mmdet_ptq.config.presets import PRESETS
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import LogAffineQuantizer
 
-PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob('*.py'))
+PRESET_FILES = sorted((Path(__file__).parents[2] / 'configs' / '_ptq_').glob('*.py'))
 
 
 @pytest.mark.parametrize(
