@@ -17,7 +17,7 @@ setup:  ## only the set-up
 	$(RUN)
 
 demo:  ## quantize the embedded detector and show what it cost
-	$(RUN) tools/ptq.py configs/ssdlite_mbv2_ptq.py
+	$(RUN) tools/ptq.py configs/ssdlite_mbv2_ptq.py --preset w8a8_observe
 
 test:  ## run the tests
 	$(RUN) -m pytest -n 2 --dist loadfile
