@@ -278,3 +278,11 @@ def test_a_name_of_before_is_told_with_the_one_that_replaces_it():
     old = PTQConfig.from_dict(dict(dataflow='full'))
     assert old.dataflow == 'speed' and old.deprecated() == ["`ptq.dataflow='full'` is now called 'speed'."]
     assert PTQConfig.from_dict(dict(dataflow='speed')).deprecated() == PTQConfig.from_dict({}).deprecated() == []
+
+
+@pytest.mark.parametrize(
+    ('key', 'kind'), [('reconstruct', 'BlockReconstruction'), ('global_loss', 'FilteredGlobalLoss')]
+)
+def test_a_section_may_name_the_type_that_was_its_only_one(key, kind):
+    for name in (kind, f'mmdet_ptq.{kind}', f'mmdet_ptq.calibration.{kind}'):
+        assert PTQConfig.from_dict({key: dict(type=name)}) == PTQConfig.from_dict({key: {}})
