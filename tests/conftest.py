@@ -20,8 +20,10 @@ from mmdet_ptq.testing.processors import cannot_emulate, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# tiny detectors are slower on several threads, and many times as slow while others compute
+# tiny detectors are slower on several threads, and many times as slow while others compute; so are the programs that
+# tests start
 torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 # mmengine keeps the logger of every run, and with it a stream that pytest has closed by the next test
 logging.raiseExceptions = False
 

@@ -208,7 +208,8 @@ class Venv:
 
     def pip(self, name: str, *arguments: str | Path) -> None:
         """Installs with pip."""
-        command = [self.python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments]
+        # Python compiles what is imported; compiling all of torch and its like beforehand takes half a minute
+        command = [self.python, '-m', 'pip', 'install', '--disable-pip-version-check', '--no-compile', *arguments]
         self.run(f'Installing {name}', command, name.split()[-1])
 
     def imports(self, statement: str) -> str:

@@ -11,7 +11,8 @@ from mmdet_ptq.quantizers.histogram import NUM_BINS, StreamingHistogram
 
 # thresholds tried by the KL search, and ratios tried in a sweep of the squared-error search
 _KL_CANDIDATES = 64
-_COARSE, _FINE = [0.9**i for i in range(45)], torch.linspace(1.06, 0.94, 13).tolist()
+_COARSE = 0.9 ** torch.arange(45, dtype=torch.float64)
+_FINE = torch.linspace(1.06, 0.94, 13)
 # of many channels, so many bins are joined: the error is integrated over bins, and channels spread less than tensors
 _JOINED = 4
 # rows of a histogram evaluated at once: 2^22 elements
@@ -108,15 +109,15 @@ def kl_threshold(histogram: StreamingHistogram, signed_levels: int, unsigned_lev
 
 
 def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Squared error of each row of a histogram, quantized with the ends of shape (C,).
+    """Squared error of each row of a histogram, quantized with each pair of ends of shape (R, C).
 
     Values are spread evenly within their bin, and the error is integrated over it: steps may be narrower than bins,
     as they are where a few outliers widen the observed range. With r the distance of x to its level k s, the integral
     from zero to x is k s^3 / 12 + r^3 / 3, beyond the last level, too.
 
     Args:
-        edges: Bin edges, float64 of shape (C, NUM_BINS + 1).
-        counts: Counts divided by the bin width, of shape (C, NUM_BINS).
+        edges: Bin edges, float64 of shape (C, B + 1).
+        counts: Counts divided by the bin width, of shape (C, B) or (R, C, B).
         low: Lower ends.
         high: Upper ends.
         bits: Bits of the codes.
@@ -130,12 +131,12 @@ def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bit
         first, last = 0, 2**bits - 1
         scale = (high - low) / last
         zero = (-low / scale.clamp_min(1e-30)).round()
-    scale, zero = scale.clamp_min(1e-30)[:, None], zero[:, None]
+    scale, zero = scale.clamp_min(1e-30)[..., None], zero[..., None]
     steps = edges / scale
     level = steps.round().add_(zero).clamp_(first, last).sub_(zero)
     rest = steps.sub_(level)
     integral = rest.pow_(3).div_(3).add_(level.div_(12))
-    return (integral.diff(dim=1).mul_(counts).sum(1, keepdim=True) * scale**3).squeeze(1)
+    return (integral.diff(dim=-1).mul_(counts).sum(-1, keepdim=True) * scale**3).squeeze(-1)
 
 
 class _Clipping:
@@ -164,17 +165,17 @@ class _Clipping:
         self.effect = (slope * edges.diff(dim=1)).cumsum(1)
 
     def loss(self, low: Tensor, high: Tensor) -> Tensor:
-        """Expected squared change by the values outside of the ends of shape (C,)."""
+        """Expected squared change by the values outside of the ends of shape (R, C)."""
         total = torch.zeros_like(low)
-        for end, beyond in ((low, self.centers < low[:, None]), (high, self.centers > high[:, None])):
-            place = torch.searchsorted(self.centers, end[:, None]).clamp_max(self.centers.shape[1] - 1)
-            moved = self.effect - self.effect.gather(1, place)
-            total += torch.where(beyond, self.counts * moved.square(), 0).sum(1)
+        for end, beyond in ((low, self.centers < low[..., None]), (high, self.centers > high[..., None])):
+            place = torch.searchsorted(self.centers, end.T.contiguous()).clamp_max(self.centers.shape[1] - 1)
+            moved = self.effect - self.effect.gather(1, place).T[..., None]
+            total += torch.where(beyond, self.counts * moved.square(), 0).sum(-1)
         return total
 
     def inside(self, low: Tensor, high: Tensor) -> Tensor:
-        """Which bins lie between the ends."""
-        return (self.centers >= low[:, None]) & (self.centers <= high[:, None])
+        """Which bins lie between the ends, of shape (R, C, B)."""
+        return (self.centers >= low[..., None]) & (self.centers <= high[..., None])
 
 
 def mse_range(
@@ -229,17 +230,18 @@ def mse_range(
             return inside + together * clipping.loss(*trial)
 
         full = torch.stack([low[rows], high[rows]])
-        ends, best = full, error_of(full)
+        ends, best = full, error_of(full[:, None])[0]
         for ratios, (move_low, move_high) in order:
-            start = ends
-            for ratio in ratios:
-                # a coarse ratio is one of the full range, a fine one of the best so far
-                moved = (full if ratios is _COARSE else start) * ratio
-                trial = torch.stack([moved[0] if move_low else start[0], moved[1] if move_high else start[1]])
+            # a coarse ratio is one of the full range, a fine one of the best so far
+            start, moving = ends, full if ratios is _COARSE else ends
+            for part in ratios.to(full).split(max(1, _ROWS // len(rows))):
+                moved, still = moving[:, None] * part[:, None], start[:, None].expand(-1, len(part), -1)
+                trial = torch.stack([(moved if move_low else still)[0], (moved if move_high else still)[1]])
                 trial = torch.maximum(torch.minimum(trial, full[1]), full[0])
-                error = error_of(trial)
+                error, index = error_of(trial).min(0)
                 better = error < best
-                best, ends = torch.where(better, error, best), torch.where(better, trial, ends)
+                chosen = trial.gather(1, index.expand(2, 1, -1)).squeeze(1)
+                best, ends = torch.where(better, error, best), torch.where(better, chosen, ends)
         found.append(ends)
     low, high = torch.cat(found, 1)
     return low, high

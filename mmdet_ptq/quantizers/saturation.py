@@ -3,7 +3,7 @@
 There x86 multiplies by ``VPMADDUBSW``: unsigned bytes of an activation times signed bytes of a weight, each two
 neighbouring products added in 16 bits, which saturate. 255 * (|a| + |b|) fits if the magnitudes of the two weights add
 up to at most :data:`SUM_LIMIT`, or if their signs differ. Which weights are neighbours was measured kernel by kernel
-(docs/runtimes.md, "Processors without VNNI"): those of an output channel follow each other as the image lies in memory,
+(docs/runtimes/processors.md): those of an output channel follow each other as the image lies in memory,
 its channels together.
 """
 
