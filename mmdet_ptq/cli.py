@@ -337,14 +337,14 @@ def _export(argv: list[str] | None = None) -> None:
     _imported('mmdet_ptq.engine.export_again').export_checkpoint(
         args.checkpoint,
         args.to,
-        args.out,
-        args.input_shape,
-        args.dynamic_batch,
-        not args.unpacked,
-        args.compare,
-        args.end2end,
-        config,
-        args.trust_config,
+        out=args.out,
+        size=args.input_shape,
+        dynamic_batch=args.dynamic_batch,
+        packed=not args.unpacked,
+        image=args.compare,
+        end2end=args.end2end,
+        config=config,
+        trust_config=args.trust_config,
     )
 
 

@@ -1,9 +1,11 @@
-"""Whether plain data that a file gave has the form it should have; one sentence for the first thing that is wrong."""
+"""Plain data: made of other containers, and whether what a file gave has the form it should have, in one sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 # what plain data may hold, and how deep
@@ -120,6 +122,26 @@ def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def plain(value: Any, leaf: Callable[[Any], Any], tuples: type = list) -> Any:
+    """Dicts, lists and tuples of whatever class as plain ones, with text for keys.
+
+    Args:
+        value: Nested containers.
+        leaf: What becomes of what they hold.
+        tuples: What becomes of tuples. Defaults to lists.
+    """
+    if isinstance(value, Mapping):
+        return {sys.intern(str(key)): plain(inner, leaf, tuples) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuples)(plain(inner, leaf, tuples) for inner in value)
+    return leaf(value)
+
+
+def qualified(value: type | FunctionType) -> str:
+    """A class or function by its name."""
+    return f'{value.__module__}.{value.__qualname__}'
 
 
 def check_plain(value: Any, where: str) -> None:

@@ -21,8 +21,6 @@ SCOPE = 'mmdet_ptq'
 QUANTIZERS = Registry('quantizer', scope=SCOPE, locations=['mmdet_ptq.quantizers'])
 # statistics of a tensor that become a quantization range
 OBSERVERS = Registry('observer', scope=SCOPE, locations=['mmdet_ptq.quantizers'])
-# local reconstruction methods
-RECONSTRUCTIONS = Registry('reconstruction', scope=SCOPE, locations=['mmdet_ptq.calibration'])
 # inference runtimes that execute an exported detector
 RUNTIMES = Registry(
     'runtime',

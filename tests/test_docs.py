@@ -40,7 +40,7 @@ from mmdet_ptq.quantizers import (
     MSEObserver,
     PercentileObserver,
 )
-from mmdet_ptq.registry import OBSERVERS, QUANTIZERS, RECONSTRUCTIONS
+from mmdet_ptq.registry import OBSERVERS, QUANTIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -225,12 +225,7 @@ def test_python_blocks_compile_and_their_names_exist(path):
             for name in imported.split(','):
                 assert hasattr(__import__(module, fromlist=[name.strip()]), name.strip()), f'{module}.{name}'
         for kind in re.findall(r"type='mmdet_ptq\.(\w+)'", block):
-            assert kind in {
-                *QUANTIZERS.module_dict,
-                *OBSERVERS.module_dict,
-                *RECONSTRUCTIONS.module_dict,
-                'FilteredGlobalLoss',
-            }, kind
+            assert kind in {*QUANTIZERS.module_dict, *OBSERVERS.module_dict}, kind
 
 
 @pytest.mark.parametrize('path', PAGES, ids=names(PAGES))

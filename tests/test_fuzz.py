@@ -95,7 +95,7 @@ BLOCK = dict(
     overrides={'neck.*': dict(weights=dict(bits=8, float=False))},
     calibration=dict(num_images=8, batch_size=2, seed=0),
     protect=dict(images=4, bops_ratio=0.5, candidates=['per_channel']),
-    reconstruct=dict(type='mmdet_ptq.BlockReconstruction', iters=10, holdout=0.25),
+    reconstruct=dict(iters=10, holdout=0.25),
     global_loss=dict(
         iters=10,
         lr=1e-3,
@@ -148,7 +148,7 @@ GOOD = (
 STAGES = dict(
     FORMATS,
     calibration=dict(num_images=4, batch_size=2, seed=0),
-    reconstruct=dict(type='mmdet_ptq.BlockReconstruction', iters=1, holdout=0.25, batch_size=2),
+    reconstruct=dict(iters=1, holdout=0.25, batch_size=2),
     global_loss=dict(iters=2, batch_size=2, lr=1e-3, holdout=0.25, augment=1),
 )
 

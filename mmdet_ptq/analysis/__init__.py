@@ -8,7 +8,7 @@ from mmdet_ptq.analysis.latency import LatencyRatio, latency_ratio
 from mmdet_ptq.analysis.report import REPORT, ReportInputs, build_report, headlines, write_report
 from mmdet_ptq.analysis.results import new_results, read_results, result_row, versions, write_results
 from mmdet_ptq.analysis.sensitivity import print_protection
-from mmdet_ptq.analysis.table import coverage_table, print_lines, print_results, result_lines, results_table
+from mmdet_ptq.analysis.table import print_lines, print_results, result_lines, results_table
 from mmdet_ptq.analysis.verdict import verdict_lines
 from mmdet_ptq.wrapping.coverage import float_size_bytes
 
@@ -22,7 +22,6 @@ __all__ = [
     'bops',
     'closing_lines',
     'build_report',
-    'coverage_table',
     'float_bops',
     'float_size_bytes',
     'headline_metric',

@@ -28,7 +28,7 @@ def bops(structure: Structure) -> int:
     Args:
         structure: The structure of the quantized detector.
     """
-    activations = {name: entry['spec'] for name, entry in structure.activations.items()}
+    activations = {name: entry.spec for name, entry in structure.activations.items()}
     layers = sum(
         bit_operations(layer.macs, layer.weight, [activations[name] if name else None for name in layer.inputs])
         for layer in structure.layers

@@ -42,21 +42,18 @@ STYLE = {
 DPI = 144
 
 
-def detections_picture(
-    pair: DetectionPair, classes: Sequence[str], colours: Mapping[int, str], score_thr: float = SCORE_THR
-) -> bytes:
+def detections_picture(pair: DetectionPair, classes: Sequence[str], colours: Mapping[int, str]) -> bytes:
     """Float detections on the left, quantized ones on the right; dashed are those without a partner.
 
     Args:
         pair: The image and what both detectors see in it.
         classes: Class names; an index stands in where they are too few.
         colours: One colour per class, from :func:`class_colours`.
-        score_thr: Least score that is drawn. Defaults to 0.3.
 
     Returns:
         A JPEG: a photograph as PNG is several times as large.
     """
-    before, after = pair.before.above(score_thr), pair.after.above(score_thr)
+    before, after = pair.before.above(SCORE_THR), pair.after.above(SCORE_THR)
     pairs = match(before, after)
     height, width = pair.image.shape[:2]
     with matplotlib.rc_context(STYLE):
@@ -103,34 +100,32 @@ def _draw_box(ax: Axes, box: np.ndarray, text: str, colour: str, matched: bool) 
     )
 
 
-def class_colours(pairs: Sequence[DetectionPair], score_thr: float = SCORE_THR) -> dict[int, str]:
+def class_colours(pairs: Sequence[DetectionPair]) -> dict[int, str]:
     """A colour for each class that is seen, the same in all images; they repeat only after eight classes.
 
     Args:
         pairs: The images and what both detectors see in them.
-        score_thr: Least score that is drawn. Defaults to 0.3.
     """
     seen = Counter(
-        int(label) for pair in pairs for side in (pair.before, pair.after) for label in side.above(score_thr).labels
+        int(label) for pair in pairs for side in (pair.before, pair.after) for label in side.above(SCORE_THR).labels
     )
     return {label: PALETTE[i % len(PALETTE)] for i, (label, _) in enumerate(seen.most_common())}
 
 
-def detections_finding(pairs: Sequence[DetectionPair], score_thr: float = SCORE_THR) -> str:
+def detections_finding(pairs: Sequence[DetectionPair]) -> str:
     """One sentence on how many detections have a partner in the other detector.
 
     Args:
         pairs: The images and what both detectors see in them.
-        score_thr: Least score that is counted. Defaults to 0.3.
     """
-    shown = [(pair.before.above(score_thr), pair.after.above(score_thr)) for pair in pairs]
+    shown = [(pair.before.above(SCORE_THR), pair.after.above(SCORE_THR)) for pair in pairs]
     kept = sum(len(match(before, after)) for before, after in shown)
     total, new = (sum(len(side[i]) for side in shown) for i in (0, 1))
     if not total and not new:
-        return f'Neither detector sees an object with a score of {score_thr} or more.'
+        return f'Neither detector sees an object with a score of {SCORE_THR} or more.'
     return (
         f"The quantized detector finds {kept} of the float detector's {_count(total, 'object')} again "
-        f'and {_count(new - kept, "other")} (score {score_thr} or more; dashed: without a partner).'
+        f'and {_count(new - kept, "other")} (score {SCORE_THR} or more; dashed: without a partner).'
     )
 
 

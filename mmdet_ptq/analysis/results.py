@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmdet_ptq.doctor import processor
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.fields import plain
 from mmdet_ptq.files import write_json
 from mmdet_ptq.registry import runtime_names
 from mmdet_ptq.version import __version__
@@ -130,7 +131,7 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
     """
     order = {key: place for place, key in enumerate(KEYS)}
     ordered = {key: results[key] for key in sorted(results, key=lambda key: order.get(key, len(KEYS)))}
-    write_json(path, _plain(ordered))
+    write_json(path, plain(ordered, _stored))
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -156,16 +157,12 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def _plain(value: Any) -> Any:
+def _stored(value: Any) -> Any:
     """What json can hold: numpy and torch numbers become numbers, NaN and infinity become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (np.generic, np.ndarray, Tensor)):
-        return _plain(value.tolist())
+        return plain(value.tolist(), _stored)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (str, int, type(None))):
         return value
-    if isinstance(value, Iterable):
-        return [_plain(item) for item in value]
-    return str(value)
+    return plain(list(value), _stored) if isinstance(value, Iterable) else str(value)

@@ -43,23 +43,22 @@ def groups_table(sensitivities: Sensitivities) -> Table:
     return table
 
 
-def tensors_table(sensitivities: Sensitivities, top: int = TOP) -> Table:
+def tensors_table(sensitivities: Sensitivities) -> Table:
     """The most sensitive tensors.
 
     Args:
         sensitivities: See :func:`mmdet_ptq.calibration.protection.sensitivity.measure_sensitivity`.
-        top: Number of rows. Defaults to 20.
     """
     total = len(sensitivities.tensors)
     table = _table(
-        f'sensitivity of tensors, each quantized alone (the first {min(top, total)} of {total})',
+        f'sensitivity of tensors, each quantized alone (the first {min(TOP, total)} of {total})',
         ('tensor', 'left'),
         ('part', 'left'),
         ('level', 'right'),
         ('bits', 'right'),
     )
     table.add_column('output\nerror', justify='right', no_wrap=True)
-    for tensor in sensitivities.tensors[:top]:
+    for tensor in sensitivities.tensors[:TOP]:
         error = tensor.damage.output_error
         told = ABSENT if error is None else f'{100 * error:.2g} %'
         table.add_row(

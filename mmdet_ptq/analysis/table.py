@@ -12,7 +12,6 @@ from rich.table import Table
 from mmdet_ptq.analysis.advice import closing_lines
 from mmdet_ptq.analysis.figures import headline_metric, metric_value, model_name, points
 from mmdet_ptq.progress import output
-from mmdet_ptq.wrapping import Structure, coverage_rows, integer_mac_share
 
 ABSENT = '-'
 
@@ -191,39 +190,6 @@ def model_lines(results: Mapping[str, Any]) -> list[ModelLine]:
             )
         )
     return found
-
-
-def coverage_table(structure: Structure) -> Table:
-    """What computes in integers, layer by layer, as a terminal table.
-
-    Args:
-        structure: The structure of the quantized detector.
-    """
-    rows = coverage_rows(structure)
-    total = sum(row.macs for row in rows) or 1
-    table = Table(title=f'coverage: {100 * integer_mac_share(structure):.2f} % of the multiply-accumulates in integers')
-    for heading, justify in (
-        ('layer', 'left'),
-        ('kind', 'left'),
-        ('MACs', 'right'),
-        ('share', 'right'),
-        ('weight', 'left'),
-        ('activation', 'left'),
-        ('why not in integers', 'left'),
-    ):
-        table.add_column(heading, justify=justify)
-    for row in rows:
-        table.add_row(
-            row.name,
-            row.kind,
-            format_count(row.macs),
-            f'{100 * row.macs / total:.2f} %',
-            row.weight,
-            row.activation,
-            row.reason,
-            style=None if row.integer else 'yellow',
-        )
-    return table
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:

@@ -4,7 +4,7 @@ from mmdet_ptq.calibration.fisher import WEIGHED_IMAGES, weigh_tensors
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
 from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, check_no_overlap, source_datasets
 from mmdet_ptq.calibration.observe import observe_activations
-from mmdet_ptq.calibration.protection.protect import Protection, protect_detector, with_overrides
+from mmdet_ptq.calibration.protection.protect import Protection, protect_detector
 from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_sensitivity
 from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
 
@@ -22,5 +22,4 @@ __all__ = [
     'protect_detector',
     'source_datasets',
     'weigh_tensors',
-    'with_overrides',
 ]

@@ -43,12 +43,12 @@ def observe_activations(
     state, known = getattr(detector, STATE), {} if known is None else known
     # the range of a sigmoid is known beforehand
     observed = {
-        name: quantizer for name, quantizer in state.activations.items() if 'range' not in structure.activations[name]
+        name: quantizer for name, quantizer in state.activations.items() if structure.activations[name].range is None
     }
     keys = {}
     for name, quantizer in observed.items():
         channels = {'num_channels': quantizer.num_channels, 'channel_axis': quantizer.channel_axis}
-        cfg = {**structure.activations[name]['observer'], **channels}
+        cfg = {**structure.activations[name].observer, **channels}
         keys[name] = json.dumps([name, cfg], sort_keys=True)
         if keys[name] not in known:
             state.observers[name] = build_observer(cfg)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from mmdet_ptq.config.checks import build, check_type, choice, known_keys, merge, plain
+from mmdet_ptq.config.checks import build, check_type, choice, known_keys, merge
 from mmdet_ptq.config.formats import check_format
 from mmdet_ptq.config.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from mmdet_ptq.config.sections import (
@@ -20,6 +20,7 @@ from mmdet_ptq.config.sections import (
     TensorConfig,
 )
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.fields import plain, qualified
 from mmdet_ptq.registry import RUNTIMES, runtime_names
 
 # What a policy dict (`head`, `first`, `last`, an override) may hold.
@@ -51,6 +52,8 @@ GONE = {
     'equalize': 'cross-layer equalization brought nothing beyond chance on six detectors; remove it, or even out the '
     'channels of 4-bit inputs with `ptq.activations.scale_migration`',
 }
+# sections whose `type` is gone, and the only one that there was
+GONE_TYPES = {'reconstruct': 'BlockReconstruction', 'global_loss': 'FilteredGlobalLoss'}
 
 
 @dataclass
@@ -127,12 +130,16 @@ class PTQConfig:
         """
         if block is None and preset is None:
             raise PTQError("the config has no `ptq` block; add `ptq = dict(preset='w8a8')` or pass --preset.")
-        block = plain(block or {})
+        block = plain(block or {}, lambda value: qualified(value) if isinstance(value, type) else value)
         if not isinstance(block, dict):
             raise PTQError(f'`ptq` must be a dict, got {type(block).__name__}.')
         for key in GONE.keys() & block:
             if block.pop(key):
                 raise PTQError(f'`ptq.{key}` is gone: {GONE[key]}.')
+        for key, only in GONE_TYPES.items():
+            section = block.get(key)
+            if isinstance(section, dict) and str(section.pop('type', only)).rpartition('.')[2] != only:
+                raise PTQError(f'`ptq.{key}.type` is gone: there was none but {only!r}; remove it.')
         if isinstance(block.get('global_loss'), dict) and 'mirror' in block['global_loss']:
             raise PTQError(
                 '`ptq.global_loss.mirror` is gone: say `augment=2` to train on mirror images, too, or `augment=1`.'
@@ -140,7 +147,7 @@ class PTQConfig:
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
         choice('ptq.preset', name, tuple(PRESETS))
-        for key, kind in (('dataflow', 'str | None'), ('overrides', 'dict'), ('export', 'list')):
+        for key, kind in (('dataflow', str | None), ('overrides', dict), ('export', list)):
             if key in block:
                 check_type(f'ptq.{key}', block[key], kind)
         merged = merge(copy.deepcopy(PRESETS[name]), {k: v for k, v in block.items() if k != 'preset'})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 from mmdet_ptq.errors import PTQError, did_you_mean
 
@@ -14,31 +14,25 @@ from mmdet_ptq.errors import PTQError, did_you_mean
 def build(cls, key: str, values: Any):
     if not isinstance(values, dict):
         raise PTQError(f'`{key}` must be a dict, got {values!r}.')
-    known = {f.name: f for f in fields(cls)}
+    # without the names of the class: one of its keys is called float
+    known = get_type_hints(cls, localns={})
     known_keys(key, values, known)
     for name, value in values.items():
-        check_type(f'{key}.{name}', value, known[name].type)
+        check_type(f'{key}.{name}', value, known[name])
     built = cls(**values)
     built.check(key)
     return built
 
 
-_TYPES = {
-    'int': int,
-    'float': (int, float),
-    'str': str,
-    'bool': bool,
-    'dict': dict,
-    'list': (list, tuple),
-    'None': type(None),
-}
+_ALSO = {float: int, list: tuple}
 
 
-def check_type(key: str, value: Any, annotation: str) -> None:
-    names = [part.strip() for part in annotation.split('|')]
-    allowed = tuple(t for n in names for t in (_TYPES[n] if isinstance(_TYPES[n], tuple) else (_TYPES[n],)))
+def check_type(key: str, value: Any, kind: type | UnionType) -> None:
+    allowed = get_args(kind) or (kind,)
+    allowed += tuple(_ALSO[one] for one in allowed if one in _ALSO)
     if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
-        raise PTQError(f'`{key}` must be {annotation}, got {value!r}.')
+        told = kind.__name__ if isinstance(kind, type) else kind
+        raise PTQError(f'`{key}` must be {told}, got {value!r}.')
     if isinstance(value, float) and not math.isfinite(value):
         raise PTQError(f'`{key}` must be a finite number, got {value!r}.')
 
@@ -84,14 +78,3 @@ def _same_type(value: Mapping, old: Mapping) -> bool:
     """Whether a dict names the type of the old one, with or without its scope, or none."""
     first, second = (str(kind).rpartition('.')[2] for kind in (value.get('type', old.get('type')), old.get('type')))
     return first == second
-
-
-def plain(value: Any) -> Any:
-    """Mmengine's ConfigDict and friends as plain dicts and lists."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, type):
-        return f'{value.__module__}.{value.__qualname__}'
-    return value

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from mmdet_ptq.config.checks import check_seed, choice, positive
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.registry import RECONSTRUCTIONS, SCOPE, registered
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SATURATIONS = ('safe', 'ignore')
@@ -156,7 +155,6 @@ class GlobalLossConfig:
     """The global stage: filtered global loss (Reg-PTQ, CVPR 2024) and the iterations that minimise it.
 
     Args:
-        type: Only ``'mmdet_ptq.FilteredGlobalLoss'``.
         score_thr: theta_C, least confidence of the float detector's box. Defaults to 2e-4.
         iou_thr: theta_I, least IoU of the float and the quantized box. Defaults to 0.1.
         box_weight: lambda, weight of the box term. Defaults to 1.0.
@@ -193,7 +191,6 @@ class GlobalLossConfig:
         hooks: Further mmengine hooks for this stage.
     """
 
-    type: str = 'mmdet_ptq.FilteredGlobalLoss'
     score_thr: float = 2e-4
     iou_thr: float = 0.1
     box_weight: float = 1.0
@@ -222,8 +219,6 @@ class GlobalLossConfig:
     hooks: list = field(default_factory=list)
 
     def check(self, key: str) -> None:
-        if self.type.rpartition('.')[2] != 'FilteredGlobalLoss':
-            raise PTQError(f"`{key}.type` is {self.type!r}; only 'mmdet_ptq.FilteredGlobalLoss' is known.")
         positive(
             key, self, 'iters', 'batch_size', 'lr', 'augment', 'val_interval', 'checkpoint_interval', 'log_interval'
         )
@@ -263,7 +258,6 @@ class ReconstructConfig:
 
     Args:
         method: ``'adaround'``, ``'brecq'`` or ``'qdrop'``: where the settings below start from. Defaults to None.
-        type: From the ``RECONSTRUCTIONS`` registry.
         iters: Iterations of training per unit. Defaults to 0.
         batch_size: Images per iteration. Defaults to 8.
         max_positions: Fewer images are taken where they have more positions (of all levels) than this together; one
@@ -300,7 +294,6 @@ class ReconstructConfig:
         cache_gib: Activations kept in memory, in GiB; more goes to the work directory. Defaults to 4.
     """
 
-    type: str = 'mmdet_ptq.BlockReconstruction'
     method: str | None = None
     iters: int = 0
     batch_size: int = 8
@@ -328,8 +321,6 @@ class ReconstructConfig:
     cache_gib: float = 4
 
     def check(self, key: str) -> None:
-        if registered(RECONSTRUCTIONS, self.type) is None:
-            choice(f'{key}.type', self.type, tuple(f'{SCOPE}.{name}' for name in RECONSTRUCTIONS.module_dict))
         positive(key, self, 'batch_size', 'max_positions', 'rounding_lr', 'damping')
         choice(f'{key}.granularity', self.granularity, ('block', 'layer', 'paper'))
         choice(f'{key}.rounding', self.rounding, ('adaround', 'latent', 'nearest'))

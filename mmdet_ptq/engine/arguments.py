@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 
 from mmdet_ptq.compat import replace_sync_bn
 from mmdet_ptq.config import PTQConfig
-from mmdet_ptq.engine.evaluation import evaluation_hooks, test_loop_cfg
+from mmdet_ptq.engine.evaluation import evaluation_arguments
 from mmdet_ptq.errors import PTQError
 
 
@@ -40,24 +40,12 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
         if not cfg.get(key):  # an empty list of metrics gives no figures
             raise PTQError(f'the config has no `{key}`, which the report is made with.')
     return dict(
+        evaluation_arguments(cfg),
         model=cfg['model'],
-        work_dir=cfg['work_dir'],
         ptq=ptq,
-        test_dataloader=cfg['test_dataloader'],
-        test_evaluator=cfg['test_evaluator'],
-        test_cfg=test_loop_cfg(cfg),
-        default_hooks=evaluation_hooks(cfg.get('default_hooks')),
-        custom_hooks=[dict(type='mmdet_ptq.ProgressHook')],
         data_preprocessor=cfg.get('data_preprocessor'),
         load_from=cfg['load_from'],
         resume=cfg.get('resume', False),
-        launcher=cfg.get('launcher', 'none'),
-        env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
-        log_processor=dict(type='LogProcessor', window_size=10, by_epoch=False),
-        log_level=cfg.get('log_level', 'INFO'),
-        visualizer=cfg.get('visualizer'),
-        default_scope=cfg.get('default_scope') or 'mmdet',
         randomness=cfg.get('randomness'),
         experiment_name=cfg.get('experiment_name'),
-        cfg=cfg,
     )

@@ -66,7 +66,7 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
             raise PTQError(f'the config has no `{key}`, which detectors are evaluated with.')
     check_space(cfg['work_dir'], 0)
     with building(cfg):
-        runner = _runner(cfg, detector)
+        runner = LoggedRunner(model=detector, **evaluation_arguments(cfg))
     loop = build_evaluation(cfg, lambda: runner.test_loop)
     check_evaluation(loop, detector)
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
@@ -74,21 +74,21 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
         return figures(runner.test())
 
 
-class _Runner(Runner):
+class LoggedRunner(Runner):
     """mmengine's, which shows warnings alone where a person looks on."""
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         return adopted(super().build_logger(*args, **kwargs))
 
 
-def _runner(cfg: Config, detector: nn.Module) -> Runner:
-    return _Runner(
-        model=detector,
+def evaluation_arguments(cfg: Config) -> dict[str, Any]:
+    """What mmengine's runner is built with besides the model; what only training needs is left out."""
+    return dict(
         work_dir=cfg['work_dir'],
         test_dataloader=cfg['test_dataloader'],
         test_evaluator=cfg['test_evaluator'],
-        test_cfg=test_loop_cfg(cfg),
-        default_hooks=evaluation_hooks(cfg.get('default_hooks')),
+        test_cfg=_test_loop_cfg(cfg),
+        default_hooks=_evaluation_hooks(cfg.get('default_hooks')),
         custom_hooks=[dict(type='mmdet_ptq.ProgressHook')],
         launcher=cfg.get('launcher', 'none'),
         env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='nccl'))),
@@ -136,7 +136,7 @@ def _metrics(evaluator: Any) -> list[dict]:
     return _metrics(evaluator['metrics']) if 'metrics' in evaluator else [evaluator]
 
 
-def test_loop_cfg(cfg: Config) -> dict:
+def _test_loop_cfg(cfg: Config) -> dict:
     """The config's test loop, in single precision: integers beyond 2048 are not exact in half of it."""
     loop = dict(cfg.get('test_cfg') or dict(type='TestLoop'))
     if loop.pop('fp16', False):
@@ -366,7 +366,7 @@ def figures(metrics: dict) -> dict[str, float]:
     return numbers
 
 
-def evaluation_hooks(hooks: dict | None) -> dict:
+def _evaluation_hooks(hooks: dict | None) -> dict:
     """The user's default hooks without those that only training needs."""
     training = ('checkpoint', 'param_scheduler')
     return {**{name: hook for name, hook in (hooks or {}).items() if name not in training}, **dict.fromkeys(training)}

@@ -29,6 +29,7 @@ from mmdet_ptq.wrapping import Structure
 def export_checkpoint(
     checkpoint: str | os.PathLike,
     runtimes: Sequence[str],
+    *,
     out: str | None = None,
     size: Sequence[int] | None = None,
     dynamic_batch: bool = False,
@@ -61,6 +62,37 @@ def export_checkpoint(
     """
     logger = MMLogger.get_instance('mmdet_ptq_export')
     chosen = [get_runtime(name, '--to') for name in runtimes]
+    _check_asked(chosen, end2end, image)
+    state = read_quantized(checkpoint)
+    structure = Structure.from_dict(state['structure'])
+    for runtime in chosen:
+        # what can be written without the runtime itself is written for another machine
+        runtime.check_export()
+        runtime.check_formats(structure)
+    shape = _input_shape(state, size)
+    detector = load_quantized(checkpoint, config, trust_config=trust_config)
+    for runtime in chosen:
+        runtime.check_detector(detector)
+    first_outputs(detector, shape)
+    if end2end:
+        check_end2end(detector)
+    example = None if image is None else read_image(detector, image, shape)
+    folder = Path(out or Path(checkpoint).parent)
+    for runtime in chosen:
+        check_space(folder / runtime.name, 0, '--out')
+        if not packed and not runtime.packs:
+            logger.info(f'{runtime.name} stores 8 bits a weight always; --unpacked changes nothing')
+    options = dict(dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
+    paths = [_export(logger, runtime, detector, structure, folder / runtime.name, shape, options) for runtime in chosen]
+    if example is not None:
+        for runtime, path in zip(chosen, paths, strict=True):
+            if runtime.compares:
+                runtime.report_agreement(logger, detector, path, example)
+    return paths
+
+
+def _check_asked(chosen: list[type[Runtime]], end2end: bool, image: str | None) -> None:
+    """Refuses what the runtimes cannot do, before the checkpoint is read."""
     if image is not None and not any(runtime.compares for runtime in chosen):
         raise PTQError(f'--compare reads the tensors of {", ".join(_names("compares"))}; add one of them to --to.')
     for runtime in chosen:
@@ -69,49 +101,38 @@ def export_checkpoint(
                 f'--end2end writes models for {" and ".join(_names("end2end"))}, not for {runtime.name}; '
                 'leave one of them out.'
             )
-    state = read_quantized(checkpoint)
-    structure = Structure.from_dict(state['structure'])
-    for runtime in chosen:
-        # what can be written without the runtime itself is written for another machine
-        runtime.check_export()
-        runtime.check_formats(structure)
+
+
+def _input_shape(state: dict, size: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of one image: what the checkpoint was calibrated with, in the size that is asked for."""
     shape = tuple(state['input_shape'])
     if len(shape) != 4:
         if not size:
             raise PTQError('the checkpoint does not tell the size of its images; give --input-shape HEIGHT WIDTH.')
         shape = (1, 3)  # of a version that knew no other channels
-    if size:
-        shape = (*shape[:2], *size)
-    detector = load_quantized(checkpoint, config, trust_config=trust_config)
-    for runtime in chosen:
-        runtime.check_detector(detector)
-    first_outputs(detector, shape)
-    if end2end:
-        check_end2end(detector)
-    example = None if image is None else read_image(detector, image, shape)
-    paths, folder = [], Path(out or Path(checkpoint).parent)
-    for runtime in chosen:
-        check_space(folder / runtime.name, 0, '--out')
-        if not packed and not runtime.packs:
-            logger.info(f'{runtime.name} stores 8 bits a weight always; --unpacked changes nothing')
-    for runtime in chosen:
-        path = runtime.export(
-            detector, folder / runtime.name, shape, dynamic_batch=dynamic_batch, packed=packed, end2end=end2end
-        )
-        logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
-        if end2end:
-            _add_program(logger, detector, runtime, path, shape)
-        if path.suffix == runtime.suffix:
-            coverage = open_model(path).whole_coverage()
-            announce_coverage(runtime.name, coverage, runtime.evidence)
-            if coverage.float and (why := runtime.explain_float(structure)):
-                logger.warning(why)
-        paths.append(path)
-    if example is not None:
-        for runtime, path in zip(chosen, paths, strict=True):
-            if runtime.compares:
-                runtime.report_agreement(logger, detector, path, example)
-    return paths
+    return (*shape[:2], *size) if size else shape
+
+
+def _export(
+    logger: MMLogger,
+    runtime: type[Runtime],
+    detector: nn.Module,
+    structure: Structure,
+    folder: Path,
+    shape: tuple[int, ...],
+    options: dict[str, bool],
+) -> Path:
+    """Exports to one runtime and says what it computes in integers."""
+    path = runtime.export(detector, folder, shape, **options)
+    logger.info(f'{runtime.name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)')
+    if options['end2end']:
+        _add_program(logger, detector, runtime, path, shape)
+    if path.suffix == runtime.suffix:
+        coverage = open_model(path).whole_coverage()
+        announce_coverage(runtime.name, coverage, runtime.evidence)
+        if coverage.float and (why := runtime.explain_float(structure)):
+            logger.warning(why)
+    return path
 
 
 def _add_program(logger: MMLogger, detector: nn.Module, runtime: type[Runtime], path: Path, shape: tuple) -> None:

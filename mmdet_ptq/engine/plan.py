@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from mmdet_ptq.calibration import WEIGHED_IMAGES
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.progress import clock
 from mmdet_ptq.wrapping import check_finite, planned_layers
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 # Seconds of a stage whatever the detector, and passes of the float detector over one image that an image costs more.
 # Measured on SSDLite, YOLOX-nano and RetinaNet-R18, on a processor.
@@ -85,7 +85,7 @@ def _output_bytes(detector: nn.Module, one: Any) -> int:
 
     def add(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal total
-        total += sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        total += sum(tensor.nbytes for tensor in tensors_in(output))
 
     hooks = [m.register_forward_hook(add) for m in detector.modules() if not any(m.children())]
     try:

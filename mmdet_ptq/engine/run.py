@@ -8,15 +8,16 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler, pseudo_collate
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +29,7 @@ from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
 from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
 from mmdet_ptq.engine.arguments import runner_arguments
 from mmdet_ptq.engine.evaluation import (
+    LoggedRunner,
     build_evaluation,
     check_evaluation,
     dataset_meta,
@@ -43,7 +45,6 @@ from mmdet_ptq.engine.work_dir import take_work_dir
 from mmdet_ptq.errors import building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.predictions import check_no_tracker
-from mmdet_ptq.progress import adopted
 from mmdet_ptq.quantizers import Observer
 from mmdet_ptq.wrapping import Structure, apply_structure
 from mmdet_ptq.wrapping.watching.tensors import deep_copy
@@ -56,7 +57,7 @@ HOW_IT_RAN = ('work_dir', 'resume', 'launcher', 'experiment_name')
 CHANNEL_IMAGES = 32
 
 
-class Run(Runner):
+class Run(LoggedRunner):
     """A detector to be quantized, what it is calibrated and evaluated on, and where a run keeps what it has done.
 
     A stock mmengine Runner; the stages (:mod:`mmdet_ptq.engine.stages`) work on it.
@@ -69,6 +70,7 @@ class Run(Runner):
         **kwargs: mmengine Runner's arguments (test dataloader and evaluator, launcher, ...).
 
     Attributes:
+        model: The untouched float detector once it is loaded; mmengine's evaluation finds another one here.
         detector: The detector in its present state: float, quantized, loaded from the integer checkpoint.
         float_detector: The untouched float detector.
         structure: The quantized detector's structure, after ``prepare``.
@@ -138,10 +140,6 @@ class Run(Runner):
         """
         return cls(**runner_arguments(cfg))
 
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        """mmengine's, which shows warnings alone where a person looks on."""
-        return adopted(super().build_logger(*args, **kwargs))
-
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine, and on machines without an accelerator, too; takes the work directory.
 
@@ -176,7 +174,8 @@ class Run(Runner):
             load_float_checkpoint(self.detector, self.checkpoint)
         if self._test_loop is not None:
             self.check_evaluation()
-        self.float_detector = deep_copy(self.detector)
+        # `detector` is quantized in place
+        self.model = self.float_detector = deep_copy(self.detector)
         self.inputs = self.stage_inputs()
 
     def stage_inputs(self) -> dict[str, str]:
@@ -277,10 +276,11 @@ class Run(Runner):
         """
         # of a part, too: the loop knows the runner that it was built for
         runner = self._test_loop.runner if isinstance(self._test_loop, BaseLoop) else self
-        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), detector)
+        evaluated = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), detector)
         self.check_evaluation()
         evaluator = getattr(self._test_loop, 'evaluator', None)
-        with keeping(evaluator, self.work_dir, row) if row else nullcontext():
+        kept = keeping(evaluator, self.work_dir, row) if row else nullcontext()
+        with mock.patch.object(runner, 'model', evaluated), kept:
             return figures(runner.test())
 
     def add_row(

@@ -33,6 +33,10 @@ _OWN_KEYS = {
 }
 # keys of the `ptq` block that are gone, as they stood in the hashes of work directories of before
 _GONE = {'equalize': None, 'bias_correction': False}
+_GONE_WITHIN = {
+    'reconstruct': dict(type='mmdet_ptq.BlockReconstruction'),
+    'global_loss': dict(type='mmdet_ptq.FilteredGlobalLoss'),
+}
 
 # keys that came later, with what they stood for before: left out of the hashes, where they say nothing else
 _ADDED = {'global_loss': dict(weight_scale_lr=None)}
@@ -52,6 +56,9 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
         *others: What every stage depends on besides: model, checkpoint, images, seed.
     """
     recipe = {**_GONE, **recipe}
+    for section, gone in _GONE_WITHIN.items():
+        if isinstance(recipe[section], dict):
+            recipe[section] = {**gone, **recipe[section]}
     for section, added in _ADDED.items():
         if isinstance(recipe[section], dict):
             recipe[section] = {k: v for k, v in recipe[section].items() if k not in added or v != added[k]}

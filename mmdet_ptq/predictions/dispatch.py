@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.aligned import AlignedPredictions
@@ -54,25 +55,14 @@ def align_raw(head: Any, outputs: Any, reason: str) -> AlignedPredictions:
         f'{name}: {reason}, so the global loss compares raw outputs instead of filtered boxes; '
         f'mmdet_ptq.predictions.align_head.register({name}) teaches it.'
     )
-    return AlignedPredictions(cls_logits=None, raw=list(_float_tensors(outputs)))
+    tensors = [leaf for leaf in tree_iter(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return AlignedPredictions(cls_logits=None, raw=tensors)
 
 
 @functools.cache
 def announce(message: str) -> None:
     """Logs a warning, the first time it is given."""
     print_log(message, logger='current', level=logging.WARNING)
-
-
-def _float_tensors(outputs: Any):
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point():
-            yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from _float_tensors(value)
-    elif isinstance(outputs, Sequence) and not isinstance(outputs, str):
-        for value in outputs:
-            yield from _float_tensors(value)
 
 
 def own_decoding(cls: type, base: type) -> list[str]:

@@ -31,7 +31,6 @@ class Observer:
         self.num_channels, self.channel_axis = num_channels, channel_axis
         self.low: Tensor | None = None
         self.high: Tensor | None = None
-        self.num_updates = 0
 
     def _view(self, x: Tensor) -> Tensor:
         """The tensor as (outer, C, inner), without a copy if it is contiguous."""
@@ -62,7 +61,6 @@ class Observer:
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise PTQError('The observed tensor holds NaN or infinity (non-finite activations).')
         self._take(view, low, high)
-        self.num_updates += 1
 
     def _take(self, view: Tensor, low: Tensor, high: Tensor) -> None:
         """Takes in a batch of shape (outer, C, inner) with its extremes of shape (C,)."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.testing.data import tiny_batch
 from mmdet_ptq.testing.detectors import tiny_detector
 from mmdet_ptq.wrapping import Structure, prepare_detector
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 # 8 bits; min-max, because searching ranges takes most of the time of a tiny detector
 OBSERVE = dict(preset='w8a8_observe', activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))
@@ -46,17 +45,9 @@ def raw_outputs(detector: nn.Module, batch: dict | None = None) -> list[Tensor]:
         batch: Batch as a dataloader yields it; it is not changed. Defaults to ``tiny_batch(2)``.
     """
     data = detector.data_preprocessor(copy.deepcopy(batch or tiny_batch(2)), False)
-    return list(_tensors(detector(**data, mode='tensor')))
+    return list(tensors_in(detector(**data, mode='tensor')))
 
 
 def predict(detector: nn.Module, batch: dict) -> list:
     """The detector's predictions for a batch as a dataloader yields it; the batch is not changed."""
     return detector(**detector.data_preprocessor(copy.deepcopy(batch), False), mode='predict')
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.wrapping.state import STATE
-from mmdet_ptq.wrapping.structure import Structure
+from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 
 FLOAT_BITS = 32
 
@@ -34,17 +34,18 @@ def _format(spec: dict | None) -> str:
     return f'{spec["bits"]}-bit {build_quantizer(spec).style}'
 
 
-def _input_format(entry: dict) -> str:
-    spec = entry.get('spec')
-    per_channel = ' per channel' if spec and spec.get('num_channels') else ''
-    return _format(spec) + per_channel + (' (scales migrated)' if 'divided' in entry else '')
+def _input_format(entry: ActivationStructure | None) -> str:
+    if entry is None:
+        return _format(None)
+    per_channel = ' per channel' if entry.spec.get('num_channels') else ''
+    return _format(entry.spec) + per_channel + (' (scales migrated)' if entry.divided else '')
 
 
 def coverage_rows(structure: Structure) -> list[CoverageRow]:
     """One row per layer, then one per uncovered operation."""
     rows = []
     for layer in structure.layers:
-        entries = [structure.activations[name] if name else {} for name in layer.inputs]
+        entries = [structure.activations[name] if name else None for name in layer.inputs]
         formats = sorted({_input_format(entry) for entry in entries}) or ['float']
         rows.append(
             CoverageRow(

@@ -174,19 +174,16 @@ class Dataflow:
 
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """Computes a functional operation, with what belongs to it."""
-        name = getattr(func, '__name__', '')
-        frame = self.frames.top
+        name, frame, site = getattr(func, '__name__', ''), self.frames.top, None
         if frame is None:
             return func(*args, **kwargs)
-        if name not in self.functions and name not in MOVEMENT_NAMES:
-            return func(*args, **kwargs)
-        site = self.sites.get(frame.next(name)) if name in self.functions else None
+        if name in self.functions:
+            place = frame.next(name)  # counts every call, whether anything is quantized there or not
+            site = self.sites.get(place)
         if site is not None and torch.is_grad_enabled() and works_in_place(name, kwargs) and carried(args[0]):
             # what a quantizer returned is what its gradient is computed from
             args = (args[0].clone(), *args[1:])
-        if site is None:
-            out = func(*args, **kwargs)
-        elif self.works(site.gate):
+        if site is not None and self.works(site.gate):
             out = self._gated(site, args[0] if args else kwargs['input'])
         else:
             out = func(*args, **kwargs)

@@ -57,6 +57,31 @@ class LayerStructure:
 
 
 @dataclass
+class ActivationStructure:
+    """One quantized tensor that layers read or write.
+
+    Attributes:
+        spec: Spec of its quantizer.
+        readers: How many calls of layers read it in a forward pass.
+        observer: What finds its range.
+        range: Its two ends, where they are known beforehand.
+        moved: Whether values are quantized before they are moved into the tensor.
+        divided: ``dict(channels=..., axis=...)`` where weights took over factors of its channels.
+    """
+
+    spec: dict
+    readers: int
+    observer: dict | None = None
+    range: list[float] | None = None
+    moved: bool = False
+    divided: dict | None = None
+
+    def to_dict(self) -> dict:
+        """Plain values; what most activations do not have is left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+
+
+@dataclass
 class Structure:
     """A quantized detector without its numbers.
 
@@ -64,9 +89,7 @@ class Structure:
         folds: (convolution, normalisation) pairs that are folded.
         norms: Normalisations that stay float, and why.
         layers: Every convolution and linear layer, quantized or not.
-        activations: Activation name to ``dict(spec=..., readers=..., observer=...)``; with ``range`` where the range
-            is known beforehand, with ``moved`` where values are quantized before they are moved into the tensor, with
-            ``divided`` (channels, axis) where weights took over factors of its channels.
+        activations: Quantized tensors, by name.
         uncovered: Weighted operations outside layers: module, operation, reason, macs.
         biases: Layers that got a bias which they did not have in the float detector, folding aside.
         sites: Functional operations whose results are quantized (see :class:`mmdet_ptq.wrapping.flow.Site`).
@@ -78,7 +101,7 @@ class Structure:
     folds: list[list[str]] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
     layers: list[LayerStructure] = field(default_factory=list)
-    activations: dict[str, dict] = field(default_factory=dict)
+    activations: dict[str, ActivationStructure] = field(default_factory=dict)
     uncovered: list[dict] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     sites: list[dict] = field(default_factory=list)
@@ -88,7 +111,8 @@ class Structure:
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, for a checkpoint that loads without pickle."""
-        return asdict(self)
+        activations = {name: activation.to_dict() for name, activation in self.activations.items()}
+        return {**asdict(self), 'activations': activations}
 
     @classmethod
     def from_dict(cls, data: dict) -> Structure:
@@ -101,7 +125,9 @@ class Structure:
             check_form(data, _STRUCTURE, 'the structure')
         except Malformed as error:
             raise PTQError(f'{error}; the file is damaged, run tools/ptq.py again.') from error
-        return cls(**{**data, 'layers': [LayerStructure(**layer) for layer in data['layers']]})
+        layers = [LayerStructure(**layer) for layer in data['layers']]
+        activations = {name: ActivationStructure(**entry) for name, entry in data['activations'].items()}
+        return cls(**{**data, 'layers': layers, 'activations': activations})
 
     def check(self) -> None:
         """Refuses names of activations that are not there, and counts of readers that are not those of the layers.
@@ -116,12 +142,10 @@ class Structure:
         if unknown:
             raise Malformed(f'the structure names the activation {min(unknown)[:100]}, which it does not have')
         for name, entry in self.activations.items():
-            if 'readers' not in entry:
-                raise Malformed(f'the activation {name[:100]} lacks the field `readers`')
-            if entry['readers'] != read[name]:
-                told = f'{entry["readers"]} readers, and {read[name]} layers read it'
+            if entry.readers != read[name]:
+                told = f'{entry.readers} readers, and {read[name]} layers read it'
                 raise Malformed(f'the activation {name[:100]} tells of {told}')
-            if len(entry.get('range', (0, 1))) != 2:
+            if entry.range is not None and len(entry.range) != 2:
                 raise Malformed(f'the range of the activation {name[:100]} has not two ends')
         names = Counter(layer.name for layer in self.layers)
         if len(names) < len(self.layers):
@@ -148,9 +172,8 @@ _LAYER = Fields(
     dict(weight=(None, _format), inputs=[_MAYBE], outputs=[_MAYBE], reason=str),
 )
 _ACTIVATION = Fields(
-    dict(spec=_format),
+    dict(spec=_format, readers=_COUNT),
     dict(
-        readers=_COUNT,
         observer=(None, dict),
         range=[float],
         moved=bool,
@@ -205,18 +228,14 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
         if layer.weight is not None:
             attach_weight(modules[layer.name], build_quantizer(layer.weight))
     state = QuantizationState(
-        {name: build_quantizer(entry['spec']) for name, entry in structure.activations.items()},
-        {name: entry['readers'] for name, entry in structure.activations.items()},
-        [name for name, entry in structure.activations.items() if entry.get('moved')],
-        {
-            name: ChannelDivision(**entry['divided'])
-            for name, entry in structure.activations.items()
-            if 'divided' in entry
-        },
+        {name: build_quantizer(entry.spec) for name, entry in structure.activations.items()},
+        {name: entry.readers for name, entry in structure.activations.items()},
+        [name for name, entry in structure.activations.items() if entry.moved],
+        {name: ChannelDivision(**entry.divided) for name, entry in structure.activations.items() if entry.divided},
     )
     for name, entry in structure.activations.items():
-        if 'range' in entry:
-            state.activations[name].set_range(*map(torch.tensor, entry['range']))
+        if entry.range is not None:
+            state.activations[name].set_range(*map(torch.tensor, entry.range))
     inputs = {layer.name: layer.inputs for layer in structure.layers if any(layer.inputs)}
     attach_inputs(detector, state, inputs)
     outputs = {layer.name: layer.outputs for layer in structure.layers if any(layer.outputs)}

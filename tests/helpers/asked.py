@@ -94,7 +94,7 @@ def check_structure(structure: Structure, block: dict) -> None:
         # one tensor has one quantizer: the widest that a reader asks for
         widest = [each for each in wanted if each['bits'] == max(other['bits'] for other in wanted)]
         found = structure.activations[name]
-        if not any(holds(found['spec'], each) and found['observer'] == each['observer'] for each in widest):
+        if not any(holds(found.spec, each) and found.observer == each['observer'] for each in widest):
             raise Otherwise(f'{name}: {found}, asked {widest}')
 
 

@@ -13,6 +13,7 @@ from mmdet_ptq.analysis import bops, float_bops, float_size_bytes, new_results, 
 from mmdet_ptq.calibration import observe_activations
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.wrapping import LayerStructure, Structure, prepare_detector
+from mmdet_ptq.wrapping.structure import ActivationStructure
 
 PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[128.0] * 3, std=[64.0] * 3, bgr_to_rgb=True, pad_size_divisor=32)
 BACKBONE = dict(
@@ -162,7 +163,9 @@ def structure():
             ),
             LayerStructure('head.out', 'linear', 'head', macs=10, numel=30, reason='left float'),
         ],
-        activations={'a8': dict(spec=dict(spec, bits=8), readers=2), 'a16': dict(spec=dict(spec, bits=16), readers=1)},
+        activations=dict(
+            a8=ActivationStructure(dict(spec, bits=8), 2), a16=ActivationStructure(dict(spec, bits=16), 1)
+        ),
         uncovered=[dict(module='head.attention', operation='matmul', reason='activation x activation', macs=90)],
     )
 

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from mmdet_ptq.analysis import coverage_table, headline_metric, print_results, result_lines
+from mmdet_ptq.analysis import headline_metric, print_results, result_lines
 from mmdet_ptq.analysis.figures import points
 from mmdet_ptq.analysis.table import format_bytes, format_count
 
@@ -93,13 +93,6 @@ def test_headline_metric(metrics, expected):
 def test_points():
     assert points(0.329, 0.307) == pytest.approx(-2.2)
     assert points(45.0, 44.0) == -1.0
-
-
-def test_coverage_table(structure):
-    text = shown(coverage_table(structure))
-    assert '93.75 %' in text  # 1500 of 1600
-    for name in ('backbone.conv', 'head.shared', 'head.out', 'head.attention', 'activation x activation'):
-        assert name in text
 
 
 @pytest.mark.parametrize(

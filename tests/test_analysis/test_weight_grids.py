@@ -42,7 +42,7 @@ def test_nothing_quantized(tiny):
 def test_the_weights_are_those_of_float_with_all_that_preparing_multiplied(quantized_with):
     """Normalisations are folded, channels of inputs divided: what the quantizer saw, not what the checkpoint holds."""
     tiny = quantized_with(activations=dict(bits=4, scale_migration=1.0))
-    assert tiny.structure.folds and any('divided' in entry for entry in tiny.structure.activations.values())
+    assert tiny.structure.folds and any(entry.divided for entry in tiny.structure.activations.values())
     behind = weight_grids(tiny.detector, tiny.structure, count=50)
     ours = weight_grids(tiny.detector, tiny.structure, count=50, float_detector=tiny.original)
     assert [grid.layer for grid in ours] == [grid.layer for grid in behind]

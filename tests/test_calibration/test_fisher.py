@@ -75,7 +75,7 @@ class Recording(FisherObserver):
 @pytest.mark.parametrize('dataflow', [None, 'full'])
 def test_weights_are_the_mean_squared_gradients_of_the_tensors_that_would_be_quantized(dataflow, monkeypatch):
     detector, structure = tiny_quantized('yolox', dict(preset='w8a8_observe', dataflow=dataflow))
-    observers = {name: Recording() for name in detector.ptq.activations if 'range' not in structure.activations[name]}
+    observers = {name: Recording() for name in detector.ptq.activations if structure.activations[name].range is None}
     detector.ptq.observers.update(observers)
     batch = tiny_batch(2)
     monkeypatch.setattr(fisher, 'WEIGHED_IMAGES', 1)
@@ -110,7 +110,7 @@ def test_a_head_without_gradients_leaves_ranges_and_says_so(monkeypatch):
     assert detector.ptq.recorded is None and detector.ptq.only is None and not detector.ptq.observers
     ranges = {name: q.scale.clone() for name, q in detector.ptq.activations.items()}
     for entry in structure.activations.values():
-        entry['observer'] = dict(type='mmdet_ptq.MSEObserver')
+        entry.observer = dict(type='mmdet_ptq.MSEObserver')
     observe_activations(detector, [tiny_batch(2)], structure)
     for name, quantizer in detector.ptq.activations.items():
         assert torch.equal(ranges[name], quantizer.scale)
@@ -137,7 +137,7 @@ def test_an_image_whose_gradients_are_not_finite_is_left_out_and_told(monkeypatc
 
 def test_tensors_that_are_written_to_in_place_are_weighed_as_they_were(monkeypatch):
     detector, structure = tiny_quantized('retinanet', dict(preset='w8a8_observe', dataflow='full'))
-    observers = {name: Recording() for name, entry in structure.activations.items() if 'range' not in entry}
+    observers = {name: Recording() for name, entry in structure.activations.items() if entry.range is None}
     detector.ptq.observers.update(observers)
     batch = tiny_batch(1)
     with torch.no_grad(), quantization_mode(detector, 'observe'):

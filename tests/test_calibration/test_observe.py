@@ -45,9 +45,7 @@ def test_ranges_equal_brute_force(quantized):
         for index, name in enumerate(layer.inputs):
             tensors = seen[layer.name][index::calls]
             rows = [
-                t.transpose(0, 1).flatten(1)
-                if structure.activations[name]['spec']['num_channels']
-                else t.reshape(1, -1)
+                t.transpose(0, 1).flatten(1) if structure.activations[name].spec['num_channels'] else t.reshape(1, -1)
                 for t in tensors
             ]
             low = torch.cat(rows, 1).amin(1).clamp(max=0).reshape(ranges[name][0].shape)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mmdet_ptq.engine.stage_store import StageStore, fingerprint, latest_checkpoint
+from mmdet_ptq.engine.stage_store import StageStore, fingerprint, latest_checkpoint, stage_inputs
 
 
 def test_a_fingerprint_depends_on_every_part_and_not_on_the_order_of_keys():
@@ -15,6 +15,14 @@ def test_a_fingerprint_depends_on_every_part_and_not_on_the_order_of_keys():
 
 def test_a_fingerprint_is_the_one_that_work_directories_of_before_hold():
     assert fingerprint(dict(preset='w8a8'), ['1.jpg']) == '91c66af81711bd83'
+
+
+def test_types_of_sections_that_are_gone_stand_in_the_hashes():
+    recipe = dict(protect=None, export=[], reconstruct=dict(iters=1), global_loss=dict(lr=1.0))
+    types = dict(reconstruct='mmdet_ptq.BlockReconstruction', global_loss='mmdet_ptq.FilteredGlobalLoss')
+    before = {key: dict(recipe[key], type=kind) for key, kind in types.items()}
+    assert stage_inputs(recipe) == stage_inputs({**recipe, **before})
+    assert stage_inputs({**recipe, 'reconstruct': None}) != stage_inputs(recipe)
 
 
 def test_a_stage_is_taken_over_only_when_asked_and_for_the_same_inputs(tmp_path):

@@ -161,7 +161,7 @@ def test_quantize_only(flowing):
         assert same(raw_outputs(detector), plain)
     with quantize_only(detector, structure.activations, [layer.name for layer in structure.layers]):
         assert same(raw_outputs(detector), raw_outputs(detector))
-    gate = next(name for name, entry in structure.activations.items() if 'range' in entry)
+    gate = next(name for name, entry in structure.activations.items() if entry.range)
     own = next(site['activation'] for site in structure.sites if site['observes'])
     counts = Counter()
     for name, quantizer in detector.ptq.activations.items():
@@ -221,7 +221,7 @@ def test_gradients_reach_the_scales(flowing, kind):
         flat = [t for t in tree_leaves(outputs) if torch.is_tensor(t) and t.requires_grad]
         sum(t.square().sum() for t in flat).backward()
     for name, quantizer in detector.ptq.activations.items():
-        if 'range' in structure.activations[name]:
+        if structure.activations[name].range:
             assert quantizer.scale.grad is None
         else:
             assert torch.isfinite(quantizer.scale.grad).all() and quantizer.scale.grad.any(), name
@@ -328,8 +328,8 @@ def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
 
     detector, structure, image = toy(between, dict(dataflow='per_channel'), act=act)
     entry = structure.activations['stem:out']
-    assert entry['spec']['num_channels'] == channels and entry['spec']['shared_zero_point'] is (channels is not None)
-    assert structure.activations['other:out']['spec']['num_channels'] is None
+    assert entry.spec['num_channels'] == channels and entry.spec['shared_zero_point'] is (channels is not None)
+    assert structure.activations['other:out'].spec['num_channels'] is None
     with quantization_mode(detector, 'float'):
         expected = detector(image)
     error = expected.sub(detector(image)).norm()
@@ -342,7 +342,7 @@ def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
     )
     if gate is not None:
         # computed in float between two quantizers
-        assert not any('range' in entry for entry in structure.activations.values())
+        assert not any(entry.range for entry in structure.activations.values())
         site = next(site for site in structure.sites if site['activation'] and site['function'] != 'add')
         assert site['gate'] is None
         quantizer, (before, after) = detector.ptq.activations, detector.seen

@@ -9,10 +9,8 @@ from torch import nn
 
 from mmdet_ptq.calibration.protection.candidates import Candidate, put_in
 from mmdet_ptq.calibration.protection.sensitivity import ACTIVATION, TensorSet
-from mmdet_ptq.config.checks import merge
 from mmdet_ptq.wrapping import QuantizedWeight, Structure
 from mmdet_ptq.wrapping.state import STATE
-from mmdet_ptq.wrapping.watching.layers import matches
 
 
 def adopt(detector: nn.Module, structure: Structure, tensors: TensorSet, candidate: Candidate) -> None:
@@ -30,7 +28,8 @@ def adopt(detector: nn.Module, structure: Structure, tensors: TensorSet, candida
     put_in(detector, tensors, candidate)
     for name, quantizer in candidate.quantizers.items():
         if tensors.kind == ACTIVATION:
-            structure.activations[name].update(spec=quantizer.spec(), observer=dict(candidate.observers[name]))
+            entry = structure.activations[name]
+            entry.spec, entry.observer = quantizer.spec(), dict(candidate.observers[name])
     if tensors.kind != ACTIVATION:
         for layer in structure.layers:
             if layer.name in candidate.quantizers:
@@ -80,24 +79,3 @@ def overrides_for(chosen: Mapping[TensorSet, Candidate]) -> dict[str, dict]:
         for layer in tensors.layers:
             overrides.setdefault(layer, {})[part] = copy.deepcopy(candidate.change)
     return overrides
-
-
-def merge_overrides(present: Mapping[str, dict], more: Mapping[str, dict]) -> dict[str, dict]:
-    """Adds overrides of exact layer names that win over all present ones; nothing else changes.
-
-    Args:
-        present: ``ptq.overrides``, patterns to policies.
-        more: Exact layer names to policies.
-    """
-    # a layer that has an entry of its own keeps what all its patterns say, for its entry moves behind them
-    own = {name: _all_of(present, name) for name in more if name in present}
-    merged = {pattern: policy for pattern, policy in present.items() if pattern not in more}
-    return {**merged, **{name: merge(own.get(name, {}), policy) for name, policy in more.items()}}
-
-
-def _all_of(overrides: Mapping[str, dict], name: str) -> dict:
-    policy: dict = {}
-    for pattern, change in overrides.items():
-        if matches(pattern, name):
-            policy = merge(policy, change)
-    return policy

@@ -49,7 +49,7 @@ def cost_of(structure: Structure, changed: Specs | None = None, integer_bits: in
     for layer in structure.layers:
         weight = changed.get(('weight', layer.name), layer.weight)
         inputs = [
-            changed.get(('activation', name), structure.activations[name]['spec']) if name else None
+            changed.get(('activation', name), structure.activations[name].spec) if name else None
             for name in layer.inputs
         ]
         size += _weight_bytes(layer.numel, weight)
@@ -58,10 +58,10 @@ def cost_of(structure: Structure, changed: Specs | None = None, integer_bits: in
         if weight is None or None in inputs or widest > integer_bits:
             float_macs += layer.macs
     for name, entry in structure.activations.items():
-        spec = changed.get(('activation', name), entry['spec'])
+        spec = changed.get(('activation', name), entry.spec)
         size += 2 * FLOAT_BITS // 8 * (spec['num_channels'] or 1) if spec else 0
         # the factors that weights took over
-        size += FLOAT_BITS // 8 * entry['divided']['channels'] if spec and 'divided' in entry else 0
+        size += FLOAT_BITS // 8 * entry.divided['channels'] if spec and entry.divided else 0
     uncovered = sum(operation['macs'] for operation in structure.uncovered)
     return Cost(size, bops + FLOAT_BITS**2 * uncovered, float_macs + uncovered)
 

@@ -111,7 +111,7 @@ def present(detector: nn.Module, structure: Structure, tensors: TensorSet) -> Ca
         return Candidate('now', format_label(next(iter(quantizers.values())).spec()), {}, quantizers)
     state = getattr(detector, STATE)
     quantizers = {name: state.activations[name] for name in tensors.tensors}
-    observers = {name: structure.activations[name]['observer'] for name in tensors.tensors}
+    observers = {name: structure.activations[name].observer for name in tensors.tensors}
     first = tensors.tensors[0]
     return Candidate('now', format_label(quantizers[first].spec(), observers[first]), {}, quantizers, observers)
 
@@ -130,7 +130,7 @@ def _name(cfg: dict) -> str:
 
 def _activation_changes(detector: nn.Module, structure: Structure, tensors: TensorSet) -> list[tuple[str, dict]]:
     entries = [structure.activations[name] for name in tensors.tensors]
-    specs = [entry['spec'] for entry in entries]
+    specs = [entry.spec for entry in entries]
     changes = []
     depthwise = all(is_depthwise(detector.get_submodule(name)) for name in tensors.layers)
     if depthwise and not all(spec['num_channels'] for spec in specs):
@@ -138,11 +138,11 @@ def _activation_changes(detector: nn.Module, structure: Structure, tensors: Tens
     changes += [
         ('range', dict(observer=dict(type=f'mmdet_ptq.{kind}')))
         for kind in _RANGES
-        if any(_name(entry['observer']) != kind for entry in entries)
+        if any(_name(entry.observer) != kind for entry in entries)
     ]
     bits = min(spec['bits'] for spec in specs)
     # weights that took over factors of the channels were quantized with them: the tensor stays in integers
-    last_resort = [] if any('divided' in entry for entry in entries) else [('float', dict(float=True))]
+    last_resort = [] if any(entry.divided for entry in entries) else [('float', dict(float=True))]
     return changes + _bit_changes(bits, 16) + last_resort
 
 
@@ -172,7 +172,7 @@ def _activation_candidate(
     device = next(detector.parameters()).device
     quantizers, observers = {}, {}
     for name in tensors.tensors:
-        spec, observer = dict(structure.activations[name]['spec']), structure.activations[name]['observer']
+        spec, observer = dict(structure.activations[name].spec), structure.activations[name].observer
         spec['bits'] = change.get('bits', spec['bits'])
         if kind == 'per_channel':
             spec.update(num_channels=in_channels(layer), channel_axis=channel_axis(layer))

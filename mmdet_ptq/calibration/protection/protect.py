@@ -6,14 +6,14 @@ import heapq
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdet_ptq.calibration.protection.adopt import adopt, merge_overrides, overrides_for
+from mmdet_ptq.calibration.protection.adopt import adopt, overrides_for
 from mmdet_ptq.calibration.protection.budget import Budget, Cost
 from mmdet_ptq.calibration.protection.candidates import (
     Candidate,
@@ -145,11 +145,6 @@ def protect_detector(
         PTQError: A limit of ``ptq.protect`` cannot be kept; the key and the least value are named.
     """
     return Protector(detector, structure, cfg, images, batches, stored_bytes, resume_file, weighed).run()
-
-
-def with_overrides(cfg: PTQConfig, overrides: dict) -> PTQConfig:
-    """The ``ptq`` block with further overrides that win over all others."""
-    return replace(cfg, overrides=merge_overrides(cfg.overrides, overrides))
 
 
 class Protector:

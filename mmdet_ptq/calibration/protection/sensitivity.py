@@ -208,7 +208,7 @@ def _tensors(structure: Structure, places: dict[tuple[str, int], Place]) -> list
         for call, name in enumerate(layer.inputs):
             if name is not None:
                 readers[ACTIVATION, name].append((layer, call))
-                specs[ACTIVATION, name] = structure.activations[name]['spec']
+                specs[ACTIVATION, name] = structure.activations[name].spec
         if layer.weight is not None:
             readers[WEIGHT, layer.name] = [(layer, call) for call in range(len(layer.inputs))]
             specs[WEIGHT, layer.name] = layer.weight
@@ -244,7 +244,7 @@ def _tensors(structure: Structure, places: dict[tuple[str, int], Place]) -> list
                 place.part,
                 place.level,
                 place.output,
-                structure.activations[name]['spec']['bits'],
+                structure.activations[name].spec['bits'],
                 Damage(0.0),
             )
         )

@@ -25,11 +25,9 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors
 from mmdet_ptq.predictions import needs_reference, predict_aligned
 from mmdet_ptq.progress import step, track
-from mmdet_ptq.registry import RECONSTRUCTIONS
 from mmdet_ptq.wrapping import quantization_mode
 
 
-@RECONSTRUCTIONS.register_module()
 class BlockReconstruction:
     """Reconstruction of one unit after another, with cached inputs.
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +36,6 @@ AHEAD = 0.25
 
 class _Reached(Exception):
     """Ends a forward pass after the last call of the units in question."""
-
-
-@dataclass
-class _Pass:
-    """One batch on its way to some units.
-
-    Attributes:
-        index: The batch.
-        left: Calls of these units that are still to come.
-        counts: Calls so far, by module.
-    """
-
-    index: int
-    left: int
-    counts: Counter = field(default_factory=Counter)
 
 
 @dataclass
@@ -120,7 +106,7 @@ class Streams:
         self.batches: list[Batch] = []
         self.finished: set[str] = set()
         # (stream, unit, call) -> one number per batch
-        self._outputs: dict[tuple[str, str, int], list[int]] = {}
+        self.outputs: dict[tuple[str, str, int], list[int]] = {}
         self._shapes: list[dict[tuple[str, int], tuple[torch.Size, torch.dtype]]] = []
         # float inputs of coming units
         self._ahead: dict[str, list[list[CallInputs]]] = {}
@@ -191,7 +177,7 @@ class Streams:
         """
         with torch.no_grad(), quantization_mode(self.detector, QUANTIZED):
             for call, batches in enumerate(inputs):
-                kept = self._outputs[QUANTIZED, unit.name, call] = []
+                kept = self.outputs[QUANTIZED, unit.name, call] = []
                 for batch in batches:
                     kept.append(self.store.put(self.run(unit, call, batch, self.tensors(batch))))
         self.finished.add(unit.name)
@@ -204,8 +190,8 @@ class Streams:
         if None in needs:
             return
         needed = set().union(*needs)
-        for key in [key for key in self._outputs if key[1] in self.finished and key[1:] not in needed]:
-            for number in self._outputs.pop(key):
+        for key in [key for key in self.outputs if key[1] in self.finished and key[1:] not in needed]:
+            for number in self.outputs.pop(key):
                 self.store.drop(number)
 
     def forget(self, inputs: list[list[CallInputs]]) -> None:
@@ -217,11 +203,11 @@ class Streams:
 
     def tensors(self, inputs: CallInputs) -> list[Tensor]:
         """The input tensors of a call, on the detector's device."""
-        return [self.store.get(inputs.leaves[position]).to(self.device, copy=True) for position in inputs.tensors]
+        return [self.stored(inputs.leaves[position]) for position in inputs.tensors]
 
     def target(self, unit: Unit, call: int, batch: int) -> Tensor:
         """What the float unit returned; do not write to it."""
-        return self.store.get(self._outputs[FLOAT, unit.name, call][batch])
+        return self.store.get(self.outputs[FLOAT, unit.name, call][batch])
 
     def run(self, unit: Unit, call: int, inputs: CallInputs, tensors: list[Tensor]) -> Tensor:
         """Calls a unit alone, as the given call of a forward pass."""
@@ -251,104 +237,30 @@ class Streams:
 
     def _replay(self, targets: list[Unit], stream: str) -> dict[str, list[list[CallInputs]]]:
         """Runs every batch up to the last of some units; returns the inputs of their calls, batch by batch."""
-        found = {unit.name: [[] for _ in range(unit.calls)] for unit in targets}
-        needed, now = self._needed(targets), _Pass(0, 0)
-        # as in a decoder that hands what its head found to its next layer
-        reads_itself = needed is None or any(name in found for name, _ in needed)
+        replay = _Replay(self, targets, stream)
+        with torch.no_grad(), quantization_mode(self.detector, stream), replay.installed():
+            for index in range(len(self.batches)):
+                replay.run(index)
+        return replay.found
 
-        def before(unit: Unit) -> Callable:
-            def hook(module, args, kwargs):
-                call = now.counts[unit.name]
-                set_unit(self.state, unit.name, unit.layers, call, unit.calls)
-                if unit.name in found:
-                    found[unit.name][call].append(self._keep_inputs(args, kwargs))
+    def stored(self, number: int) -> Tensor:
+        """A copy of what the store keeps, on the detector's device."""
+        return self.store.get(number).to(self.device, copy=True)
 
-            return hook
-
-        def instead(unit: Unit, forward: Callable) -> Callable:
-            def run(*args, **kwargs):
-                call = now.counts[unit.name]
-                now.counts[unit.name] += 1
-                if unit.name in found:
-                    output = (
-                        forward(*args, **kwargs)
-                        if reads_itself and stream != FLOAT
-                        else self._target_output(unit, call, now.index, stream, lambda: forward(*args, **kwargs))
-                    )
-                    now.left -= 1
-                    if not now.left:
-                        raise _Reached
-                    return output
-                if needed is not None and (unit.name, call) not in needed:
-                    return self._zeros(now.index, unit.name, call)
-                if unit.name in self.finished:
-                    number = self._outputs[stream, unit.name, call][now.index]
-                    return self.store.get(number).to(self.device, copy=True)
-                return forward(*args, **kwargs)
-
-            return run
-
-        def around(passage: Passage, forward: Callable) -> Callable:
-            def run(*args, **kwargs):
-                call = now.counts[passage.name]
-                now.counts[passage.name] += 1
-                if call < len(passage.made_of) and not passage.made_of[call] <= needed:
-                    return self._zeros(now.index, passage.name, call)
-                return forward(*args, **kwargs)
-
-            return run
-
-        forwards = {name: instead(unit, self._forward(name)) for name, unit in self.units.items()}
-        for name, passage in self.passages.items() if needed is not None else ():
-            if not any(target.startswith(f'{name}.') for target in found):
-                forwards[name] = around(passage, self._forward(name))
-        with torch.no_grad(), quantization_mode(self.detector, stream), self._replaced(before, forwards):
-            for index, batch in enumerate(self.batches):
-                now.index, now.left, now.counts = index, sum(unit.calls for unit in targets), Counter()
-                self._run_batch(batch)
-                if now.left:
-                    short = next(unit.name for unit in targets if now.counts[unit.name] < unit.calls)
-                    raise PTQError(
-                        f'the unit {short} ran less often than in the first pass; name other modules in '
-                        '`ptq.reconstruct.units`.'
-                    )
-        return found
-
-    def _forward(self, name: str) -> Callable:
-        return self.detector.get_submodule(name).forward
-
-    def _zeros(self, index: int, name: str, call: int) -> Tensor:
-        shape, dtype = self._shapes[index][name, call]
+    def zeros(self, batch: int, name: str, call: int) -> Tensor:
+        """Zeros of the shape of what a call of a unit or passage returns."""
+        shape, dtype = self._shapes[batch][name, call]
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def _run_batch(self, batch: Batch) -> None:
-        try:
-            predict_aligned(
-                self.detector,
-                self.store.get(batch.inputs).to(self.device, copy=True),
-                batch.samples,
-                reference=batch.reference,
-            )
-        except _Reached:
-            self.state.reset()
-
-    def _target_output(self, unit: Unit, call: int, index: int, stream: str, compute: Callable[[], Tensor]) -> Tensor:
-        kept = self._outputs.setdefault((FLOAT, unit.name, call), [])
-        if stream == FLOAT:
-            output = compute()
-            kept.append(self.store.put(output))
-            return output
-        # nobody reads it: no later call of the unit does, and with the last one the pass ends
-        return self.store.get(kept[index]).to(self.device, copy=True)
-
-    def _keep_inputs(self, args: tuple, kwargs: dict) -> CallInputs:
+    def keep_inputs(self, args: tuple, kwargs: dict) -> CallInputs:
+        """Puts the tensors among the arguments of a call into the store."""
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         return CallInputs(
             [self.store.put(leaf) if i in tensors else leaf for i, leaf in enumerate(leaves)], spec, tensors
         )
 
-    def _needed(self, targets: list[Unit]) -> set[tuple[str, int]] | None:
+    def needed(self, targets: list[Unit]) -> set[tuple[str, int]] | None:
         """Unit calls whose true outputs the targets' inputs are made of; None if that is not known."""
         needed, todo = set(), [need for target in targets for need in target.needs]
         while todo:
@@ -361,24 +273,116 @@ class Streams:
                     todo.append(self.units[name].needs[call])
         return needed
 
-    @contextmanager
-    def _replaced(self, before: Callable, forwards: dict[str, Callable]) -> Iterator[None]:
-        modules = {name: self.detector.get_submodule(name) for name in forwards}
-        own = {name: module.__dict__.get('forward') for name, module in modules.items()}
-        handles = []
+
+class _Replay:
+    """Batches on their way to some units, while units and passages do something else than their own forward.
+
+    Args:
+        streams: The batches.
+        targets: The units that they are to reach.
+        stream: ``'float'`` or ``'quantize'``.
+
+    Attributes:
+        found: Target to the inputs of its calls, batch by batch.
+    """
+
+    def __init__(self, streams: Streams, targets: list[Unit], stream: str) -> None:
+        self.streams, self.targets, self.stream = streams, targets, stream
+        self.found: dict[str, list[list[CallInputs]]] = {unit.name: [[] for _ in range(unit.calls)] for unit in targets}
+        self.needed = streams.needed(targets)
+        # as in a decoder that hands what its head found to its next layer
+        self.reads_itself = self.needed is None or any(name in self.found for name, _ in self.needed)
+        self.index, self.left = 0, 0  # the batch; calls of the targets that are still to come
+        self.counts: Counter[str] = Counter()
+
+    def run(self, index: int) -> None:
+        """Runs a batch.
+
+        Raises:
+            PTQError: A target ran less often than it did when the batch was added.
+        """
+        self.index, self.left, self.counts = index, sum(unit.calls for unit in self.targets), Counter()
+        streams, batch = self.streams, self.streams.batches[index]
         try:
-            for name, module in modules.items():
-                if name in self.units:
+            image = streams.stored(batch.inputs)
+            predict_aligned(streams.detector, image, batch.samples, reference=batch.reference)
+        except _Reached:
+            streams.state.reset()
+        if self.left:
+            short = next(unit.name for unit in self.targets if self.counts[unit.name] < unit.calls)
+            raise PTQError(
+                f'the unit {short} ran less often than in the first pass; name other modules in '
+                '`ptq.reconstruct.units`.'
+            )
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While it lasts, units and passages do what follows."""
+        streams = self.streams
+        policies = {name: self.as_target if name in self.found else self.as_unit for name in streams.units}
+        if self.needed is not None:
+            policies |= {
+                name: self.as_passage
+                for name in streams.passages
+                if not any(target.startswith(f'{name}.') for target in self.found)
+            }
+        with ExitStack() as stack:
+            for name, policy in policies.items():
+                module = streams.detector.get_submodule(name)
+                if name in streams.units:
                     # first of all hooks: inputs are kept before they are quantized
-                    handles.append(
-                        module.register_forward_pre_hook(before(self.units[name]), prepend=True, with_kwargs=True)
-                    )
-                module.forward = forwards[name]
+                    hook = module.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True)
+                    stack.callback(hook.remove)
+                forward = self._counted(name, policy, module.forward)
+                stack.enter_context(mock.patch.object(module, 'forward', forward))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, module in modules.items():
-                module.__dict__.pop('forward', None)
-                if own[name] is not None:
-                    module.forward = own[name]
+
+    def as_target(self, name: str, call: int, compute: Callable[[], Tensor]) -> Tensor:
+        """What float targets return is kept, as what they should return; with the last call of all the pass ends."""
+        streams, key = self.streams, (FLOAT, name, call)
+        if self.stream == FLOAT:
+            output = compute()
+            streams.outputs.setdefault(key, []).append(streams.store.put(output))
+        elif self.reads_itself:
+            output = compute()
+        else:
+            # nobody reads it: no later call of the unit does, and with the last one the pass ends
+            output = streams.stored(streams.outputs[key][self.index])
+        self.left -= 1
+        if not self.left:
+            raise _Reached
+        return output
+
+    def as_unit(self, name: str, call: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Another unit returns zeros where no target reads them, and what it returned before once it is finished."""
+        if self.needed is not None and (name, call) not in self.needed:
+            return self.streams.zeros(self.index, name, call)
+        if name in self.streams.finished:
+            return self.streams.stored(self.streams.outputs[self.stream, name, call][self.index])
+        return compute()
+
+    def as_passage(self, name: str, call: int, compute: Callable[[], Tensor]) -> Tensor:
+        """A passage returns zeros where anything that it is made of is zeros."""
+        made_of = self.streams.passages[name].made_of
+        if call < len(made_of) and not made_of[call] <= self.needed:
+            return self.streams.zeros(self.index, name, call)
+        return compute()
+
+    def _before(self, name: str) -> Callable:
+        unit, streams = self.streams.units[name], self.streams
+
+        def hook(module, args, kwargs):
+            call = self.counts[name]
+            set_unit(streams.state, name, unit.layers, call, unit.calls)
+            if name in self.found:
+                self.found[name][call].append(streams.keep_inputs(args, kwargs))
+
+        return hook
+
+    def _counted(self, name: str, policy: Callable, forward: Callable) -> Callable:
+        def run(*args, **kwargs):
+            call = self.counts[name]
+            self.counts[name] += 1
+            return policy(name, call, lambda: forward(*args, **kwargs))
+
+        return run

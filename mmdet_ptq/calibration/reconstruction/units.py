@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from mmdet_ptq.errors import PTQError, did_you_mean
 from mmdet_ptq.wrapping.watching.layers import channel_axis, matches
-from mmdet_ptq.wrapping.watching.tensors import gradients_everywhere
+from mmdet_ptq.wrapping.watching.tensors import gradients_everywhere, tensors_in
 from mmdet_ptq.wrapping.weights import quantized_weights
 
-GRANULARITIES = ('block', 'layer', 'paper')
 # a larger module is no block but a stage: its own children are looked at
 MAX_LAYERS = 16
 # how values leave tensors for Python, where nothing tells what they are used for
@@ -106,7 +104,7 @@ class _History(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = list(tensors_in((args, kwargs)))
         versions = [t._version for t in given]
         name = getattr(func, '__name__', '')
         # of the first tensor such functions take nothing but its size and type
@@ -118,9 +116,8 @@ class _History(TorchFunctionMode):
         if nodes:
             if name in TO_PYTHON:
                 self.escaped |= nodes
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._add(tensor, hidden, nodes)
+            for tensor in tensors_in(result):
+                self._add(tensor, hidden, nodes)
             for tensor, version in zip(given, versions, strict=True):
                 if tensor._version != version:
                     self._add(tensor, hidden if torch.is_grad_enabled() else nodes, nodes)
@@ -163,7 +160,7 @@ class _Trace:
 
     def enter(self, name: str) -> Callable:
         def hook(module, args, kwargs):
-            every = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            every = list(tensors_in((args, kwargs)))
             tensors = [t for t in every if t.is_floating_point()]
             known = all(t.requires_grad for t in tensors)
             nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]

@@ -18,7 +18,7 @@ from mmdet_ptq.deploy.checkpoint.text import pack_state, unpack_state
 from mmdet_ptq.deploy.integers.biases import round_shared_biases
 from mmdet_ptq.deploy.integers.weights import integer_weight
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.fields import Malformed
+from mmdet_ptq.fields import Malformed, plain, qualified
 from mmdet_ptq.files import load_tensors, save_tensors
 from mmdet_ptq.quantizers import AffineQuantizer, LogAffineQuantizer, Quantizer
 from mmdet_ptq.version import __version__
@@ -77,7 +77,7 @@ def quantized_state(
         if isinstance(module, AffineQuantizer):
             # training may have left one outside its bounds, where it counts as the bound
             floats[f'{name}.scale'] = module.positive_scale().detach()
-    return _plain(
+    return plain(
         dict(
             format=FORMAT,
             schema=SCHEMA,
@@ -91,7 +91,9 @@ def quantized_state(
             codes=flatten_tensors(packed),
             tables=flatten_tensors(tables),
             tensors=flatten_tensors(floats),
-        )
+        ),
+        _stored,
+        tuple,
     )
 
 
@@ -264,19 +266,13 @@ def _float_weights(detector: nn.Module) -> set[int]:
     return {id(float_weight(detector.get_submodule(name))) for name in quantized_weights(detector)}
 
 
-def _plain(value: object) -> object:
-    """Plain containers, in which equal strings are one object.
+def _stored(value: object) -> object:
+    """A value as files hold it; equal strings are one object.
 
     Pickle writes an object once; the size of a checkpoint must not depend on where a string came from.
     """
-    if isinstance(value, Mapping):
-        return {sys.intern(str(k)): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, set)):
-        return [_plain(v) for v in value]
-    if isinstance(value, tuple):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, type | FunctionType):
-        return sys.intern(f'{value.__module__}.{value.__qualname__}')
+    if isinstance(value, set):
+        return plain(list(value), _stored, tuple)
     if isinstance(value, (int, float, bool, Tensor)) or value is None:
         return value
-    return sys.intern(str(value))
+    return sys.intern(qualified(value) if isinstance(value, type | FunctionType) else str(value))

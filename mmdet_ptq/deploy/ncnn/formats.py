@@ -22,7 +22,7 @@ def check_ncnn(structure: Structure) -> None:
     Raises:
         PTQError: A format does not fit; the sentence names the key to set.
     """
-    divided = next((name for name, entry in structure.activations.items() if 'divided' in entry), None)
+    divided = next((name for name, entry in structure.activations.items() if entry.divided), None)
     if divided is not None:
         raise PTQError(
             f"the channels of the activation {divided} are divided before they are quantized, and ncnn's "
@@ -32,7 +32,7 @@ def check_ncnn(structure: Structure) -> None:
     read = {name for layer in structure.layers for name in layer.inputs}
     for name, entry in structure.activations.items():
         if name in read:
-            check_activation(name, entry['spec'])
+            check_activation(name, entry.spec)
     for layer in structure.layers:
         if layer.weight and layer.weight['bits'] == 8 and build_quantizer(layer.weight).has_zero_point:
             raise PTQError(

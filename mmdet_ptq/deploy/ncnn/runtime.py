@@ -29,7 +29,6 @@ class NcnnRuntime(Runtime):
     Args:
         path: The ``.param``.
         threads: Threads of a run. Defaults to None: one.
-        packing: See :class:`mmdet_ptq.deploy.ncnn.network.NcnnNetwork`. Defaults to False: the simulation's codes.
     """
 
     name = 'ncnn'
@@ -43,8 +42,8 @@ class NcnnRuntime(Runtime):
     # ncnn computes a layer in the format that the file gives it, or refuses the file
     evidence = 'the formats of the layers that it loads'
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None, packing: bool = False) -> None:
-        self._network = NcnnNetwork(path, threads or 1, packing)
+    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+        self._network = NcnnNetwork(path, threads or 1, packing=False)
         self.meta = self._network.meta
         if 'format' not in self.meta:
             raise PTQError(f'{os.fspath(path)!r} was not exported by mmdet-ptq; make one with tools/export.py.')

@@ -14,7 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map_only
+
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 
 class _Known(Tensor):
@@ -24,14 +26,11 @@ class _Known(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if all(isinstance(value, cls) for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)):
+            if all(isinstance(tensor, cls) for tensor in tensors_in((args, kwargs))):
                 with _disable_current_modes():
-                    plain = tree_map(
-                        lambda value: value.as_subclass(Tensor) if isinstance(value, cls) else value, (args, kwargs)
-                    )
-                    found = func(*plain[0], **plain[1])
-                    return tree_map(lambda value: value.as_subclass(cls) if isinstance(value, Tensor) else value, found)
-            args, kwargs = tree_map(lambda value: _constant(value) if isinstance(value, cls) else value, (args, kwargs))
+                    args, kwargs = tree_map_only(cls, lambda value: value.as_subclass(Tensor), (args, kwargs))
+                    return tree_map_only(Tensor, lambda value: value.as_subclass(cls), func(*args, **kwargs))
+            args, kwargs = tree_map_only(cls, _constant, (args, kwargs))
             return func(*args, **kwargs)
 
 

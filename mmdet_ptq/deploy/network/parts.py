@@ -22,6 +22,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from mmdet_ptq.deploy.network.prototypes import has_prototypes, prototype_network
 from mmdet_ptq.deploy.network.queries import has_queries, last_layer, whole_image, whole_images
@@ -77,6 +78,12 @@ class Part:
         """What else it was called with."""
         return constants_in((self.args, self.kwargs))
 
+    def with_inputs(self, inputs: Iterable[Tensor]) -> Part:
+        """The same called with other tensors, given flat."""
+        given = iter(inputs)
+        args, kwargs = tree_map_only(Tensor, lambda _: next(given), (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
     def run(self, detector: nn.Module, *inputs: Tensor) -> Any:
         """What it computes, as nested as the detector's own code returns it."""
         if not self.name and has_queries(detector):
@@ -94,8 +101,8 @@ class Part:
 
     def _call(self, module: nn.Module, *inputs: Tensor) -> Any:
         def call() -> Any:
-            given = iter(inputs)
-            return module(*_replaced(self.args, given), **_replaced(self.kwargs, given))
+            given = self.with_inputs(inputs)
+            return module(*given.args, **given.kwargs)
 
         # each call has ranges of its own: those before it are made, too, and nobody reads what they give
         token = _REHEARSAL.set(True)
@@ -179,25 +186,9 @@ def _called(detector: nn.Module, forward: Callable) -> Iterator[None]:
             detector.forward = own
 
 
-def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: _replaced(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_replaced(item, tensors) for item in value)
-    return value
-
-
 def constants_in(value: Any) -> list:
     """Everything in nested containers that is no tensor, in order."""
-    if isinstance(value, Tensor):
-        return []
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [constant for item in value for constant in constants_in(item)]
-    return [value]
+    return [leaf for leaf in tree_iter(value) if not isinstance(leaf, Tensor)]
 
 
 def part_path(path: str | os.PathLike, name: str) -> Path:
@@ -287,7 +278,7 @@ def _widened(part: Part) -> Part:
         torch.cat([tensor, tensor.new_zeros(max(0, _FEWEST - len(tensor)), *tensor.shape[1:])])
         for tensor in part.inputs
     )
-    return Part(part.name, *(_replaced(value, wide) for value in (part.args, part.kwargs)))
+    return part.with_inputs(wide)
 
 
 def _check_complete(detector: nn.Module, names: list[str]) -> None:

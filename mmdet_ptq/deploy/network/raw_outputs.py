@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mmdet_ptq.deploy.network.prototypes import has_prototypes
 from mmdet_ptq.deploy.network.queries import has_queries
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.stock import runs_as
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 
 class RawOutputs(nn.Module):
@@ -37,16 +38,7 @@ class RawOutputs(nn.Module):
         Args:
             *inputs: The image, (N, C, H, W), normalized as mmdet's data preprocessor does; or what the part reads.
         """
-        return tuple(flatten_outputs(self.part.run(self.detector, *inputs)))
-
-
-def flatten_outputs(outputs: Any) -> Iterator[Tensor]:
-    """Every tensor of nested tuples, lists and mappings, in order; heads return None for what they do not predict."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif outputs is not None:
-        for item in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from flatten_outputs(item)
+        return tuple(tensors_in(self.part.run(self.detector, *inputs)))
 
 
 @torch.no_grad()
@@ -76,7 +68,7 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
 
 def output_shapes(outputs: Any) -> list[list[int]]:
     """Shapes of the raw outputs in their flat order, without the number of images."""
-    return [list(output.shape[1:]) for output in flatten_outputs(outputs)]
+    return [list(output.shape[1:]) for output in tensors_in(outputs)]
 
 
 def output_layout(outputs: Any) -> Any:
@@ -94,7 +86,7 @@ def output_layout(outputs: Any) -> Any:
 
 
 def nest_outputs(flat: Sequence[Tensor], layout: Any) -> Any:
-    """Inverse of :func:`flatten_outputs` for a layout of :func:`output_layout`; tuples, as heads return them."""
+    """Nests tensors in their flat order as an :func:`output_layout` says; in tuples, as heads return them."""
     if layout is None:
         return None
     if isinstance(layout, Mapping):

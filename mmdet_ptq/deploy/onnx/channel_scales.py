@@ -8,7 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from mmdet_ptq.deploy.integers.kernels import SLACK
-from mmdet_ptq.deploy.onnx.graph import Layer, add_constant, axis_of, constant, layers, only_consumer, produced_by
+from mmdet_ptq.deploy.onnx.graph import (
+    Layer,
+    add_behind,
+    add_constant,
+    add_node,
+    axis_of,
+    constant,
+    layers,
+    only_consumer,
+    produced_by,
+)
 
 
 def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:
@@ -31,7 +41,10 @@ def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:
         if scale.ndim != 1 or quantize is None:
             continue
         if (zero != zero[0]).any():
-            if not _pad_before(graph, node, quantize, scale, zero):
+            reading = [layer for layer in layers(graph) if layer.source is node]
+            if _can_pad(quantize, node, reading):
+                _pad_before(graph, quantize, node, reading)
+            else:
                 _spell_out(graph, node, scale, zero)
             continue
         one = add_constant(graph, f'{node.name}_scale', np.float32(1))
@@ -169,68 +182,50 @@ def _absorb_in_readers(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray) 
         for layer in reading:
             _scale_weight(graph, layer.node, scale)
         return
-    scaled = ir.node('Mul', [out, out], name=f'{dequantize.name}_scaled')
-    scaled.outputs[0].name = f'{dequantize.name}_scaled'
-    scaled.outputs[0].shape, scaled.outputs[0].type = out.shape, out.type
-    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
-    scaled.replace_input_with(0, out)
-    graph.insert_after(dequantize, scaled)
+    scaled = add_behind(out, 'Mul', [None], f'{dequantize.name}_scaled')
     scaled.replace_input_with(1, by_channel(graph, scaled, f'{dequantize.name}_factor', scale, out.shape))
 
 
-def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> bool:
+def _can_pad(quantize: ir.Node, dequantize: ir.Node, reading: list[Layer]) -> bool:
+    """Whether depthwise convolutions that pad alike are all that reads a tensor, and no convolution writes it."""
+    channels, pads = constant(dequantize.inputs[1]).size, {_pads(layer.node) for layer in reading}
+    return (
+        len(reading) == len(dequantize.outputs[0].uses())
+        and len(pads) == 1
+        and None not in pads
+        and all(_is_depthwise(layer, channels) for layer in reading)
+        and _quantizer_readers(quantize) == [dequantize]
+        and produced_by(quantize.inputs[0], 'Conv') is None
+    )
+
+
+def _pads(convolution: ir.Node) -> tuple[int, ...] | None:
+    return tuple(convolution.attributes['pads'].as_ints()) if 'pads' in convolution.attributes else None
+
+
+def _pad_before(graph: ir.Graph, quantize: ir.Node, dequantize: ir.Node, reading: list[Layer]) -> None:
     """Gives depthwise convolutions the codes themselves where each channel has its own zero point.
 
     sum w (q - z_c) = sum w q - z_c sum w, of which the second part is a bias; but the border is z_c, too, which no
     kernel pads with: the values are padded before they are quantized, and the convolutions pad no more.
-
-    Returns:
-        Whether it could be done.
     """
-    reading = [layer for layer in layers(graph) if layer.source is dequantize]
-    pads = [tuple(layer.node.attributes['pads'].as_ints()) for layer in reading if 'pads' in layer.node.attributes]
-    if (
-        len(reading) != len(dequantize.outputs[0].uses())
-        or len(pads) != len(reading)
-        or len(set(pads)) != 1
-        or not all(_is_depthwise(layer, len(scale)) for layer in reading)
-        or _quantizer_readers(quantize) != [dequantize]
-        or produced_by(quantize.inputs[0], 'Conv')
-    ):
-        return False
-    half = len(pads[0]) // 2
-    if any(pads[0]):
-        ends = np.array([0, 0, *pads[0][:half], 0, 0, *pads[0][half:]], np.int64)
-        padded = ir.node(
-            'Pad',
-            [quantize.inputs[0], add_constant(graph, f'{quantize.name}_pads', ends)],
-            name=f'{quantize.name}_padded',
-        )
-        padded.outputs[0].name, padded.outputs[0].type = padded.name, ir.TensorType(ir.DataType.FLOAT)
-        graph.insert_before(quantize, padded)
-        quantize.replace_input_with(0, padded.outputs[0])
-    for layer in reading:
-        if any(pads[0]):
-            layer.node.attributes['pads'] = ir.AttrInt64s('pads', [0] * len(pads[0]))
-        sums = constant(layer.weight.inputs[0]).astype(np.int64).reshape(len(scale), -1).sum(1)
-        step = constant(_scale_weight(graph, layer.node, scale).inputs[1]).astype(np.float64)
-        bias = 0 if layer.bias is None else constant(layer.bias).astype(np.float64)
-        layer.node.resize_inputs(3)
-        layer.node.replace_input_with(
-            2,
-            add_constant(
-                graph, f'{layer.node.name}.bias', (bias - zero.astype(np.int64) * sums * step).astype(np.float32)
-            ),
-        )
-    added = [0, 0, *(first + last for first, last in zip(pads[0][:half], pads[0][half:], strict=True))]
-    shape = ir.Shape(
-        [
-            size + more if isinstance(size, int) else size
-            for size, more in zip(quantize.outputs[0].shape, added, strict=True)
+    scale, zero = (constant(value) for value in dequantize.inputs[1:3])
+    pads = _pads(reading[0].node)
+    if any(pads):
+        half = len(pads) // 2
+        first, last = [0, 0, *pads[:half]], [0, 0, *pads[half:]]
+        ends = add_constant(graph, f'{quantize.name}_pads', np.array([*first, *last], np.int64))
+        padded = add_node(quantize, 'Pad', [quantize.inputs[0], ends], f'{quantize.name}_padded')
+        quantize.replace_input_with(0, padded)
+        sizes = [
+            size + more + less if isinstance(size, int) else size
+            for size, more, less in zip(quantize.outputs[0].shape, first, last, strict=True)
         ]
-    )
-    for value in {quantize.outputs[0], dequantize.inputs[0], dequantize.outputs[0]}:
-        value.shape = shape
+        for value in {quantize.outputs[0], dequantize.inputs[0], dequantize.outputs[0]}:
+            value.shape = ir.Shape(sizes)
+    for layer in reading:
+        layer.node.attributes['pads'] = ir.AttrInt64s('pads', [0] * len(pads))
+        _add_to_bias(graph, layer, scale, zero)
     _divide_before(graph, quantize, scale, zero)
     for node in (quantize, dequantize):
         _per_tensor(
@@ -238,7 +233,16 @@ def _pad_before(graph: ir.Graph, dequantize: ir.Node, quantize: ir.Node, scale: 
             add_constant(graph, f'{node.name}_scale', np.float32(1)),
             add_constant(graph, f'{node.name}_zero_point', np.zeros((), zero.dtype)),
         )
-    return True
+
+
+def _add_to_bias(graph: ir.Graph, layer: Layer, scale: np.ndarray, zero: np.ndarray) -> None:
+    """Moves scales and zero points of a depthwise convolution's input into its weight and its bias."""
+    sums = constant(layer.weight.inputs[0]).astype(np.int64).reshape(len(scale), -1).sum(1)
+    step = constant(_scale_weight(graph, layer.node, scale).inputs[1]).astype(np.float64)
+    bias = 0 if layer.bias is None else constant(layer.bias).astype(np.float64)
+    moved = (bias - zero.astype(np.int64) * sums * step).astype(np.float32)
+    layer.node.resize_inputs(3)
+    layer.node.replace_input_with(2, add_constant(graph, f'{layer.node.name}.bias', moved))
 
 
 def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np.ndarray) -> None:
@@ -248,13 +252,11 @@ def _spell_out(graph: ir.Graph, dequantize: ir.Node, scale: np.ndarray, zero: np
         by_channel(graph, dequantize, f'{dequantize.name}_{label}', array, out.shape)
         for label, array in (('centre', zero.astype(np.float32)), ('factor', scale))
     )
-    cast = ir.node('Cast', [dequantize.inputs[0]], dict(to=ir.DataType.FLOAT), name=f'{dequantize.name}_cast')
-    centred = ir.node('Sub', [cast.outputs[0], centre], name=f'{dequantize.name}_centred')
-    scaled = ir.node('Mul', [centred.outputs[0], factor], name=f'{dequantize.name}_scaled')
-    for node in (cast, centred, scaled):
-        node.outputs[0].name = node.name
-        graph.insert_before(dequantize, node)
-    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    value = dequantize.inputs[0]
+    for op_type, other, label in (('Cast', [], 'cast'), ('Sub', [centre], 'centred'), ('Mul', [factor], 'scaled')):
+        attributes = dict(to=ir.DataType.FLOAT) if op_type == 'Cast' else {}
+        value = add_node(dequantize, op_type, [value, *other], f'{dequantize.name}_{label}', attributes, dtype=None)
+    out.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(dequantize, safe=True)
 
 
@@ -267,13 +269,9 @@ def by_channel(graph: ir.Graph, before: ir.Node, name: str, array: np.ndarray, s
     value = add_constant(graph, name, array.reshape(-1, *[1] * (len(shape) - 2)))
     if len(shape) < 4 or not isinstance(shape[-1], int):
         return value
-    size = add_constant(graph, f'{name}_shape', np.array([len(array), *[1] * (len(shape) - 3), shape[-1]], np.int64))
-    repeated = ir.node('Expand', [value, size], name=f'{name}_repeated')
-    out = repeated.outputs[0]
-    out.name, out.type = repeated.name, ir.TensorType(ir.DataType.FLOAT)
-    out.shape = ir.Shape((len(array), *[1] * (len(shape) - 3), shape[-1]))
-    graph.insert_before(before, repeated)
-    return out
+    row = [len(array), *[1] * (len(shape) - 3), shape[-1]]
+    size = add_constant(graph, f'{name}_shape', np.array(row, np.int64))
+    return add_node(before, 'Expand', [value, size], f'{name}_repeated', shape=ir.Shape(row))
 
 
 def _is_depthwise(layer: Layer, channels: int) -> bool:
@@ -320,11 +318,8 @@ def _relu_before(quantize: ir.Node, scale: np.ndarray) -> None:
     top = np.iinfo(constant(quantize.inputs[2]).dtype).max
     if low is None or high is None or float(low) != 0 or (float(high) / scale + zero < top - SLACK).any():
         return
-    relu = ir.node('Relu', [clip.inputs[0]], name=f'{quantize.name}_relu')
-    relu.outputs[0].name, relu.outputs[0].type = relu.name, ir.TensorType(ir.DataType.FLOAT)
-    relu.outputs[0].shape = clip.outputs[0].shape
-    clip.graph.insert_before(clip, relu)
-    quantize.replace_input_with(0, relu.outputs[0])
+    relu = add_node(clip, 'Relu', clip.inputs[:1], f'{quantize.name}_relu', shape=clip.outputs[0].shape)
+    quantize.replace_input_with(0, relu)
     clip.graph.remove(clip, safe=True)
 
 
@@ -338,10 +333,8 @@ def _divide_before(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray, zero: 
     steps = [('Div', 'scale', scale)] + ([] if zero is None else [('Add', 'shift', zero.astype(np.float32))])
     for op_type, label, factor in steps:
         factor = by_channel(graph, quantize, f'{quantize.name}_{label}', factor, shape)
-        node = ir.node(op_type, [quantize.inputs[0], factor], name=f'{quantize.name}_{op_type.lower()}')
-        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.FLOAT)
-        graph.insert_before(quantize, node)
-        quantize.replace_input_with(0, node.outputs[0])
+        name = f'{quantize.name}_{op_type.lower()}'
+        quantize.replace_input_with(0, add_node(quantize, op_type, [quantize.inputs[0], factor], name))
 
 
 def _scale_weight(graph: ir.Graph, reader: ir.Node, factor: np.ndarray) -> ir.Node:
@@ -352,14 +345,10 @@ def _scale_weight(graph: ir.Graph, reader: ir.Node, factor: np.ndarray) -> ir.No
     """
     weight = reader.inputs[1].producer()
     if len(weight.outputs[0].uses()) > 1:
-        shared = weight
-        weight = ir.node(
-            'DequantizeLinear', list(shared.inputs), dict(axis=axis_of(shared)), name=f'{reader.name}.own_weight'
-        )
-        value = weight.outputs[0]
-        value.name, value.shape, value.type = weight.name, shared.outputs[0].shape, shared.outputs[0].type
-        graph.insert_before(reader, weight)
+        name, axis = f'{reader.name}.own_weight', dict(axis=axis_of(weight))
+        value = add_node(reader, 'DequantizeLinear', list(weight.inputs), name, axis, like=weight.outputs[0])
         reader.replace_input_with(1, value)
+        weight = value.producer()
     scaled = (constant(weight.inputs[1]) * factor).astype(np.float32)
     weight.replace_input_with(1, add_constant(graph, f'{reader.name}.weight_scale', scaled))
     return weight
@@ -385,16 +374,10 @@ def divide_before_quantizing(graph: ir.Graph) -> None:
         if scale is None or scale.ndim != 1:
             continue
         shape = (-1, *[1] * (len(node.outputs[0].shape) - 2))
-        divided = ir.node(
-            'Div',
-            [node.inputs[0], add_constant(graph, f'{node.name}_scales', scale.reshape(shape))],
-            name=f'{node.name}_divided',
-        )
-        divided.outputs[0].name = divided.name
-        graph.insert_before(node, divided)
+        scales = add_constant(graph, f'{node.name}_scales', scale.reshape(shape))
         for place, value in enumerate(
             (
-                divided.outputs[0],
+                add_node(node, 'Div', [node.inputs[0], scales], f'{node.name}_divided', dtype=None),
                 add_constant(graph, f'{node.name}_one', np.float32(1)),
                 add_constant(graph, f'{node.name}_zero_point', np.int8(0)),
             )

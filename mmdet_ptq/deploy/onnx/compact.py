@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mmdet_ptq.deploy.onnx.graph import constant, layers, produced_by
+from mmdet_ptq.deploy.onnx.graph import add_node, constant, layers, produced_by
 from mmdet_ptq.deploy.onnx.nodes import CODES
 
 _EVERY_SIZE = 2**31
@@ -58,10 +58,7 @@ def derive_bias_scales(graph: ir.Graph) -> int:
             continue
         scale = factors[0]
         if source != 1:
-            product = ir.node('Mul', factors, name=f'{layer.node.name}.bias_scale_product')
-            scale = product.outputs[0]
-            scale.name, scale.shape, scale.type = product.name, factors[0].shape, factors[0].type
-            graph.insert_before(bias, product)
+            scale = add_node(bias, 'Mul', factors, f'{layer.node.name}.bias_scale_product', like=factors[0])
         bias.replace_input_with(1, scale)
         replaced += 1
     return replaced

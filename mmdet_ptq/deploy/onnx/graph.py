@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +38,65 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataTy
     value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
     graph.register_initializer(value)
     return value
+
+
+def add_node(
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    shape: ir.Shape | None = None,
+    dtype: ir.DataType | None = ir.DataType.FLOAT,
+    like: ir.Value | None = None,
+) -> ir.Value:
+    """Puts a node in front of another one and returns its output, which has its name.
+
+    Args:
+        before: The other node.
+        op_type: What it computes.
+        inputs: What it reads.
+        name: Its name.
+        attributes: Its attributes. Defaults to none.
+        shape: Shape of the output. Defaults to None: not told.
+        dtype: Type of the output; None tells nothing. Defaults to float32.
+        like: A value of the output's shape and type, instead of these. Defaults to None.
+    """
+    node = ir.node(op_type, inputs, attributes or {}, name=name)
+    out = node.outputs[0]
+    out.name, out.shape, out.type = name, shape, None if dtype is None else ir.TensorType(dtype)
+    if like is not None:
+        out.shape, out.type = like.shape, like.type
+    before.graph.insert_before(before, node)
+    return out
+
+
+def add_behind(value: ir.Value, op_type: str, inputs: Sequence[ir.Value | None], name: str) -> ir.Node:
+    """Puts a node behind a value: who read the value reads what the node makes of it.
+
+    Args:
+        value: Its first input, whose shape and type its output has.
+        op_type: What it computes.
+        inputs: What else it reads.
+        name: Its name, and its output's.
+    """
+    node, producer = ir.node(op_type, [value, *inputs], name=name), value.producer()
+    out = node.outputs[0]
+    out.name, out.shape, out.type = name, value.shape, value.type
+    value.replace_all_uses_with(out, replace_graph_outputs=True)
+    node.replace_input_with(0, value)
+    producer.graph.insert_after(producer, node)
+    return node
+
+
+def take_place(old: ir.Node, op_type: str, inputs: Sequence[ir.Value]) -> None:
+    """Puts a node in the place of another one, under its name."""
+    before = old.outputs[0]
+    name, out = before.name, add_node(old, op_type, inputs, old.name, like=before)
+    before.replace_all_uses_with(out, replace_graph_outputs=True)
+    old.graph.remove(old, safe=True)
+    out.name = name
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:

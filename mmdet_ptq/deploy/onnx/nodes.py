@@ -42,9 +42,9 @@ def check_activation_formats(structure: Structure) -> None:
         PTQError: A quantizer is of a class of its own.
     """
     for name, entry in structure.activations.items():
-        if entry['spec']['type'] != AFFINE:
+        if entry.spec['type'] != AFFINE:
             raise PTQError(
-                f'the activation {name} has the format {entry["spec"]["type"]}, which ONNX cannot express; '
+                f'the activation {name} has the format {entry.spec["type"]}, which ONNX cannot express; '
                 f'use `ptq.activations.quantizer=dict(type={AFFINE!r})`.'
             )
 
@@ -141,13 +141,12 @@ class _Writer:
     def insert(self, before: ir.Node, op_type: str, inputs: list, name: str, axis: int | None = None) -> ir.Value:
         import onnx_ir as ir
 
+        from mmdet_ptq.deploy.onnx.graph import add_node
+
         # codes are of the type of their zero point
         dtype = {'QuantizeLinear': inputs[-1].dtype, 'Clip': inputs[0].dtype}.get(op_type, ir.DataType.FLOAT)
-        node = ir.node(op_type, inputs, {} if axis is None else dict(axis=axis), name=name)
-        node.outputs[0].name, node.outputs[0].shape = name, before.outputs[0].shape
-        node.outputs[0].type = ir.TensorType(dtype)
-        self.graph.insert_before(before, node)
-        return node.outputs[0]
+        attributes, shape = {} if axis is None else dict(axis=axis), before.outputs[0].shape
+        return add_node(before, op_type, inputs, name, attributes, shape=shape, dtype=dtype)
 
     def activation(self, node: ir.Node, name: str, label: str, quantizer: AffineQuantizer) -> ir.Value:
         """QuantizeLinear and DequantizeLinear of an activation; its codes are called ``label:codes``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mmdet_ptq.deploy.onnx.graph import add_constant, constant, layers, produced_by
+from mmdet_ptq.deploy.onnx.graph import add_constant, add_node, constant, layers, produced_by
 
 _LEVELS = 16  # that 4 bits tell apart
 
@@ -71,26 +71,26 @@ def _codes(array: np.ndarray) -> _Codes | None:
 def _value(graph: ir.Graph, name: str, found: _Codes) -> ir.Value:
     """The weight's integers, computed from nothing but constants, so that a runtime does it once."""
     int32, int8 = dict(to=ir.DataType.INT32), dict(to=ir.DataType.INT8)
+    # they read constants alone; behind the first reader other readers might come too early
+    first = graph[0]
+
+    def add(op_type: str, inputs: list[ir.Value], label: str, attributes: dict | None = None) -> ir.Value:
+        value = add_node(first, op_type, inputs, f'{name}_{label}', attributes, dtype=None)
+        value.name += '_value'
+        return value
+
     stored = add_constant(graph, f'{name}_codes', found.codes.astype(np.uint8), ir.DataType.UINT4)
-    nodes = [ir.node('Cast', [stored], int32, name=f'{name}_index')]
+    index = add('Cast', [stored], 'index', int32)
     per_channel = (-1, *[1] * (found.codes.ndim - 1))
     if found.levels is None:
         lowest = add_constant(graph, f'{name}_lowest', found.lowest.reshape(per_channel))
-        nodes.append(ir.node('Cast', [lowest], int32, name=f'{name}_lowest_wide'))
-        nodes.append(ir.node('Add', [nodes[0].outputs[0], nodes[1].outputs[0]], name=f'{name}_sum'))
-        nodes.append(ir.node('Cast', [nodes[2].outputs[0]], int8, name=f'{name}_moved'))
-    else:
-        if found.levels.ndim == 2:
-            rows = np.arange(len(found.levels), dtype=np.int32).reshape(per_channel) * _LEVELS
-            rows = add_constant(graph, f'{name}_rows', rows)
-            nodes.append(ir.node('Add', [nodes[0].outputs[0], rows], name=f'{name}_row'))
-        table = add_constant(graph, f'{name}_levels', found.levels.reshape(-1))
-        nodes.append(ir.node('Gather', [table, nodes[-1].outputs[0]], dict(axis=0), name=f'{name}_look_up'))
-    for node in nodes:
-        node.outputs[0].name = f'{node.name}_value'
-    # they read constants alone; behind the first reader other readers might come too early
-    graph.insert_before(graph[0], nodes)
-    return nodes[-1].outputs[0]
+        lowest = add('Cast', [lowest], 'lowest_wide', int32)
+        return add('Cast', [add('Add', [index, lowest], 'sum')], 'moved', int8)
+    if found.levels.ndim == 2:
+        rows = np.arange(len(found.levels), dtype=np.int32).reshape(per_channel) * _LEVELS
+        index = add('Add', [index, add_constant(graph, f'{name}_rows', rows)], 'row')
+    table = add_constant(graph, f'{name}_levels', found.levels.reshape(-1))
+    return add('Gather', [table, index], 'look_up', dict(axis=0))
 
 
 def _fits_int16(codes: np.ndarray) -> bool:
@@ -113,9 +113,8 @@ def narrow_biases(graph: ir.Graph) -> int:
             continue
         if stored not in narrowed:
             narrow = add_constant(graph, f'{stored.name}_narrow', codes.astype(np.int16))
-            widen = ir.node('Cast', [narrow], dict(to=ir.DataType.INT32), name=f'{stored.name}_widen')
-            widen.outputs[0].name = f'{stored.name}_wide'
-            graph.insert_before(graph[0], widen)
-            narrowed[stored] = widen.outputs[0]
+            int32 = dict(to=ir.DataType.INT32)
+            narrowed[stored] = add_node(graph[0], 'Cast', [narrow], f'{stored.name}_widen', int32, dtype=None)
+            narrowed[stored].name = f'{stored.name}_wide'
         dequantize.replace_input_with(0, narrowed[stored])
     return len(narrowed)

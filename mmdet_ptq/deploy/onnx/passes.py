@@ -6,7 +6,16 @@ import numpy as np
 import onnx_ir as ir
 
 from mmdet_ptq.deploy.integers.kernels import SLACK
-from mmdet_ptq.deploy.onnx.graph import add_constant, axis_of, constant, layers, only_consumer, produced_by
+from mmdet_ptq.deploy.onnx.graph import (
+    add_behind,
+    add_constant,
+    add_node,
+    axis_of,
+    constant,
+    layers,
+    only_consumer,
+    produced_by,
+)
 
 _INT32 = 2**31 - 1
 # how far float32 leaves a bias from the multiple that it was rounded to
@@ -101,11 +110,7 @@ def _clip_behind(graph: ir.Graph, quantize: ir.Node, ends: np.ndarray) -> None:
     out = quantize.outputs[0]
     clip = only_consumer(out)
     if clip is None or clip.op_type != 'Clip':
-        clip = ir.node('Clip', [out, None, None], name=f'{quantize.name}_clipped')
-        clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = clip.name, out.shape, out.type
-        out.replace_all_uses_with(clip.outputs[0])
-        clip.replace_input_with(0, out)
-        graph.insert_after(quantize, clip)
+        clip = add_behind(out, 'Clip', [None, None], f'{quantize.name}_clipped')
     else:
         ends = np.clip(ends, *(constant(value) for value in clip.inputs[1:3]))
     for place, code in enumerate(ends, 1):
@@ -130,11 +135,7 @@ def keep_float(graph: ir.Graph) -> int:
         if layer.source is None or constant(layer.node.inputs[1]) is None or out.is_graph_output():
             continue
         least = add_constant(graph, f'{layer.node.name}.least', np.array(np.finfo(np.float32).min))
-        kept = ir.node('Max', [out, least], name=f'{layer.node.name}.kept')
-        kept.outputs[0].name, kept.outputs[0].shape, kept.outputs[0].type = kept.name, out.shape, out.type
-        out.replace_all_uses_with(kept.outputs[0])
-        kept.replace_input_with(0, out)
-        graph.insert_after(layer.node, kept)
+        add_behind(out, 'Max', [least], f'{layer.node.name}.kept')
         separated += 1
     return separated
 
@@ -184,11 +185,8 @@ def _transposed(graph: ir.Graph, transpose: ir.Node, weight: ir.Node, codes: np.
     axis = axis_of(weight, 1)
     stored = add_constant(graph, f'{name}_codes', np.ascontiguousarray(codes.T))
     axes = dict(axis=1 - axis) if scale.ndim else {}
-    dequantize = ir.node('DequantizeLinear', [stored, *weight.inputs[1:]], axes, name=name)
-    value, old = dequantize.outputs[0], transpose.outputs[0]
-    value.name, value.shape, value.type = name, old.shape, old.type
-    graph.insert_before(transpose, dequantize)
-    return value
+    inputs = [stored, *weight.inputs[1:]]
+    return add_node(transpose, 'DequantizeLinear', inputs, name, axes, like=transpose.outputs[0])
 
 
 def weight_zero_points(graph: ir.Graph) -> int:
@@ -248,10 +246,10 @@ def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
             add_constant(graph, f'{layer.node.name}.bias_codes', codes.astype(np.int32)),
             add_constant(graph, f'{layer.node.name}.bias_scale', step),
         ]
-        dequantize = ir.node('DequantizeLinear', inputs, dict(axis=0), name=f'{layer.node.name}.bias')
-        dequantize.outputs[0].name = f'{layer.node.name}.bias_value'
-        graph.insert_before(layer.node, dequantize)
-        layer.node.replace_input_with(2, dequantize.outputs[0])
+        name = f'{layer.node.name}.bias'
+        value = add_node(layer.node, 'DequantizeLinear', inputs, name, dict(axis=0), dtype=None)
+        value.name = f'{name}_value'
+        layer.node.replace_input_with(2, value)
     return left
 
 
@@ -290,7 +288,10 @@ def quantize_movements(graph: ir.Graph) -> None:
         for number, out in enumerate(node.outputs):
             if all(reader.op_type == 'QuantizeLinear' for reader in out.consumers()) or out.is_graph_output():
                 continue
-            _requantize(graph, node, out, sources[0].inputs[1:], f'{node.name}_moved_{number}')
+            pair, name = sources[0].inputs[1:], f'{node.name}_moved_{number}'
+            codes = add_behind(out, 'QuantizeLinear', pair, f'{name}_quantize').outputs[0]
+            values = add_behind(codes, 'DequantizeLinear', pair, f'{name}_dequantize').outputs[0]
+            codes.type, values.type = ir.TensorType(pair[1].dtype), ir.TensorType(ir.DataType.FLOAT)
 
 
 def _nearest(node: ir.Node) -> bool:
@@ -299,14 +300,3 @@ def _nearest(node: ir.Node) -> bool:
 
 def _pair_key(dequantize: ir.Node) -> tuple:
     return tuple((constant(value).dtype.str, constant(value).tobytes()) for value in dequantize.inputs[1:])
-
-
-def _requantize(graph: ir.Graph, node: ir.Node, out: ir.Value, pair: list, name: str) -> None:
-    quantize = ir.node('QuantizeLinear', [out, *pair], name=f'{name}_quantize')
-    dequantize = ir.node('DequantizeLinear', [quantize.outputs[0], *pair], name=f'{name}_dequantize')
-    for inserted, dtype in ((quantize, pair[1].dtype), (dequantize, ir.DataType.FLOAT)):
-        value = inserted.outputs[0]
-        value.name, value.shape, value.type = inserted.name, out.shape, ir.TensorType(dtype)
-    out.replace_all_uses_with(dequantize.outputs[0])
-    quantize.replace_input_with(0, out)
-    graph.insert_after(node, [quantize, dequantize])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from mmdet_ptq.deploy.onnx.graph import add_constant, axis_of, constant, only_consumer, produced_by
+from mmdet_ptq.deploy.onnx.graph import add_constant, add_node, axis_of, constant, only_consumer, produced_by
 from mmdet_ptq.deploy.onnx.nodes import CODES
 
 # what a quantizer may consist of, between the concatenated slices and the convolution; all are per tensor
@@ -71,7 +71,7 @@ def fold_space_to_depth(graph: ir.Graph, into_kernel: bool) -> list[Folded]:
             _read_image(quantizer, convolution, slices)
         else:
             _change_weight(graph, convolution, _reordered(_stored_array(convolution), slices))
-            _space_to_depth(graph, slices)
+            _space_to_depth(slices)
         _remove_unread(graph, slices)
         codes = [inner.outputs[0].name for inner in quantizer if inner.op_type == 'QuantizeLinear']
         folded.append(Folded(convolution.name, codes[0].removesuffix(CODES) if codes else None, slices.offsets))
@@ -197,12 +197,11 @@ def _reordered(array: np.ndarray, slices: _Slices) -> np.ndarray:
     return np.concatenate([blocks[slices.offsets.index(place)] for place in sorted(slices.offsets)], axis=1)
 
 
-def _space_to_depth(graph: ir.Graph, slices: _Slices) -> None:
+def _space_to_depth(slices: _Slices) -> None:
     old = slices.concat.outputs[0]
-    node = ir.node('SpaceToDepth', [slices.image], dict(blocksize=slices.step), name=slices.concat.name)
-    value = node.outputs[0]
-    value.name, value.shape, value.type = f'{old.name}_depth', old.shape, old.type
-    graph.insert_before(slices.concat, node)
+    step = dict(blocksize=slices.step)
+    value = add_node(slices.concat, 'SpaceToDepth', [slices.image], slices.concat.name, step, like=old)
+    value.name = f'{old.name}_depth'
     old.replace_all_uses_with(value)
 
 
@@ -223,16 +222,10 @@ def _change_weight(graph: ir.Graph, convolution: ir.Node, weight: np.ndarray) ->
         convolution.replace_input_with(1, stored)
         return
     if shared:
-        dequantize = ir.node(
-            'DequantizeLinear',
-            [stored, *dequantize.inputs[1:]],
-            dict(dequantize.attributes),
-            name=f'{convolution.name}.folded_weight',
-        )
-        dequantize.outputs[0].name, dequantize.outputs[0].type = dequantize.name, last.type
-        graph.insert_before(convolution, dequantize)
-        convolution.replace_input_with(1, dequantize.outputs[0])
-    dequantize.outputs[0].shape = ir.Shape(weight.shape)
+        inputs, name = [stored, *dequantize.inputs[1:]], f'{convolution.name}.folded_weight'
+        last = add_node(convolution, 'DequantizeLinear', inputs, name, dict(dequantize.attributes), like=last)
+        convolution.replace_input_with(1, last)
+    last.shape = ir.Shape(weight.shape)
 
 
 def _fold_window(convolution: ir.Node, step: int) -> None:

@@ -7,7 +7,15 @@ import onnx_ir as ir
 
 from mmdet_ptq.deploy.integers.kernels import HARD_SIGMOID
 from mmdet_ptq.deploy.onnx.channel_scales import by_channel
-from mmdet_ptq.deploy.onnx.graph import add_constant, axis_of, constant, only_consumer, produced_by
+from mmdet_ptq.deploy.onnx.graph import (
+    add_constant,
+    add_node,
+    axis_of,
+    constant,
+    only_consumer,
+    produced_by,
+    take_place,
+)
 
 
 def average_images(graph: ir.Graph) -> int:
@@ -23,8 +31,7 @@ def average_images(graph: ir.Graph) -> int:
     for node in list(graph):
         if node.op_type != 'ReduceMean' or not _over_images(node) or _pair_around(node) is None:
             continue
-        pool = ir.node('GlobalAveragePool', node.inputs[:1], name=node.name)
-        _take_place(graph, node, pool)
+        take_place(node, 'GlobalAveragePool', node.inputs[:1])
         changed += 1
     return changed
 
@@ -63,7 +70,7 @@ def add_to_clip(graph: ir.Graph) -> int:
         code = add_constant(graph, f'{node.name}_code', np.uint8(1))
         zero = add_constant(graph, f'{node.name}_code_zero_point', np.uint8(0))
         shift = _dequantize(graph, node, code, np.float32(added), zero, 'shift')
-        _take_place(graph, node, ir.node('Add', [scaled, shift], name=node.name))
+        take_place(node, 'Add', [scaled, shift])
         if not source.outputs[0].uses():
             graph.remove(source, safe=True)
         changed += 1
@@ -93,13 +100,9 @@ def norms_by_channel(graph: ir.Graph) -> int:
         epsilon = np.float32(node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5)
         gain = (gamma / np.sqrt(variance + epsilon)).astype(np.float32)
         shift = (beta - mean * gain).astype(np.float32)
-        scaled = ir.node('Mul', [x, by_channel(graph, node, f'{node.name}_gain', gain, x.shape)])
-        out = scaled.outputs[0]
-        scaled.name = out.name = f'{node.name}_scaled'
-        out.shape, out.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
-        graph.insert_before(node, scaled)
-        added = by_channel(graph, node, f'{node.name}_shift', shift, x.shape)
-        _take_place(graph, node, ir.node('Add', [out, added], name=node.name))
+        factor = by_channel(graph, node, f'{node.name}_gain', gain, x.shape)
+        scaled = add_node(node, 'Mul', [x, factor], f'{node.name}_scaled', shape=x.shape)
+        take_place(node, 'Add', [scaled, by_channel(graph, node, f'{node.name}_shift', shift, x.shape)])
         changed += 1
     return changed
 
@@ -133,17 +136,4 @@ def _dequantize(
 ) -> ir.Value:
     name = f'{node.name}_{label}'
     factor = add_constant(graph, f'{name}_scale', np.asarray(scale, np.float32))
-    dequantize = ir.node('DequantizeLinear', [codes, factor, zero], name=name)
-    out = dequantize.outputs[0]
-    out.name, out.shape, out.type = name, codes.shape, ir.TensorType(ir.DataType.FLOAT)
-    graph.insert_before(node, dequantize)
-    return out
-
-
-def _take_place(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    out, before = new.outputs[0], old.outputs[0]
-    name, out.shape, out.type = before.name, before.shape, before.type
-    graph.insert_before(old, new)
-    before.replace_all_uses_with(out, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    out.name = name
+    return add_node(node, 'DequantizeLinear', [codes, factor, zero], name, shape=codes.shape)

@@ -81,12 +81,12 @@ def check_tensorrt_formats(structure: Structure) -> None:
     """
     check_activation_formats(structure)
     for name, entry in structure.activations.items():
-        if entry['spec']['bits'] > 8:
+        if entry.spec['bits'] > 8:
             raise PTQError(
-                f"the activation {name} has {entry['spec']['bits']} bits, and TensorRT's integers have 8; "
+                f"the activation {name} has {entry.spec['bits']} bits, and TensorRT's integers have 8; "
                 'set `bits=8` where it is configured, or leave that part in float, and calibrate again.'
             )
-        if not entry['spec']['symmetric']:
+        if not entry.spec['symmetric']:
             raise PTQError(
                 f'the activation {name} is quantized with a zero point, which TensorRT does not have; set '
                 '`ptq.activations.quantizer.symmetric=True`, and calibrate again.'

@@ -10,13 +10,19 @@ from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import REPORT
-from mmdet_ptq.calibration import WEIGHED_IMAGES, Protection, observe_activations, protect_detector, weigh_tensors
+from mmdet_ptq.calibration import (
+    WEIGHED_IMAGES,
+    BlockReconstruction,
+    Protection,
+    observe_activations,
+    protect_detector,
+    weigh_tensors,
+)
 from mmdet_ptq.deploy import load_quantized_state, read_quantized, save_quantized, settle_biases
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.engine.evaluation import dataset_meta
 from mmdet_ptq.engine.global_stage.train import train_global
 from mmdet_ptq.engine.run import QUANTIZED, RESULTS, Run
-from mmdet_ptq.registry import RECONSTRUCTIONS, registered
 from mmdet_ptq.wrapping import integer_mac_share, prepare_detector
 
 
@@ -78,8 +84,7 @@ def reconstruct(run: Run) -> None:
 
     def work() -> dict:
         cfg = run.ptq.reconstruct
-        method = registered(RECONSTRUCTIONS, cfg.type)(cfg)
-        units = method.run(
+        units = BlockReconstruction(cfg).run(
             run.detector,
             *(run.whole_loader(part) for part in run.split(cfg.holdout)),
             run.folder / 'reconstruct' / run.inputs['reconstruct'],

@@ -9,14 +9,14 @@ its own. A zero point for each channel is slower still: the tensor is shifted an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_ptq.quantizers import build_quantizer
-from mmdet_ptq.wrapping.structure import Structure
+from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS, ChannelCost, Weigh, channel_costs
 from mmdet_ptq.wrapping.watching.layers import channel_axis
 
@@ -79,15 +79,15 @@ def choose_scales(
     return _spend(structure, choices, budget)
 
 
-def _may_have_one_scale(entry: dict) -> bool:
+def _may_have_one_scale(entry: ActivationStructure) -> bool:
     """Whether an activation has scales per channel; fewer bits than 8 are too few for channels to lose any."""
-    return entry['spec'].get('num_channels') is not None and entry['spec']['bits'] >= BITS
+    return entry.spec.get('num_channels') is not None and entry.spec['bits'] >= BITS
 
 
 def _present(structure: Structure, layer: str, cost: ChannelCost) -> float:
     """The expected loss of a layer's input as it would be without anything between the layers."""
     names = next(x.inputs for x in structure.layers if x.name == layer)
-    per_channel = all(structure.activations[name]['spec'].get('num_channels') for name in names)
+    per_channel = all(structure.activations[name].spec.get('num_channels') for name in names)
     return cost.apart() if per_channel else cost.together()
 
 
@@ -130,15 +130,15 @@ def _by_cost(
     return sorted(told, key=lambda choice: choice[0] / (SAVED[choice[1]] * max(choice[3].elements, 1)))
 
 
-def give_one_zero_point(entry: dict) -> bool:
+def give_one_zero_point(entry: ActivationStructure) -> bool:
     """Changes an activation's format to one zero point for all channels; False where it has none."""
-    if not build_quantizer(entry['spec']).has_zero_point:
+    if not build_quantizer(entry.spec).has_zero_point:
         return False
-    entry['spec'] = build_quantizer({**entry['spec'], 'shared_zero_point': True}).spec()
+    entry.spec = build_quantizer({**entry.spec, 'shared_zero_point': True}).spec()
     return True
 
 
-def give_one_scale(entry: dict) -> None:
+def give_one_scale(entry: ActivationStructure) -> None:
     """Changes an activation's format to one scale for the tensor, in its entry of the structure."""
-    spec: Mapping = {key: value for key, value in entry['spec'].items() if key != 'shared_zero_point'}
-    entry['spec'] = build_quantizer({**spec, 'num_channels': None}).spec()
+    spec = {key: value for key, value in entry.spec.items() if key != 'shared_zero_point'}
+    entry.spec = build_quantizer({**spec, 'num_channels': None}).spec()

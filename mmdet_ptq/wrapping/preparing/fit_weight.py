@@ -26,9 +26,7 @@ _SAFE = SUM_LIMIT // 2
 _WEIGHT_DEFAULTS = dict(symmetric=True, channel_axis=0)
 
 
-def fit_weight_quantizer(
-    policy: TensorConfig, rows: Tensor, neighbours: Mapping[str, Any] | None, importance: Tensor | None = None
-) -> Quantizer:
+def fit_weight_quantizer(policy: TensorConfig, rows: Tensor, neighbours: Mapping[str, Any] | None) -> Quantizer:
     """Builds the quantizer a policy names and fits it to a weight.
 
     Args:
@@ -36,7 +34,6 @@ def fit_weight_quantizer(
         rows: The weight, shape (out_channels, -1).
         neighbours: The layer's :func:`mmdet_ptq.wrapping.watching.layers.neighbours`; the bound on their sums holds
             unless the policy ignores it.
-        importance: Weight of each element's squared error, broadcastable to ``rows``. Defaults to None.
 
     Returns:
         The fitted quantizer, one scale per output channel.
@@ -53,7 +50,7 @@ def fit_weight_quantizer(
     if bounded and _is(kind, LogAffineQuantizer) and 'table_max' in signature(kind).parameters:
         cfg = {'table_max': _SAFE, **cfg}
     if cfg.get('mode') == 'auto':
-        return resolve_auto(cfg, rows, importance, neighbours)
+        return resolve_auto(cfg, rows, neighbours=neighbours)
     if neighbours is not None and _is(kind, AffineQuantizer) and 'neighbours' in signature(kind).parameters:
         cfg = {'neighbours': neighbours, **cfg}
     quantizer = build_quantizer(cfg).to(rows.device)
@@ -61,7 +58,7 @@ def fit_weight_quantizer(
     # the squared error is searched on the weight itself, which is exact, instead of on a histogram of it
     if policy.observer['type'].rpartition('.')[2] != 'MSEObserver':
         observer = build_observer({**policy.observer, 'num_channels': rows.shape[0], 'channel_axis': 0})
-    quantizer.fit_weight(rows, observer=observer, importance=importance)
+    quantizer.fit_weight(rows, observer=observer)
     return quantizer
 
 

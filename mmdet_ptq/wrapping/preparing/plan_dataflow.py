@@ -7,7 +7,7 @@ into the structure, from which :mod:`mmdet_ptq.wrapping.flow` rebuilds it withou
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mmengine.logging import print_log
@@ -18,217 +18,12 @@ from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.wrapping.flow import Site
 from mmdet_ptq.wrapping.names import output_name, result_name
 from mmdet_ptq.wrapping.preparing.choose_scales import Scales, choose_scales, give_one_scale, give_one_zero_point
-from mmdet_ptq.wrapping.structure import Structure
-from mmdet_ptq.wrapping.watching.channel_costs import Weigh
-from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_depthwise, out_channels
-from mmdet_ptq.wrapping.watching.operations import (
-    ARITHMETIC,
-    GATED,
-    GATES,
-    LAYER,
-    MOVEMENT,
-    NORMS,
-    PRODUCTS,
-    UNKNOWN,
-    fuses_clip,
-    keeps_channels,
-)
-from mmdet_ptq.wrapping.watching.recorder import Key, Operation, Recorder, record_operations
-
-BITS = 8  # of a tensor that no layer reads, at least
-
-
-class _Graph:
-    """Where tensors come from and where they lead."""
-
-    def __init__(self, recorder: Recorder, structure: Structure, outputs: Container[str]) -> None:
-        self.operations = recorder.operations
-        self.readers: dict[Key, list[Operation]] = defaultdict(list)
-        self.producer: dict[Key, Operation] = {}
-        self.layers = {layer.name: layer for layer in structure.layers}
-        self.outputs = outputs
-        for op in self.operations:
-            for key in dict.fromkeys(op.inputs):
-                self.readers[key].append(op)
-            for key in op.outputs:
-                self.producer.setdefault(key, op)
-        # computed from integers: by known operations alone, or by any; what the head puts out is not followed further
-        self.comes: set[Key] = set()
-        self.comes_anyhow: set[Key] = set()
-        for op in self.operations:
-            if op.kind == LAYER:
-                if self.input_of(op) is not None and op.name not in outputs:
-                    self.comes.update(op.outputs)
-                    self.comes_anyhow.update(op.outputs)
-                continue
-            if op.kind != UNKNOWN and self.comes.intersection(op.inputs):
-                self.comes.update(op.outputs)
-            if self.comes_anyhow.intersection(op.inputs):
-                self.comes_anyhow.update(op.outputs)
-        self.leads: set[Key] = set()
-        self.leads_anyhow: set[Key] = set()
-        for op in reversed(self.operations):
-            if op.kind == LAYER:
-                if self.input_of(op) is not None:
-                    self.leads.update(op.inputs)
-                    self.leads_anyhow.update(op.inputs)
-                continue
-            if op.kind != UNKNOWN and self.leads.intersection(op.outputs):
-                self.leads.update(op.inputs)
-            if self.leads_anyhow.intersection(op.outputs):
-                self.leads_anyhow.update(op.inputs)
-        self.entries = structure.activations
-        # where depthwise convolutions have a quantizer of their own, the tensor's is that of the other layers
-        own = [op for op in self.operations if self._is_of_the_tensor(op, structure)]
-        own.sort(key=lambda op: self.entries[self.input_of(op)]['spec'].get('num_channels') is None)
-        self.input_names = {op.inputs[0]: self.input_of(op) for op in own}
-
-    def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
-        """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
-        name = self.input_of(op)
-        if name is None or 'divided' in (entry := structure.activations[name]):
-            return False
-        return entry['spec']['bits'] >= BITS or not self.read_by_others(op.inputs[0], name)
-
-    def read_by_others(self, key: Key, name: str) -> bool:
-        """Whether anything but layers whose input has this quantizer reads a tensor, be it through movements."""
-        return any(
-            any(self.read_by_others(out, name) for out in op.outputs)
-            if op.kind == MOVEMENT
-            else self.input_of(op) != name
-            for op in self.readers[key]
-        )
-
-    def input_of(self, op: Operation) -> str | None:
-        """Activation name of a layer call's input; None for other operations and for what stays float."""
-        if op.kind != LAYER or not op.inputs:
-            return None
-        layer = self.layers.get(op.name)
-        integer = layer is not None and layer.weight is not None and len(layer.inputs) > op.place[1]
-        return layer.inputs[op.place[1]] if integer else None
-
-    def between(self, op: Operation) -> bool:
-        """Whether an operation's result lies between quantized layers and is to be quantized where it is computed."""
-        if len(op.outputs) != 1:
-            return False
-        key = op.outputs[0]
-        if any(reader.overwrites and reader.inputs[0] == key for reader in self.readers[key]):
-            return False
-        if op.kind == LAYER:
-            return key in self.comes and key in self.leads_anyhow or self.writes_output(op)
-        return (op.kind == ARITHMETIC or op.joins) and key in self.comes and key in self.leads
-
-    def writes_output(self, op: Operation) -> bool:
-        """Whether a quantized layer writes an output of the heads."""
-        return op.kind == LAYER and op.name in self.outputs and self.input_of(op) is not None
-
-    def reads_values(self, key: Key) -> list[Operation]:
-        """The operations through which a tensor leads to a quantized layer."""
-        return [
-            op
-            for op in self.readers[key]
-            if self.input_of(op) is not None or self.leads_anyhow.intersection(op.outputs) and op.kind != LAYER
-        ]
-
-    def fused(self, op: Operation) -> bool:
-        """Whether runtimes compute the operation and the only one that reads its result in one."""
-        if op.kind != LAYER and not (op.kind == ARITHMETIC and fuses_clip(op.name)):
-            return False
-        readers = self.readers[op.outputs[0]]
-        return len(readers) == 1 and readers[0].clips and self.between(readers[0])
-
-    def only_gated(self, key: Key) -> bool:
-        """Whether nothing but SiLU or HardSwish reads a tensor, be it written as a product with its sigmoid."""
-        gates = {out for op in self.readers[key] if op.name in GATES for out in op.outputs}
-        return (
-            bool(self.readers[key])
-            and all(
-                op.name in GATED or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
-                for op in self.readers[key]
-            )
-            and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
-        )
-
-    def gated_layers(self) -> set[str]:
-        """The layers whose output lies between quantized layers and is read by nothing but SiLU or HardSwish."""
-        return {
-            op.name
-            for op in self.operations
-            if op.kind == LAYER and self.between(op) and op.name not in self.outputs and self.only_gated(op.outputs[0])
-        }
-
-    def origin(self, key: Key) -> Operation | None:
-        """The operation that computes or joins a tensor's values, before they are moved; None outside of integers."""
-        maker = self.producer.get(key)
-        while maker is not None and maker.kind == MOVEMENT and not maker.joins:
-            maker = self.producer.get(maker.inputs[0]) if maker.inputs else None
-        return maker if maker is not None and self.between(maker) else None
-
-    def depthwise_names(self, key: Key) -> set[str]:
-        """The quantizers per channel of the layers that read a tensor; with few bits they are nobody else's anyway."""
-        specs = {name: self.entries[name]['spec'] for op in self.readers[key] if (name := self.input_of(op))}
-        return {name for name, spec in specs.items() if spec.get('num_channels') is not None and spec['bits'] >= BITS}
-
-    def may_stay_float(self, modules: dict[str, nn.Module]) -> set[str]:
-        """Inputs of depthwise convolutions whose tensor others read, too, and that one operation computes."""
-        return {
-            name
-            for key in self.readers
-            for name in self.depthwise_names(key)
-            if self.others_read(key, modules) and self._computes_alone(self.origin(key))
-        }
-
-    def alone(self, modules: dict[str, nn.Module]) -> set[str]:
-        """Inputs of depthwise convolutions that nobody else reads, and that no layer writes, perhaps through a ReLU.
-
-        Layers take the scales over.
-        """
-        return {
-            name
-            for key in self.readers
-            for name in self.depthwise_names(key)
-            if not self.others_read(key, modules) and not self._is_of_layer(self.origin(key))
-        }
-
-    def _is_of_layer(self, op: Operation | None) -> bool:
-        maker = self.producer.get(op.inputs[0]) if op is not None and op.clips else op
-        return maker is not None and maker.kind == LAYER and (maker is op or self.fused(maker))
-
-    def _computes_alone(self, op: Operation | None) -> bool:
-        """Whether an operation may put out floats: no layer needs its result quantized to compute in integers."""
-        if op is None or op.kind == LAYER or op.joins:
-            return False
-        makers = (self.producer.get(key) for key in op.inputs)
-        return not any(maker is not None and self.between(maker) and self.fused(maker) for maker in makers)
-
-    def others_read(self, key: Key, modules: dict[str, nn.Module]) -> bool:
-        """Whether anything but depthwise convolutions computes with a tensor."""
-        return any(op.kind != LAYER or not is_depthwise(modules[op.name]) for op in self.reads_values(key))
-
-    def islands(self) -> list[dict]:
-        """Operations between quantized layers that stay float."""
-        found: dict[tuple[str, str], dict] = {}
-        for op in self.operations:
-            if (
-                op.kind in (LAYER, MOVEMENT)
-                or not self.comes_anyhow.intersection(op.inputs)
-                or not self.leads_anyhow.intersection(op.outputs)
-            ):
-                continue
-            if op.overwrites:
-                reason = 'it changes a tensor in place that is read under its old name'
-            elif op.kind == UNKNOWN:
-                reason = 'no 8-bit form of it is known'
-            elif self.between(op):
-                continue
-            else:
-                reason = (
-                    'float operations stand before it'
-                    if self.leads.intersection(op.outputs)
-                    else 'only float operations read it'
-                )
-            found.setdefault((op.place[0], op.name), dict(module=op.place[0], operation=op.name, reason=reason))
-        return list(found.values())
+from mmdet_ptq.wrapping.preparing.dataflow_graph import DataflowGraph
+from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
+from mmdet_ptq.wrapping.watching.channel_costs import BITS, Weigh
+from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, out_channels
+from mmdet_ptq.wrapping.watching.operations import GATED, GATES, LAYER, MOVEMENT, NORMS, UNKNOWN, keeps_channels
+from mmdet_ptq.wrapping.watching.recorder import Key, Operation, record_operations
 
 
 class _Planner:
@@ -236,7 +31,7 @@ class _Planner:
 
     def __init__(
         self,
-        graph: _Graph,
+        graph: DataflowGraph,
         structure: Structure,
         cfg: PTQConfig,
         modules: dict[str, nn.Module],
@@ -284,7 +79,7 @@ class _Planner:
             else:
                 gated = op.name in GATED and not self._float_gate(op.inputs[0])
                 gate = self._fixed(f'{self._site_name(op)}/{GATED[op.name]}') if gated else None
-                observes = name == self._site_name(op) and 'range' not in self._entry(name)
+                observes = name == self._site_name(op) and self._entry(name).range is None
                 self.structure.sites.append(Site(*op.place, name, gate, observes).to_dict())
 
         known = {op.place for op in found}
@@ -295,7 +90,7 @@ class _Planner:
                 and not op.overwrites
                 and op.place not in known
                 and graph.reads_values(op.outputs[0])
-                and graph.comes_anyhow.intersection(op.inputs[:1])
+                and graph.come_from_layers(op.inputs[:1])
             ):
                 self.structure.sites.append(Site(*op.place, None).to_dict())
 
@@ -317,41 +112,42 @@ class _Planner:
         """Gives the readers of one quantizer another one, which quantizes the same tensor."""
         for layer in self.structure.layers:
             layer.inputs = [into if known == name else known for known in layer.inputs]
-        self._entry(into)['readers'] += self.structure.activations.pop(name)['readers']
+        self._entry(into).readers += self.structure.activations.pop(name).readers
 
     def _one_zero_point_where_layers_write(self, found: list[Operation]) -> None:
         """A layer absorbs the scales of what it writes; its kernel adds one zero point for all channels."""
         for op in found:
             name = self.graph.input_names.get(op.outputs[0]) if op.kind == LAYER else None
-            if name is not None and self._entry(name)['spec'].get('num_channels') is not None:
+            if name is not None and self._entry(name).spec.get('num_channels') is not None:
                 give_one_zero_point(self._entry(name))
 
     def name_of(self, op: Operation) -> str:
         """The quantizer of what an operation computes."""
         key = op.outputs[0]
         if key not in self.names:
-            name = self.graph.input_names.get(key) or self._shared(key, op)
-            if name is None:
-                own = (
-                    self._site_name(op)
-                    if op.kind != LAYER
-                    else output_name(op.name, op.place[1] if len(self.graph.layers[op.name].inputs) > 1 else None)
-                )
-                name = self._fixed(own) if op.name in GATES else self._new(own, self._channels(op))
-            self.names[key] = name
+            name = self.graph.input_names.get(key)
+            if name is None and (name := self._moved_into(key)) is not None:
+                entry = self._entry(name)
+                entry.moved = entry.moved or entry.spec.get('num_channels') is None
+            self.names[key] = self._own(op) if name is None else name
         return self.names[key]
 
-    def _shared(self, key: Key, op: Operation) -> str | None:
+    def _own(self, op: Operation) -> str:
+        """A quantizer of its own for what an operation computes."""
+        if op.kind != LAYER:
+            name = self._site_name(op)
+        else:
+            name = output_name(op.name, op.place[1] if len(self.graph.layers[op.name].inputs) > 1 else None)
+        return self._fixed(name) if op.name in GATES else self._new(name, self._channels(op))
+
+    def _moved_into(self, key: Key) -> str | None:
         """The quantizer of the one tensor into which a tensor's values are moved, if nobody else computes with them."""
         found: set[str] = set()
         if not self._follow(key, True, found) or len(found) != 1:
             return None
         name = found.pop()
-        if self._entry(name)['spec']['bits'] < BITS and self.graph.read_by_others(key, name):
-            return None
-        if self._entry(name)['spec'].get('num_channels') is None:
-            self._entry(name)['moved'] = True
-        return name
+        few_bits = self._entry(name).spec['bits'] < BITS
+        return None if few_bits and self.graph.read_by_others(key, name) else name
 
     def _follow(self, key: Key, same_channels: bool, found: set[str]) -> bool:
         for reader in self.graph.reads_values(key):
@@ -361,7 +157,7 @@ class _Planner:
                 return False
             same = same_channels and keeps_channels(reader.name)
             for out in reader.outputs:
-                if out not in self.graph.leads:
+                if not self.graph.becomes_integers(out):
                     continue
                 name = self.graph.input_names.get(out)
                 if name is None and reader.joins:
@@ -369,7 +165,7 @@ class _Planner:
                 if name is None:
                     if not self._follow(out, same, found):
                         return False
-                elif not same and self._entry(name)['spec'].get('num_channels') is not None:
+                elif not same and self._entry(name).spec.get('num_channels') is not None:
                     return False
                 else:
                     found.add(name)
@@ -389,7 +185,7 @@ class _Planner:
             if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])
         ] + [dict(module=op.place[0], operation=op.name, reason=own) for op in self.left_float if op.kind != LAYER]
 
-    def _entry(self, name: str) -> dict:
+    def _entry(self, name: str) -> ActivationStructure:
         return self.structure.activations[name]
 
     def _channels(self, op: Operation) -> dict:
@@ -422,13 +218,11 @@ class _Planner:
 
     def _new(self, name: str, channels: dict) -> str:
         spec = build_quantizer({**self.spec, **channels}).spec()
-        self.structure.activations[name] = dict(spec=spec, readers=0, observer=self.observer)
+        self.structure.activations[name] = ActivationStructure(spec, 0, self.observer)
         return name
 
     def _fixed(self, name: str) -> str:
-        self.structure.activations[name] = dict(
-            spec=dict(self.gate_spec), readers=0, observer=self.observer, range=[0.0, 1.0]
-        )
+        self.structure.activations[name] = ActivationStructure(dict(self.gate_spec), 0, self.observer, [0.0, 1.0])
         return name
 
 
@@ -451,7 +245,7 @@ def plan_dataflow(
         weigh: Runs it on more images and tells which values matter.
     """
     recorder, outputs = record_operations(detector, run), frozenset(outputs)
-    graph = _Graph(recorder, structure, outputs)
+    graph = DataflowGraph(recorder, structure, outputs)
     calls = dict(recorder.frames.calls)
     modules = dict(detector.named_modules())
     scales = choose_scales(

@@ -24,7 +24,13 @@ from mmdet_ptq.wrapping.preparing.migration import Migration, can_migrate, measu
 from mmdet_ptq.wrapping.preparing.plan_dataflow import plan_dataflow
 from mmdet_ptq.wrapping.preparing.policy import LayerPolicy, layer_roles, resolve_policies
 from mmdet_ptq.wrapping.state import STATE
-from mmdet_ptq.wrapping.structure import LayerStructure, Structure, apply_structure, disable_checkpointing
+from mmdet_ptq.wrapping.structure import (
+    ActivationStructure,
+    LayerStructure,
+    Structure,
+    apply_structure,
+    disable_checkpointing,
+)
 from mmdet_ptq.wrapping.watching.attention import closed_attentions, open_attentions, opened_attentions
 from mmdet_ptq.wrapping.watching.channel_costs import Weigh, not_weighed
 from mmdet_ptq.wrapping.watching.layers import (
@@ -254,7 +260,7 @@ def _share_inputs(
         axis = channel_axis(layers[first.layer])
         channels = dict(num_channels=in_channels(layers[first.layer]) if per_channel else None, channel_axis=axis)
         quantizer = build_quantizer({**policy.quantizer, 'bits': policy.bits, **channels})
-        structure.activations[name] = dict(spec=quantizer.spec(), readers=len(readers), observer=policy.observer)
+        structure.activations[name] = ActivationStructure(quantizer.spec(), len(readers), policy.observer)
         names = list(dict.fromkeys(call.layer for call in readers))
         strength = min(policies[n].activations.scale_migration for n in names)
         if (
@@ -263,7 +269,7 @@ def _share_inputs(
             and isinstance(quantizer, AffineQuantizer)
             and all(can_migrate(layers[n], len(by_name[n].inputs)) and owners[id(layers[n].weight)] == 1 for n in names)
         ):
-            structure.activations[name]['divided'] = dict(channels=in_channels(layers[first.layer]), axis=axis)
+            structure.activations[name].divided = dict(channels=in_channels(layers[first.layer]), axis=axis)
             migrations[name] = Migration(names, strength)
         for call in readers:
             by_name[call.layer].inputs[call.index] = name

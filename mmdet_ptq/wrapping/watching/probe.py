@@ -50,8 +50,6 @@ class LayerCall:
     layer: str
     index: int
     input_key: tuple[int, int]
-    input_ndim: int
-    output_key: tuple[int, int] | None = None
     macs: int = 0
     reads_image: bool = False
 
@@ -192,7 +190,7 @@ class _Prober:
             if isinstance(module, QUANTIZABLE):
                 self.alive.append(source)
                 index = self.counts[name] = self.counts.get(name, -1) + 1
-                call = LayerCall(name, index, key_of(source), source.ndim, reads_image=not _has_layer(source, self))
+                call = LayerCall(name, index, key_of(source), reads_image=not _has_layer(source, self))
                 if call.reads_image and any(node in self.images for node, _ in walk_back([source], stop=())):
                     self.from_images.append(call)
                 self.probe.calls.append(call)
@@ -213,8 +211,7 @@ class _Prober:
             self.module_outputs += outputs
             if isinstance(module, QUANTIZABLE) and isinstance(output, Tensor):
                 self.alive.append(output)
-                call = self.open.pop()
-                call.output_key = key_of(output)
+                self.open.pop()
                 if output.grad_fn is not None:
                     self.nodes[output.grad_fn] = name
                 # tokens have their channels last, an image without its batch axis has them first

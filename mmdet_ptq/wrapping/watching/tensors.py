@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 
 WEIGHTED_FUNCTIONS = {
     F.conv1d,
@@ -38,14 +39,7 @@ def key_of(tensor: Tensor) -> tuple[int, int]:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
+    return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from sensitive import BAD, OBSERVE, PER_TENSOR, images, prepared, ranges, with_a
 
 from mmdet_ptq.analysis import bops, float_bops
 from mmdet_ptq.calibration.protection.damage import DamageMeter
-from mmdet_ptq.calibration.protection.protect import Protector, protect_detector, with_overrides
+from mmdet_ptq.calibration.protection.protect import Protector, protect_detector
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import quantized_state
 from mmdet_ptq.errors import PTQError
@@ -32,8 +32,8 @@ def protect(detector, structure, block, **kwargs):
 
 def assert_same_as_prepared_anew(float_detector, block, protection, detector, structure):
     """The overrides are valid, and give bit for bit the detector that protection made."""
-    PTQConfig.from_dict({**block, 'overrides': protection.overrides})
-    anew, structure_anew = prepared(float_detector, with_overrides(PTQConfig.from_dict(block), protection.overrides))
+    overrides = {**block.get('overrides', {}), **protection.overrides}
+    anew, structure_anew = prepared(float_detector, PTQConfig.from_dict({**block, 'overrides': overrides}))
     assert structure.to_dict() == structure_anew.to_dict()
     state, state_anew = detector.state_dict(), anew.state_dict()
     assert state.keys() == state_anew.keys()
@@ -72,7 +72,7 @@ def test_overrides_give_the_same_detector_again(limits):
     assert protection.choices
     assert_same_as_prepared_anew(tiny_detector('retinanet'), block, protection, detector, structure)
     if limits['candidates'] == ['16bit']:
-        assert {s['spec']['bits'] for s in structure.activations.values()} == {8, 16}
+        assert {s.spec['bits'] for s in structure.activations.values()} == {8, 16}
 
 
 @pytest.mark.parametrize('candidates', [['8bit', '16bit', 'range'], ['float']])
@@ -105,7 +105,7 @@ def test_sixteen_bits_are_float_in_runtimes(export, share, chosen):
     }
     protection, _, structure = protect(*prepared(tiny_detector('retinanet'), PTQConfig.from_dict(LOOSE)), block)
     assert bool(protection.choices) == chosen
-    assert ({s['spec']['bits'] for s in structure.activations.values()} == {8, 16}) == chosen
+    assert ({s.spec['bits'] for s in structure.activations.values()} == {8, 16}) == chosen
     assert all((choice.float_macs > 0) == bool(export) for choice in protection.choices)
 
 
@@ -189,23 +189,6 @@ def test_the_whole_detector_has_what_no_layer_reads():
     assert protection.choices
     assert protection.before == DamageMeter(detector, structure, images()).measure_all()
     assert protection.after == DamageMeter(changed, structure_changed, images()).measure_all()
-
-
-def test_overrides_win_over_all_patterns():
-    cfg = PTQConfig.from_dict(
-        dict(
-            preset='w8a8_observe',
-            overrides={
-                'neck.a': dict(weights=dict(bits=6)),
-                'neck.*': dict(activations=dict(bits=4)),
-                'neck.b': 'float',
-            },
-        )
-    )
-    merged = with_overrides(cfg, {'neck.a': dict(activations=dict(bits=16)), 'neck.c': dict(weights=dict(bits=8))})
-    assert list(merged.overrides) == ['neck.*', 'neck.b', 'neck.a', 'neck.c']
-    assert merged.overrides['neck.a'] == dict(weights=dict(bits=6), activations=dict(bits=16))
-    assert merged.overrides['neck.c'] == dict(weights=dict(bits=8))
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,13 @@ from mmdet.models.detectors import SingleStageDetector
 from onnx import numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, integer_weight, open_model, settle_biases
-from mmdet_ptq.deploy.network.raw_outputs import (
-    RawOutputs,
-    check_exportable,
-    flatten_outputs,
-    nest_outputs,
-    output_layout,
-)
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs, check_exportable, nest_outputs, output_layout
 from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
+from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
@@ -257,7 +252,7 @@ def test_layout_of_nested_outputs():
     nested = ([tensors[0], tensors[1]], (tensors[2], [tensors[3]]), tensors[4])
     layout = output_layout(nested)
     assert layout == [[0, 1], [2, [3]], 4]
-    flat = list(flatten_outputs(nested))
+    flat = list(tensors_in(nested))
     assert flat == tensors and nest_outputs(flat, layout) == ((flat[0], flat[1]), (flat[2], (flat[3],)), flat[4])
 
 

@@ -1,16 +1,18 @@
-"""Names of an exported graph's nodes where a module is reachable under two names."""
+"""Nodes of an exported graph: put in their places; their names where a module is reachable under two names."""
 
 from collections import Counter
 
 import architectures
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from mmdet_ptq.deploy import get_runtime, open_model, settle_biases
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.onnx.graph import add_behind, add_constant, add_node, take_place
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping import quantized_weights
@@ -19,6 +21,22 @@ from mmdet_ptq.wrapping.state import only_read_tensors
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 SHAPE = (1, 3, 64, 64)
+
+
+def test_nodes_stand_where_they_were_put_and_are_read_by_whom_they_should_be():
+    image = ir.val('image', ir.DataType.FLOAT, (1, 3))
+    relu = ir.node('Relu', [image], name='relu')
+    out = relu.outputs[0]
+    out.name, out.shape, out.type = 'out', image.shape, image.type
+    graph = ir.Graph([image], [out], nodes=[relu])
+    halved = add_node(relu, 'Mul', [image, add_constant(graph, 'half', np.float32(0.5))], 'halved', shape=image.shape)
+    relu.replace_input_with(0, halved)
+    clip = add_behind(out, 'Clip', [None, add_constant(graph, 'six', np.float32(6))], 'clip')
+    take_place(relu, 'Abs', [halved])
+    assert [(node.op_type, node.name) for node in graph] == [('Mul', 'halved'), ('Abs', 'relu'), ('Clip', 'clip')]
+    absolute = graph[1].outputs[0]
+    assert graph.outputs[0] is clip.outputs[0] and clip.inputs[0] is absolute and absolute.name == 'out'
+    assert {(value.dtype, tuple(value.shape)) for node in graph for value in node.outputs} == {(image.dtype, (1, 3))}
 
 
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])

@@ -114,7 +114,7 @@ def test_a_call_that_repeats_another_is_computed_once(tmp_path, monkeypatch):
 def test_quantizers_that_openvino_leaves_out_are_seen(exported):
     detector, structure, path = exported
     found = compare(detector, path, follow=True)
-    left_out = any(not entry['readers'] for entry in structure.activations.values())
+    left_out = any(not entry.readers for entry in structure.activations.values())
     assert (min(entry.identical for entry in found) < 0.99) == left_out
     # nothing lies between the image and its own quantizer
     assert found[0].identical == 1
@@ -139,7 +139,7 @@ def test_the_first_layer_that_diverges_is_named(exported):
         info = warning = lines.append
 
     get_runtime('openvino').report_agreement(Log, detector, path, image(detector))
-    text, left_out = '\n'.join(Log.lines), [n for n, e in structure.activations.items() if not e['readers']]
+    text, left_out = '\n'.join(Log.lines), [n for n, e in structure.activations.items() if not e.readers]
     assert f'{len(calls(structure))} inputs of layers' in text
     assert ('the first that diverges is the input of ' in text) == bool(left_out)
     assert (f'{len(left_out)} quantizers between the layers are not in the model' in text) == bool(left_out)

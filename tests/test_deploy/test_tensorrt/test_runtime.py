@@ -16,6 +16,7 @@ from mmdet_ptq.engine.export_again import export_checkpoint
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import tiny_detector, tiny_model_cfg, tiny_quantized
 from mmdet_ptq.wrapping import LayerStructure, Structure, freeze_weights, quantized_weights
+from mmdet_ptq.wrapping.structure import ActivationStructure
 
 onnxruntime = pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 SYMMETRIC = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'), quantizer=dict(symmetric=True))
@@ -270,7 +271,7 @@ def tiny_graph():
 
 
 def activation(**spec):
-    return dict(spec=dict(type='mmdet_ptq.AffineQuantizer', bits=8, symmetric=True) | spec)
+    return ActivationStructure(dict(type='mmdet_ptq.AffineQuantizer', bits=8, symmetric=True) | spec, readers=1)
 
 
 def layer(weight):

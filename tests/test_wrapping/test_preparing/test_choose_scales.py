@@ -27,7 +27,7 @@ class Scaled(nn.Module):
 def test_balanced_keeps_scales_per_channel_where_channels_differ(factors, uneven):
     _, structure, _ = toy(lambda self, a, b: F.silu(self.scaled(a.sigmoid())) + b, BALANCED, scaled=Scaled(factors))
     (name,) = outputs_of(structure)['scaled.conv']
-    assert (structure.activations[name]['spec']['num_channels'] == 4) == uneven
+    assert (structure.activations[name].spec['num_channels'] == 4) == uneven
     gates = [site['gate'] for site in structure.sites if site['function'] == 'silu']
     assert [gate is None for gate in gates] == [uneven]
     assert {(i['operation'], i['reason']) for i in structure.islands} == (
@@ -51,7 +51,7 @@ def test_balanced_gives_inputs_of_depthwise_convolutions_one_scale_where_channel
         scaled=Scaled(factors),
         depthwise=nn.Conv2d(4, 4, 3, groups=4),
     )
-    assert structure.activations['depthwise']['spec']['num_channels'] == channels
+    assert structure.activations['depthwise'].spec['num_channels'] == channels
 
 
 @pytest.mark.parametrize('act, channels', [(F.silu, None), (F.relu, 4), (lambda x: x, 4), (F.leaky_relu, None)])
@@ -61,7 +61,7 @@ def test_speed_keeps_scales_per_channel_where_the_layer_before_takes_them_over(a
         scaled=Scaled((40.0, 1.0, 1.0, 1.0)),
         depthwise=nn.Conv2d(4, 4, 3, groups=4),
     )
-    assert structure.activations['depthwise']['spec']['num_channels'] == channels
+    assert structure.activations['depthwise'].spec['num_channels'] == channels
 
 
 def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatch):
@@ -74,7 +74,7 @@ def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatc
             scaled=Scaled((40.0, 30.0, 1.0, 1.0)),
             depthwise=nn.Conv2d(4, 4, 3, groups=4),
         )
-        return structure.activations['depthwise']['spec']
+        return structure.activations['depthwise'].spec
 
     kinds = [(spec['num_channels'], spec.get('shared_zero_point', False)) for spec in map(spec_of, (0, 0.25, 1e3))]
     assert kinds == [(4, False), (4, True), (None, False)]
@@ -94,7 +94,7 @@ def test_balanced_spends_where_one_scale_saves_most_time(monkeypatch):
             depthwise=nn.Conv2d(4, 4, 3, groups=4),
         )
         names = 'depthwise', outputs_of(structure)['scaled.conv'][0]
-        return [structure.activations[name]['spec']['num_channels'] is not None for name in names]
+        return [structure.activations[name].spec['num_channels'] is not None for name in names]
 
     assert per_channel(1e6) == [False, True]
     assert per_channel(1e-6) == [True, False]
@@ -108,7 +108,7 @@ def test_balanced_leaves_inputs_of_few_bits_their_scales_per_channel():
         scaled=Scaled((1.0, 1.0, 1.0, 1.0)),
         depthwise=nn.Conv2d(4, 4, 3, groups=4),
     )
-    assert structure.activations['depthwise']['spec']['num_channels'] == 4
+    assert structure.activations['depthwise'].spec['num_channels'] == 4
 
 
 def test_balanced_is_speed_where_nothing_is_uneven():
@@ -153,9 +153,9 @@ def test_depthwise_convolutions_have_a_quantizer_of_their_own_where_it_pays(data
     detector, structure, image = shared(dataflow, factors)
     inputs = {layer.name: layer.inputs[0] for layer in structure.layers}
     assert (inputs['depthwise'] != inputs['dense']) == apart
-    readers = structure.activations[inputs['dense']]['readers']
+    readers = structure.activations[inputs['dense']].readers
     assert readers == (1 if apart else 2)
-    channels = structure.activations[inputs['depthwise']]['spec']['num_channels']
+    channels = structure.activations[inputs['depthwise']].spec['num_channels']
     assert channels == (4 if apart else None)
     if dataflow is not None:
         computed = sites_in(structure, '').get(('silu', 0))

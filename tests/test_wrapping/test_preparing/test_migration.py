@@ -64,7 +64,7 @@ def test_who_takes_part(kind):
         if all(len(layer.inputs) == 1 and m.groups == 1 for layer, m in zip(readers, modules, strict=True)):
             expected.add(name)
     assert set(detector.ptq.divisions) == expected
-    assert {name for name, entry in structure.activations.items() if 'divided' in entry} == expected
+    assert {name for name, entry in structure.activations.items() if entry.divided} == expected
     shared = [layer.name for layer in structure.layers if len(layer.inputs) > 1]
     depthwise = [layer.name for layer in structure.layers if is_depthwise(detector.get_submodule(layer.name))]
     assert shared if kind == 'retinanet' else depthwise
@@ -73,7 +73,7 @@ def test_who_takes_part(kind):
 
 def test_nothing_moves_unless_it_is_asked_for():
     detector, structure = tiny_quantized('yolox', block(0.0))
-    assert not detector.ptq.divisions and not any('divided' in entry for entry in structure.activations.values())
+    assert not detector.ptq.divisions and not any(entry.divided for entry in structure.activations.values())
 
 
 def test_it_is_quantization_with_a_scale_per_channel():
@@ -230,7 +230,7 @@ def test_a_weight_that_two_layers_share_keeps_its_own():
     layers = {layer.name: layer for layer in structure.layers}
     for name, divided in (('conv_reg', False), ('conv_cls', True)):
         (activation,) = layers[f'bbox_head.multi_level_{name}.0'].inputs
-        assert ('divided' in structure.activations[activation]) == divided
+        assert (structure.activations[activation].divided is not None) == divided
 
 
 def test_the_coverage_table_tells():

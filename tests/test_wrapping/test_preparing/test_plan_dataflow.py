@@ -59,7 +59,7 @@ def test_each_tensor_between_the_layers_has_one_quantizer(between, own):
     assert not structure.islands
     for name in own:
         fixed = name.endswith('sigmoid')
-        assert (structure.activations[name].get('range') == [0.0, 1.0]) is fixed
+        assert (structure.activations[name].range == [0.0, 1.0]) is fixed
         scale = detector.ptq.activations[name].scale
         assert scale == torch.tensor(1 / 255) if fixed else scale not in (1, 1 / 255)
         assert scale.requires_grad is not fixed
@@ -95,19 +95,19 @@ def test_a_scale_per_channel_stays_behind_what_moves_channels():
         return toy(lambda self, a, b: self.depthwise(torch.cat([a, b], 1)), dict(dataflow=dataflow), depthwise=layer)
 
     _, structure, _ = joined('speed')
-    assert structure.activations['depthwise']['spec']['num_channels'] is None
+    assert structure.activations['depthwise'].spec['num_channels'] is None
     _, structure, _ = joined('accuracy')
-    assert structure.activations['depthwise']['spec']['num_channels'] == 8
+    assert structure.activations['depthwise'].spec['num_channels'] == 8
     assert outputs_of(structure)['stem'] == ['stem:out'] and outputs_of(structure)['other'] == ['other:out']
     # but through a pooling it goes
     _, structure, _ = toy(
         lambda self, a, b: self.depthwise(F.max_pool2d(a, 2)), depthwise=nn.Conv2d(4, 4, 3, padding=1, groups=4)
     )
-    assert structure.activations['depthwise']['spec']['num_channels'] == 4
+    assert structure.activations['depthwise'].spec['num_channels'] == 4
     assert outputs_of(structure)['stem'] == ['depthwise']
     # what others read, too, has one scale
     _, structure, _ = toy(lambda self, a, b: self.depthwise(a) + a, depthwise=nn.Conv2d(4, 4, 3, padding=1, groups=4))
-    assert structure.activations['depthwise']['spec']['num_channels'] is None
+    assert structure.activations['depthwise'].spec['num_channels'] is None
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_others_do_not_read_the_few_bits_of_a_layer(between, alone):
         depthwise=nn.Conv2d(4, 4, 3, padding=1, groups=4),
         floating=nn.Conv2d(4, 4, 1),
     )
-    spec = structure.activations['depthwise']['spec']
+    spec = structure.activations['depthwise'].spec
     assert (spec['bits'], spec['num_channels']) == (4, 4)
     name = sites_in(structure, '')['silu', 0]
     assert (name == 'depthwise') == alone
     if not alone:
-        own = structure.activations[name]['spec']
+        own = structure.activations[name].spec
         assert (own['bits'], own['num_channels']) == (8, None)
         seen = {}
         for key in (name, 'depthwise'):
@@ -166,7 +166,7 @@ def test_what_hands_on_its_input_as_it_is_counts_for_nothing(same, plain, bits):
 def test_regions_of_few_bits_have_a_dataflow():
     few = dict(activations=OBSERVE['activations'] | dict(bits=4))
     _, structure = tiny_quantized('faster_rcnn', {**OBSERVE, **few, 'dataflow': 'full'})
-    assert structure.sites and {e['spec']['bits'] for e in structure.activations.values()} == {4, 8}
+    assert structure.sites and {e.spec['bits'] for e in structure.activations.values()} == {4, 8}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_regions_of_few_bits_have_a_dataflow():
 )
 def test_formats(activations, bits, symmetric):
     _, structure, _ = toy(lambda self, a, b: F.silu(a) + b, dict(activations=OBSERVE['activations'] | activations))
-    specs = {name: entry['spec'] for name, entry in structure.activations.items()}
+    specs = {name: entry.spec for name, entry in structure.activations.items()}
     for name in ('stem:out', ':silu', ':silu/sigmoid'):
         assert (specs[name]['bits'], specs[name]['symmetric'], specs[name]['num_channels']) == (bits, symmetric, None)
     assert specs[READ]['bits'] == activations.get('bits', 8)
@@ -236,7 +236,7 @@ def test_what_the_heads_put_out_has_a_scale_per_channel(dataflow, symmetric):
         lambda self, a, b: a + b,
         dict(dataflow=dataflow, activations=OBSERVE['activations'] | dict(bits=4, quantizer=quantizer)),
     )
-    spec = structure.activations[OUT]['spec']
+    spec = structure.activations[OUT].spec
     assert (spec['bits'], spec['num_channels'], spec['channel_axis']) == (8, 2, 1)
     assert spec['shared_zero_point'] is not symmetric and spec['symmetric'] is symmetric
     quantizer, seen = detector.ptq.activations[OUT], []
@@ -267,7 +267,7 @@ def test_operations_in_place_leave_what_gradients_need(act, operation):
     assert operation in {site['function'] for site in structure.sites}
     detector(image).square().sum().backward()
     for name, quantizer in detector.ptq.activations.items():
-        assert 'range' in structure.activations[name] or quantizer.scale.grad.any(), name
+        assert structure.activations[name].range or quantizer.scale.grad.any(), name
     with torch.no_grad():
         quiet = detector(image)
     torch.testing.assert_close(quiet, detector(image))
@@ -312,7 +312,7 @@ def test_inverted_residual_block(flowing):
     assert sites_in(structure, f'{block}.expand_conv.activate') == {
         ('hardtanh', 0): inputs[f'{block}.depthwise_conv.conv'][0]
     }
-    assert structure.activations[inputs[f'{block}.depthwise_conv.conv'][0]]['spec']['num_channels'] is not None
+    assert structure.activations[inputs[f'{block}.depthwise_conv.conv'][0]].spec['num_channels'] is not None
     assert outputs[f'{block}.linear_conv.conv'] == ['backbone/layer3/1/linear_conv/conv:out']
     assert sites_in(structure, block) == {('add', 0): inputs['backbone.layer3.2.expand_conv.conv'][0]}
     # what the next layer reads and what is added to is one tensor
@@ -330,7 +330,7 @@ def test_partial_stage_with_silu_and_concatenation(flowing):
     assert sites_in(structure, f'{stage}.blocks.0') == {('add', 0): joined}
     assert outputs[f'{stage}.short_conv.conv'] == ['backbone/stage1/1/short_conv/conv:out']
     gate = sites_in(structure, f'{stage}.short_conv.activate')['sigmoid', 0]
-    assert structure.activations[gate]['range'] == [0.0, 1.0]
+    assert structure.activations[gate].range == [0.0, 1.0]
     # spatial pyramid pooling moves values
     pool = 'backbone.stage2.1'
     assert sites_in(structure, f'{pool}.conv1.activate')['mul', 0] == inputs[f'{pool}.conv2.conv'][0]
@@ -349,7 +349,7 @@ def test_per_channel_dataflow_leaves_swish_in_float(flowing):
     own = {(f'{part}.final_conv.activate', 'mul') for part in ('backbone.stage1.1', 'neck.top_down_blocks.0')}
     assert {p for p, reason in islands.items() if reason == 'its readers have quantizers of their own'} == own
     assert len(islands) == len(gates) + len(own)
-    assert not any('range' in entry for entry in structure.activations.values())
+    assert not any(entry.range for entry in structure.activations.values())
     # all else is as in the full dataflow
     assert [site for site in structure.sites if site['activation']] == [
         site
@@ -362,9 +362,9 @@ def test_per_channel_dataflow_leaves_swish_in_float(flowing):
             module, quantizer = detector.get_submodule(layer.name), detector.ptq.activations[name]
             assert quantizer.num_channels == module.out_channels and quantizer.zero_point.unique().numel() == 1
     # one scale per tensor in the full dataflow, but for what the heads put out
-    assert {
-        name for layer in full.layers for name in layer.outputs if full.activations[name]['spec']['num_channels']
-    } == {f'bbox_head/multi_level_conv_{kind}/{level}:out' for kind in ('cls', 'reg', 'obj') for level in range(2)}
+    assert {name for layer in full.layers for name in layer.outputs if full.activations[name].spec['num_channels']} == {
+        f'bbox_head/multi_level_conv_{kind}/{level}:out' for kind in ('cls', 'reg', 'obj') for level in range(2)
+    }
 
 
 def test_what_stays_float_in_tiny_detectors(flowing):
@@ -383,6 +383,6 @@ def test_what_a_layer_writes_has_one_zero_point_where_a_depthwise_convolution_re
     architectures.register(monkeypatch)
     _, structure = tiny_quantized('pvt', dict(OBSERVE, dataflow='accuracy'))
     written = {name for layer in structure.layers for name in layer.outputs if name}
-    uneven = [name for name in written if structure.activations[name]['spec'].get('num_channels') is not None]
+    uneven = [name for name in written if structure.activations[name].spec.get('num_channels') is not None]
     assert any('/ffn/' in name for name in uneven)
-    assert all(structure.activations[name]['spec']['shared_zero_point'] for name in uneven)
+    assert all(structure.activations[name].spec['shared_zero_point'] for name in uneven)

@@ -82,7 +82,7 @@ def test_an_override_of_any_reader_of_a_tensor_holds(monkeypatch, first, second,
     )
     names = {layer.name: layer.inputs for layer in structure.layers}
     assert names[READERS[0]] == names[READERS[1]]
-    assert {structure.activations[name]['observer']['type'] for name in names[READERS[0]]} == {observer}
+    assert {structure.activations[name].observer['type'] for name in names[READERS[0]]} == {observer}
     assert any(READERS[1] in line and 'one tensor has one quantizer' in line for line in lines) == told
 
 
@@ -265,7 +265,7 @@ def test_one_zero_point_for_all_channels_where_the_format_has_one(quantizer, sha
 def test_per_channel_activations_can_be_switched_off(toy, image):
     cfg = PTQConfig.from_dict(dict(preset='w8a8_observe', activations=dict(depthwise_per_channel=False)))
     structure = prepare_detector(toy, cfg, lambda: toy(image))
-    assert {entry['spec']['num_channels'] for entry in structure.activations.values()} == {None}
+    assert {entry.spec['num_channels'] for entry in structure.activations.values()} == {None}
 
 
 def test_activation_checkpointing_is_switched_off():
@@ -284,7 +284,7 @@ def test_every_bit_width(toy, image, bits):
     cfg = PTQConfig.from_dict(dict(preset='w8a8_observe', weights=dict(bits=bits), activations=dict(bits=bits)))
     structure = prepare_detector(toy, cfg, lambda: toy(image))
     assert {layer.weight['bits'] for layer in structure.layers} == {bits}
-    assert {entry['spec']['bits'] for entry in structure.activations.values()} == {bits}
+    assert {entry.spec['bits'] for entry in structure.activations.values()} == {bits}
     for quantized_weight in quantized_weights(toy).values():
         low, high = quantized_weight.quantizer.code_range
         assert high - low + 1 == 2**bits
@@ -298,7 +298,7 @@ def _structure(toy, image, **block):
     formats = {}
     for layer in structure.layers:
         weight = layer.weight and (layer.weight['type'].rpartition('.')[2], layer.weight['bits'])
-        inputs = [n and structure.activations[n]['spec']['bits'] for n in layer.inputs]
+        inputs = [n and structure.activations[n].spec['bits'] for n in layer.inputs]
         formats[layer.name.removeprefix('bbox_head.')] = weight, inputs
     return formats
 

@@ -9,7 +9,7 @@ from mmdet_ptq.config.presets import PRESETS
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import LogAffineQuantizer
 
-PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob('*.py'))
+PRESET_FILES = sorted((Path(__file__).parents[2] / 'configs' / '_ptq_').glob('*.py'))
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,8 @@ PRESET_FILES = sorted((Path(__file__).parent.parent / 'configs' / '_ptq_').glob(
         (dict(global_loss=dict(iou_thr=1.5)), ['`ptq.global_loss.iou_thr`', 'between 0 and 1']),
         (dict(global_loss=dict(holdout=1.0)), ['`ptq.global_loss.holdout`']),
         (dict(global_loss=dict(lr=-1.0)), ['`ptq.global_loss.lr`', 'positive']),
-        (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type`', 'FilteredGlobalLoss']),
-        (
-            dict(reconstruct=dict(type='BlockReconstructon')),
-            ['`ptq.reconstruct.type`', "Did you mean 'mmdet_ptq.Block"],
-        ),
+        (dict(global_loss=dict(type='Other')), ['`ptq.global_loss.type` is gone', 'FilteredGlobalLoss', 'remove it']),
+        (dict(reconstruct=dict(type='Own')), ['`ptq.reconstruct.type` is gone', 'BlockReconstruction', 'remove it']),
         (dict(equalize='weights'), ['`ptq.equalize` is gone', 'remove it', '`ptq.activations.scale_migration`']),
         (dict(dataflow='spee'), ['`ptq.dataflow`', "Did you mean 'speed'"]),
         (dict(dataflow=True), ['`ptq.dataflow`', 'str | None']),
@@ -281,3 +278,11 @@ def test_a_name_of_before_is_told_with_the_one_that_replaces_it():
     old = PTQConfig.from_dict(dict(dataflow='full'))
     assert old.dataflow == 'speed' and old.deprecated() == ["`ptq.dataflow='full'` is now called 'speed'."]
     assert PTQConfig.from_dict(dict(dataflow='speed')).deprecated() == PTQConfig.from_dict({}).deprecated() == []
+
+
+@pytest.mark.parametrize(
+    ('key', 'kind'), [('reconstruct', 'BlockReconstruction'), ('global_loss', 'FilteredGlobalLoss')]
+)
+def test_a_section_may_name_the_type_that_was_its_only_one(key, kind):
+    for name in (kind, f'mmdet_ptq.{kind}', f'mmdet_ptq.calibration.{kind}'):
+        assert PTQConfig.from_dict({key: dict(type=name)}) == PTQConfig.from_dict({key: {}})
