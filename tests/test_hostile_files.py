@@ -175,6 +175,8 @@ PIPELINES = {
         0,
     ),
     'an endless image': (dict(type='Resize', scale=(10**6, 10**6)), 'larger than any image', 1),
+    'an endless factor': (dict(type='Resize', scale_factor=(10**4, 10**4)), 'makes images larger than any', 1),
+    'an endless border': (dict(type='Expand', ratio_range=(1, 10**4), prob=1.0), 'makes images larger than any', 1),
 }
 
 

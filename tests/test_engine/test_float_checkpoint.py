@@ -96,7 +96,12 @@ STRANGE = {
     'meta': (lambda state: state.update({KEY: state[KEY].to('meta')}), 'is on the meta device'),
     'not a number': (lambda state: state[KEY].fill_(float('nan')), 'holds NaN or infinity'),
     'infinite': (lambda state: state[KEY].fill_(float('inf')), 'holds NaN or infinity'),
+    'a negative variance': (lambda state: state['backbone.bn1.running_var'].fill_(-1), 'a variance below zero'),
     'endless': (lambda state: state.update({KEY: torch.zeros(1).expand(2**40)}), 'claims more numbers'),
+    'two of a name': (
+        lambda state: state.update({f'module.{KEY}': state[KEY] + 1}),
+        f'has the weight module.{KEY} and',
+    ),
     'a number for a name': (lambda state: state.update({7: torch.ones(1)}), 'has the key 7, a int, where names'),
     'a pair for a name': (lambda state: state.update({('a', 1): torch.ones(1)}), r"has the key \('a', 1\), a tuple"),
 }
