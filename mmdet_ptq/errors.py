@@ -56,6 +56,9 @@ def _told_of(error: Exception, frame: Mapping[str, Any], config: Mapping, whole:
     kind, cls = frame.get('obj_type'), frame.get('obj_cls')
     place = _place(config, frame.get('cfg'))
     where = f'`{place}` ({getattr(kind, "__name__", kind)})' if place else whole
+    if kind is None and 'type' not in (frame.get('cfg') or {'type': None}):
+        keys = ', '.join(map(repr, frame['cfg']))
+        return f'a part of {whole}, the one with the keys {keys:.200}, has no `type`; add it.'
     if isinstance(kind, str) and cls is None:
         package, dot, _ = kind.partition('.')
         if dot and find_spec(package) is None:

@@ -105,6 +105,7 @@ CONFIGS = {
         dict(imports='canary_module', allow_failed_imports=True),
         'needs canary_module',
     ),
+    'imports that are no list': (top('custom_imports'), 5, 'needs 5'),
     'text for suppression': (
         in_model('test_cfg', 'nms', 'type'),
         lambda trap: f'__import__("os").system({trap.command!r})',
@@ -223,6 +224,12 @@ STRUCTURES = {
     'an observer that is a command': (
         lambda state, trap: first_activation(state).update(observer=command(trap)),
         LOADS,
+    ),
+    'an operation of a module': (
+        lambda state, trap: state['structure']['sites'].append(
+            dict(module='os', call=0, function='system', index=0, activation=None)
+        ),
+        'lacks 1 layers',
     ),
     'endless channels': (weight_of(num_channels=10**12), 'channels'),
     'other channels': (weight_of(num_channels=2**19), 'output channels'),

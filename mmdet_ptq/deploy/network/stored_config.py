@@ -142,7 +142,7 @@ def stored_config(stored: Mapping[str, Any], path: str) -> Config:
 def _needed_modules(stored: Mapping[str, Any]) -> list[str]:
     imports = stored.get('custom_imports') or {}
     imports = imports.get('imports') if isinstance(imports, Mapping) else imports
-    names = [imports] if isinstance(imports, str) else list(imports or ())
+    names = imports if isinstance(imports, list | tuple) else [imports] if imports else []
     return [
         str(name)
         for name in names
