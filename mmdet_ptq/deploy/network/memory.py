@@ -17,6 +17,8 @@ GIB = 1 << 30
 # bytes at once of any network, and more by those that it reads: attention among the pixels of a pyramid takes 100 times
 # the image, and batches of images as much more
 LEAST, PER_BYTE = 768 * MIB, 256
+# codes of a weight become numbers, which are shifted and scaled
+PER_STORED = 12
 
 
 @dataclass
@@ -44,7 +46,9 @@ def memory_limit(shapes: Iterable[Sequence[int]]) -> int:
     return LEAST + PER_BYTE * 4 * sum(math.prod(shape) for shape in shapes)
 
 
-def check_memory(path: str | os.PathLike, steps: Sequence[Step], results: Iterable[str], meta: dict) -> bool:
+def check_memory(
+    path: str | os.PathLike, steps: Sequence[Step], results: Iterable[str], meta: dict, stored: int
+) -> bool:
     """Refuses a network that takes more memory at once than its images explain.
 
     Args:
@@ -52,6 +56,7 @@ def check_memory(path: str | os.PathLike, steps: Sequence[Step], results: Iterab
         steps: Its operations, in the order in which they run.
         results: Names of the tensors that it gives.
         meta: What the model says about itself.
+        stored: Bytes of its constants, in files.
 
     Returns:
         Whether all sizes are known; where they are not, :meth:`mmdet_ptq.deploy.Runtime.running` keeps the limit.
@@ -59,7 +64,7 @@ def check_memory(path: str | os.PathLike, steps: Sequence[Step], results: Iterab
     Raises:
         PTQError: It takes more; names the largest tensor.
     """
-    limit, alive, taken = memory_limit(input_shapes(meta)), {}, 0
+    limit, alive, taken = memory_limit(input_shapes(meta)) + PER_STORED * stored, {}, 0
     ends = {name: place for place, step in enumerate(steps) for name in (*step.makes, *step.reads)}
     ends |= dict.fromkeys(results, len(steps))
     for place, step in enumerate(steps):

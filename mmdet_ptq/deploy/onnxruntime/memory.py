@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdet_ptq.deploy.network.memory import Step, check_memory, input_shapes
@@ -44,7 +45,8 @@ def check_onnx_memory(path: str | os.PathLike, meta: dict) -> bool:
     except Exception:  # of any operation
         return False
     sizes = {value.name: _bytes(value) for part in _graphs(graph) for value in (*part.value_info, *part.output)}
-    return check_memory(path, list(_steps(graph, sizes)), [value.name for value in graph.output], meta)
+    results, stored = [value.name for value in graph.output], Path(path).stat().st_size
+    return check_memory(path, list(_steps(graph, sizes)), results, meta, stored)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

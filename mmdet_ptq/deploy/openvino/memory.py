@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdet_ptq.deploy.network.memory import Step, check_memory, input_shapes
@@ -36,7 +37,8 @@ def check_openvino_memory(path: str | os.PathLike, model: openvino.Model, meta: 
         except RuntimeError:  # of any operation
             return False
     results = [_place(result.input_value(0)) for result in model.get_results()]
-    return check_memory(path, list(_steps(model)), results, meta)
+    stored = Path(path).with_suffix('.bin').stat().st_size
+    return check_memory(path, list(_steps(model)), results, meta, stored)
 
 
 def _steps(model: openvino.Model) -> Iterator[Step]:
