@@ -109,6 +109,8 @@ def _check_kinds(state: dict[str, Tensor], detector: nn.Module, path: str) -> No
 
 def _check_finite(state: dict[str, Tensor], path: str) -> None:
     for key, value in state.items():
+        if value.is_floating_point() and value.element_size() == 1:
+            value = value.float()  # torch compares no numbers of 8 bits
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PTQError(
                 f'the weight {key} of {Path(path).name} holds NaN or infinity; the checkpoint is '
