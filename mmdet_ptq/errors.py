@@ -14,7 +14,15 @@ from typing import Any
 
 
 class PTQError(Exception):
-    """Bad input, told in one sentence: what is wrong, which key or file, and how to mend it."""
+    """Bad input, told in one sentence: what is wrong, which key or file, and how to mend it.
+
+    Args:
+        sentence: The sentence. Names in it may come from anybody's file: what ends a line, or what a terminal obeys, is
+            written out.
+    """
+
+    def __init__(self, sentence: str = '') -> None:
+        super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

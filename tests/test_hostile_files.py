@@ -155,6 +155,7 @@ CONFIGS = {
     'many anchors': (in_model('bbox_head', 'anchor_generator', 'scales_per_octave'), 10**10, 'takes more than'),
     'large windows': (in_model('backbone'), SWIN, 'takes more than'),
     'a large divisor': (in_model('data_preprocessor', 'pad_size_divisor'), 10**9, 'larger than any image'),
+    'data sets that are no list': (top('test_dataloader'), dict(dataset=dict(datasets=dict(a=1))), LOADS),
     'arguments of another': (in_model('neck'), dict(type='FPN', no_such=1), 'gives no detector'),
     'no detector': (top('model'), dict(type='ReLU'), 'does not belong to this checkpoint'),
     'nesting': (top('extra'), nested(200), 'holds too much'),
@@ -238,6 +239,10 @@ STRUCTURES = {
     'a name of Python': (
         lambda state, trap: state['structure']['folds'].append(['__class__', '__init__']),
         'followed by',
+    ),
+    'a name that a terminal obeys': (
+        lambda state, trap: state['structure']['folds'].append(['\x1b[2J\n\x07', 'x']),
+        r'no layer \\x1b\[2J\\n\\x07 followed by x',
     ),
     'an endless tensor': (
         lambda state, trap: state['tensors']['index'].append(['x', 'float32', [10**6, 10**6], -1, 'float32']),

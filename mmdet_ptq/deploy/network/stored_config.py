@@ -155,7 +155,8 @@ def _test_pipeline(value: Any) -> Any:
     while isinstance(value, Mapping):
         if 'pipeline' in value:
             return value['pipeline']
-        value = value.get('dataset') or (value.get('datasets') or (None,))[0]
+        parts = value.get('datasets')
+        value = value.get('dataset') or (parts[0] if parts and isinstance(parts, list | tuple) else None)
     return None
 
 
