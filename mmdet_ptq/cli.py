@@ -165,6 +165,8 @@ def _prepare(args: argparse.Namespace):
 
         if not torch.cuda.is_available():
             raise PTQError(f'--device {args.device} was asked for, but torch sees no GPU; use --device cpu.')
+    if not isinstance(cfg.get('work_dir'), str | os.PathLike | None):
+        raise PTQError(f'`work_dir` must be the path of a folder, got {cfg.work_dir!r:.100}.')
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     return cfg

@@ -14,7 +14,15 @@ from typing import Any
 
 
 class PTQError(Exception):
-    """Bad input, told in one sentence: what is wrong, which key or file, and how to mend it."""
+    """Bad input, told in one sentence: what is wrong, which key or file, and how to mend it.
+
+    Args:
+        sentence: The sentence. Names in it may come from anybody's file: what ends a line, or what a terminal obeys, is
+            written out.
+    """
+
+    def __init__(self, sentence: str = '') -> None:
+        super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -56,6 +64,9 @@ def _told_of(error: Exception, frame: Mapping[str, Any], config: Mapping, whole:
     kind, cls = frame.get('obj_type'), frame.get('obj_cls')
     place = _place(config, frame.get('cfg'))
     where = f'`{place}` ({getattr(kind, "__name__", kind)})' if place else whole
+    if kind is None and 'type' not in (frame.get('cfg') or {'type': None}):
+        keys = ', '.join(map(repr, frame['cfg']))
+        return f'a part of {whole}, the one with the keys {keys:.200}, has no `type`; add it.'
     if isinstance(kind, str) and cls is None:
         package, dot, _ = kind.partition('.')
         if dot and find_spec(package) is None:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from mmdet_ptq.errors import PTQError
@@ -25,7 +25,7 @@ class _OutOfTime(BaseException):
 
 
 @contextmanager
-def bounded(what: str, memory: int, seconds: float) -> Iterator[None]:
+def bounded(what: str, memory: int, seconds: float | None = None) -> Iterator[None]:
     """Runs a block of code that may take so much and no more.
 
     Memory is bounded on Linux, processor time everywhere.
@@ -33,18 +33,20 @@ def bounded(what: str, memory: int, seconds: float) -> Iterator[None]:
     Args:
         what: What is done, for the message.
         memory: Bytes, beyond what the process has already.
-        seconds: Processor time of this thread.
+        seconds: Processor time of this thread. Defaults to None: as much as it likes.
 
     Raises:
         PTQError: It took more.
     """
     try:
         # the watchdog is gone before the limit is taken back: it must not interrupt that
-        with _ONE, _address_space(memory), _within(seconds):
+        with _ONE, _address_space(memory), nullcontext() if seconds is None else _within(seconds):
             yield
     except _OutOfTime:
         raise PTQError(f'{what} takes more than {seconds:.0f} s; the file is damaged or was made to do so.') from None
-    except (MemoryError, RuntimeError) as error:
+    except PTQError:
+        raise
+    except Exception as error:  # runtimes raise classes of their own
         if not _is_memory(error):
             raise
         raise PTQError(

@@ -105,6 +105,7 @@ CONFIGS = {
         dict(imports='canary_module', allow_failed_imports=True),
         'needs canary_module',
     ),
+    'imports that are no list': (top('custom_imports'), 5, 'needs 5'),
     'text for suppression': (
         in_model('test_cfg', 'nms', 'type'),
         lambda trap: f'__import__("os").system({trap.command!r})',
@@ -154,6 +155,7 @@ CONFIGS = {
     'many anchors': (in_model('bbox_head', 'anchor_generator', 'scales_per_octave'), 10**10, 'takes more than'),
     'large windows': (in_model('backbone'), SWIN, 'takes more than'),
     'a large divisor': (in_model('data_preprocessor', 'pad_size_divisor'), 10**9, 'larger than any image'),
+    'data sets that are no list': (top('test_dataloader'), dict(dataset=dict(datasets=dict(a=1))), LOADS),
     'arguments of another': (in_model('neck'), dict(type='FPN', no_such=1), 'gives no detector'),
     'no detector': (top('model'), dict(type='ReLU'), 'does not belong to this checkpoint'),
     'nesting': (top('extra'), nested(200), 'holds too much'),
@@ -175,6 +177,8 @@ PIPELINES = {
         0,
     ),
     'an endless image': (dict(type='Resize', scale=(10**6, 10**6)), 'larger than any image', 1),
+    'an endless factor': (dict(type='Resize', scale_factor=(10**4, 10**4)), 'makes images larger than any', 1),
+    'an endless border': (dict(type='Expand', ratio_range=(1, 10**4), prob=1.0), 'makes images larger than any', 1),
 }
 
 
@@ -222,6 +226,12 @@ STRUCTURES = {
         lambda state, trap: first_activation(state).update(observer=command(trap)),
         LOADS,
     ),
+    'an operation of a module': (
+        lambda state, trap: state['structure']['sites'].append(
+            dict(module='os', call=0, function='system', index=0, activation=None)
+        ),
+        'lacks 1 layers',
+    ),
     'endless channels': (weight_of(num_channels=10**12), 'channels'),
     'other channels': (weight_of(num_channels=2**19), 'output channels'),
     'endless neighbours': (weight_of(neighbours=dict(channels=10**6, kernel=[1000])), 'weights a channel'),
@@ -229,6 +239,10 @@ STRUCTURES = {
     'a name of Python': (
         lambda state, trap: state['structure']['folds'].append(['__class__', '__init__']),
         'followed by',
+    ),
+    'a name that a terminal obeys': (
+        lambda state, trap: state['structure']['folds'].append(['\x1b[2J\n\x07', 'x']),
+        r'no layer \\x1b\[2J\\n\\x07 followed by x',
     ),
     'an endless tensor': (
         lambda state, trap: state['tensors']['index'].append(['x', 'float32', [10**6, 10**6], -1, 'float32']),

@@ -64,6 +64,10 @@ def check_annotations(content: Any, what: str, needed: Mapping[str, Iterable[str
                     raise PTQError(f'{named} has the `{field}` {entry[field]!r:.60}, which is no text.')
                 if field in _NUMBERS and not is_number(entry[field]):
                     raise PTQError(f'{named} has the `{field}` {_shown(entry[field])}, which is no finite number.')
+                if field == 'iscrowd' and entry[field] not in (0, 1):
+                    raise PTQError(f'{named} has the `iscrowd` {_shown(entry[field])}, which is neither 0 nor 1.')
+            if not _is_id(entry['id']):
+                raise PTQError(f'{named:.200} has an `id` that is no number and no text.')
             if entry['id'] in seen:
                 raise PTQError(f'{named} is there twice; give each entry an id of its own.')
             seen.add(entry['id'])
@@ -107,11 +111,20 @@ def complete(content: Any, what: str) -> None:
             image[side] = image[side] if is_number(image.get(side)) else 0
     boxes = [
         box
-        for box in content.get('annotations') or []
-        if {'image_id', 'category_id'} <= box.keys() and is_box(box.get('bbox'))
+        for box in _dicts(content.get('annotations'))
+        if _is_id(box.get('image_id')) and _is_id(box.get('category_id')) and is_box(box.get('bbox'))
     ]
     for place, box in enumerate(boxes):
         box['area'] = box['area'] if is_number(box.get('area')) else box['bbox'][2] * box['bbox'][3]
-        box.setdefault('id', f'box {place}')
+        box['id'] = box['id'] if _is_id(box.get('id')) else f'box {place}'
     content['annotations'] = list({box['id']: box for box in boxes}.values())
-    content['categories'] = [c for c in content.get('categories') or [] if {'id', 'name'} <= c.keys()]
+    content['categories'] = [c for c in _dicts(content.get('categories')) if _is_id(c.get('id')) and 'name' in c]
+
+
+def _dicts(value: Any) -> list[dict]:
+    """The dicts in a list, if it is one."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | float | str)

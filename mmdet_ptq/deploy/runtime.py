@@ -7,24 +7,24 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from mmengine.logging import MMLogger, print_log
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.memory import bounds, memory_limit
 from mmdet_ptq.deploy.network.parts import HEADS, has_regions, part_path
 from mmdet_ptq.deploy.network.program import Opening
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.requirements import require
-from mmdet_ptq.errors import PTQError, did_you_mean
-from mmdet_ptq.limits import MIB, bounded
+from mmdet_ptq.errors import PTQError, did_you_mean, one_line
+from mmdet_ptq.limits import MIB
 from mmdet_ptq.registry import RUNTIMES, runtime_names
 from mmdet_ptq.wrapping import Structure
 
@@ -66,6 +66,7 @@ class Runtime:
         packs: Whether it stores fewer than 8 bits a weight.
         compares: Whether :meth:`report_agreement` works.
         takes_parts: Whether a detector may be several networks, see :mod:`mmdet_ptq.deploy.network.parts`.
+        sized: Whether the size of each of its tensors was known, and checked, before it was opened.
         parts: The other networks of the detector, opened, by name.
         meta: What the model says about itself, see :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
     """
@@ -83,6 +84,7 @@ class Runtime:
     packs: bool = False
     compares: bool = False
     takes_parts: bool = False
+    sized: bool = False
     parts: Mapping[str, Runtime] = MappingProxyType({})
     meta: dict
 
@@ -211,6 +213,27 @@ class Runtime:
         """
         raise NotImplementedError
 
+    @contextmanager
+    def running(self, inputs: Sequence[np.ndarray]) -> Iterator[None]:
+        """A run of the network, bounded where the sizes of its tensors were not known beforehand.
+
+        Args:
+            inputs: What it reads.
+
+        Raises:
+            PTQError: It took more memory than its inputs explain, or the runtime failed.
+        """
+        shapes = [list(given.shape) for given in inputs]
+        try:
+            with nullcontext() if self.sized else bounds(f'running a model of {self.name}', memory_limit(shapes)):
+                yield
+        except PTQError:
+            raise
+        except Exception as error:  # runtimes raise classes of their own
+            raise PTQError(
+                f'{self.name} cannot run the model on what has the shapes {shapes}: {one_line(error)[:300]}.'
+            ) from error
+
     def coverage(self) -> IntegerCoverage:
         """Which convolutions of this network run in integers, by the runtime's own optimized graph."""
         raise NotImplementedError
@@ -254,7 +277,8 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
         raise PTQError(f'there is no model {str(path)!r}; check the path.')
     kind = runtime_of(path)
     size = model_bytes(path)
-    with _opening(f'opening {str(path)!r}', OPENING + 12 * size, OPENING_SECONDS + size / MIB):
+    # runtimes compute what is constant, however large
+    with bounds(f'opening {str(path)!r}', OPENING + 12 * size, OPENING_SECONDS + size / MIB):
         model = kind(path, threads)
         model.parts = {
             name: _opened_part(kind, part_path(path, name), digest, threads)
@@ -277,14 +301,6 @@ def _opened_part(kind: type[Runtime], path: Path, digest: str, threads: int | No
 def file_digest(path: Path) -> str:
     """Tells a file from all others."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _opening(what: str, memory: int, seconds: float) -> AbstractContextManager:
-    """What a model may take while it is opened: runtimes compute what is constant, however large.
-
-    On a GPU they reserve more addresses than there is memory, which says nothing.
-    """
-    return nullcontext() if torch.cuda.is_available() else bounded(what, memory, seconds)
 
 
 def runtime_of(path: str | os.PathLike) -> type[Runtime]:

@@ -27,9 +27,11 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
     if not cfg.get('load_from'):
         raise PTQError('no float checkpoint is named; give CHECKPOINT on the command line or set `load_from`.')
     cfg = copy.deepcopy(cfg)
-    for key in ('model', 'test_dataloader', 'train_dataloader', 'default_hooks', 'env_cfg'):
+    for key in ('model', 'test_dataloader', 'train_dataloader', 'default_hooks', 'env_cfg', 'randomness'):
         if not isinstance(cfg.get(key), dict | None):
             raise PTQError(f'`{key}` must be a dict, got {cfg[key]!r:.100}.')
+    if not isinstance(cfg.get('custom_hooks'), list | tuple | None):
+        raise PTQError(f'`custom_hooks` must be a list of hooks, got {cfg["custom_hooks"]!r:.100}.')
     replace_sync_bn(cfg['model'])
     dropped = [
         hook['type'] if isinstance(hook, dict) else type(hook).__name__ for hook in cfg.get('custom_hooks') or []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmdet.evaluation.evaluator import MultiDatasetsEvaluator
 from mmdet.evaluation.metrics import CocoMetric
@@ -22,7 +24,7 @@ from mmengine.runner import Runner, TestLoop
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from mmdet_ptq.calibration.annotations import TO_EVALUATE, check_annotation_file
 from mmdet_ptq.calibration.images import (
@@ -111,6 +113,11 @@ def build_evaluation(cfg: Config, build: Callable[[], TestLoop]) -> TestLoop:
         PTQError: A part of the config cannot be built, or a file is missing or damaged.
     """
     sources = loader_sources(cfg, 'test_dataloader')
+    for key in ('sampler', 'batch_sampler'):
+        value = cfg['test_dataloader'].get(key)
+        # mmengine takes anything for a sampler, and a text for one that gives letters
+        if not isinstance(value, dict | Sampler | None):
+            raise PTQError(f'`test_dataloader.{key}` must be a dict with a `type`, got {value!r:.100}.')
     for source in sources:
         check_classes(source, 'test_dataloader.dataset')
         check_pipeline(source, 'test_dataloader.dataset')
@@ -138,7 +145,10 @@ def _metrics(evaluator: Any) -> list[dict]:
 
 def _test_loop_cfg(cfg: Config) -> dict:
     """The config's test loop, in single precision: integers beyond 2048 are not exact in half of it."""
-    loop = dict(cfg.get('test_cfg') or dict(type='TestLoop'))
+    loop = cfg.get('test_cfg') or dict(type='TestLoop')
+    if not isinstance(loop, dict):
+        raise PTQError(f"`test_cfg` must be a dict, as dict(type='TestLoop'), got {loop!r:.100}.")
+    loop = dict(loop)
     if loop.pop('fp16', False):
         print_log('`test_cfg.fp16` is left out: float and quantized detectors are evaluated in float32.', 'current')
     return loop
@@ -235,6 +245,12 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
             level=logging.WARNING,
         )
     metrics = loop.evaluator.metrics
+    # MultiDatasetsEvaluator gives each metric the images of its own part
+    parts = dataset.datasets if isinstance(loop.evaluator, MultiDatasetsEvaluator) else [dataset] * len(metrics)
+    for metric, part in zip(metrics, parts, strict=False):
+        annotations = getattr(metric, '_coco_api', None)
+        if annotations is not None:
+            _check_annotations(annotations, part)
     _rehearse(loop, detector)
     if _only_writes_files(loop):
         print_log(
@@ -242,12 +258,6 @@ def check_evaluation(loop: TestLoop, detector: nn.Module) -> None:
             'current',
             level=logging.WARNING,
         )
-    # MultiDatasetsEvaluator gives each metric the images of its own part
-    parts = dataset.datasets if isinstance(loop.evaluator, MultiDatasetsEvaluator) else [dataset] * len(metrics)
-    for metric, part in zip(metrics, parts, strict=False):
-        annotations = getattr(metric, '_coco_api', None)
-        if annotations is not None:
-            _check_annotations(annotations, part)
 
 
 def _read(dataset: Dataset, index: int) -> Any:
@@ -285,6 +295,9 @@ def _rehearse(loop: TestLoop, detector: nn.Module) -> None:
         detector.eval()
         found = detector.test_step(copy.deepcopy(batch))
         evaluator.process(data_samples=found, data_batch=batch)
+        for metric in evaluator.metrics:
+            if type(metric) is CocoMetric:  # others may need all images
+                _rehearse_figures(metric)
     except PTQError:
         raise
     except Exception as error:  # of the detector's, or the metric's, own code
@@ -300,6 +313,18 @@ def _rehearse(loop: TestLoop, detector: nn.Module) -> None:
             raise PTQError(
                 "`test_evaluator.metric` asks for 'segm', and the detector predicts boxes, no masks; leave it out."
             )
+
+
+def _rehearse_figures(metric: CocoMetric) -> None:
+    """Computes the figures of the image that a metric has seen, which tells only then what it was asked for in vain."""
+    metric, (truth, found) = copy.copy(metric), metric.results[0]
+    if metric.format_only or 'segm' in metric.metrics:
+        return
+    # a box, so that there is something to count
+    found = {**found, 'bboxes': np.float32([[0, 0, 8, 8]]), 'scores': np.float32([0.5]), 'labels': np.array([0])}
+    metric.img_ids, metric.outfile_prefix = [found['img_id']], None
+    with redirect_stdout(io.StringIO()):
+        metric.compute_metrics([(truth, found)])
 
 
 def _only_writes_files(loop: TestLoop) -> bool:

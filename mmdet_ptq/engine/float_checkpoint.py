@@ -45,6 +45,12 @@ def load_float_checkpoint(detector: nn.Module, path: str) -> None:
             f'the `state_dict` of {Path(path).name} has the key {strange!r:.60}, a {type(strange).__name__}, where '
             'names of weights should be; give a checkpoint written by mmdet.'
         )
+    twice = next((key for key in state if key.startswith('module.') and key.removeprefix('module.') in state), None)
+    if twice is not None:
+        raise PTQError(
+            f'the `state_dict` of {Path(path).name} has the weight {twice:.100} and, without `module.`, another one; '
+            'give a checkpoint written by mmdet.'
+        )
     tensors = OrderedDict(
         (key.removeprefix('module.'), value) for key, value in state.items() if isinstance(value, Tensor)
     )
@@ -103,10 +109,17 @@ def _check_kinds(state: dict[str, Tensor], detector: nn.Module, path: str) -> No
 
 def _check_finite(state: dict[str, Tensor], path: str) -> None:
     for key, value in state.items():
+        if value.is_floating_point() and value.element_size() == 1:
+            value = value.float()  # torch compares no numbers of 8 bits
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PTQError(
                 f'the weight {key} of {Path(path).name} holds NaN or infinity; the checkpoint is '
                 'damaged, train or load it again.'
+            )
+        if key.endswith('running_var') and (value < 0).any():
+            raise PTQError(
+                f'the weight {key} of {Path(path).name} holds a variance below zero; the checkpoint is damaged, train '
+                'or load it again.'
             )
 
 

@@ -216,7 +216,8 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     fold_norms(detector, [tuple(pair) for pair in structure.folds])
     disable_checkpointing(detector)
     modules = dict(detector.named_modules())
-    missing = [layer.name for layer in structure.layers if layer.name not in modules]
+    named = [layer.name for layer in structure.layers] + [site['module'] for site in structure.sites]
+    missing = [name for name in (*named, *structure.module_calls) if name not in modules]
     if missing:
         raise PTQError(
             f'the detector lacks {len(missing)} layers of the quantized checkpoint, first {missing[0]}; '

@@ -43,6 +43,8 @@ def _with(part, **fields):
             lambda content: content['images'][1].update(file_name=None, coco_url='http://x/1.jpg'),
             "'LVISV1Dataset' reads",
         ),
+        (_with('annotations', iscrowd='no'), "with the id 8 has the `iscrowd` 'no', which is neither 0 nor 1"),
+        (_with('images', id=[2]), r'`images` with the id \[2\] has an `id` that is no number and no text'),
         (_with('annotations', id=7), '`annotations` with the id 7 is there twice'),
         (_with('images', id=1), '`images` with the id 1 is there twice'),
         (_with('annotations', bbox=[0, math.nan, 1, 1]), r'id 8 has the `bbox` \[0, nan, 1, 1\], which is not four'),
@@ -84,6 +86,9 @@ DAMAGE = {
     'an area that is no number': _with('annotations', area='16'),
     'a size that is no number': _with('images', width='64'),
     'no size': lambda content: [image.pop('width') for image in content['images']],
+    'an id that is none': _with('annotations', id=[1], image_id=[1], category_id={}),
+    'categories that are text': lambda content: content.update(categories='red'),
+    'annotations that are numbers': lambda content: content.update(annotations=[1, 2]),
     'no categories': lambda content: content.pop('categories'),
     'no annotations': lambda content: content.pop('annotations'),
 }

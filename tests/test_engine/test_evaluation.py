@@ -219,6 +219,21 @@ MISTAKES = {
         {'test_dataloader.dataset.pipeline': [dict(type='LoadImageFromFile'), True]},
         '`test_dataloader.dataset.pipeline[1]` must be a dict with a `type`, got True',
     ),
+    'sampler': (
+        {'test_dataloader.sampler': 'DefaultSampler'},
+        '`test_dataloader.sampler` must be a dict with a `type`',
+    ),
+    'loop': ({'test_cfg': 'TestLoop'}, "`test_cfg` must be a dict, as dict(type='TestLoop'), got 'TestLoop'"),
+    'seeds': ({'randomness': '3'}, "`randomness` must be a dict, got '3'"),
+    'custom hooks': ({'custom_hooks': 5}, '`custom_hooks` must be a list of hooks, got 5'),
+    # told only by the figures, which come after all images
+    'items': ({'test_evaluator.metric_items': ['mAPP']}, 'metric item "mAPP" is not supported'),
+    'thresholds': ({'test_evaluator.iou_thrs': 'x'}, 'fails in the detector or in `test_evaluator`'),
+    'numbers': ({'test_evaluator.proposal_nums': 'x'}, 'fails in the detector or in `test_evaluator`: TypeError'),
+    'no type': (
+        {'visualizer.vis_backends': [dict(save_dir='x')], 'visualizer.name': 'another'},
+        "a part of the config, the one with the keys 'save_dir', has no `type`; add it.",
+    ),
     'hooks': ({'default_hooks': True}, '`default_hooks` must be a dict, got True'),
     'backbone': ({'model.backbone.type': 'ResNett'}, "`model.backbone.type` is 'ResNett', which is unknown."),
 }

@@ -96,7 +96,12 @@ STRANGE = {
     'meta': (lambda state: state.update({KEY: state[KEY].to('meta')}), 'is on the meta device'),
     'not a number': (lambda state: state[KEY].fill_(float('nan')), 'holds NaN or infinity'),
     'infinite': (lambda state: state[KEY].fill_(float('inf')), 'holds NaN or infinity'),
+    'a negative variance': (lambda state: state['backbone.bn1.running_var'].fill_(-1), 'a variance below zero'),
     'endless': (lambda state: state.update({KEY: torch.zeros(1).expand(2**40)}), 'claims more numbers'),
+    'two of a name': (
+        lambda state: state.update({f'module.{KEY}': state[KEY] + 1}),
+        f'has the weight module.{KEY} and',
+    ),
     'a number for a name': (lambda state: state.update({7: torch.ones(1)}), 'has the key 7, a int, where names'),
     'a pair for a name': (lambda state: state.update({('a', 1): torch.ones(1)}), r"has the key \('a', 1\), a tuple"),
 }
@@ -108,3 +113,18 @@ def test_what_cannot_be_weights_is_told_in_a_sentence(change, told, tmp_path):
     with pytest.raises(PTQError, match=told) as error:
         load_float_checkpoint(fcos('FCOSHead', 2), str(tmp_path / 'float.pth'))
     assert '\n' not in str(error.value)
+
+
+def test_numbers_of_8_bits_are_read(tmp_path):
+    state = {
+        key: value.to(torch.float8_e5m2) if value.is_floating_point() else value
+        for key, value in fcos('FCOSHead', 1).state_dict().items()
+    }
+    torch.save(dict(state_dict=state), tmp_path / 'float.pth')
+    detector = fcos('FCOSHead', 2)
+    load_float_checkpoint(detector, str(tmp_path / 'float.pth'))
+    assert torch.equal(detector.state_dict()[KEY], state[KEY].float())
+    state[KEY].view(torch.uint8).fill_(0x7F)
+    torch.save(dict(state_dict=state), tmp_path / 'float.pth')
+    with pytest.raises(PTQError, match=f'{KEY} of float.pth holds NaN'):
+        load_float_checkpoint(detector, str(tmp_path / 'float.pth'))

@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from mmengine.config import Config
 from mmengine.runner import runner as mmengine_runner
+from torch.nn.modules.module import register_module_forward_hook
 
 from mmdet_ptq import files
 from mmdet_ptq.engine import PTQRunner
@@ -30,21 +31,36 @@ RECIPE = dict(
 FORK = multiprocessing.get_context('fork')
 
 
-def run(config: Path, work_dir: Path, fatal_write: int | None, writes=None) -> None:
-    """A run; counts its writes, and kills itself in the middle of one of them."""
+class Counts:
+    """How often a run wrote, and how often it called a module: what a random place in it is told by."""
 
-    def count() -> bool:
-        with writes.get_lock():
-            writes.value += 1
-            return writes.value == fatal_write
+    def __init__(self) -> None:
+        self.writes, self.calls = FORK.Value('i', 0), FORK.Value('i', 0)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(config: Path, work_dir: Path, counts: Counts, fatal_write: int, fatal_call: int, delay: float) -> None:
+    """A run; counts, and kills itself in the middle of a write, or some time after it called a module."""
+
+    def is_fatal_write() -> bool:
+        counts.writes.value += 1
+        return counts.writes.value == fatal_write
+
+    def called(*_) -> None:
+        counts.calls.value += 1
+        if counts.calls.value == fatal_call:
+            Timer(delay, killed).start()
 
     def torn(file, content: bytes) -> None:
         file.write(content[: len(content) // 2])
         file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+        killed()
 
     def write_atomic(path, write) -> None:
-        if not count():
+        if not is_fatal_write():
             return whole(path, write)
         buffer = io.BytesIO()
         write(buffer)
@@ -52,55 +68,52 @@ def run(config: Path, work_dir: Path, fatal_write: int | None, writes=None) -> N
 
     def save_checkpoint(checkpoint, filename, *args, **kwargs) -> None:
         save(checkpoint, filename, *args, **kwargs)
-        if count():
+        if is_fatal_write():
             content = Path(filename).read_bytes()
             with Path(filename).open('wb') as file:
                 torn(file, content)
 
     os.environ['OMP_NUM_THREADS'] = '1'
-    if writes is not None:
-        whole, files.write_atomic = files.write_atomic, write_atomic
-        save, mmengine_runner.save_checkpoint = mmengine_runner.save_checkpoint, save_checkpoint
+    whole, files.write_atomic = files.write_atomic, write_atomic
+    save, mmengine_runner.save_checkpoint = mmengine_runner.save_checkpoint, save_checkpoint
+    register_module_forward_hook(called)
     cfg = Config.fromfile(config)
     cfg.work_dir, cfg.resume = str(work_dir), work_dir.exists()
     PTQRunner.from_cfg(cfg).run()
 
 
-def forked(*arguments):
-    process = FORK.Process(target=run, args=arguments)
+def ended(config: Path, work_dir: Path, fatal_write: int = 0, fatal_call: int = 0, delay: float = 0) -> tuple:
+    """How a run in a process of its own ended, and its counts."""
+    counts = Counts()
+    process = FORK.Process(target=run, args=(config, work_dir, counts, fatal_write, fatal_call, delay))
     process.start()
-    return process
+    process.join()
+    return process.exitcode, counts
 
 
 @pytest.fixture(scope='module')
-def whole_run(tmp_path_factory) -> tuple[Path, Path, int, float]:
-    """The config, the work directory of a run that nobody killed, how often it wrote, and how long it took."""
+def whole_run(tmp_path_factory) -> tuple[Path, Path, Counts]:
+    """The config, the work directory of a run that nobody killed, and its counts."""
     folder = tmp_path_factory.mktemp('kills')
     cfg = tiny_config('retinanet', folder)
     cfg.ptq = RECIPE
     cfg.dump(folder / 'tiny.py')
-    writes, start = FORK.Value('i', 0), time.monotonic()
-    process = forked(folder / 'tiny.py', folder / 'whole', None, writes)
-    process.join()
-    assert process.exitcode == 0 and writes.value > 10
-    return folder / 'tiny.py', folder / 'whole', writes.value, time.monotonic() - start
+    code, counts = ended(folder / 'tiny.py', folder / 'whole')
+    assert code == 0 and counts.writes.value > 10 and counts.calls.value > 1000
+    return folder / 'tiny.py', folder / 'whole', counts
 
 
 @pytest.mark.parametrize('seed', range(KILLS))
 def test_a_killed_run_resumes_to_the_same_bytes(seed, whole_run, tmp_path):
-    config, expected, writes, seconds = whole_run
+    config, expected, counts = whole_run
     draw, work_dir = random.Random(seed), tmp_path / 'work_dir'
     if seed % 2:
-        process = forked(config, work_dir, draw.randint(1, writes), FORK.Value('i', 0))
+        place = dict(fatal_write=draw.randint(1, counts.writes.value))
     else:
-        process = forked(config, work_dir, None)
-        time.sleep(draw.uniform(0.1, 0.9) * seconds)
-        process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    again = forked(config, work_dir, None)
-    again.join()
-    assert again.exitcode == 0
+        # counted, not timed: a busy machine is slower, and at another time idle
+        place = dict(fatal_call=draw.randint(1, int(0.95 * counts.calls.value)), delay=draw.uniform(0, 0.1))
+    assert ended(config, work_dir, **place)[0] == -signal.SIGKILL
+    assert ended(config, work_dir)[0] == 0
     for name in ('quantized.pth', 'results.json'):
         assert (work_dir / name).is_file()
     assert (work_dir / 'quantized.pth').read_bytes() == (expected / 'quantized.pth').read_bytes()

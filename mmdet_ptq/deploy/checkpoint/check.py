@@ -173,3 +173,5 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise Malformed(f'{name} holds NaN or infinity')
     elif _SCALE.search(name) and not (tensor > 0).all():
         raise Malformed(f'{name} holds a scale that is not positive')
+    elif name.endswith('running_var') and (tensor < 0).any():
+        raise Malformed(f'{name} holds a variance below zero')

@@ -140,7 +140,9 @@ def read_quantized(path: str | os.PathLike) -> dict:
             state = unpack_state(state)
         check_state(state)
     except (Malformed, PTQError) as error:
-        raise PTQError(f'{damaged}: {error}.') from error
+        # the sentence about the structure says again what to do
+        cause = error.__cause__ if isinstance(error.__cause__, Malformed) else error
+        raise PTQError(f'{damaged}: {cause}.') from error
     except (ValueError, zlib.error) as error:
         raise PTQError(f'{damaged}: its text cannot be read.') from error
     return state

@@ -20,6 +20,8 @@ from mmdet_ptq.limits import MIB
 # of a .param: a line a layer
 MOST_TEXT = 64 * MIB
 NCNN = ('ncnn>=1.0.20250503',)
+# what its layers return when they get no memory
+_NO_MEMORY = -100
 
 
 class NcnnNetwork:
@@ -84,6 +86,11 @@ class NcnnNetwork:
         results = []
         for name in self._outputs if blobs is None else blobs:
             status, output = extractor.extract(name)
+            if status == _NO_MEMORY:
+                raise PTQError(
+                    f'ncnn has not enough memory for an image of shape {image.shape}; export the network again, its '
+                    'file may have been made to take more.'
+                )
             if status:
                 raise PTQError(
                     f'ncnn fails on an image of shape {image.shape} (status {status}); give images of the '

@@ -70,7 +70,9 @@ class NcnnRuntime(Runtime):
         return export_ncnn(detector, input_shape, folder)
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
-        results = [self._network.run(np.ascontiguousarray(one, np.float32)) for one in image]
+        with self.running(image):
+            results = [self._network.run(np.ascontiguousarray(one, np.float32)) for one in image]
+        self.sized = True  # no size depends on what is in an image, and all have one shape
         return [np.stack(parts) for parts in zip(*results, strict=True)]
 
     def coverage(self) -> IntegerCoverage:

@@ -55,6 +55,8 @@ _FILE_KEYS, _FILE_BACKENDS = ('backend_args', 'file_client_args'), ('disk', 'loc
 _MOST_PIXELS, _MOST_PADDED = 2**28, 2**12
 _SIZES = ('scale', 'scales', 'img_scale', 'img_scales', 'size', 'crop_size', 'image_size')
 _DIVISORS = ('size_divisor', 'pad_size_divisor')
+# no step makes an image this many times larger
+_FACTORS, _MOST_LARGER = ('scale_factor', 'ratio_range', 'ratios'), 64
 
 
 @dataclass
@@ -140,7 +142,7 @@ def stored_config(stored: Mapping[str, Any], path: str) -> Config:
 def _needed_modules(stored: Mapping[str, Any]) -> list[str]:
     imports = stored.get('custom_imports') or {}
     imports = imports.get('imports') if isinstance(imports, Mapping) else imports
-    names = [imports] if isinstance(imports, str) else list(imports or ())
+    names = imports if isinstance(imports, list | tuple) else [imports] if imports else []
     return [
         str(name)
         for name in names
@@ -153,7 +155,8 @@ def _test_pipeline(value: Any) -> Any:
     while isinstance(value, Mapping):
         if 'pipeline' in value:
             return value['pipeline']
-        value = value.get('dataset') or (value.get('datasets') or (None,))[0]
+        parts = value.get('datasets')
+        value = value.get('dataset') or (parts[0] if parts and isinstance(parts, list | tuple) else None)
     return None
 
 
@@ -201,8 +204,17 @@ def _check_value(key: str, value: Any, where: str, path: str) -> None:
         wrong = 'larger than any image'
     elif key in _DIVISORS and isinstance(value, int | float) and value > _MOST_PADDED:
         wrong = 'larger than any image'
+    elif key in _FACTORS and _largest(value) > _MOST_LARGER:
+        wrong = 'which makes images larger than any'
     if wrong:
         raise PTQError(f'the config inside {path!r} has {where} = {value!r:.100}, {wrong}; {WAY_OUT}.')
+
+
+def _largest(value: Any) -> float:
+    """The largest number among nested lists of them."""
+    if isinstance(value, list | tuple):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int | float) else 0
 
 
 def _pixels(value: Any) -> float:

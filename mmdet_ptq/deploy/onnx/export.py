@@ -38,9 +38,6 @@ from mmdet_ptq.wrapping import is_quantized, quantization_mode
 from mmdet_ptq.wrapping.state import only_read_tensors
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     import onnx_ir as ir
 
 FORMAT = 'mmdet_ptq.onnx'

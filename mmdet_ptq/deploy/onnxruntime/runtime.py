@@ -19,6 +19,7 @@ from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
 from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
+from mmdet_ptq.deploy.onnxruntime.memory import check_onnx_memory
 from mmdet_ptq.deploy.requirements import ONNX
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, worst_case
 from mmdet_ptq.errors import PTQError
@@ -50,6 +51,7 @@ class OnnxRuntime(Runtime):
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
         self.meta = model_meta(path)
+        self.sized = check_onnx_memory(path, self.meta)
         self.path, self.threads = os.fspath(path), threads
         self.session = self._session()
 
@@ -166,7 +168,8 @@ class OnnxRuntime(Runtime):
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         names = [given.name for given in self.session.get_inputs()]
-        return self.session.run(None, dict(zip(names, with_size(inputs, len(names)), strict=True)))
+        with self.running(inputs):
+            return self.session.run(None, dict(zip(names, with_size(inputs, len(names)), strict=True)))
 
     def coverage(self) -> IntegerCoverage:
         import onnx

@@ -25,6 +25,7 @@ from mmdet_ptq.deploy.onnx.nodes import check_activation_formats
 from mmdet_ptq.deploy.openvino.compact import compact, strip_layout
 from mmdet_ptq.deploy.openvino.deformable import deformable_extension
 from mmdet_ptq.deploy.openvino.layer_inputs import openvino_choices, openvino_inputs
+from mmdet_ptq.deploy.openvino.memory import check_openvino_memory
 from mmdet_ptq.deploy.openvino.model import FLOAT32, META, shared_core
 from mmdet_ptq.deploy.requirements import ONNX
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, file_digest, remove_parts, worst_case
@@ -72,6 +73,7 @@ class OpenVino(Runtime):
             raise PTQError(f'{path!r} was not exported by mmdet-ptq; make one with tools/export.py.')
         meta = model.get_rt_info([META]).astype(str)
         self.meta = checked_meta(meta, path, Path(path).with_suffix(self.weights))
+        self.sized = check_openvino_memory(path, model, self.meta)
         options = {**FLOAT32, 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
@@ -163,7 +165,8 @@ class OpenVino(Runtime):
         taken = len(self.compiled.inputs)
         if taken == 1:  # a size that the head does not read is no input
             inputs = inputs[:1]
-        found = self.compiled(with_size(inputs, taken))
+        with self.running(inputs):
+            found = self.compiled(with_size(inputs, taken))
         return [found[index] for index in range(len(self.compiled.outputs))]
 
     def coverage(self) -> IntegerCoverage:

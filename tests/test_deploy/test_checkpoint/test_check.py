@@ -118,6 +118,10 @@ def scale(state, value, name='backbone.conv1.parametrizations.weight.0.quantizer
     state['tensors'] = flatten_tensors(tensors)
 
 
+def renamed(state, old, new):
+    next(entry for entry in state['tensors']['index'] if entry[0] == old)[0] = new
+
+
 QUANTIZER = 'ptq.activations.backbone/conv1'
 DAMAGES = {
     'bits': (lambda state: layer(state, bits=4), 'bytes of codes'),
@@ -143,6 +147,7 @@ DAMAGES = {
     "an activation's scale": (lambda state: scale(state, -1.0, f'{QUANTIZER}.scale'), 'not positive'),
     'a zero point': (lambda state: scale(state, 300, f'{QUANTIZER}.zero_point'), 'zero point'),
     'a bias': (lambda state: scale(state, float('inf'), 'backbone.conv1.bias'), 'NaN or infinity'),
+    'a variance': (lambda state: renamed(state, 'backbone.conv1.bias', 'backbone.bn1.running_var'), 'below zero'),
     'the size of images': (lambda state: state.update(input_shape=[64, 64]), 'no size of an image'),
     'an offset': (lambda state: state['codes']['index'][0].__setitem__(3, 10**9), 'not within the numbers'),
     'an index entry': (lambda state: state['codes']['index'][0].pop(0), 'dtype must be text'),

@@ -62,6 +62,8 @@ def test_a_runtime_computes_what_was_simulated(exported, detector):
     model = open_model(path, threads=1)
     coverage = model.whole_coverage()
     assert len(coverage.integer) > len(coverage.float)
+    # shapes alone tell what it takes
+    assert model.sized
     image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
     with torch.no_grad(), GIVEN[runtime](detector):
         simulated = [out.numpy() for out in RawOutputs(detector, FIRST)(image)]
