@@ -87,8 +87,9 @@ def test_mmdet_finds_the_same_boxes_around_a_runtime(exported, detector):
         ours, theirs = ours.pred_instances, theirs.pred_instances
         assert len(ours) == len(theirs) > 0
         same = ((theirs.bboxes - ours.bboxes).abs().amax(1) <= 1e-2) & (ours.labels == theirs.labels)
-        # OpenVINO's float operations round otherwise on each kind of processor
-        assert same.float().mean() >= (1 if runtime == 'onnxruntime' else 0.75)
+        # without AVX512 OpenVINO's float operations round otherwise: a few of twenty boxes move
+        chaotic = runtime == 'openvino' and torch.backends.cpu.get_cpu_capability() != 'AVX512'
+        assert (~same).sum() <= (5 if chaotic else 0)
 
 
 def test_no_region_is_no_box(exported):

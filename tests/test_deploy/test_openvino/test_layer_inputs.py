@@ -107,8 +107,9 @@ def test_a_call_that_repeats_another_is_computed_once(tmp_path, monkeypatch):
     assert [f'{first}{call}' in inputs for call in ('', '#1', '#2', '#3')] == [True, False, True, False]
     found = compare(detector, path, follow=True, within=only_read_tensors)
     assert {entry.name for entry in found} == calls(structure)
-    # one code of 512 on a boundary may fall to the other side
-    assert min(entry.identical for entry in found) > 0.99 and max(entry.largest for entry in found) <= 1
+    # without AVX512 one code of 512 on a boundary falls to the other side
+    least = 0.999 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 0.998
+    assert min(entry.identical for entry in found) > least and max(entry.largest for entry in found) <= 1
 
 
 def test_quantizers_that_openvino_leaves_out_are_seen(exported):
