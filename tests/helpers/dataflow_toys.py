@@ -44,7 +44,7 @@ class Toy(nn.Module):
         self.between = between
         for name, layer in layers.items():
             setattr(self, name, layer)
-        self.bbox_head = nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyConv2d(2, 1))
+        self.bbox_head = nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyConv2d(2, 3, padding=1))
         self.data_preprocessor = lambda batch, training: batch
         self(torch.zeros(1, 3, 8, 8))
 

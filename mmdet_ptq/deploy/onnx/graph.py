@@ -90,13 +90,16 @@ def add_behind(value: ir.Value, op_type: str, inputs: Sequence[ir.Value | None],
     return node
 
 
-def take_place(old: ir.Node, op_type: str, inputs: Sequence[ir.Value]) -> None:
-    """Puts a node in the place of another one, under its name."""
+def take_place(
+    old: ir.Node, op_type: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any] | None = None
+) -> ir.Node:
+    """Puts a node in the place of another one, under its name, and returns it."""
     before = old.outputs[0]
-    name, out = before.name, add_node(old, op_type, inputs, old.name, like=before)
+    name, out = before.name, add_node(old, op_type, inputs, old.name, attributes, like=before)
     before.replace_all_uses_with(out, replace_graph_outputs=True)
     old.graph.remove(old, safe=True)
     out.name = name
+    return out.producer()
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:

@@ -12,10 +12,13 @@ from mmdet_ptq.deploy.onnx.graph import (
     add_node,
     axis_of,
     constant,
+    layers,
     only_consumer,
     produced_by,
     take_place,
 )
+
+_CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def average_images(graph: ir.Graph) -> int:
@@ -105,6 +108,89 @@ def norms_by_channel(graph: ir.Graph) -> int:
         take_place(node, 'Add', [scaled, by_channel(graph, node, f'{node.name}_shift', shift, x.shape)])
         changed += 1
     return changed
+
+
+def products_by_pixel(graph: ir.Graph) -> int:
+    """Writes pointwise convolutions that end in float as matrix products: a convolution's kernel writes codes only.
+
+    Args:
+        graph: Changed in place, its biases rounded already.
+
+    Returns:
+        How many convolutions were changed.
+    """
+    weights: dict[ir.Value, ir.Value] = {}
+    changed = 0
+    for layer in layers(graph):
+        node = layer.node
+        if node.op_type != 'Conv' or not layer.integer or not _is_pointwise(node) or _is_quantized(node.outputs[0]):
+            continue
+        codes, scale = constant(layer.weight.inputs[0]), constant(layer.source.inputs[1])
+        bias = _number(layer.bias)
+        if codes is None or codes.dtype != np.int8 or scale.ndim or (layer.bias is not None and bias is None):
+            continue
+        name, weight = node.name, layer.weight.outputs[0]
+        if weight not in weights:
+            weights[weight] = _as_matrix(graph, layer.weight, codes)
+        # the codes are moved, so that nothing stands between their DequantizeLinear and the product
+        moved = add_node(
+            node,
+            'Transpose',
+            layer.source.inputs[:1],
+            f'{name}_codes_last',
+            dict(perm=_CHANNELS_LAST),
+            dtype=layer.source.inputs[0].dtype,
+        )
+        pixels = add_node(node, 'DequantizeLinear', [moved, *layer.source.inputs[1:]], f'{name}_channels_last')
+        out = add_node(node, 'MatMul', [pixels, weights[weight]], f'{name}_product')
+        product = out.producer()
+        if bias is not None:
+            # a flat one would make a Gemm of it, in float
+            wide = add_constant(graph, f'{name}.bias_wide', bias.reshape(1, 1, 1, -1))
+            out = add_node(node, 'Add', [out, wide], f'{name}_with_bias')
+        take_place(node, 'Transpose', [out], dict(perm=_CHANNELS_FIRST)).name = f'{name}_channels_first'
+        product.name = name
+        changed += 1
+    return changed
+
+
+def _is_pointwise(node: ir.Node) -> bool:
+    """Whether a convolution of an image computes every pixel from that pixel alone, all channels at once."""
+    shape = node.inputs[1].shape
+    numbers = {name: list(value.as_ints()) for name, value in node.attributes.items() if name in ('strides', 'pads')}
+    groups = node.attributes['group'].as_int() if 'group' in node.attributes else 1
+    return (
+        shape is not None
+        and list(shape)[2:] == [1, 1]
+        and groups == 1
+        and all(step == 1 for step in numbers.get('strides', []))
+        and not any(numbers.get('pads', []))
+    )
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether anything that reads a value quantizes it, be it behind a ReLU."""
+    return any(
+        reader.op_type == 'QuantizeLinear' or reader.op_type in ('Relu', 'Clip') and _is_quantized(reader.outputs[0])
+        for reader in value.consumers()
+    )
+
+
+def _number(bias: ir.Value | None) -> np.ndarray | None:
+    """What a bias stands for, be it dequantized."""
+    dequantize = produced_by(bias, 'DequantizeLinear')
+    if dequantize is None:
+        return constant(bias)
+    codes, scale = (constant(value) for value in dequantize.inputs[:2])
+    return codes.astype(np.float32) * scale
+
+
+def _as_matrix(graph: ir.Graph, weight: ir.Node, codes: np.ndarray) -> ir.Value:
+    """A pointwise convolution's weight as the right side of a product, (in, out)."""
+    name = f'{weight.outputs[0].name}_matrix'
+    stored = add_constant(graph, f'{name}_codes', np.ascontiguousarray(codes[:, :, 0, 0].T))
+    axes = dict(axis=1) if constant(weight.inputs[1]).ndim else {}
+    return add_node(graph[0], 'DequantizeLinear', [stored, *weight.inputs[1:]], name, axes)
 
 
 def _comes_from_integers(value: ir.Value) -> bool:

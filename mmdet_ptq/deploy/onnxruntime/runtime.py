@@ -119,7 +119,12 @@ class OnnxRuntime(Runtime):
         from mmdet_ptq.deploy.onnx import passes
         from mmdet_ptq.deploy.onnx.channel_scales import absorb_channel_scales
         from mmdet_ptq.deploy.onnx.packing import narrow_biases, pack_weights
-        from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images, norms_by_channel
+        from mmdet_ptq.deploy.onnxruntime.integer_forms import (
+            add_to_clip,
+            average_images,
+            norms_by_channel,
+            products_by_pixel,
+        )
 
         return Dialect(
             clip_codes=True,
@@ -137,6 +142,7 @@ class OnnxRuntime(Runtime):
                 norms_by_channel,
                 passes.keep_float,
                 partial(passes.integer_biases, stored=True),
+                products_by_pixel,
                 passes.weight_zero_points,
             ),
             packings=(pack_weights, narrow_biases),

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet_ptq.wrapping.structure import Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS
-from mmdet_ptq.wrapping.watching.layers import is_depthwise
+from mmdet_ptq.wrapping.watching.layers import is_depthwise, is_pointwise
 from mmdet_ptq.wrapping.watching.operations import (
     ARITHMETIC,
     GATED,
@@ -30,14 +30,18 @@ class DataflowGraph:
         recorder: The pass.
         structure: The detector's structure with quantized weights and inputs.
         outputs: Layers that write the heads' outputs.
+        modules: The detector's modules by name.
     """
 
-    def __init__(self, recorder: Recorder, structure: Structure, outputs: Container[str]) -> None:
+    def __init__(
+        self, recorder: Recorder, structure: Structure, outputs: Container[str], modules: dict[str, nn.Module]
+    ) -> None:
         self.operations = recorder.operations
         self.readers: dict[Key, list[Operation]] = defaultdict(list)
         self.producer: dict[Key, Operation] = {}
         self.layers = {layer.name: layer for layer in structure.layers}
         self.outputs = outputs
+        self.modules = modules
         for op in self.operations:
             for key in dict.fromkeys(op.inputs):
                 self.readers[key].append(op)
@@ -128,8 +132,13 @@ class DataflowGraph:
         return (op.kind == ARITHMETIC or op.joins) and self.made_of_integers(key) and self.becomes_integers(key)
 
     def writes_output(self, op: Operation) -> bool:
-        """Whether a quantized layer writes an output of the heads."""
-        return op.kind == LAYER and op.name in self.outputs and self.input_of(op) is not None
+        """Whether a quantized layer writes an output of the heads in few bits; products of matrices end in float."""
+        return (
+            op.kind == LAYER
+            and op.name in self.outputs
+            and self.input_of(op) is not None
+            and not is_pointwise(self.modules[op.name])
+        )
 
     def reads_values(self, key: Key) -> list[Operation]:
         """The operations through which a tensor leads to a quantized layer."""
@@ -178,16 +187,16 @@ class DataflowGraph:
         specs = {name: self.entries[name].spec for op in self.readers[key] if (name := self.input_of(op))}
         return {name for name, spec in specs.items() if spec.get('num_channels') is not None and spec['bits'] >= BITS}
 
-    def may_stay_float(self, modules: dict[str, nn.Module]) -> set[str]:
+    def may_stay_float(self) -> set[str]:
         """Inputs of depthwise convolutions whose tensor others read, too, and that one operation computes."""
         return {
             name
             for key in self.readers
             for name in self.depthwise_names(key)
-            if self.others_read(key, modules) and self._computes_alone(self.origin(key))
+            if self.others_read(key) and self._computes_alone(self.origin(key))
         }
 
-    def alone(self, modules: dict[str, nn.Module]) -> set[str]:
+    def alone(self) -> set[str]:
         """Inputs of depthwise convolutions that nobody else reads, and that no layer writes, perhaps through a ReLU.
 
         Layers take the scales over.
@@ -196,7 +205,7 @@ class DataflowGraph:
             name
             for key in self.readers
             for name in self.depthwise_names(key)
-            if not self.others_read(key, modules) and not self._is_of_layer(self.origin(key))
+            if not self.others_read(key) and not self._is_of_layer(self.origin(key))
         }
 
     def _is_of_layer(self, op: Operation | None) -> bool:
@@ -210,9 +219,9 @@ class DataflowGraph:
         makers = (self.producer.get(key) for key in op.inputs)
         return not any(maker is not None and self.between(maker) and self.fused(maker) for maker in makers)
 
-    def others_read(self, key: Key, modules: dict[str, nn.Module]) -> bool:
+    def others_read(self, key: Key) -> bool:
         """Whether anything but depthwise convolutions computes with a tensor."""
-        return any(op.kind != LAYER or not is_depthwise(modules[op.name]) for op in self.reads_values(key))
+        return any(op.kind != LAYER or not is_depthwise(self.modules[op.name]) for op in self.reads_values(key))
 
     def islands(self) -> list[dict]:
         """Operations between quantized layers that stay float."""

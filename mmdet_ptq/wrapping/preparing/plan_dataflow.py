@@ -34,12 +34,11 @@ class _Planner:
         graph: DataflowGraph,
         structure: Structure,
         cfg: PTQConfig,
-        modules: dict[str, nn.Module],
         calls: dict[str, int],
         outputs: frozenset[str],
         scales: Scales,
     ) -> None:
-        self.graph, self.structure, self.modules, self.calls = graph, structure, modules, calls
+        self.graph, self.structure, self.calls = graph, structure, calls
         self.outputs = outputs
         self.scales = scales
         self.left_float: list[Operation] = []  # where they compute, for readers with quantizers of their own
@@ -99,7 +98,7 @@ class _Planner:
         graph = self.graph
         for key in list(graph.readers):
             for name in graph.depthwise_names(key):
-                if not graph.others_read(key, self.modules) or graph.origin(key) is None:
+                if not graph.others_read(key) or graph.origin(key) is None:
                     continue
                 if name in self.scales.own:
                     self.left_float.append(graph.origin(key))
@@ -194,7 +193,7 @@ class _Planner:
             op.name in self.outputs or self._float_gate(op.outputs[0]) or self._only_normed(op.outputs[0])
         ):
             return {}
-        module = self.modules[op.name]
+        module = self.graph.modules[op.name]
         return channel_format(self.spec, out_channels(module), channel_axis(module))
 
     def _is_float_gate(self, op: Operation) -> bool:
@@ -241,23 +240,16 @@ def plan_dataflow(
         structure: Its structure with quantized weights and inputs, changed in place.
         cfg: The ``ptq`` block.
         run: Calls the detector on one image with ``mode='predict'``.
-        outputs: Layers that write the heads' outputs, quantized with a scale per channel.
+        outputs: Layers that write the heads' outputs: matrix products in float, others with a scale per channel.
         weigh: Runs it on more images and tells which values matter.
     """
     recorder, outputs = record_operations(detector, run), frozenset(outputs)
-    graph = DataflowGraph(recorder, structure, outputs)
+    graph = DataflowGraph(recorder, structure, outputs, dict(detector.named_modules()))
     calls = dict(recorder.frames.calls)
-    modules = dict(detector.named_modules())
     scales = choose_scales(
-        detector,
-        structure,
-        cfg.dataflow,
-        weigh,
-        graph.gated_layers(),
-        graph.may_stay_float(modules),
-        graph.alone(modules),
+        detector, structure, cfg.dataflow, weigh, graph.gated_layers(), graph.may_stay_float(), graph.alone()
     )
-    planner = _Planner(graph, structure, cfg, modules, calls, outputs, scales)
+    planner = _Planner(graph, structure, cfg, calls, outputs, scales)
     planner.plan()
     counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
     structure.module_calls = {module: calls[module] for module in sorted(counted)}

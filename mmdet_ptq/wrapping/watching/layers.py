@@ -45,6 +45,18 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a layer is a matrix product of all channels of each place, whose kernel may end in float."""
+    if isinstance(module, nn.Linear):
+        return True
+    plain = (
+        isinstance(module, nn.Conv2d)
+        and module.groups == 1
+        and not any(size != 1 for size in (*module.kernel_size, *module.stride))
+    )
+    return plain and module.padding in ((0, 0), 'valid')
+
+
 def out_channels(module: nn.Module) -> int:
     """Number of output channels of a convolution or linear layer."""
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels

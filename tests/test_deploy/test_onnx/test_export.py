@@ -88,6 +88,7 @@ def test_weights_are_stored_as_their_codes(exported):
         if value in constants:
             stored = numpy_helper.to_array(constants[value])
             assert stored.dtype == np.int8
+            stored = stored.T if node.op_type == 'MatMul' else stored
             np.testing.assert_array_equal(stored.reshape(len(weight.codes), -1), weight.integers().numpy())
         else:
             assert producers[value].op_type in ('Gather', 'Cast')

@@ -15,7 +15,7 @@ import onnx  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from mmdet_ptq.deploy.integers import kernels  # noqa: E402
-from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images, norms_by_channel  # noqa: E402
+from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images, norms_by_channel, products_by_pixel  # noqa: E402
 from mmdet_ptq.quantizers import AffineQuantizer  # noqa: E402
 
 X86 = platform.machine().lower() in ('x86_64', 'amd64')
@@ -153,3 +153,84 @@ def test_a_normalisation_behind_integers_is_a_product_and_a_sum(between, tmp_pat
     )
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
     assert ('BatchNormalization' in [node.op_type for node in model.graph]) == (between == 'Relu')
+
+
+def pointwise(source, bias=True, kernel=1, behind=None, outputs=6, **attributes):
+    """A quantized convolution of bytes that ends in float, with an int32 bias as export rounds it."""
+    rng = np.random.default_rng(0)
+    weight_scale = rng.uniform(0.001, 0.02, outputs).astype(np.float32)
+    step = weight_scale * source.scale.detach().numpy()
+    constants = dict(
+        s=source.scale.detach().numpy(),
+        z=np.uint8(source.zero_point),
+        w=rng.integers(-63, 64, (outputs, 4 // attributes.get('group', 1), kernel, kernel)).astype(np.int8),
+        ws=weight_scale,
+    )
+    nodes = [
+        helper.make_node('DequantizeLinear', ['codes', 's', 'z'], ['x']),
+        helper.make_node('DequantizeLinear', ['w', 'ws'], ['weight'], axis=0),
+    ]
+    if bias:
+        constants |= dict(b=rng.integers(-5000, 5000, outputs).astype(np.int32), bs=step)
+        nodes.append(helper.make_node('DequantizeLinear', ['b', 'bs'], ['bias'], axis=0))
+    inputs = ['x', 'weight', *(['bias'] if bias else [])]
+    last = 'found' if behind is None else 'y'
+    nodes.append(helper.make_node('Conv', inputs, [last], 'layer', kernel_shape=[kernel] * 2, **attributes))
+    nodes += behind or []
+    graph = helper.make_graph(
+        nodes,
+        'pointwise',
+        [helper.make_tensor_value_info('codes', TensorProto.UINT8, SHAPE)],
+        [helper.make_tensor_value_info('found', TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model)), constants
+
+
+def floats(model, codes, folder):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / 'optimized.onnx'), 3
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=['CPUExecutionProvider']
+    )
+    found = session.run(None, {'codes': codes.numpy().astype(np.uint8)})[0]
+    return found, {node.op_type: node.name for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_pointwise_convolution_that_ends_in_float_is_a_product_of_integers(tmp_path, bias):
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        source, codes = uniform(rng.uniform(0.01, 0.2), rng.integers(0, 256)), random_codes(seed)
+        model, numbers = pointwise(source, bias)
+        before, operations = floats(model, codes, tmp_path)
+        assert 'Conv' in operations  # in float
+        assert products_by_pixel(model.graph) == 1
+        after, operations = floats(model, codes, tmp_path)
+        assert operations['MatMulIntegerToFloat'] == 'layer' and 'Conv' not in operations
+        np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+        # exactly what is simulated: the sum of integers, times one factor, plus the bias
+        total = np.einsum('nchw,oc->nohw', codes.numpy() - int(numbers['z']), numbers['w'][:, :, 0, 0].astype(int))
+        expected = total.astype(np.float32) * (numbers['s'] * numbers['ws']).reshape(-1, 1, 1)
+        if bias:
+            expected += (numbers['b'].astype(np.float32) * numbers['bs']).reshape(-1, 1, 1)
+        np.testing.assert_array_equal(after, expected)
+
+
+def test_other_convolutions_stay_what_they_are():
+    source = uniform(0.1, 3)
+    quantized = [
+        helper.make_node('Relu', ['y'], ['positive']),
+        helper.make_node('QuantizeLinear', ['positive', 's', 'z'], ['q']),
+        helper.make_node('DequantizeLinear', ['q', 's', 'z'], ['found']),
+    ]
+    for model, _ in (
+        pointwise(source, kernel=3),
+        pointwise(source, strides=[2, 2]),
+        pointwise(source, pads=[1, 1, 1, 1]),
+        pointwise(source, group=2),
+        pointwise(source, behind=quantized),
+    ):
+        assert products_by_pixel(model.graph) == 0
+    assert products_by_pixel(pointwise(source, behind=[helper.make_node('Relu', ['y'], ['found'])])[0].graph) == 1

@@ -1,6 +1,7 @@
 """What lies between quantized layers, asked of operations that are written down by hand."""
 
 import pytest
+from torch import nn
 
 from mmdet_ptq.wrapping.preparing.dataflow_graph import DataflowGraph
 from mmdet_ptq.wrapping.structure import ActivationStructure, LayerStructure, Structure
@@ -9,6 +10,7 @@ from mmdet_ptq.wrapping.watching.recorder import Operation, Recorder
 
 SPEC = dict(type='mmdet_ptq.AffineQuantizer', bits=8, num_channels=None)
 # image -> first -> a -> relu -> b -> strange -> c -> moved -> d -> second -> e; e and b -> add -> f -> head -> g
+MODULES = {name: nn.Conv2d(4, 4, 3) for name in ('first', 'second', 'head')}
 IMAGE, A, B, C, D, E, F, G = ((number, 0) for number in range(8))
 
 
@@ -35,7 +37,7 @@ def graph():
     layers = [LayerStructure(name, 'linear', 'neck', 1, 1, dict(SPEC), [name]) for name in names]
     activations = {name: ActivationStructure(dict(SPEC), 1) for name in names}
     structure = Structure(layers=layers, activations=activations)
-    return DataflowGraph(Recorder(operations), structure, {'head'})
+    return DataflowGraph(Recorder(operations), structure, {'head'}, MODULES)
 
 
 def test_integers_go_through_known_operations_alone(graph):
@@ -58,7 +60,28 @@ def test_what_lies_between_is_quantized_and_what_stays_float_is_told(graph):
     assert graph.origin(D) is None and graph.origin(E).name == 'second'
 
 
+@pytest.mark.parametrize(
+    'head, float_output',
+    [
+        (nn.Conv2d(4, 4, 1), True),
+        (nn.Linear(4, 4), True),
+        (nn.Conv2d(4, 4, 3), False),
+        (nn.Conv2d(4, 4, 1, stride=2), False),
+        (nn.Conv2d(4, 4, 1, padding=1), False),
+        (nn.Conv2d(4, 4, 1, groups=2), False),
+        (nn.ConvTranspose2d(4, 4, 1), False),
+    ],
+)
+def test_what_a_head_puts_out_stays_float_where_it_is_a_product_of_matrices(graph, monkeypatch, head, float_output):
+    monkeypatch.setitem(MODULES, 'head', head)
+    operations = graph.operations
+    assert graph.between(operations[-1]) is graph.writes_output(operations[-1]) is not float_output
+    # and nothing else changes
+    assert [op.name for op in operations if graph.between(op)][:4] == ['first', 'relu', 'second', 'add']
+
+
 def test_an_operation_behind_floats_is_told_so(graph):
     graph.operations.insert(4, operation(ARITHMETIC, 'mul', [C], D))
-    again = DataflowGraph(Recorder(graph.operations), Structure([], {}, [*graph.layers.values()], graph.entries), set())
+    structure = Structure([], {}, [*graph.layers.values()], graph.entries)
+    again = DataflowGraph(Recorder(graph.operations), structure, set(), MODULES)
     assert again.islands()[1] == dict(module='', operation='mul', reason='float operations stand before it')
