@@ -103,7 +103,8 @@ class Models:
         for runtime in args.runtimes:
             self._add_peer(runtime)
         for dataflow in dict.fromkeys(name for runtime in args.runtimes for name in DATAFLOWS[runtime]):
-            self._add_ours(dataflow)
+            if dataflow in args.dataflows:
+                self._add_ours(dataflow)
 
         for (runtime, name), path in self.paths.items():
             self._evaluate(runtime, name, path)
@@ -209,7 +210,7 @@ def complete(subject: Subject, line: dict, args: argparse.Namespace) -> dict:
     """Adds what every line says."""
     known = versions()
     options = ['--detectors', subject.name, '--images', str(args.images), '--rounds', str(args.rounds)]
-    threads = ['--threads', *map(str, args.threads)]
+    options += ['--dataflows', *args.dataflows, '--threads', *map(str, args.threads)]
     return dict(
         detector=subject.name,
         calibration_images=args.images,
@@ -218,7 +219,7 @@ def complete(subject: Subject, line: dict, args: argparse.Namespace) -> dict:
         date=datetime.now(timezone.utc).date().isoformat(),
         **{name: known[name] for name in PACKAGES},
         **{name: package_version(name) for name in ('onnxruntime', 'openvino', 'nncf')},
-        command=' '.join(['python', 'benchmarks/frontier.py', *options, *threads, '--seed', str(args.seed)]),
+        command=' '.join(['python', 'benchmarks/frontier.py', *options, '--seed', str(args.seed)]),
     )
 
 
@@ -259,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--preset', default='w8a8_observe')
     parser.add_argument('--runtimes', nargs='+', default=list(RUNTIMES), choices=list(RUNTIMES))
+    known = list(dict.fromkeys(name for names in DATAFLOWS.values() for name in names))
+    parser.add_argument('--dataflows', nargs='+', default=known, choices=known)
     parser.add_argument('--threads', nargs='+', type=int, default=[1, 2])
     parser.add_argument('--rounds', type=int, default=60)
     parser.add_argument('--no-evaluation', dest='evaluate', action='store_false', help='times alone')

@@ -70,9 +70,9 @@ class PTQConfig:
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
             models then compute the same everywhere. ``'ignore'`` leaves the scales alone: on such processors the model
             is wrong, except in ncnn, whose kernels add in 32 bits, and whose models have it by default.
-        dataflow: What else is quantized between the layers, and where the heads' output layers write: layer
-            outputs, sums, products, activation functions, poolings, in 8 bits, which ONNX Runtime needs to
-            compute every convolution and addition in integers. There a tensor has one scale. With
+        dataflow: What else is quantized between the layers, and where the heads' output layers write unless these
+            are pointwise: layer outputs, sums, products, activation functions, poolings, in 8 bits, which ONNX
+            Runtime needs to compute every convolution and addition in integers. There a tensor has one scale. With
             ``'accuracy'`` convolutions in front of SiLU or HardSwish keep a scale per channel and the
             activation function computes in float, and what depthwise convolutions and others read stays float
             where it is computed; ``'speed'`` gives one scale to all but what depthwise convolutions alone read;
