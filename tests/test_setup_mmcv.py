@@ -41,12 +41,23 @@ def test_every_source_is_compiled_once_and_as_it_was(tmp_path, setup_mmcv):
     assert sorted(compiled) == sorted(f'// {name}\n' for name in SOURCES)
 
 
+# as mmcv says it, in its four ways
+SETUP = b"""\
+args = {
+    'nvcc': [cuda_args, '-std=c++14'] if cuda_args else ['-std=c++14'],
+    'cxx': ['-std=c++14'],
+}
+args['cxx'] = ['-Wall', '-std=c++17']
+args['nvcc'] += ['-std=c++17']
+"""
+
+
 class Builds:
     """An environment in which every command succeeds but those that build what a unit of several files is in."""
 
     def __init__(self, folder: Path, merged_builds: bool) -> None:
         self.state, self.python, self.dry_run, self.merged_builds = folder, 'python', False, merged_builds
-        self.built, self.installed = [], []
+        self.built, self.installed, self.setups = [], [], []
 
     def dists(self, *names):
         return ['torch-2.13.0+cpu']
@@ -66,11 +77,15 @@ class Builds:
             folder = Path(command[-2])
             folder.mkdir()
             with tarfile.open(folder / 'mmcv-2.1.0.tar.gz', 'w:gz') as archive:
+                setup = tarfile.TarInfo('mmcv-2.1.0/setup.py')
+                setup.size = len(SETUP)
+                archive.addfile(setup, io.BytesIO(SETUP))
                 for name in SOURCES:
                     entry = tarfile.TarInfo(f'mmcv-2.1.0/mmcv/ops/csrc/pytorch/{name}.cpp')
                     archive.addfile(entry, io.BytesIO())
             return
         merged = bool(list(folder.rglob('unit*.cpp')))
+        self.setups.append((folder / 'setup.py').read_text())
         self.built.append(merged)
         if merged and not self.merged_builds:
             from setup_parts import SetupError
@@ -92,6 +107,10 @@ def test_plain_build_is_the_way_out(tmp_path, setup_mmcv, monkeypatch, capsys, m
     venv = Builds(tmp_path / 'state', merged_builds)
     setup_mmcv.Mmcv(venv, 'mmcv==2.1.0').install()
     assert venv.built == ([True] if merged_builds else [True, False])
+    assert all('-std' not in setup for setup in venv.setups)
+    found = {}
+    exec(venv.setups[0], {'cuda_args': '-x'}, found)
+    assert found['args'] == dict(nvcc=['-x'], cxx=['-Wall'])
     assert venv.installed[0].startswith('mmcv-2.1.0-') and not (venv.state / 'mmcv-source').exists()
     assert ('compiled file by file instead' in capsys.readouterr().out) is not merged_builds
     # the second time the wheel is there

@@ -7,6 +7,7 @@ include those files take their place. Where one of them does not compile, the pl
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sysconfig
 import tarfile
@@ -64,6 +65,11 @@ def _unit(path: Path, sources: list[Path]) -> None:
     # in the same folder: what the sources include is found as before
     parts = [source.rename(source.with_suffix(MERGED)) for source in sources]
     path.write_text(''.join(f'#include "{part.name}"\n' for part in parts))
+
+
+def let_torch_choose_standard(setup: Path) -> None:
+    """Drops the C++ standard from mmcv's `setup.py`: torch adds the one of its headers, which is C++20 since 2.14."""
+    setup.write_text(re.sub(r"(, )?'-std=c\+\+\d+'", '', setup.read_text(encoding='utf-8')), encoding='utf-8')
 
 
 class Mmcv:
@@ -153,6 +159,7 @@ class Mmcv:
         with tarfile.open(next(self.source.glob('*.tar.gz'))) as archive:
             archive.extractall(unpacking)
         (unpacked,) = unpacking.iterdir()
+        let_torch_choose_standard(unpacked / 'setup.py')
         if merge:
             merge_sources(unpacked / 'mmcv' / 'ops' / 'csrc' / 'pytorch')
         unpacked.rename(tree)
