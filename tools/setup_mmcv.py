@@ -159,7 +159,6 @@ class Mmcv:
         with tarfile.open(next(self.source.glob('*.tar.gz'))) as archive:
             archive.extractall(unpacking)
         (unpacked,) = unpacking.iterdir()
-        let_torch_choose_standard(unpacked / 'setup.py')
         if merge:
             merge_sources(unpacked / 'mmcv' / 'ops' / 'csrc' / 'pytorch')
         unpacked.rename(tree)
@@ -177,6 +176,8 @@ class Mmcv:
         tree = self.source / name
         if not tree.exists() and not self.venv.dry_run:
             self.unpack(tree, merge)
+        if not self.venv.dry_run:
+            let_torch_choose_standard(tree / 'setup.py')  # of a build that an earlier version began, too
         env = self.environment() | {
             'MMCV_WITH_OPS': '1',
             'MAX_JOBS': os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0))),
