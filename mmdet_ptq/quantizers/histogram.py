@@ -72,17 +72,18 @@ class StreamingHistogram:
         new = torch.maximum(self.exponent, _needed_exponent(self.low, self.high))
         width = torch.exp2(new.double())
         first, last = (torch.floor(end / width).long() for end in (self.low, self.high))
-        if bool(((new == self.exponent) & (first >= self.first) & (last < self.first + NUM_BINS)).all()):
+        (grown,) = torch.where((new != self.exponent) | (first < self.first) | (last >= self.first + NUM_BINS))
+        if not len(grown):
             return
-        moved = self._moved(self.absolute_index(), self.exponent, new, first)
-        self.counts = torch.zeros_like(self.counts).scatter_add_(1, moved, self.counts)
-        self.exponent, self.first = new, first
-
-    @staticmethod
-    def _moved(index: Tensor, old: Tensor, new: Tensor, first: Tensor) -> Tensor:
-        """Positions, in bins of exponent ``new`` from ``first`` on, of absolute indices on the grid ``old``."""
+        new, first = new[grown], first[grown]
+        index = self.first[grown, None] + torch.arange(NUM_BINS, device=first.device)
         # bins outside the covered range hold nothing, wherever they are clamped to
-        return ((index >> (new - old).clamp_max(62)[:, None]) - first[:, None]).clamp_(0, NUM_BINS - 1)
+        moved = ((index >> (new - self.exponent[grown]).clamp_max(62)[:, None]) - first[:, None]).clamp_(
+            0, NUM_BINS - 1
+        )
+        counts = self.counts[grown]
+        self.counts[grown] = torch.zeros_like(counts).scatter_add_(1, moved, counts)
+        self.exponent[grown], self.first[grown] = new, first
 
     def add(self, samples: Tensor, low: Tensor, high: Tensor, weights: Tensor | None = None) -> None:
         """Counts samples of shape (C, n) that lie within [low, high] of shape (C,).
@@ -90,12 +91,15 @@ class StreamingHistogram:
         Weights of the same shape say how much each of them counts; by default 1.
         """
         self._grow(low, high)
-        index = torch.floor(samples.double() / self.width[:, None]).long() - self.first[:, None]
+        # the width is a power of two: the quotient is exact in the samples' own type
+        index = torch.floor(samples / self.width.to(samples)[:, None]).long() - self.first[:, None]
         index = index.clamp_(0, NUM_BINS - 1) + torch.arange(len(index), device=index.device)[:, None] * NUM_BINS
-        weights = torch.ones_like(samples) if weights is None else weights
-        counts = torch.bincount(index.flatten(), weights.double().flatten(), minlength=self.counts.numel())
+        zero = samples == 0
+        if weights is not None:
+            zero, weights = torch.where(zero, weights, 0), weights.double().flatten()
+        counts = torch.bincount(index.flatten(), weights, minlength=self.counts.numel())
         self.counts += counts.view_as(self.counts)
-        self.zeros += torch.where(samples == 0, weights, 0).double().sum(1)
+        self.zeros += zero.sum(1, dtype=torch.float64)
 
     def magnitudes(self) -> Tensor:
         """Counts of |x| in NUM_BINS bins from zero, float64 of shape (C, NUM_BINS)."""
