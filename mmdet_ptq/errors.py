@@ -132,3 +132,9 @@ def disk_error(error: BaseException) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended, or does not answer."""
+    text = f'{type(error).__name__} {error}'
+    return isinstance(error, RuntimeError) and any(word in text for word in ('DistBackend', 'DistNetwork', 'gloo/'))
