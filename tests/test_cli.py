@@ -143,6 +143,11 @@ def test_a_broken_config(refused, tmp_path):
     assert 'no_such_module' in refused(config=tmp_path / 'lost.py')
 
 
+def test_a_config_with_a_byte_order_mark(refused, tmp_path):
+    (tmp_path / 'marked.py').write_text('\ufeffmodel = 1\n', encoding='utf-8')
+    assert 'save it as UTF-8 without a byte order mark (BOM)' in refused(config=tmp_path / 'marked.py')
+
+
 def test_a_missing_checkpoint_is_the_first_thing_said(refused, tmp_path, monkeypatch):
     monkeypatch.setattr('mmengine.config.Config.fromfile', lambda *args: pytest.fail('the config is read'))
     assert 'there is no checkpoint' in refused(tmp_path / 'missing.pth')

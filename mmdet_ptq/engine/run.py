@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler, pseudo_collate
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
@@ -196,13 +196,13 @@ class Run(LoggedRunner):
             'the calibration images': self.calibration.content,
             'the number of evaluation images': len(self.evaluation_dataset() or ()),
         }
-        for rank, theirs in enumerate(all_gather_object(mine)):
-            other = next((what for what, value in theirs.items() if value != mine[what]), None)
-            if other is not None:
+        first, *others = all_gather_object(mine)
+        for rank, theirs in enumerate(others, 1):
+            what = next((what for what, value in theirs.items() if value != first[what]), None)
+            if what is not None:
                 raise PTQError(
-                    f'process {min(rank, get_rank())} and process {max(rank, get_rank())} of this run differ in '
-                    f'{other}: {theirs[other]!s:.100} and {mine[other]!s:.100}; start all by the same command, with '
-                    'the same files.'
+                    f'process 0 and process {rank} of this run differ in {what}: {first[what]!s:.100} and '
+                    f'{theirs[what]!s:.100}; start all by the same command, with the same files.'
                 )
 
     def stage_inputs(self) -> dict[str, str]:
