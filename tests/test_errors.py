@@ -84,3 +84,11 @@ def test_an_error_of_the_connection_is_that_of_a_process_that_ended():
     assert lost_process(RuntimeError(gloo))
     assert lost_process(type('DistBackendError', (RuntimeError,), {})('NCCL error'))
     assert not lost_process(RuntimeError('mat1 and mat2')) and not lost_process(ValueError(gloo))
+
+
+def test_an_assertion_without_a_message_is_told_by_its_code():
+    with pytest.raises(AssertionError) as caught:
+        raise AssertionError  # pytest gives its own assertions a message
+    told = 'AssertionError: raise AssertionError'
+    assert one_line(caught.value).startswith(told) and one_line(caught.value).endswith(' in test_errors.py')
+    assert one_line(AssertionError()) == 'AssertionError: ' and one_line(ValueError('a.')) == 'ValueError: a'
