@@ -334,6 +334,14 @@ def test_a_launcher_that_did_not_start_the_process(refused, monkeypatch, launche
     assert f'--launcher {launcher} needs {missing}' in said and 'or leave the option out' in said
 
 
+def test_a_process_whose_partner_ended(refused, monkeypatch):
+    def closed(*args):
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5190')
+
+    monkeypatch.setattr(cli, 'load_config', closed)
+    assert 'another process of this run has ended, its message says why; the finished stages are kept' in refused()
+
+
 def test_a_seed_out_of_range(refused):
     assert 'must be a whole number from 0 to 4294967295, got -1' in refused('--seed', '-1')
 
