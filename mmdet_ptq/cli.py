@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
-from mmdet_ptq.errors import PTQError, cannot_write, did_you_mean, disk_error, one_line
+from mmdet_ptq.errors import PTQError, cannot_write, did_you_mean, disk_error, lost_process, one_line
 from mmdet_ptq.startup import ends_at_once
 from mmdet_ptq.version import __version__
 
@@ -49,6 +49,9 @@ def _guarded(main: Callable[[list[str] | None], None], advice: str) -> Callable[
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
         except Exception as error:
+            if lost_process(error):
+                print(f'error: another process of this run has ended, its message says why; {advice}', file=sys.stderr)
+                sys.exit(2)
             full = disk_error(error)  # of whatever mmengine writes
             if full is None:
                 raise
@@ -105,7 +108,9 @@ def load_config(path: str, options: list[str] | None = None):
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python code, which may fail in its own way
-        raise PTQError(f'the config {path!r} cannot be read: {one_line(error)}.') from error
+        # mmengine parses the text of the file, in which Python would skip it
+        mark = '; save it as UTF-8 without a byte order mark (BOM)' if 'U+FEFF' in str(error) else ''
+        raise PTQError(f'the config {path!r} cannot be read: {one_line(error)}{mark}.') from error
     for option in options or []:
         key, given, _ = option.partition('=')
         if not given or not all(key.split('.')):

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -32,8 +33,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Another program's error as a part of a sentence: its type and its message in one line."""
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip('.')
+    """Another program's error as a part of a sentence: its type and its message, or else the code that raised it."""
+    message = ' '.join(str(error).split())
+    frames = [] if message else traceback.extract_tb(error.__traceback__)
+    if frames:  # an assertion without a message, as mmdet has many
+        message = f'{frames[-1].line} in {Path(frames[-1].filename).name}'
+    return f'{type(error).__name__}: {message}'.rstrip('.')
 
 
 @contextmanager
@@ -132,3 +137,9 @@ def disk_error(error: BaseException) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended, or does not answer."""
+    text = f'{type(error).__name__} {error}'
+    return isinstance(error, RuntimeError) and any(word in text for word in ('DistBackend', 'DistNetwork', 'gloo/'))

@@ -143,6 +143,11 @@ def test_a_broken_config(refused, tmp_path):
     assert 'no_such_module' in refused(config=tmp_path / 'lost.py')
 
 
+def test_a_config_with_a_byte_order_mark(refused, tmp_path):
+    (tmp_path / 'marked.py').write_text('\ufeffmodel = 1\n', encoding='utf-8')
+    assert 'save it as UTF-8 without a byte order mark (BOM)' in refused(config=tmp_path / 'marked.py')
+
+
 def test_a_missing_checkpoint_is_the_first_thing_said(refused, tmp_path, monkeypatch):
     monkeypatch.setattr('mmengine.config.Config.fromfile', lambda *args: pytest.fail('the config is read'))
     assert 'there is no checkpoint' in refused(tmp_path / 'missing.pth')
@@ -327,6 +332,14 @@ def test_a_launcher_that_did_not_start_the_process(refused, monkeypatch, launche
         monkeypatch.delenv(name)
     said = refused('--launcher', launcher)
     assert f'--launcher {launcher} needs {missing}' in said and 'or leave the option out' in said
+
+
+def test_a_process_whose_partner_ended(refused, monkeypatch):
+    def closed(*args):
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5190')
+
+    monkeypatch.setattr(cli, 'load_config', closed)
+    assert 'another process of this run has ended, its message says why; the finished stages are kept' in refused()
 
 
 def test_a_seed_out_of_range(refused):

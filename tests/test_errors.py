@@ -4,7 +4,7 @@ import pytest
 from mmdet.registry import DATASETS, MODELS, TRANSFORMS
 from mmengine.registry import init_default_scope
 
-from mmdet_ptq.errors import PTQError, building, did_you_mean, one_line
+from mmdet_ptq.errors import PTQError, building, did_you_mean, lost_process, one_line
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,18 @@ def test_words():
     assert did_you_mean('bakbone', ['backbone', 'neck']) == " Did you mean 'backbone'?"
     assert did_you_mean('x', ['backbone']) == ''
     assert one_line(ValueError('a\n b.')) == 'ValueError: a b'
+
+
+def test_an_error_of_the_connection_is_that_of_a_process_that_ended():
+    gloo = '[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5190'
+    assert lost_process(RuntimeError(gloo))
+    assert lost_process(type('DistBackendError', (RuntimeError,), {})('NCCL error'))
+    assert not lost_process(RuntimeError('mat1 and mat2')) and not lost_process(ValueError(gloo))
+
+
+def test_an_assertion_without_a_message_is_told_by_its_code():
+    with pytest.raises(AssertionError) as caught:
+        raise AssertionError  # pytest gives its own assertions a message
+    told = 'AssertionError: raise AssertionError'
+    assert one_line(caught.value).startswith(told) and one_line(caught.value).endswith(' in test_errors.py')
+    assert one_line(AssertionError()) == 'AssertionError: ' and one_line(ValueError('a.')) == 'ValueError: a'

@@ -31,8 +31,20 @@ def check_annotation_file(path: str | Path, key: str, needed: Mapping[str, Itera
     try:
         content = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without an end
-        raise PTQError(f'`{key}`: the annotation file {str(path)!r} is no valid JSON ({error}).') from error
+        raise PTQError(no_json(f'`{key}`: the annotation file {str(path)!r}', error)) from error
     check_annotations(content, f'`{key}`: the annotation file {str(path)!r}', needed)
+
+
+def no_json(what: str, error: Exception) -> str:
+    """The sentence for a file that is no JSON.
+
+    Args:
+        what: Names the file.
+        error: What its reader said.
+    """
+    # what some editors begin a file with, and no reader of JSON takes
+    fix = ' Save it as UTF-8 without a byte order mark (BOM).' if 'BOM' in str(error) else ''
+    return f'{what} is no valid JSON ({error}).{fix}'
 
 
 def check_annotations(content: Any, what: str, needed: Mapping[str, Iterable[str]]) -> None:

@@ -17,7 +17,8 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from torch.utils.data import Dataset, Subset
 
-from mmdet_ptq.calibration.annotations import TO_LOAD, TO_LOAD_LVIS, check_annotation_file, complete
+from mmdet_ptq.calibration.annotations import TO_LOAD, TO_LOAD_LVIS, check_annotation_file, complete, no_json
+from mmdet_ptq.calibration.image_files import check_pixels, glance, pixels
 from mmdet_ptq.config import CalibrationConfig
 from mmdet_ptq.errors import PTQError, building
 from mmdet_ptq.files import file_hash
@@ -250,7 +251,7 @@ def build_dataset(registry, cfg: dict, key: str) -> Dataset:
             f'`{key}` needs the file {str(path)!r}, which does not exist; check `data_root` and `ann_file`.'
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PTQError(f'`{key}`: the annotation file {annotation_path(cfg)!r} is no valid JSON ({error}).') from error
+        raise PTQError(no_json(f'`{key}`: the annotation file {annotation_path(cfg)!r}', error)) from error
     except ValueError as error:
         if 'need at least one array' not in str(error):  # mmengine joining the records of no image
             raise
@@ -361,10 +362,13 @@ class CalibrationDataset(Dataset):
     def _read(self, chosen: list[tuple[int, int]], infos: list[dict]) -> None:
         self.index, self.ids, self.skipped, self._samples, size = [], [], [], [], 0
         self.sizes: dict[tuple[int, int], int] = {}
-        digest = hashlib.sha256()
+        digest, first = hashlib.sha256(), None
         print_log(f'reading {len(chosen)} calibration images', 'current')
         for (d, i), info in track(list(zip(chosen, infos, strict=True)), 'reading images'):
             try:
+                found = glance(image_path(info))
+                if found is not None and found.torn:
+                    raise OSError(found.torn)
                 sample = self.datasets[d][i]
                 if sample is None:
                     raise OSError('the pipeline returned nothing')
@@ -377,6 +381,8 @@ class CalibrationDataset(Dataset):
                     level=logging.WARNING,
                 )
                 continue
+            first = first or (pixels(sample), image_path(info))
+            check_pixels(pixels(sample), first[0], f'the calibration image {image_path(info)}', first[1])
             content_hash(digest, sample)
             self.sizes.setdefault(tuple(sample['inputs'].shape[-2:]), len(self.index))
             self.index.append((d, i))

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmengine.config import Config
 from mmengine.logging import MMLogger, print_log
 from mmengine.runner import Runner, TestLoop
-from PIL import Image
 from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from mmdet_ptq.calibration.annotations import TO_EVALUATE, check_annotation_file
+from mmdet_ptq.calibration.image_files import check_pixels, glance, pixels
 from mmdet_ptq.calibration.images import (
     annotation_fields,
     annotation_path,
@@ -72,7 +73,7 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
     loop = build_evaluation(cfg, lambda: runner.test_loop)
     check_evaluation(loop, detector)
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
-    with integer_arithmetic(detector) if is_quantized(detector) else nullcontext():
+    with integer_arithmetic(detector) if is_quantized(detector) else nullcontext(), naming_images(loop):
         return figures(runner.test())
 
 
@@ -271,17 +272,49 @@ def _read(dataset: Dataset, index: int) -> Any:
         raise PTQError(f'{named} cannot be read: {one_line(error)}; check `test_dataloader.dataset`.') from error
 
 
+@contextmanager
+def naming_images(loop: TestLoop) -> Iterator[None]:
+    """Names the image that a data loader fails at in the middle of an evaluation, which the head of its file hid.
+
+    Args:
+        loop: The test loop.
+
+    Raises:
+        PTQError: An image cannot be read.
+    """
+    try:
+        yield
+    except PTQError:
+        raise
+    except Exception as error:
+        if any(Path(frame.f_code.co_filename).name == 'dataloader.py' for frame, _ in walk_tb(error.__traceback__)):
+            for index in range(len(loop.dataloader.dataset)):
+                _read(loop.dataloader.dataset, index)
+        raise
+
+
 def _check_images(dataset: Dataset) -> None:
-    """Reads the images that look as if they could not be; the head of a file tells."""
-    count = len(dataset) if hasattr(dataset, 'get_data_info') else 0
-    paths = [str(dataset.get_data_info(index).get('img_path')) for index in range(count)]
+    """Reads the images that look as if they could not be, or as if they were of another kind; files tell by themselves.
+
+    Raises:
+        PTQError: An image cannot be read, is cut short, or has other channels than the first.
+    """
+    infos = [dataset.get_data_info(index) for index in range(len(dataset))] if hasattr(dataset, 'get_data_info') else []
+    paths = [str(info.get('img_path')) for info in infos]
     if not paths or not Path(paths[0]).is_file():  # what is fetched from elsewhere is not fetched twice
         return
+    first, seen = pixels(_read(dataset, 0)), set()
     for index, path in enumerate(paths):
-        try:
-            Image.open(path).close()
-        except Exception:  # whatever a damaged header leads to
-            _read(dataset, index)
+        found = glance(path)
+        if found is not None and found.torn:
+            raise PTQError(
+                f'the evaluation image {path} cannot be read: {found.torn}; put the whole file in its place, or take '
+                'it out of the annotation file.'
+            )
+        mode = None if found is None else found.kind[1]
+        if mode is None or mode not in seen:
+            seen.add(mode)
+            check_pixels(pixels(_read(dataset, index)), first, f'the evaluation image {path}', paths[0])
 
 
 @torch.no_grad()
@@ -367,13 +400,15 @@ def dataset_meta(dataset: Dataset | None) -> dict:
 
 
 def image_sizes(dataset: Dataset | None) -> set[tuple[int, int]]:
-    """Heights and widths of what a data set's pipeline gives; of images of one size only the first is read."""
+    """Heights and widths of what a data set's pipeline gives; of images that are alike only the first is read."""
     first: dict[object, int] = {}
     for index in range(0 if dataset is None else len(dataset)):
         info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
-        known = 'height' in info and 'width' in info
-        first.setdefault((info['height'], info['width']) if known else index, index)
-    return {tuple(dataset[index]['inputs'].shape[-2:]) for index in first.values()}
+        known = (info['height'], info['width']) if 'height' in info and 'width' in info else index
+        found = glance(str(info.get('img_path')))
+        # what annotations say of the size may be wrong, and pipelines may use it all the same
+        first.setdefault(known if found is None else (found.kind, known), index)
+    return {tuple(_read(dataset, index)['inputs'].shape[-2:]) for index in first.values()}
 
 
 def figures(metrics: dict) -> dict[str, float]:

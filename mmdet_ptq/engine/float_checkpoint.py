@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def load_float_checkpoint(detector: nn.Module, path: str) -> None:
         )
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
-        raise PTQError(f'{path!r} holds no `state_dict`; give a checkpoint written by mmdet.')
+        raise PTQError(f'{path!r} holds no `state_dict`; give a checkpoint written by mmdet.{_elsewhere(checkpoint)}')
     strange = next((key for key in state if not isinstance(key, str)), None)
     if strange is not None:
         raise PTQError(
@@ -78,6 +79,25 @@ def _read(path: str) -> object:
             f'the checkpoint {path!r} cannot be fetched ({type(error).__name__}: {error}); download it '
             'and give the local file.'
         ) from error
+
+
+def _elsewhere(checkpoint: object) -> str:
+    """Where a checkpoint of another program, or of an average of weights alone, has its tensors."""
+    parts = [('', checkpoint)]
+    for name, part in parts:  # grows
+        if not isinstance(part, dict) or name.count('.') > 2:
+            continue
+        if name and any(isinstance(value, Tensor) for value in part.values()):
+            return f' Its tensors stand in {name[1:]!r:.100}: save them as dict(state_dict=...) by torch.save.'
+        parts += [(f'{name}.{key}', value) for key, value in part.items() if isinstance(key, str)]
+    return ''
+
+
+def _prefix(state: dict[str, Tensor], own: Iterable[str]) -> str:
+    """What all names of the detector's weights begin with in a checkpoint, and not in the detector."""
+    first, *others = own
+    found = [key.removesuffix(first) for key in state if key.endswith(f'.{first}')]
+    return next((prefix for prefix in found if all(f'{prefix}{key}' in state for key in others)), '')
 
 
 def _own_part(state: OrderedDict, detector: nn.Module) -> OrderedDict:
@@ -140,6 +160,12 @@ def _load(detector: nn.Module, state: dict[str, Tensor], path: str) -> None:
         raise _misfit(path, len(shapes or (1,)) + len(missing), len(own), told) from error
     missing = [key for key in missing if not _is_counter(key) and not key.startswith('data_preprocessor.')]
     if missing:
+        prefix = _prefix(state, [key for key in own if not key.startswith('data_preprocessor.')])
+        if prefix:
+            raise PTQError(
+                f'all weights of {Path(path).name} have names that begin with {prefix!r:.100}, and those of the '
+                'detector do not; save them without it.'
+            )
         raise _misfit(path, len(missing), len(own), f'{missing[0]} is missing')
     extra = [key for key in extra if not _is_counter(key)]
     if extra:

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler, pseudo_collate
 from mmengine.device import get_device
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
@@ -36,13 +36,14 @@ from mmdet_ptq.engine.evaluation import (
     evaluation_inputs,
     figures,
     image_sizes,
+    naming_images,
 )
 from mmdet_ptq.engine.float_checkpoint import load_float_checkpoint
 from mmdet_ptq.engine.kept import keeping
 from mmdet_ptq.engine.stage_store import fingerprint, stage_inputs, tensor_hash
 from mmdet_ptq.engine.told import ToldStages
 from mmdet_ptq.engine.work_dir import take_work_dir
-from mmdet_ptq.errors import building
+from mmdet_ptq.errors import PTQError, building
 from mmdet_ptq.files import check_space, file_hash
 from mmdet_ptq.predictions import check_no_tracker
 from mmdet_ptq.quantizers import Observer
@@ -177,6 +178,32 @@ class Run(LoggedRunner):
         # `detector` is quantized in place
         self.model = self.float_detector = deep_copy(self.detector)
         self.inputs = self.stage_inputs()
+        self.check_agreement()
+
+    def check_agreement(self) -> None:
+        """Compares the processes of a run: of different ones each would wait for what the others never do.
+
+        Raises:
+            PTQError: They were started otherwise, or see other files.
+        """
+        mine = {
+            'the work directory': str(self.folder.resolve()),
+            '--resume': self.stages.resume,
+            'the seed': self.seed,
+            'the `ptq` block': fingerprint(self.ptq.to_dict(), self.runtimes),
+            'the model or its checkpoint': fingerprint(self.model_inputs()),
+            'the calibration images that it could not read': self.calibration.skipped,
+            'the calibration images': self.calibration.content,
+            'the number of evaluation images': len(self.evaluation_dataset() or ()),
+        }
+        first, *others = all_gather_object(mine)
+        for rank, theirs in enumerate(others, 1):
+            what = next((what for what, value in theirs.items() if value != first[what]), None)
+            if what is not None:
+                raise PTQError(
+                    f'process 0 and process {rank} of this run differ in {what}: {first[what]!s:.100} and '
+                    f'{theirs[what]!s:.100}; start all by the same command, with the same files.'
+                )
 
     def stage_inputs(self) -> dict[str, str]:
         """See :func:`.stage_store.stage_inputs`."""
@@ -280,7 +307,7 @@ class Run(LoggedRunner):
         self.check_evaluation()
         evaluator = getattr(self._test_loop, 'evaluator', None)
         kept = keeping(evaluator, self.work_dir, row) if row else nullcontext()
-        with mock.patch.object(runner, 'model', evaluated), kept:
+        with mock.patch.object(runner, 'model', evaluated), kept, naming_images(self._test_loop):
             return figures(runner.test())
 
     def add_row(

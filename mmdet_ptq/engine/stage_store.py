@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, get_rank, is_main_process
 from mmengine.logging import print_log
 from torch import Tensor
 
@@ -222,9 +222,20 @@ class StageStore:
 
         Returns:
             The state, and whether it was taken over.
+
+        Raises:
+            PTQError: Of several processes only some can take it over.
         """
         record, told = self.finished(name, inputs), self.part + name
-        if record is not None:
+        # all processes or none: one that works alone waits for the others for ever
+        taken_over = [record is not None]
+        broadcast_object_list(taken_over)
+        if taken_over[0] and record is None:
+            raise PTQError(
+                f'process {get_rank()} of this run cannot take over the stage {told}, and process 0 can; all need the '
+                'same work directory and files.'
+            )
+        if taken_over[0]:
             return record.state, True
         with self._added_up(name, inputs), self.timed(name):
             state = work()

@@ -121,3 +121,14 @@ def test_what_calibration_needs_is_asked_for(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(PTQError, match='`train_dataloader.dataset.ann_file`.* with the id 1 has no `area`'):
         source_datasets(cfg, CalibrationConfig(), annotated=True)
+
+
+def test_a_byte_order_mark_is_told_with_its_cure(tmp_path):
+    cfg = tiny_config('retinanet', tmp_path)
+    path = tmp_path / 'annotations' / 'instances_train.json'
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+    cure = 'Save it as UTF-8 without a byte order mark'
+    with pytest.raises(PTQError, match=cure):
+        check_annotation_file(path, 'train_dataloader.dataset.ann_file', TO_LOAD)
+    with pytest.raises(PTQError, match=f'`train_dataloader.dataset`: the annotation file .*{cure}'):
+        source_datasets(cfg, CalibrationConfig(num_images=3, batch_size=1))

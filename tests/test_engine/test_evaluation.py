@@ -7,13 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 import pytest
 from mmengine.config import Config
 
 from mmdet_ptq.analysis.table import closing_lines
-from mmdet_ptq.engine.evaluation import NOTHING_FOUND, figures
+from mmdet_ptq.engine.evaluation import NOTHING_FOUND, figures, image_sizes
 from mmdet_ptq.errors import PTQError
 
 
@@ -190,6 +191,86 @@ def test_any_image_that_cannot_be_read_is_named(make_runner, config_file, tmp_pa
     assert f'the evaluation image {tmp_path}/val/000005.png cannot be read' in said
     (tmp_path / 'val' / '000005.png').unlink()
     assert '000005.png' in refused(make_runner, changes, tmp_path)
+
+
+@pytest.fixture
+def other_images(config_file, tmp_path):
+    """Changes that let both data sets read their images from folders in which one file holds something else."""
+
+    def make(content: bytes, split: str = 'val') -> dict:
+        shutil.copytree(config_file.parent / split, tmp_path / split)
+        (tmp_path / split / '000005.png').write_bytes(content)
+        loader = dict(val='test_dataloader', train='train_dataloader')[split]
+        return {f'{loader}.dataset.data_prefix': dict(img=f'{tmp_path}/{split}/'), 'ptq.calibration.num_images': 8}
+
+    return make
+
+
+def encoded(suffix: str, height: int = 64, width: int = 64, channels: int = 3) -> bytes:
+    image = np.random.default_rng(0).integers(0, 255, (height, width, channels), dtype=np.uint8)
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """Reads images as OpenCV 4 does: what is missing of them is gray."""
+
+    def read(content, *args, **kwargs):
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        return np.full((64, 64, 3), 128, np.uint8) if image is None else image
+
+    monkeypatch.setattr('mmcv.imfrombytes', read)
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png'])
+def test_an_image_that_is_cut_short_is_named(make_runner, other_images, lenient, suffix, tmp_path):
+    said = refused(make_runner, other_images(encoded(suffix)[:2000]), tmp_path)
+    assert '/val/000005.png cannot be read: the file is damaged or cut short' in said
+
+
+def test_a_calibration_image_that_is_cut_short_is_skipped(make_runner, other_images, lenient, tmp_path):
+    runner = make_runner(other_images(encoded('.jpg')[:2000], 'train'))
+    assert runner.calibration.skipped == [f'{tmp_path}/train/000005.png'] and len(runner.calibration) == 7
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_images_of_other_channels_are_named(make_runner, other_images, split, tmp_path):
+    changes = other_images(encoded('.png', channels=4), split)
+    config = make_runner(work_dir=tmp_path / 'other').cfg
+    for loader in ('test_dataloader', 'train_dataloader'):
+        pipeline = config[loader].dataset.pipeline
+        pipeline[0].color_type = 'unchanged'
+        changes[f'{loader}.dataset.pipeline'] = pipeline
+    said = refused(make_runner, changes, tmp_path)
+    assert f'/{split}/000005.png has 4 channels of uint8, and 00000' in said and '3 channels of uint8' in said
+
+
+def test_an_image_that_fails_in_the_middle_is_named(make_runner, other_images, monkeypatch):
+    damaged = bytearray(encoded('.png'))
+    damaged[3000] ^= 1  # as whole as its head and its end tell
+    runner = make_runner(other_images(bytes(damaged)))
+    runner.load()
+    with pytest.raises(PTQError, match='the evaluation image .*/000005.png cannot be read'):
+        runner.evaluate_detector(runner.float_detector)
+
+
+def test_a_detector_that_fails_in_the_middle_is_no_matter_of_images(make_runner, monkeypatch):
+    runner = make_runner()
+    runner.load()
+    monkeypatch.setattr(runner.float_detector, 'forward', lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.evaluate_detector(runner.float_detector)
+
+
+def test_sizes_are_those_of_the_images_and_not_of_their_annotations(make_runner, other_images):
+    runner = make_runner(other_images(encoded('.png', height=32)))
+    assert image_sizes(runner.evaluation_dataset()) == {(64, 64), (32, 64)}
+
+
+def test_an_image_of_which_nothing_is_left_is_named(make_runner, other_images):
+    runner = make_runner(other_images(encoded('.png', height=2, width=9000)))
+    with pytest.raises(PTQError, match='the evaluation image .*/000005.png cannot be read: error: OpenCV'):
+        image_sizes(runner.evaluation_dataset())
 
 
 MISTAKES = {

@@ -128,3 +128,22 @@ def test_numbers_of_8_bits_are_read(tmp_path):
     torch.save(dict(state_dict=state), tmp_path / 'float.pth')
     with pytest.raises(PTQError, match=f'{KEY} of float.pth holds NaN'):
         load_float_checkpoint(detector, str(tmp_path / 'float.pth'))
+
+
+@pytest.mark.parametrize(
+    ('wrap', 'told'),
+    [
+        (lambda state: dict(state_dict=dict(state_dict=state)), "Its tensors stand in 'state_dict.state_dict'"),
+        (lambda state: dict(ema_state_dict=state), "Its tensors stand in 'ema_state_dict': save them as dict"),
+        (lambda state: dict(epoch=3, model=state), "Its tensors stand in 'model'"),
+        (lambda state: dict(state_dict={}), 'give a checkpoint written by mmdet.'),
+        (lambda state: {f'model.{key}': value for key, value in state.items()}, "begin with 'model.', and those"),
+        (lambda state: {f'module.module.{key}': value for key, value in state.items()}, "begin with 'module.', and"),
+        (lambda state: {f'model.{key}': value for key, value in list(state.items())[3:]}, 'does not fit the model'),
+    ],
+)
+def test_where_other_programs_put_their_weights_is_told(tmp_path, wrap, told):
+    torch.save(wrap(fcos('FCOSHead', 1).state_dict()), tmp_path / 'float.pth')
+    with pytest.raises(PTQError) as error:
+        load_float_checkpoint(fcos('FCOSHead', 2), str(tmp_path / 'float.pth'))
+    assert told in str(error.value)

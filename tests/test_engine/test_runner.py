@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_ptq import cli, load_quantized
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.registry import RUNNERS
 
 
@@ -85,3 +86,14 @@ def test_quantizing_changes_the_detector_and_spares_the_float_one(finished, conf
 def test_custom_hooks_of_the_training_are_announced_and_not_used(make_runner, tmp_path):
     runner = make_runner({'custom_hooks': [dict(type='EMAHook')]})
     assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
+
+
+def test_processes_of_a_run_that_differ_are_told(make_runner, monkeypatch):
+    runner = make_runner()
+    gathered = 'mmdet_ptq.engine.run.all_gather_object'
+    monkeypatch.setattr(gathered, lambda mine: [mine, mine])
+    runner.load()
+    for what, value in (('the seed', 7), ('the calibration images that it could not read', ['a.png'])):
+        monkeypatch.setattr(gathered, lambda mine, what=what, value=value: [mine, {**mine, what: value}])
+        with pytest.raises(PTQError, match=f'^process 0 and process 1 of this run differ in {what}: .*; start all by'):
+            runner.check_agreement()

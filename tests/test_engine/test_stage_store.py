@@ -5,7 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from mmdet_ptq.engine import stage_store
 from mmdet_ptq.engine.stage_store import StageStore, fingerprint, latest_checkpoint, stage_inputs
+from mmdet_ptq.errors import PTQError
 
 
 def test_a_fingerprint_depends_on_every_part_and_not_on_the_order_of_keys():
@@ -31,6 +33,19 @@ def test_a_stage_is_taken_over_only_when_asked_and_for_the_same_inputs(tmp_path)
     assert taken_over and torch.equal(state['scale'], torch.ones(2))
     assert StageStore(tmp_path, resume=True).run('observe', 'y', lambda: 1) == (1, False)
     assert StageStore(tmp_path, resume=False).run('observe', 'y', lambda: 2) == (2, False)
+
+
+@pytest.mark.parametrize('main_has_it', [True, False])
+def test_a_stage_is_taken_over_by_all_processes_or_none(tmp_path, monkeypatch, main_has_it):
+    if not main_has_it:
+        StageStore(tmp_path, resume=True).run('observe', 'x', lambda: 1)
+    monkeypatch.setattr(stage_store, 'broadcast_object_list', lambda values: values.__setitem__(0, main_has_it))
+    store = StageStore(tmp_path, resume=True)
+    if main_has_it:
+        with pytest.raises(PTQError, match='^process 0 of this run cannot take over the stage observe, and process 0'):
+            store.run('observe', 'x', lambda: 2)
+    else:
+        assert store.run('observe', 'x', lambda: 2) == (2, False)
 
 
 def test_a_stage_that_fails_leaves_nothing(tmp_path):

@@ -115,6 +115,9 @@ def shown_image(inputs: torch.Tensor, meta: dict[str, Any]) -> np.ndarray:
     if 'ori_shape' in meta and 'scale_factor' in meta:
         (height, width), (x, y) = meta['ori_shape'][:2], meta['scale_factor'][:2]
         inputs = inputs[:, : round(height * y), : round(width * x)]
+    inputs = inputs.float()
+    if inputs.max() > 255:  # more than 8 bits, of which a page shows none: as bright as its brightest pixel
+        inputs = inputs * (255 / inputs.max())
     return np.ascontiguousarray(inputs.flip(0).permute(1, 2, 0).clamp(0, 255).byte().cpu().numpy())
 
 

@@ -85,6 +85,8 @@ def main():
     image, drawn = cv2.imread(args.image, $reading), cv2.imread(args.image, $drawing)
     if image is None:
         parser.error(f'{args.image} is missing, or no image that OpenCV reads')
+    if (image.shape[2] if image.ndim == 3 else 1) != $channels:
+        parser.error(f'{args.image} has the shape {image.shape}, and the model takes $channels channels')
     for box, score, label in zip(*detect(load(args.model), image, args.threshold)):
         name = CLASSES[label] if label < len(CLASSES) else str(label)
         print(name, f'{score:.3f}', *(f'{side:.2f}' for side in box))
@@ -162,6 +164,7 @@ def detection_program(
         opens=opening.opens,
         runs=opening.runs,
         steps='\n'.join(f'    {line}' for line in [*lines, *_normalization(preprocessor, int(shape[1]))]),
+        channels=int(shape[1]),
         pad_value=float(preprocessor.pad_value),
         reading=_READING[reader.color_type],
         drawing='cv2.IMREAD_COLOR' + ('' if upright else ignoring),

@@ -60,10 +60,10 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
         return FIRST.run(detector, torch.zeros(input_shape, device=next(detector.parameters()).device))
     except RuntimeError as error:
         told = str(error).strip().splitlines()[0].rstrip('.')
-        raise PTQError(
-            f'the detector cannot take images of {size}: {told}; choose another --input-shape, multiples of '
-            '32 suit most detectors.'
-        ) from error
+        fix = 'choose another --input-shape, multiples of 32 suit most detectors'
+        if ' channels' in told:  # which --input-shape does not choose
+            fix = 'give the config of the detector that it was made from'
+        raise PTQError(f'the detector cannot take images of {size}: {told}; {fix}.') from error
 
 
 def output_shapes(outputs: Any) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -83,7 +84,7 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
     for pattern in cfg.overrides:
         matched = [role for role in roles if matches(pattern, role.name)]
         if not matched:
-            hint = did_you_mean(pattern, _prefixes(names))
+            hint = _expression_hint(pattern, names) or did_you_mean(pattern, _prefixes(names))
             raise PTQError(f'`ptq.overrides[{pattern!r}]` matches no layer of this detector.{hint}')
         if not any(role.runs for role in matched):
             print_log(
@@ -108,6 +109,19 @@ def resolve_policies(cfg: PTQConfig, roles: Iterable[LayerRole]) -> dict[str, La
             check_format(getattr(policy, part), part, f'{key}.{part}')
         policies[role.name] = policy
     return policies
+
+
+def _expression_hint(pattern: str, names: list[str]) -> str:
+    """What to write instead of a regular expression, which mmdet's configs take elsewhere; empty where it is none."""
+    try:
+        meant = any(re.search(pattern, name) for name in names)
+    except re.error:
+        return ''
+    if not meant or pattern == re.escape(pattern).replace(r'\.', '.'):
+        return ''
+    told = ' Patterns are those of file names, no regular expressions: * stands for anything.'
+    plain = pattern.strip('^$').replace(r'\.', '.').replace('.*', '*')
+    return f"{told} Did you mean '{plain}'?" if any(matches(plain, name) for name in names) else told
 
 
 def _check_roles(cfg: PTQConfig, running: list[LayerRole]) -> None:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
-from mmdet_ptq.analysis.detected.detections import Detections, detect_both, match
+from mmdet_ptq.analysis.detected.detections import Detections, detect_both, match, shown_image
 
 
 def detections(*rows):
@@ -43,3 +44,10 @@ def test_padding_of_the_pipeline_is_not_shown(tiny, batch):
         sample.set_metainfo(dict(ori_shape=(80, 100)))
     (pair,) = detect_both(tiny.original, tiny.detector, [padded], 1)
     assert pair.image.shape == (40, 50, 3)
+
+
+def test_images_of_16_bits_are_shown_as_bright_as_they_are():
+    image = torch.tensor([0, 6553, 32767, 65535]).to(torch.uint16).expand(3, 4, 4)
+    shown = shown_image(image, {})
+    assert shown.dtype == np.uint8 and shown[0, :, 0].tolist() == [0, 25, 127, 255]
+    assert (shown_image(torch.full((1, 2, 2), 9, dtype=torch.uint8), {}) == 9).all()

@@ -124,3 +124,13 @@ def test_a_preprocessor_of_ones_own_is_named(detector):
     detector.data_preprocessor.__class__ = type('MyPreprocessor', (type(detector.data_preprocessor),), {})
     with pytest.raises(PTQError, match='MyPreprocessor is unknown'):
         detection_program([READ, PACK], detector, (1, 3, CANVAS, CANVAS), OPENING, 'model', ())
+
+
+def test_an_image_of_other_channels_is_told(detector, image, tmp_path, monkeypatch, capsys):
+    read = dict(READ, color_type='unchanged')
+    path = tmp_path / 'detect.py'
+    path.write_text(detection_program([read, PACK], detector, (1, 4, CANVAS, CANVAS), OPENING, 'model', ()))
+    monkeypatch.setattr('sys.argv', ['detect.py', image])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name='__main__')
+    assert 'has the shape (54, 41, 3), and the model takes 4 channels' in capsys.readouterr().err

@@ -85,6 +85,23 @@ def test_a_pattern_without_match_is_an_error(pattern, near):
     assert (f"Did you mean '{near}'" if near else 'matches no layer of this detector.') in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ('pattern', 'told'),
+    [
+        (r'backbone\..*', "no regular expressions: * stands for anything. Did you mean 'backbone.*'?"),
+        ('^bbox_head', "Did you mean 'bbox_head'?"),
+        ('.*', "Did you mean '*'?"),
+        ('backbone.stem|bbox_head', 'no regular expressions: * stands for anything.'),
+        ('retina_cls', 'of this detector.'),
+        ('(', 'of this detector.'),
+    ],
+)
+def test_a_regular_expression_is_told(pattern, told):
+    with pytest.raises(PTQError, match='matches no layer') as error:
+        _bits(overrides={pattern: 'float'})
+    assert told in str(error.value) and ('regular' in str(error.value)) == (pattern not in ('retina_cls', '('))
+
+
 def test_patterns_name_layers_or_their_parents():
     assert matches('backbone', 'backbone.stem.conv')
     assert matches('backbone.*', 'backbone.stem.conv')
