@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,19 @@ class StreamingHistogram:
     Args:
         channels: Number of histograms.
         device: Where the counts live. Defaults to 'cpu'.
+        weighted: Whether it adds up weights of the values, too. Defaults to False.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = 'cpu') -> None:
+    def __init__(self, channels: int, device: torch.device | str = 'cpu', weighted: bool = False) -> None:
         self.exponent = torch.full((channels,), _LEAST_EXPONENT, dtype=torch.long, device=device)
         # absolute index of the first bin
         self.first = torch.zeros(channels, dtype=torch.long, device=device)
         self.counts = torch.zeros(channels, NUM_BINS, dtype=torch.float64, device=device)
         # how many of the counted values are exactly zero, as behind a ReLU
         self.zeros = torch.zeros(channels, dtype=torch.float64, device=device)
+        # the same two, each value counted by its weight
+        self.weights = torch.zeros_like(self.counts) if weighted else None
+        self.zero_weights = torch.zeros_like(self.zeros) if weighted else None
         # the covered range
         self.low = torch.zeros(channels, dtype=torch.float64, device=device)
         self.high = torch.zeros_like(self.low)
@@ -66,9 +72,18 @@ class StreamingHistogram:
         counts = torch.where(self.absolute_index() == 0, self.counts - self.zeros[:, None], self.counts)
         return counts / self.width[:, None]
 
+    def by_weight(self) -> StreamingHistogram:
+        """The same with weights for counts."""
+        found = copy.copy(self)
+        found.counts, found.zeros = self.weights, self.zero_weights
+        return found
+
     def _grow(self, low: Tensor, high: Tensor) -> None:
         """Makes the bins cover [low, high] of shape (C,) as well."""
         self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
+        width = self.width
+        if bool(((self.low >= self.first * width) & (self.high < (self.first + NUM_BINS) * width)).all()):
+            return
         new = torch.maximum(self.exponent, _needed_exponent(self.low, self.high))
         width = torch.exp2(new.double())
         first, last = (torch.floor(end / width).long() for end in (self.low, self.high))
@@ -81,25 +96,25 @@ class StreamingHistogram:
         moved = ((index >> (new - self.exponent[grown]).clamp_max(62)[:, None]) - first[:, None]).clamp_(
             0, NUM_BINS - 1
         )
-        counts = self.counts[grown]
-        self.counts[grown] = torch.zeros_like(counts).scatter_add_(1, moved, counts)
+        for counts in (self.counts, self.weights):
+            if counts is not None:
+                held = counts[grown]
+                counts[grown] = torch.zeros_like(held).scatter_add_(1, moved, held)
         self.exponent[grown], self.first[grown] = new, first
 
     def add(self, samples: Tensor, low: Tensor, high: Tensor, weights: Tensor | None = None) -> None:
-        """Counts samples of shape (C, n) that lie within [low, high] of shape (C,).
-
-        Weights of the same shape say how much each of them counts; by default 1.
-        """
+        """Counts samples of shape (C, n) that lie within [low, high] of shape (C,), and adds up their weights."""
         self._grow(low, high)
         # the width is a power of two: the quotient is exact in the samples' own type
         index = torch.floor(samples / self.width.to(samples)[:, None]).long() - self.first[:, None]
         index = index.clamp_(0, NUM_BINS - 1) + torch.arange(len(index), device=index.device)[:, None] * NUM_BINS
-        zero = samples == 0
-        if weights is not None:
-            zero, weights = torch.where(zero, weights, 0), weights.double().flatten()
-        counts = torch.bincount(index.flatten(), weights, minlength=self.counts.numel())
-        self.counts += counts.view_as(self.counts)
+        index, zero = index.flatten(), samples == 0
+        self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts)
         self.zeros += zero.sum(1, dtype=torch.float64)
+        if weights is not None:
+            sums = torch.bincount(index, weights.double().flatten(), minlength=self.counts.numel())
+            self.weights += sums.view_as(self.weights)
+            self.zero_weights += torch.where(zero, weights, 0).sum(1, dtype=torch.float64)
 
     def magnitudes(self) -> Tensor:
         """Counts of |x| in NUM_BINS bins from zero, float64 of shape (C, NUM_BINS)."""

@@ -214,8 +214,7 @@ class FisherObserver(MSEObserver):
 
     def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
         super().__init__(num_channels, channel_axis)
-        self.weighted: StreamingHistogram | None = None
-        self.weighed: StreamingHistogram | None = None  # the same values, each counted once
+        self.weighed: StreamingHistogram | None = None
         self.together = 1.0
 
     @torch.no_grad()
@@ -229,16 +228,17 @@ class FisherObserver(MSEObserver):
         view = self._view(x.float())
         # between 1, were the channels of a place clipped one by one, and their number, were all clipped at once
         self.together = math.sqrt(x.shape[self.channel_axis]) if x.dim() > 1 else 1.0
-        if self.weighted is None:
-            self.weighted, self.weighed = (StreamingHistogram(view.shape[1], view.device) for _ in range(2))
-        values = _sample(view), view.amin((0, 2)), view.amax((0, 2))
-        self.weighted.add(*values, _sample(self._view(weight.float())))
-        self.weighed.add(*values)
+        if self.weighed is None:
+            self.weighed = StreamingHistogram(view.shape[1], view.device, weighted=True)
+        self.weighed.add(_sample(view), view.amin((0, 2)), view.amax((0, 2)), _sample(self._view(weight.float())))
 
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-        if self.weighted is None:
+        if self.weighed is None:
             return super()._range(low, high, bits, symmetric)
-        ends = mse_range(self.weighted, low, high, bits, symmetric, self.weighed, self.together)
-        silent = self.weighted.counts.sum(1) == 0
-        plain = super()._range(low, high, bits, symmetric) if bool(silent.any()) else ends
+        weighted = self.weighed.by_weight()
+        ends = mse_range(weighted, low, high, bits, symmetric, self.weighed, self.together)
+        silent = weighted.counts.sum(1) == 0
+        plain = ends
+        if bool(silent.any()):
+            plain = mse_range(self.histogram or self.weighed, low, high, bits, symmetric)
         return torch.where(silent, plain[0], ends[0]), torch.where(silent, plain[1], ends[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet_ptq.quantizers import AffineQuantizer, FisherObserver
+from mmdet_ptq.quantizers import AffineQuantizer, FisherObserver, Observer
 
 BITS = 8
 # values of a tensor that are looked at in each image
@@ -20,6 +20,13 @@ Recorded = list[tuple[Any, Tensor]]
 Take = Callable[[Any, Tensor, Tensor | None], None]
 # runs the float detector on some images, and hands over what the code that runs appends to the list
 Weigh = Callable[[Recorded, Take], None]
+
+
+class _Ends(FisherObserver):
+    """Counts what it is told the weights of, and nothing besides."""
+
+    def _take(self, view: Tensor, low: Tensor, high: Tensor) -> None:
+        Observer._take(self, view, low, high)
 
 
 class ChannelCost:
@@ -39,7 +46,7 @@ class ChannelCost:
     def __init__(self, channels: int) -> None:
         self.low, self.high, self.weight, self.energy = torch.zeros(4, channels, dtype=torch.float64)
         self.elements = 0
-        self._observer = FisherObserver(channel_axis=0)
+        self._observer = _Ends(channel_axis=0)
 
     def see(self, x: Tensor, weight: Tensor | None, axis: int) -> None:
         """Takes in a tensor and how much its values matter, both of any shape with the channels on the axis.
