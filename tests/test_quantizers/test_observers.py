@@ -39,16 +39,24 @@ def test_min_max_and_moving_average():
 
 def test_growing_a_histogram_is_exact():
     torch.manual_seed(0)
-    parts = [torch.randn(2, 500) * 10**i for i in range(4)]
-    grown = StreamingHistogram(2)
-    for part in parts:
-        grown.add(part, part.amin(1), part.amax(1))
-    at_once = StreamingHistogram(2)
-    whole = torch.cat(parts, 1)
-    at_once.add(whole, whole.amin(1), whole.amax(1))
-    assert torch.equal(grown.counts, at_once.counts) and torch.equal(grown.first, at_once.first)
-    assert torch.equal(grown.exponent, at_once.exponent)
-    assert at_once.counts.sum() == whole.numel()
+    # one channel grows with every part, the other with the first
+    parts = [(torch.randn(2, 500) * torch.tensor([[10.0**i], [1000 - i]])).relu() for i in range(4)]
+    weights = [torch.randint(0, 9, part.shape).float() for part in parts]  # whole numbers: their sums are exact
+    grown, plain = StreamingHistogram(2, weighted=True), StreamingHistogram(2)
+    for part, weight in zip(parts, weights, strict=True):
+        grown.add(part, part.amin(1), part.amax(1), weight)
+        plain.add(part, part.amin(1), part.amax(1))
+    at_once = StreamingHistogram(2, weighted=True)
+    whole, weight = torch.cat(parts, 1), torch.cat(weights, 1)
+    at_once.add(whole, whole.amin(1), whole.amax(1), weight)
+    for name in ('counts', 'zeros', 'weights', 'zero_weights', 'first', 'exponent'):
+        assert torch.equal(getattr(grown, name), getattr(at_once, name)), name
+        if 'weights' not in name:
+            assert torch.equal(getattr(grown, name), getattr(plain, name)), name
+    assert at_once.counts.sum() == whole.numel() and torch.equal(at_once.zeros, (whole == 0).sum(1).double())
+    by_weight = at_once.by_weight()
+    assert torch.equal(by_weight.counts.sum(1), weight.double().sum(1))
+    assert torch.equal(by_weight.zeros, torch.where(whole == 0, weight, 0).double().sum(1))
 
 
 def test_percentile_against_quantile():
@@ -171,7 +179,7 @@ def test_fisher_range_does_not_move_values_into_where_the_function_is_not_flat()
     fisher.weigh(x, steps.grad.square())
     low, high = fisher.range(8, False)
     # as if each value's own slope told what clipping it changes
-    own = mse_range(fisher.weighted, x.min()[None].double(), x.max()[None].double(), 8, False)
+    own = mse_range(fisher.weighed.by_weight(), x.min()[None].double(), x.max()[None].double(), 8, False)
 
     def change(low, high):
         quantizer = AffineQuantizer(8, False)
