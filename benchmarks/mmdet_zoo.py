@@ -259,7 +259,7 @@ def _table(lines: list[dict]) -> list[str]:
 
 def _noisy(lines: list[dict]) -> list[str]:
     """Those whose outputs are equal from the runtime's codes alone; nothing where there is none."""
-    noisy = [line for line in lines if line['onnxruntime_state'] == 'equal' and line['onnxruntime_followed']]
+    noisy = [line for line in lines if line['onnxruntime_state'] == 'equal' and line.get('onnxruntime_followed')]
     if not noisy:
         return []
     found = ['', '## Equal from the same codes, not from the image', '', _NOISY]

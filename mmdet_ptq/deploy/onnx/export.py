@@ -25,6 +25,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_shapes,
 )
 from mmdet_ptq.deploy.network.seal import seal
+from mmdet_ptq.deploy.network.standard_operations import standard_operations
 from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import INPUTS, OUTPUTS, EndToEnd, check_end2end
@@ -163,7 +164,14 @@ def exported_program(
     batch = torch.export.Dim('batch', min=1)
     names = INPUTS[:1] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
-        with _writing(detector, dialect), deformable_nodes(), known_sizes(), typed_ranges(), _quiet():
+        with (
+            _writing(detector, dialect),
+            deformable_nodes(),
+            standard_operations(),
+            known_sizes(),
+            typed_ranges(),
+            _quiet(),
+        ):
             program = torch.onnx.export(
                 network.eval(),
                 inputs,
