@@ -1,7 +1,7 @@
 """Every known fault of a torch / mmengine / mmcv / mmdet version that we work around, one entry each.
 
-``apply_workarounds`` mends what can be mended once per process; ``replace_sync_bn``, ``start_without_gpu`` and
-``check_pkg_resources`` are called where their fault bites.
+``apply_workarounds`` mends what can be mended once per process; ``replace_sync_bn``, ``start_without_gpu``,
+``check_pkg_resources`` and ``typed_ranges`` are called where their fault bites.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import functools
 import logging
 import pickle
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -306,3 +308,21 @@ def check_pkg_resources() -> None:
             "pkg_resources is missing, which mmengine needs to resolve `_base_ = 'mmdet::...'`; "
             "install it with: pip install 'setuptools<82'."
         )
+
+
+@contextmanager
+def typed_ranges() -> Iterator[None]:
+    """``torch.arange`` between an integer and a float tells its type meanwhile.
+
+    torch's ONNX exporter (2.13 with onnxscript 0.7) writes such a range with limits of two types, which ONNX refuses.
+    """
+    arange = torch.arange
+
+    @functools.wraps(arange)
+    def typed(*limits: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get('dtype') is None and len({type(limit) for limit in limits} & {int, float}) == 2:
+            kwargs['dtype'] = torch.get_default_dtype()
+        return arange(*limits, **kwargs)
+
+    with mock.patch.object(torch, 'arange', typed):
+        yield

@@ -278,3 +278,23 @@ def test_lvis_accumulates_with_the_present_numpy(monkeypatch, tmp_path):
     assert not hasattr(np, 'float') and compat.apply_workarounds() == []
     for name in ('lvis', 'lvis.eval'):
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize('limits', [(0, 4.0), (0.0, 4)])
+def test_ranges_of_two_types_are_exported(limits):
+    pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    onnx = pytest.importorskip('onnx')
+
+    class Range(torch.nn.Module):
+        def forward(self, x):
+            return x + torch.arange(*limits)
+
+    def exported():
+        program = torch.onnx.export(Range().eval(), (torch.zeros(4),), dynamo=True, optimize=False, verbose=False)
+        onnx.checker.check_model(program.model_proto, full_check=True)
+
+    with pytest.raises(onnx.shape_inference.InferenceError, match='inconsistent type'):
+        exported()
+    with compat.typed_ranges():
+        assert torch.arange(*limits).dtype == torch.float32 and torch.arange(3).dtype == torch.int64
+        exported()

@@ -112,6 +112,62 @@ def mask_rcnn() -> dict:
     return model
 
 
+def groie() -> dict:
+    """Extractors of regions that have layers of their own: every level's regions pass one, their sum another."""
+    model = mask_rcnn()
+    for name in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        extractor = model['roi_head'][name]
+        channels = extractor['out_channels']
+        extractor.update(
+            type='GenericRoIExtractor',
+            aggregation='sum',
+            pre_cfg=dict(type='ConvModule', in_channels=channels, out_channels=channels, kernel_size=3, padding=1),
+            post_cfg=dict(
+                type='GeneralizedAttention', in_channels=channels, num_heads=2, attention_type='0100', kv_stride=2
+            ),
+        )
+    return model
+
+
+def point_rend() -> dict:
+    """A head refines masks, point by point."""
+    model = mask_rcnn()
+    model['type'], head = 'PointRend', model['roi_head']
+    channels = head['mask_head']['in_channels']
+    head.update(
+        type='PointRendRoIHead',
+        mask_roi_extractor=dict(
+            type='GenericRoIExtractor',
+            aggregation='concat',
+            roi_layer=dict(type='SimpleRoIAlign', output_size=14),
+            out_channels=channels,
+            featmap_strides=[8],
+        ),
+        mask_head=dict(
+            type='CoarseMaskHead',
+            num_fcs=1,
+            in_channels=channels,
+            conv_out_channels=16,
+            fc_out_channels=32,
+            num_classes=NUM_CLASSES,
+            loss_mask=dict(type='CrossEntropyLoss', use_mask=True, loss_weight=1.0),
+        ),
+        point_head=dict(
+            type='MaskPointHead',
+            num_fcs=1,
+            in_channels=channels,
+            fc_channels=16,
+            num_classes=NUM_CLASSES,
+            coarse_pred_each_layer=True,
+            loss_point=dict(type='CrossEntropyLoss', use_mask=True, loss_weight=1.0),
+        ),
+    )
+    model['test_cfg']['rcnn'].update(
+        subdivision_steps=2, subdivision_num_points=49, scale_factor=2, mask_thr_binary=0.5
+    )
+    return model
+
+
 def solo() -> dict:
     """One head of masks without boxes."""
     model = tiny_model_cfg('retinanet')
@@ -344,6 +400,8 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     tood=tood,
     pvt=pvt,
     mask_rcnn=mask_rcnn,
+    groie=groie,
+    point_rend=point_rend,
     solo=solo,
     yolact=yolact,
     cascade_rcnn=cascade_rcnn,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmdet_zoo
 import pytest
+import torch
 import zoo_architectures
 import zoo_trial
 from mmengine.config import Config
@@ -37,6 +38,32 @@ def test_the_page_counts_configs_and_names_what_does_not_hold():
     assert '| `c/d` | 2 | no / form |' in text
     assert '| `retinanet/retinanet_r18_fpn_1x_coco` | 30 | 100.0% | 78 of 78 | 77 of 78 |' in text
     assert text.index('## Not tried') < text.index('RuntimeError: no kernel') < text.index('`g/h`')
+
+
+def test_the_page_tells_where_outputs_are_equal_from_the_same_codes_alone():
+    noisy = LINE | dict(
+        config='a/b.py', configs='3', onnxruntime_decibel='18.3', onnxruntime_followed='90', onnxruntime_itself='20.1'
+    )
+    text = mmdet_zoo.page([LINE, noisy], [], [])
+    assert '| compute in ONNX Runtime what was simulated | 2 of 2 | 33 of 33 |' in text
+    assert '| `a/b` | 3 | 18.3 dB | 90 dB | 20.1 dB |' in text
+    assert 'not from the image' not in mmdet_zoo.page([LINE], [], [])
+
+
+def test_noise_is_that_of_the_worst_output():
+    signal = torch.tensor([[0.0, 2.0]])
+    assert zoo_trial._worst_noise([signal], [signal], False) == 200
+    assert zoo_trial._worst_noise([signal, signal], [signal + 0.1, signal], False) == pytest.approx(20)
+    assert zoo_trial._worst_noise([signal], [signal.flip(1)], True) == 200
+
+
+def test_last_bits_of_normalisations_change_and_nothing_else():
+    norm, x = torch.nn.LayerNorm(64), torch.randn(8, 64)
+    before = norm(x)
+    with zoo_trial.other_last_bits(norm):
+        changed = norm(x)
+    assert torch.equal(norm(x), before) and not torch.equal(changed, before)
+    torch.testing.assert_close(changed, before, rtol=3e-7, atol=0)
 
 
 def test_what_is_there_is_not_tried_again(monkeypatch):

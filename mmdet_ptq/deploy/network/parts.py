@@ -6,8 +6,9 @@ and merges what the heads find.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from unittest import mock
 
 import torch
 from mmdet.models.detectors import TwoStagePanopticSegmentor
+from mmdet.models.roi_heads.roi_extractors import GenericRoIExtractor
+from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -102,6 +105,8 @@ class Part:
     def _call(self, module: nn.Module, *inputs: Tensor) -> Any:
         def call() -> Any:
             given = self.with_inputs(inputs)
+            if isinstance(module, BaseRoIExtractor):
+                return _from_pooled(module, *given.args, **given.kwargs)
             return module(*given.args, **given.kwargs)
 
         # each call has ranges of its own: those before it are made, too, and nobody reads what they give
@@ -219,9 +224,15 @@ def parts_of(detector: nn.Module, image: Tensor) -> list[Part]:
 def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
     """The calls of the heads behind the regions of an image, in their order."""
     calls: dict[str, list[Part]] = {}
+    flow = getattr(getattr(detector, STATE, None), 'flow', None)
 
     def note(name: str) -> Callable:
-        return lambda module, args, kwargs: calls.setdefault(name, []).append(Part(name, args, kwargs))
+        def noted(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            # pooling for the note is no operation of the detector's
+            with nullcontext() if flow is None else flow.muted():
+                calls.setdefault(name, []).append(Part(name, *region_inputs(module, args, kwargs)))
+
+        return noted
 
     def run(mode: str, heads: list[tuple[str, nn.Module]]) -> None:
         with ExitStack() as stack:
@@ -230,6 +241,12 @@ def _region_parts(detector: nn.Module, image: Tensor) -> list[Part]:
             detector(image[:1], _sample(detector, image), mode=mode)
 
     heads = region_heads(detector)
+    for name, head in heads:
+        if isinstance(head, BaseRoIExtractor) and type(head).forward is not GenericRoIExtractor.forward:
+            raise PTQError(
+                f'{type(detector).__name__} cannot be exported: {name} reads regions in a way of its own, and has '
+                'weights; remove `ptq.export`.'
+            )
     run('tensor', heads)
     left = [(name, head) for name, head in heads if name not in calls]
     if left and 'score_thr' in (detector.roi_head.test_cfg or {}):
@@ -268,6 +285,43 @@ def _heads(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _heads(child, f'{path}.{name}')
         elif next(child.parameters(), None) is not None:
             yield f'{path}.{name}', child
+
+
+def region_inputs(head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What the network of a head behind regions reads, from what the head is called with.
+
+    Heads read what they are called with. An extractor with layers of its own is called with features and regions: its
+    network reads what the pooling, mmdet's own code, takes out of them, one tensor for each level.
+
+    Args:
+        head: The head, or the extractor.
+        args: What it is called with.
+        kwargs: The same by keyword.
+    """
+    if not isinstance(head, BaseRoIExtractor):
+        return args, kwargs
+    given = inspect.signature(head.__class__.forward).bind(head, *args, **kwargs).arguments
+    factor = {key: given[key] for key in ('roi_scale_factor',) if given.get(key) is not None}
+    return _pooled(head, given['feats'], given['rois'], **factor), factor
+
+
+def _pooled(
+    extractor: GenericRoIExtractor, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
+) -> tuple[Tensor, ...]:
+    if len(feats) > 1 and roi_scale_factor is not None:
+        rois = extractor.roi_rescale(rois, roi_scale_factor)
+    layers = zip(extractor.roi_layers, feats, strict=False)
+    if not len(rois):
+        return tuple(level.new_zeros(0, level.shape[1], *layer.output_size) for layer, level in layers)
+    return tuple(layer(level, rois) for layer, level in layers)
+
+
+def _from_pooled(extractor: GenericRoIExtractor, *pooled: Tensor, **factor: float) -> Tensor:
+    """What an extractor makes of what was pooled before."""
+    with ExitStack() as stack:
+        for layer in extractor.roi_layers:
+            stack.enter_context(mock.patch.object(layer, 'forward', lambda level, rois: level))
+        return extractor(pooled, pooled[0].new_zeros(pooled[0].shape[0], 5), **factor)
 
 
 def _widened(part: Part) -> Part:

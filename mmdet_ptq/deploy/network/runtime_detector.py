@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.canvas import pad_to
-from mmdet_ptq.deploy.network.parts import constants_in, has_regions, image_heads, parameters_between, parts_of
+from mmdet_ptq.deploy.network.parts import (
+    constants_in,
+    has_regions,
+    image_heads,
+    parameters_between,
+    parts_of,
+    region_inputs,
+)
 from mmdet_ptq.deploy.network.prototypes import has_prototypes, prototype_heads
 from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, only_head, output_shapes
@@ -102,9 +109,9 @@ def with_runtime(
         calls: dict[str, list[Runtime]] = {}
         for name, part in runtime.parts.items():
             calls.setdefault(layer_of(name), []).append(part)
-        first.heads = [_Head(name, parts, device) for name, parts in calls.items()]
+        first.heads = [_Head(name, detector.get_submodule(name), parts, device) for name, parts in calls.items()]
         for head in first.heads:
-            detector.get_submodule(head.name).forward = head
+            head.module.forward = head
     elif has_prototypes(detector):
         detector.extract_feat = network = _PrototypeNetwork(runtime, device)
         for place, head in enumerate(prototype_heads(detector)):
@@ -243,8 +250,9 @@ class _PrototypeNetwork(_Network):
 class _Head:
     """Stands in for the forward of a head behind regions; each call of it in a forward pass is a network."""
 
-    def __init__(self, name: str, runtimes: list[Runtime], device: torch.device) -> None:
+    def __init__(self, name: str, module: nn.Module, runtimes: list[Runtime], device: torch.device) -> None:
         self.name = name
+        self.module = module
         self.runtimes = runtimes
         self.device = device
         self.calls = 0
@@ -253,6 +261,7 @@ class _Head:
         runtime = self.runtimes[min(self.calls, len(self.runtimes) - 1)]
         self.calls += 1
         meta = runtime.meta
+        args, kwargs = region_inputs(self.module, args, kwargs)
         constants = constants_in((args, kwargs))
         if constants != meta['constants']:
             raise PTQError(

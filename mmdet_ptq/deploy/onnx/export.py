@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmdet_ptq.compat import typed_ranges
 from mmdet_ptq.deploy.integers.biases import float_shared_biases
 from mmdet_ptq.deploy.network.known_sizes import known_sizes
 from mmdet_ptq.deploy.network.meta import checked_meta, input_meta, write_meta
@@ -24,6 +25,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     output_shapes,
 )
 from mmdet_ptq.deploy.network.seal import seal
+from mmdet_ptq.deploy.network.standard_operations import standard_operations
 from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import INPUTS, OUTPUTS, EndToEnd, check_end2end
@@ -162,7 +164,14 @@ def exported_program(
     batch = torch.export.Dim('batch', min=1)
     names = INPUTS[:1] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     try:
-        with _writing(detector, dialect), deformable_nodes(), known_sizes(), _quiet():
+        with (
+            _writing(detector, dialect),
+            deformable_nodes(),
+            standard_operations(),
+            known_sizes(),
+            typed_ranges(),
+            _quiet(),
+        ):
             program = torch.onnx.export(
                 network.eval(),
                 inputs,
@@ -248,7 +257,13 @@ def _write(model, meta: dict, path: str | os.PathLike, dialect: Dialect) -> None
     model.metadata_props['mmdet_ptq'] = write_meta(meta)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise PTQError(
+            f'the detector cannot be exported: PyTorch wrote a graph that ONNX refuses '
+            f'({str(error).strip().splitlines()[0][:200]}); leave out the export, and report it.'
+        ) from error
     if dialect.check is not None:
         dialect.check(proto)
     content = seal(proto.SerializeToString())

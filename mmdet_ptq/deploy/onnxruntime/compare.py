@@ -26,7 +26,12 @@ from mmdet_ptq.wrapping.state import STATE
 
 
 def compare_codes(
-    detector: nn.Module, model: str | os.PathLike, image: Tensor, follow: bool = False, exact: bool = False
+    detector: nn.Module,
+    model: str | os.PathLike,
+    image: Tensor,
+    follow: bool = False,
+    exact: bool = False,
+    outputs: list[Tensor] | None = None,
 ) -> list[TensorAgreement]:
     """Compares the codes of every quantized tensor between the simulation and ONNX Runtime.
 
@@ -39,6 +44,7 @@ def compare_codes(
             Defaults to False.
         exact: Whether the simulation computes as integer kernels do, see
             :func:`mmdet_ptq.deploy.integers.arithmetic.integer_arithmetic`. Defaults to False.
+        outputs: Takes the raw outputs of the simulation, if given.
 
     Returns:
         One entry per quantized tensor, in the order of the network.
@@ -47,13 +53,16 @@ def compare_codes(
     agreements = []
     for part in parts_of(detector, image):
         file = part_path(model, part.name) if part.name else model
-        agreements += _compare_part(detector, part, file, follow, exact)
+        found, simulated = _compare_part(detector, part, file, follow, exact)
+        agreements += found
+        if outputs is not None:
+            outputs += simulated
     return agreements
 
 
 def _compare_part(
     detector: nn.Module, part: Part, model: str | os.PathLike, follow: bool, exact: bool
-) -> list[TensorAgreement]:
+) -> tuple[list[TensorAgreement], tuple[Tensor, ...]]:
     found = _runtime_codes(model, [tensor.cpu().numpy() for tensor in part.inputs])
     # models of older versions do not have the entry: in them nothing was folded
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
@@ -65,13 +74,13 @@ def _compare_part(
     }
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
     with torch.no_grad(), arithmetic, recorded_codes(detector, found if follow else {}) as simulated:
-        RawOutputs(detector, part)(*part.inputs)
+        outputs = RawOutputs(detector, part)(*part.inputs)
     agreements = []
     for name, codes in simulated.items():
         if name in found:
             difference = np.abs(_unpadded(found[name], codes.shape).astype(np.int64) - codes.cpu().numpy())
             agreements.append(TensorAgreement(name, float((difference == 0).mean()), int(difference.max())))
-    return agreements
+    return agreements, outputs
 
 
 def _is_shifted(codes: np.ndarray, quantizer: AffineQuantizer) -> bool:
@@ -106,6 +115,8 @@ def _runtime_codes(model: str | os.PathLike, inputs: list[np.ndarray]) -> dict[s
         if node.op_type == 'Clip' and node.input[0].endswith(CODES)
     }
     names = [out for node in proto.graph.node for out in node.output if out.endswith(CODES)]
+    if not names:  # asked for nothing, a session gives its outputs
+        return {}
     # codes of fewer than 8 bits are clipped after they are rounded
     read = {name: clipped.get(name, name) for name in names}
     proto.graph.output.extend(types[value] for value in read.values())
