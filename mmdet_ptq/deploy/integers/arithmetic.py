@@ -159,8 +159,10 @@ class _Convolution:
         if self.bias is None or output is None:
             return None
         self.bias.calls = self._call()
-        result, shifted = _result_of(output), self.bias(module, args, output)
-        return shifted if result is None or shifted is None else _mark(shifted, result)
+        result, rounded = _result_of(output), self.bias.rounded(module)
+        if result is None:
+            return self.bias(module, args, output)
+        return None if rounded is None else _mark(result.float_value(rounded), result)
 
     def computed(self, call: Call) -> Tensor | None:
         """What the layer's convolution gives; None where it is no QLinearConv."""

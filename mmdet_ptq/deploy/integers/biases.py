@@ -103,14 +103,18 @@ class SharedBias:
         self.calls = 0
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        name = self.names[self.calls % len(self.names)]
+        rounded = self.rounded(module)
         self.calls += 1
+        return None if rounded is None else output + (rounded - module.bias).reshape(-1, *[1] * len(module.kernel_size))
+
+    @torch.no_grad()
+    def rounded(self, module: nn.Module) -> Tensor | None:
+        """The bias of the next call; None where it is added as it is."""
+        name = self.names[self.calls % len(self.names)]
         if not (self.enabled and self._integer(name)):
             return None
-        with torch.no_grad():
-            codes, step = _codes(module.bias, self.state.activations[name], self.weight.quantizer)
-            shift = torch.where(_fit(codes), codes * step - module.bias, 0)  # no branch: a GPU would be waited for
-        return output + shift.reshape(-1, *[1] * len(module.kernel_size))
+        codes, step = _codes(module.bias, self.state.activations[name], self.weight.quantizer)
+        return torch.where(_fit(codes), codes * step, module.bias)  # no branch: a GPU would be waited for
 
     def _integer(self, name: str | None) -> bool:
         state = self.state

@@ -355,9 +355,13 @@ class ConvolutionSum(Result):
             total = total.double() + self._by_channel(codes)
         return (total.float() * self._by_channel(source * scale / target)).round()
 
-    def float_value(self) -> Tensor:
-        """The same without an output of few bits: what a kernel writes that ends in float."""
-        bias = self.kernel.module.bias
+    def float_value(self, bias: Tensor | None = None) -> Tensor:
+        """The same without an output of few bits: what a kernel writes that ends in float.
+
+        Args:
+            bias: What it adds. Defaults to None: the layer's bias.
+        """
+        bias = self.kernel.module.bias if bias is None else bias
         value = self.total.float() * self._by_channel(self.source.positive_scale().detach() * self.kernel.scale)
         return value if bias is None else value + self._by_channel(bias.detach())
 

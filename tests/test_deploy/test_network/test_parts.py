@@ -92,6 +92,20 @@ def test_mmdet_finds_the_same_boxes_around_a_runtime(exported, detector):
         assert (~same).sum() <= (5 if chaotic else 0)
 
 
+def test_what_a_shared_head_puts_out_is_what_the_runtime_computes(exported, detector, image):
+    """Pointwise layers end in float, each call with the bias rounded to its own grid: the same floats, bit by bit."""
+    runtime, path = exported
+    if runtime != 'onnxruntime':
+        pytest.skip('the arithmetic is that of ONNX Runtime')
+    first = parts_of(detector, image)[0]
+    with torch.no_grad(), integer_arithmetic(detector):
+        simulated = RawOutputs(detector, first)(image)
+    found = open_model(path, threads=1)(image.numpy())
+    assert len(found) == len(simulated) == 9
+    for ours, theirs in zip(simulated, found, strict=True):
+        np.testing.assert_array_equal(theirs, ours.numpy())
+
+
 def test_no_region_is_no_box(exported):
     _, path = exported
     around = with_runtime(tiny_detector('faster_rcnn', seed=5), open_model(path, threads=1))
@@ -207,7 +221,8 @@ def test_each_call_of_a_head_is_a_network_with_ranges_of_its_own(image, monkeypa
     for ours, theirs in zip(expected, predict(around, tiny_batch(1, seed=4)), strict=True):
         ours, theirs = ours.pred_instances, theirs.pred_instances
         assert len(ours) == len(theirs) > 0 and torch.equal(ours.labels, theirs.labels)
-        torch.testing.assert_close(theirs.scores, ours.scores, atol=1e-2, rtol=0)
+        # one code in hundreds falls to the other side where linear layers add floats, and the logits reach 30
+        torch.testing.assert_close(theirs.scores, ours.scores, atol=5e-2, rtol=0)
 
 
 def test_a_head_that_reads_more_than_tensors_is_refused(image, monkeypatch):
