@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
-from mmdet_ptq.errors import PTQError, cannot_write, did_you_mean, disk_error, lost_process, one_line
+from mmdet_ptq.errors import PTQError, cannot_write, did_you_mean, disk_error, lost_process, no_checkpoint, one_line
 from mmdet_ptq.startup import ends_at_once
 from mmdet_ptq.version import __version__
 
@@ -133,7 +133,7 @@ def _found(path: str) -> str:
 def _check_checkpoint(path: str | None) -> None:
     """Refuses a checkpoint that is not there, before anything else."""
     if path and '://' not in path and not Path(path).is_file():
-        raise PTQError(f'there is no checkpoint {path!r}; check the path.')
+        raise no_checkpoint(path)
 
 
 def _screen(args: argparse.Namespace) -> AbstractContextManager:

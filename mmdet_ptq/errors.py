@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import errno
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,17 @@ def disk_error(error: BaseException) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def no_checkpoint(path: str | os.PathLike) -> PTQError:
+    """What to raise where a checkpoint is not; runs keep theirs in a folder that is named after the preset."""
+    path = Path(path)
+    try:
+        near = sorted(path.parent.glob(f'*/{escape(path.name)}'))
+    except (OSError, ValueError):  # folders that cannot be read, names that no file can have
+        near = []
+    hint = f' Did you mean {str(near[0])!r}?' if near else ''
+    return PTQError(f'there is no checkpoint {str(path)!r}; check the path.{hint}')
 
 
 def lost_process(error: BaseException) -> bool:

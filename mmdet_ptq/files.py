@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from mmdet_ptq.errors import PTQError, cannot_write, disk_error
+from mmdet_ptq.errors import PTQError, cannot_write, disk_error, no_checkpoint
 from mmdet_ptq.limits import MIB, bounded
 
 # how the names of files end that are being written
@@ -90,7 +90,7 @@ def load_tensors(path: str | os.PathLike) -> Any:
         PTQError: The file is missing, damaged, or holds pickled objects.
     """
     if not Path(path).is_file():
-        raise PTQError(f'there is no checkpoint {str(path)!r}; check the path.')
+        raise no_checkpoint(path)
     _check_archive(path)
     size = Path(path).stat().st_size
     try:

@@ -110,7 +110,14 @@ def test_truncated_checkpoint(tmp_path):
 
 
 def test_missing_checkpoint(tmp_path):
+    with pytest.raises(PTQError, match='there is no checkpoint .*; check the path.$'):
+        load_tensors(tmp_path / 'x.pth')
     with pytest.raises(PTQError, match='there is no checkpoint'):
+        load_tensors(tmp_path / 'no\0file')
+    # where runs keep it
+    (tmp_path / 'w8a8').mkdir()
+    (tmp_path / 'w8a8' / 'x.pth').touch()
+    with pytest.raises(PTQError, match=r"check the path. Did you mean '.*w8a8/x.pth'\?$"):
         load_tensors(tmp_path / 'x.pth')
 
 
