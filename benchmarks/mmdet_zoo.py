@@ -239,7 +239,7 @@ _NOISY = """In ONNX Runtime outputs of these differ from the simulation's, compu
 tensor and the outputs are equal where each is computed from the same codes. They are about as far from the simulation
 as the simulation is from itself when the last bits of what its layer and group normalisations return change at random:
 float operations of two programs differ in these, a code falls to the other side of its boundary, and random weights
-make much of it.
+magnify it.
 """
 
 
