@@ -23,6 +23,7 @@ from mmdet_ptq.deploy.integers.kernels import (
     Average,
     Call,
     ConvolutionSum,
+    GemmSum,
     HardSigmoid,
     IntegerKernel,
     Product,
@@ -43,7 +44,7 @@ from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.layers import out_channels
 from mmdet_ptq.wrapping.watching.operations import PRODUCTS, clip_bounds, clips_at_zero, is_mean_of_images
 
-_CONVOLUTIONS = frozenset({'conv1d', 'conv2d', 'conv3d'})
+_KERNELS = frozenset({'conv1d', 'conv2d', 'conv3d', 'linear'})
 _ADDITIONS = frozenset({'add', 'add_', '__add__', '__iadd__'})
 # functions that ONNX Runtime approximates in float, too
 _APPROXIMATED = dict(sigmoid=sigmoid, silu=silu)
@@ -55,9 +56,9 @@ _RESULT = '_ptq_integer_result'
 def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
     """While it lasts, a calibrated quantized detector gives the codes that ONNX Runtime's integer kernels give.
 
-    For evaluating and comparing: nothing is learned through it. Convolutions, additions and products between quantized
-    tensors (``ptq.dataflow``) are computed so, with the ReLU behind them, and sigmoids and SiLU, in float, too.
-    Everything else stays the simulation: what is left float, linear layers and transposed convolutions, whose kernels
+    For evaluating and comparing: nothing is learned through it. Convolutions, linear layers, additions and products
+    between quantized tensors (``ptq.dataflow``) are computed so, with the ReLU behind them, and sigmoids and SiLU, in
+    float, too. Everything else stays the simulation: what is left float, and transposed convolutions, whose kernels
     end in float. A detector without quantizers between its layers stays as it is.
 
     Args:
@@ -113,7 +114,8 @@ def _convolutions(detector: nn.Module, watch: _Watch) -> list[_Convolution]:
     found = []
     for layer in inputs.keys() & weights.keys():
         module = detector.get_submodule(layer)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == 'zeros':
+        plain = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == 'zeros'
+        if plain or isinstance(module, nn.Linear):
             hook = _Convolution(watch, module, inputs[layer], weights[layer], shared.get(layer))
             found += [hook] if hook.fits else []
     return found
@@ -170,7 +172,15 @@ class _Convolution:
         if not self._is_own(call) or not self._is_integer(name):
             return None
         source = self.state.activations[name]
-        result = ConvolutionSum(self.kernel, self.kernel.sum(call, source), source)
+        total = self.kernel.sum(call, source)
+        if not isinstance(self.module, nn.Linear):
+            result = ConvolutionSum(self.kernel, total, source)
+        elif call.x.dim() == 2 and call.bias is not None:
+            result = GemmSum(self.kernel, total, source)
+            if not result.has_integer_bias():  # in float, unless its output has few bits: then the runtime rounds it
+                return _mark(call.function(call.x, call.weight, call.bias), result)
+        else:  # MatMulIntegerToFloat, behind which the bias is added
+            return ConvolutionSum(self.kernel, total, source).float_value()
         return _mark(result.float_value(), result)
 
     def _call(self) -> int:
@@ -241,7 +251,7 @@ class _Watch:
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.run`."""
         name, result = getattr(func, '__name__', ''), None
-        if name in _CONVOLUTIONS and self.layer is not None:
+        if name in _KERNELS and self.layer is not None:
             with torch.no_grad():
                 value = self.layer.computed(Call.of(func, *args, **kwargs))
             if value is not None:

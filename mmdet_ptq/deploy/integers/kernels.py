@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ptq.quantizers import AffineQuantizer, Quantizer
+from mmdet_ptq.wrapping.watching.layers import channel_axis
 
 # in codes; 255 steps of a range that ends at 6 may, rounded, end a hair below it
 SLACK = 1e-3
 # zero point of symmetric activations in ONNX Runtime, whose kernels for x86 read bytes without sign
 SIGNED_ZERO = 128
 _INT32 = 2**31 - 1
+# how far float32 leaves a bias from the multiple that it was rounded to
+ON_GRID = 1e-6
 # of the sigmoid, highest power first
 _NUMERATOR = (
     4.37031012579801e-11,
@@ -286,13 +289,15 @@ class IntegerKernel:
         largest = max(int((end - source.zero_point).abs().max()) for end in source.code_range)
         # GPUs take shortcuts that round; processors do not
         size = self._exact_channels(_FLOAT32 / max(largest, 1)) if x.device.type == 'cpu' else None
+        linear = isinstance(self.module, nn.Linear)
+        axis, geometry = channel_axis(self.module), () if linear else call.geometry
         if size is None:
-            return call.function(x.double(), self.integers.double(), None, *call.geometry)
+            return call.function(x.double(), self.integers.double(), None, *geometry)
         if size == self.integers.shape[1]:
-            return call.function(x.float(), self.integers, None, *call.geometry)
+            return call.function(x.float(), self.integers, None, *geometry)
         return sum(
-            call.function(part.float(), weight, None, *call.geometry).double()
-            for part, weight in zip(x.split(size, 1), self.integers.split(size, 1), strict=True)
+            call.function(part.float(), weight, None, *geometry).double()
+            for part, weight in zip(x.split(size, axis), self.integers.split(size, 1), strict=True)
         )
 
     @cached_property
@@ -303,7 +308,7 @@ class IntegerKernel:
     @cached_property
     def _magnitudes(self) -> Tensor:
         """Sums of their absolute values, one per output channel and input channel of its group."""
-        return self.integers.double().abs().flatten(2).sum(2)
+        return self.integers.double().abs().reshape(*self.integers.shape[:2], -1).sum(2)
 
     def _exact_channels(self, limit: float) -> int | None:
         """How many input channels may be added at once, so that no sum of magnitudes exceeds a limit.
@@ -312,7 +317,7 @@ class IntegerKernel:
             None where the channels cannot be told apart, or one is too much already.
         """
         channels = self.integers.shape[1]
-        for parts in range(1, channels + 1 if self.module.groups == 1 else 2):
+        for parts in range(1, channels + 1 if getattr(self.module, 'groups', 1) == 1 else 2):
             size = -(-channels // parts)
             if max(float(part.sum(1).max()) for part in self._magnitudes.split(size, 1)) <= limit:
                 return size
@@ -366,7 +371,27 @@ class ConvolutionSum(Result):
         return value if bias is None else value + self._by_channel(bias.detach())
 
     def _by_channel(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, *[1] * len(self.kernel.module.kernel_size))
+        return values.reshape(-1, *[1] * len(getattr(self.kernel.module, 'kernel_size', ())))
+
+
+@dataclass
+class GemmSum(ConvolutionSum):
+    """QGemm, a linear layer over rows: its bias is an integer in float, too."""
+
+    def has_integer_bias(self) -> bool:
+        """Whether export finds the bias on the grid of the sums; of calls of several scales it may be on one alone."""
+        exact = self._exact_bias()
+        return bool((exact - exact.round()).abs().max() <= ON_GRID * exact.round().abs().max())
+
+    def float_value(self, bias: Tensor | None = None) -> Tensor:
+        """See :meth:`ConvolutionSum.float_value`."""
+        return (self.total.double() + self._exact_bias().round()).float() * self._step()
+
+    def _step(self) -> Tensor:
+        return self.kernel.scale * self.source.positive_scale().detach()
+
+    def _exact_bias(self) -> Tensor:
+        return self.kernel.module.bias.detach().double() / self._step().double()
 
 
 def _byte(codes: Tensor, quantizer: AffineQuantizer) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mmdet_ptq.deploy.integers.kernels import SLACK
+from mmdet_ptq.deploy.integers.kernels import ON_GRID, SLACK
 from mmdet_ptq.deploy.onnx.graph import (
     add_behind,
     add_constant,
@@ -18,8 +18,6 @@ from mmdet_ptq.deploy.onnx.graph import (
 )
 
 _INT32 = 2**31 - 1
-# how far float32 leaves a bias from the multiple that it was rounded to
-_ON_GRID = 1e-6
 
 
 def drop_redundant_clips(graph: ir.Graph) -> int:
@@ -231,9 +229,7 @@ def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
         exact = bias.astype(np.float64) / step
         codes = np.rint(exact)
         # matrix products that are called several times add their bias in float
-        off_grid = (
-            layer.node.op_type == 'Gemm' and np.abs(exact - codes).max(initial=0) > _ON_GRID * np.abs(codes).max()
-        )
+        off_grid = layer.node.op_type == 'Gemm' and np.abs(exact - codes).max(initial=0) > ON_GRID * np.abs(codes).max()
         if np.abs(codes).max(initial=0) > _INT32 or off_grid:
             left.append(layer.node.name)
             continue
