@@ -75,7 +75,7 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
         # its convolutions transform the numbers and round
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
         watch = _Watch(state.flow, _readers(detector))
-        for hook in _convolutions(detector, watch):
+        for hook in _kernel_layers(detector, watch):
             stack.callback(hook.module.register_forward_pre_hook(hook.begin).remove)
             stack.callback(hook.module.register_forward_hook(hook.end, prepend=True, always_call=True).remove)
         flow = state.flow
@@ -108,7 +108,7 @@ def _readers(detector: nn.Module) -> dict[str | None, list[nn.Module]]:
     return readers
 
 
-def _convolutions(detector: nn.Module, watch: _Watch) -> list[_Convolution]:
+def _kernel_layers(detector: nn.Module, watch: _Watch) -> list[_Layer]:
     inputs, weights = _inputs(detector), quantized_weights(detector)
     shared = {hook.layer: hook for hook in getattr(detector, STATE).hooks if isinstance(hook, SharedBias)}
     found = []
@@ -116,17 +116,17 @@ def _convolutions(detector: nn.Module, watch: _Watch) -> list[_Convolution]:
         module = detector.get_submodule(layer)
         plain = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == 'zeros'
         if plain or isinstance(module, nn.Linear):
-            hook = _Convolution(watch, module, inputs[layer], weights[layer], shared.get(layer))
+            hook = _Layer(watch, module, inputs[layer], weights[layer], shared.get(layer))
             found += [hook] if hook.fits else []
     return found
 
 
-class _Convolution:
-    """Hooks of a convolution: its output remembers what it is the sum of.
+class _Layer:
+    """Hooks of a convolution or linear layer: its output remembers what it is the sum of.
 
     Args:
         watch: Sees the call.
-        module: The convolution.
+        module: The layer.
         inputs: The hook that quantizes its input.
         weight: Its quantized weight.
         shared: The hook that rounds its bias call by call, if it has one.
@@ -167,7 +167,7 @@ class _Convolution:
         return None if rounded is None else _mark(result.float_value(rounded), result)
 
     def computed(self, call: Call) -> Tensor | None:
-        """What the layer's convolution gives; None where it is no QLinearConv."""
+        """What the layer gives; None where no integer kernel computes it."""
         name = self.inputs.names[self._call()]
         if not self._is_own(call) or not self._is_integer(name):
             return None
@@ -187,12 +187,12 @@ class _Convolution:
         return (self.inputs.calls - 1) % len(self.inputs.names)
 
     def _is_own(self, call: Call) -> bool:
-        """Whether a convolution is of the layer's own weight and bias: a layer may compute others from them."""
+        """Whether a call is of the layer's own weight and bias: a layer may compute others from them."""
         own = self.module.weight
         return call.bias is self.module.bias and (call.weight is own or torch.equal(call.weight, own))
 
     def _is_integer(self, name: str | None) -> bool:
-        """Whether a call of the layer is a QLinearConv."""
+        """Whether an integer kernel computes a call of the layer."""
         source = self.state.activations[name] if self.state.flow.works(name) else None
         if source is None or not fits_byte(source) or source.num_channels is None:
             return source is not None and fits_byte(source)
@@ -207,16 +207,16 @@ class _Watch:
         readers: Activation name to the layers that read it.
 
     Attributes:
-        layer: The convolution that is being computed.
-        of_convolutions: Activations that convolutions write.
+        layer: The layer that is being computed.
+        of_layers: Activations that layers write.
     """
 
     def __init__(self, flow: Dataflow, readers: dict[str | None, list[nn.Module]]) -> None:
         self.flow, self.readers = flow, readers
         self._quantize = flow.state.quantize
         self._run, self._write, self._gate, self._product = flow.run, flow.write, flow.gate, flow.product
-        self.layer: _Convolution | None = None
-        self.of_convolutions: set[str] = set()
+        self.layer: _Layer | None = None
+        self.of_layers: set[str] = set()
 
     def is_depthwise(self, name: str) -> bool:
         """Whether depthwise convolutions alone read an activation with a scale per channel."""
@@ -231,7 +231,7 @@ class _Watch:
         return (
             name in self.readers
             and self.is_depthwise(name)
-            and name not in self.of_convolutions
+            and name not in self.of_layers
             and len({reader.padding for reader in self.readers[name]}) == 1
         )
 
@@ -275,7 +275,7 @@ class _Watch:
         result, state = _result_of(x), self.flow.state
         if result is not None and self.flow.works(name):
             if isinstance(result, ConvolutionSum):
-                self.of_convolutions.add(name)
+                self.of_layers.add(name)
             quantizer = state.activations[name]
             # what is moved before it gets scales per channel is not quantized here
             if quantizer.num_channels is None or name not in state.moved:

@@ -232,14 +232,14 @@ def silu(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of ``torch.nn.functional.conv2d`` or its siblings.
+    """A call of ``torch.nn.functional.conv2d`` or its siblings, or of ``linear``.
 
     Attributes:
         function: Which.
         x: Its input, which a layer may have padded.
         weight: Its weight.
         bias: Its bias.
-        geometry: Stride, padding, dilation, groups.
+        geometry: Stride, padding, dilation, groups; a linear layer has none.
     """
 
     function: Callable
@@ -261,15 +261,16 @@ class Call:
         groups: int = 1,
     ) -> Call:
         """From what it was called with."""
-        return cls(function, x, weight, bias, (stride, padding, dilation, groups))
+        linear = function is nn.functional.linear
+        return cls(function, x, weight, bias, () if linear else (stride, padding, dilation, groups))
 
 
 @dataclass(frozen=True, eq=False)
 class IntegerKernel:
-    """A convolution's weight.
+    """The weight of a convolution or linear layer.
 
     Attributes:
-        module: The convolution.
+        module: The layer.
         integers: The weight's integers, of its shape, float32.
         scale: Its scale, one per output channel.
     """
@@ -282,21 +283,20 @@ class IntegerKernel:
         """The exact sums of products, integers of float32 or float64.
 
         Args:
-            call: The convolution, of what the source wrote.
+            call: The call, of what the source wrote.
             source: The input's quantizer.
         """
         x = source.encode(call.x) - source.per_channel(source.zero_point, call.x)
         largest = max(int((end - source.zero_point).abs().max()) for end in source.code_range)
         # GPUs take shortcuts that round; processors do not
         size = self._exact_channels(_FLOAT32 / max(largest, 1)) if x.device.type == 'cpu' else None
-        linear = isinstance(self.module, nn.Linear)
-        axis, geometry = channel_axis(self.module), () if linear else call.geometry
+        axis = channel_axis(self.module)
         if size is None:
-            return call.function(x.double(), self.integers.double(), None, *geometry)
+            return call.function(x.double(), self.integers.double(), None, *call.geometry)
         if size == self.integers.shape[1]:
-            return call.function(x.float(), self.integers, None, *geometry)
+            return call.function(x.float(), self.integers, None, *call.geometry)
         return sum(
-            call.function(part.float(), weight, None, *geometry).double()
+            call.function(part.float(), weight, None, *call.geometry).double()
             for part, weight in zip(x.split(size, axis), self.integers.split(size, 1), strict=True)
         )
 
