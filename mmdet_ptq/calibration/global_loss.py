@@ -63,8 +63,8 @@ class FilteredGlobalLoss(nn.Module):
 
         Returns:
             Weighted terms ``loss_cls``, ``loss_box``, ``loss_quality``,
-            ``loss_distribution`` as far as the head has them (``loss_raw`` alone for raw outputs), and for
-            the log ``kept`` (boxes per image), ``kept_share`` (of all priors) and ``images_without_boxes``.
+            ``loss_distribution``, ``loss_mask`` as far as the head has them (``loss_raw`` alone for raw outputs),
+            and for the log ``kept`` (boxes per image), ``kept_share`` (of all priors) and ``images_without_boxes``.
             The region proposal network of a two-stage detector adds the same with ``rpn_`` in the name.
 
         Raises:
@@ -92,6 +92,7 @@ class FilteredGlobalLoss(nn.Module):
                 f'float one {tuple(teacher.cls_logits.shape)}: both must see the same images and proposals'
             )
         num_images, num_priors = teacher.cls_logits.shape[:2]
+        masks = {} if teacher.masks is None else self._mask_term(student, teacher)
         if self.cfg.max_boxes is not None and self.cfg.max_boxes < num_priors:
             best = teacher.confidence().topk(self.cfg.max_boxes, dim=1).indices
             student, teacher = student.take(best), teacher.take(best)
@@ -103,6 +104,7 @@ class FilteredGlobalLoss(nn.Module):
         kept_per_image = target.keep.sum(1)
         losses = self._terms(student, teacher, target)
         losses.update(
+            masks,
             kept=kept_per_image.float().mean(),
             kept_share=kept_per_image.sum() / max(num_images * num_priors, 1),
             images_without_boxes=(kept_per_image == 0).sum().float(),
@@ -130,6 +132,16 @@ class FilteredGlobalLoss(nn.Module):
             sides = _divergence(student.distributions[keep_box], teacher.distributions[keep_box], 'softmax')
             losses['loss_distribution'] = self.cfg.distribution_weight * sides.mean(-1).sum() / count_box
         return losses
+
+    def _mask_term(self, student: AlignedPredictions, teacher: AlignedPredictions) -> dict[str, Tensor]:
+        """Masks of the priors that the filters keep against the float detector's, whatever else is the target."""
+        rows = teacher.masks.most_confident(teacher.confidence())
+        keep = self._float_target(student, teacher).keep[rows[:, 0], rows[:, 1]]
+        rows = rows[keep]
+        if not len(rows):
+            return {'loss_mask': 0 * student.cls_logits.sum()}
+        term = _divergence(student.masks.draw(rows)[..., None], teacher.masks.draw(rows)[..., None], 'sigmoid')
+        return {'loss_mask': self.cfg.mask_weight * term.mean((1, 2)).sum() / self._count(keep)}
 
     def _count(self, keep: Tensor) -> Tensor:
         """How many boxes are kept; where ranks share a batch, how many on average."""

@@ -161,6 +161,7 @@ class GlobalLossConfig:
         cls_weight: Weight of the classification term. Defaults to 1.0.
         quality_weight: Weight of the objectness / centerness term. Defaults to 1.0.
         distribution_weight: Weight of the box distribution term of GFL-style heads. Defaults to 0.25.
+        mask_weight: Weight of the mask term, a mean over pixels. Defaults to 1.0.
         combine: ``'and'`` (both filters must pass) or ``'or'``. Defaults to ``'and'``.
         box_loss: ``'l1'`` (divided by the float box's size), ``'giou'`` or ``'deltas'`` (centre shift and log size
             ratio). Defaults to ``'l1'``.
@@ -197,6 +198,7 @@ class GlobalLossConfig:
     cls_weight: float = 1.0
     quality_weight: float = 1.0
     distribution_weight: float = 0.25
+    mask_weight: float = 1.0
     combine: str = 'and'
     box_loss: str = 'l1'
     p: float = 1
@@ -230,7 +232,7 @@ class GlobalLossConfig:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
         if not 0 <= self.holdout < 1:
             raise PTQError(f'`{key}.holdout` must lie in [0, 1), got {self.holdout!r}.')
-        for name in ('cls_weight', 'box_weight', 'quality_weight', 'distribution_weight'):
+        for name in ('cls_weight', 'box_weight', 'quality_weight', 'distribution_weight', 'mask_weight'):
             if getattr(self, name) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}; 0 leaves it out.')
         if self.p < 1:

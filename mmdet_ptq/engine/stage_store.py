@@ -39,7 +39,7 @@ _GONE_WITHIN = {
 }
 
 # keys that came later, with what they stood for before: left out of the hashes, where they say nothing else
-_ADDED = {'global_loss': dict(weight_scale_lr=None)}
+_ADDED = {'global_loss': dict(weight_scale_lr=None, mask_weight=1.0)}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,7 +1,7 @@
 """Every head family's raw outputs as aligned scores and boxes, before NMS."""
 
-from mmdet_ptq.predictions import heads  # noqa: F401  registers mmdet's heads
-from mmdet_ptq.predictions.aligned import AlignedPredictions
+from mmdet_ptq.predictions import heads, masks  # noqa: F401  register mmdet's heads
+from mmdet_ptq.predictions.aligned import AlignedPredictions, Masks
 from mmdet_ptq.predictions.dispatch import adapter, align_head, align_raw
 from mmdet_ptq.predictions.forward import (
     check_no_tracker,
@@ -13,6 +13,7 @@ from mmdet_ptq.predictions.forward import (
 
 __all__ = [
     'AlignedPredictions',
+    'Masks',
     'adapter',
     'align_head',
     'align_raw',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +15,8 @@ from mmdet_ptq.errors import PTQError
 FARTHEST = 1e5
 # of sizes that are exponentials: beyond it they are as far as boxes go, and their gradients would not be finite
 LARGEST_EXPONENT = 20.0
+# masks that are compared, of an image: as many as mmdet's own configs let a detector find
+MASKS = 100
 
 
 @dataclass
@@ -34,6 +37,36 @@ class Regions:
 
 
 @dataclass
+class Masks:
+    """Masks of priors, drawn where they are asked for: many heads could draw one for every prior.
+
+    Args:
+        draw: From the rows of M priors, (M, 2) of image and prior, image by image, to their (M, H, W) logits.
+        rows: The priors that have a mask, (M, 2), image by image; others cannot be drawn. None: all of them.
+            Defaults to None.
+    """
+
+    draw: Callable[[Tensor], Tensor]
+    rows: Tensor | None = None
+
+    def detach(self) -> Masks:
+        """Returns the same masks, cut from the graph."""
+        return Masks(lambda rows: self.draw(rows).detach(), self.rows)
+
+    def most_confident(self, confidence: Tensor) -> Tensor:
+        """Returns the rows of the priors to compare: of each image the :data:`MASKS` most confident that have a mask.
+
+        Args:
+            confidence: (N, P), see :meth:`AlignedPredictions.confidence`.
+        """
+        if self.rows is not None:
+            return self.rows
+        best = confidence.topk(min(MASKS, confidence.shape[1]), dim=1).indices
+        image = torch.arange(len(best), device=best.device)[:, None].expand_as(best)
+        return torch.stack([image, best], -1).flatten(0, 1)
+
+
+@dataclass
 class AlignedPredictions:
     """Per-prior outputs before NMS, in the same order for the float and the quantized detector.
 
@@ -50,6 +83,7 @@ class AlignedPredictions:
         quality_logits: (N, P) objectness, centerness or predicted IoU. Defaults to None.
         distributions: (N, P, 4, reg_max + 1) logits over the sides' distances (GFL). Defaults
             to None.
+        masks: Mask logits of the priors. Defaults to None.
         level_sizes: Priors per level; sums to P. Defaults to ``()``.
         raw: The flat raw outputs of a head that no adapter knows. Defaults to None.
         regions: What a two-stage detector's second stage was evaluated on. Defaults to None.
@@ -62,6 +96,7 @@ class AlignedPredictions:
     activation: str = 'sigmoid'
     quality_logits: Tensor | None = None
     distributions: Tensor | None = None
+    masks: Masks | None = None
     level_sizes: tuple[int, ...] = ()
     raw: list[Tensor] | None = None
     regions: Regions | None = None
@@ -82,8 +117,9 @@ class AlignedPredictions:
         changes = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
         if self.raw is not None:
             changes['raw'] = [value.detach() for value in self.raw]
-        if self.proposal_stage is not None:
-            changes['proposal_stage'] = self.proposal_stage.detach()
+        for name in ('masks', 'proposal_stage'):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name).detach()
         return replace(self, **changes)
 
     def with_finite_boxes(self) -> AlignedPredictions:
@@ -96,12 +132,12 @@ class AlignedPredictions:
         return replace(self, **changes)
 
     def take(self, index: Tensor) -> AlignedPredictions:
-        """Returns the priors named by ``index``, image by image; ``level_sizes`` becomes the one size K.
+        """Returns the priors named by ``index``, image by image, without masks; ``level_sizes`` becomes the one size K.
 
         Args:
             index: (N, K) integer positions along the prior axis.
         """
-        changes = {}
+        changes = dict(masks=None)
         for name in ('cls_logits', 'boxes', 'quality_logits', 'distributions'):
             value = getattr(self, name)
             if value is not None:

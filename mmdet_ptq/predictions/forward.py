@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from mmdet.models.detectors import SemiBaseDetector, SingleStageDetector
+from mmdet.models.detectors import MaskFormer, SemiBaseDetector, SingleStageDetector
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from mmdet.models.mot import BaseMOTModel
@@ -126,12 +126,17 @@ def predict_aligned(
         given = None if reference is None else reference.regions.queries
         with chosen_queries(model, given) as queries:
             outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
-        return replace(align_head(_aligning(model), outputs, metas), regions=Regions(queries=queries))
+        return replace(_align(model, outputs, metas), regions=Regions(queries=queries))
     outputs = raw_predictions(detector, batch_inputs, batch_data_samples)
-    return align_head(_aligning(model), outputs, metas)
+    return _align(model, outputs, metas)
 
 
-def _aligning(model: nn.Module) -> nn.Module:
-    """The head; or the detector whose forward is its own: align_head.register(MyDetector) teaches it as a whole."""
-    plain = runs_as(model, SingleStageDetector) or runs_as(model, DetectionTransformer)
-    return model.bbox_head if plain else model
+def _align(model: nn.Module, outputs: Any, metas: list[dict]) -> AlignedPredictions:
+    """By the head; or as a whole, where the forward is its own: align_head.register(MyDetector) teaches it."""
+    if runs_as(model, SingleStageDetector) or runs_as(model, DetectionTransformer):
+        return align_head(model.bbox_head, outputs, metas)
+    if runs_as(model, SingleStageInstanceSegmentor) and not model.with_bbox:
+        return align_head(model.mask_head, *outputs, metas)
+    if runs_as(model, MaskFormer):
+        return align_head(model.panoptic_head, outputs, metas)
+    return align_head(model, outputs, metas)

@@ -22,7 +22,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, get_box_tensor
 from torch import Tensor
 
-from mmdet_ptq.predictions.aligned import LARGEST_EXPONENT, AlignedPredictions
+from mmdet_ptq.predictions.aligned import LARGEST_EXPONENT, AlignedPredictions, Masks
 from mmdet_ptq.predictions.dispatch import adapter, align_raw, flatten_levels, level_sizes
 
 
@@ -41,15 +41,21 @@ def align_dense(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     """
     if getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False):
         return align_raw(head, outputs, 'its scores come from the activation of a custom classification loss')
+    return align_boxes(head, outputs)
+
+
+def align_boxes(head, outputs: tuple, masks: Masks | None = None) -> AlignedPredictions:
+    """Maps of scores, boxes and perhaps of a quality, as :func:`align_dense` says."""
     cls_maps, box_maps, *quality_maps = outputs
     channels = head.cls_out_channels
     cls_logits = flatten_levels(cls_maps, channels)
     deltas = flatten_levels(box_maps, head.bbox_coder.encode_size)
     return AlignedPredictions(
         cls_logits=cls_logits,
-        boxes=_decode(head, _priors(head, cls_maps), deltas),
+        boxes=_decode(head, priors_of(head, cls_maps), deltas),
         activation='sigmoid' if head.use_sigmoid_cls else 'softmax',
         quality_logits=flatten_levels(quality_maps[0], 1)[..., 0] if quality_maps else None,
+        masks=masks,
         level_sizes=level_sizes(cls_maps, channels),
     )
 
@@ -63,7 +69,7 @@ def align_gfl(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPredi
     logits = flatten_levels(box_maps, 4 * bins)
     sizes = level_sizes(cls_maps, channels)
     distances = head.integral(logits).reshape(*logits.shape[:2], 4) * _strides(head, sizes, logits)
-    centers = head.anchor_center(_priors(head, cls_maps))
+    centers = head.anchor_center(priors_of(head, cls_maps))
     return AlignedPredictions(
         cls_logits=cls_logits,
         boxes=_decode(head, centers, distances),
@@ -81,7 +87,7 @@ def align_yolox(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     deltas = torch.cat([deltas[..., :2], _bounded(deltas[..., 2:])], -1)
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
-        boxes=head._bbox_decode(_priors(head, cls_maps, with_stride=True), deltas),
+        boxes=head._bbox_decode(priors_of(head, cls_maps, with_stride=True), deltas),
         quality_logits=flatten_levels(objectness_maps, 1)[..., 0],
         level_sizes=level_sizes(cls_maps, channels),
     )
@@ -128,7 +134,7 @@ def align_reppoints(head, outputs: tuple, batch_img_metas: list[dict]) -> Aligne
     strides = torch.cat([offsets.new_full((size, 1), s) for size, s in zip(sizes, head.point_strides, strict=True)])
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
-        boxes=offsets * strides + _priors(head, cls_maps)[:, :2].repeat(1, 2),
+        boxes=offsets * strides + priors_of(head, cls_maps)[:, :2].repeat(1, 2),
         activation='sigmoid' if head.use_sigmoid_cls else 'softmax',
         level_sizes=sizes,
     )
@@ -143,7 +149,7 @@ def align_fovea(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     exponents = _bounded(flatten_levels(box_maps, 4))
     lengths = torch.cat([exponents.new_full((size, 1), s) for size, s in zip(sizes, head.base_edge_list, strict=True)])
     distances = exponents.exp() * lengths
-    points = _priors(head, cls_maps)[:, :2]
+    points = priors_of(head, cls_maps)[:, :2]
     return AlignedPredictions(
         cls_logits=flatten_levels(cls_maps, channels),
         boxes=torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1),
@@ -151,7 +157,7 @@ def align_fovea(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPre
     )
 
 
-def _priors(head, maps, **kwargs) -> Tensor:
+def priors_of(head, maps, **kwargs) -> Tensor:
     """Returns the priors of all levels, (P, 2 or 4); one list for all images."""
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     sizes = [m.shape[-2:] for m in maps]

@@ -1,4 +1,8 @@
-"""Two-stage detectors: the second stage of both detectors answers for the float detector's proposals."""
+"""Detectors of two stages and cascades: what stands behind the proposals answers for the float detector's.
+
+Masks of mmdet's own forward are those of the first hundred regions of the first image; here they are of the hundred
+that the float detector is surest of.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from dataclasses import replace
 
 import torch
 from mmdet.models.detectors import TridentFasterRCNN, TwoStageDetector
-from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead, HybridTaskCascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
-from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
+from mmdet_ptq.predictions.aligned import AlignedPredictions, Masks, Regions
 from mmdet_ptq.predictions.dispatch import align_head, align_raw, announce, own_decoding
 from mmdet_ptq.predictions.samples import with_annotations
 from mmdet_ptq.predictions.stock import runs_as
@@ -39,13 +44,15 @@ def predict_two_stage(
     """Runs the whole detector once and aligns both stages; see :func:`predict_aligned`.
 
     The region proposal network's predictions are the result's ``proposal_stage``. A RoI head without an
-    adapter (cascades, for instance) leaves only those, and the log says so. In any case all its stages answer
+    adapter leaves only those, and the log says so. In any case all its stages answer
     for the reference's proposals and RoIs, so that their layers compute the same boxes in both detectors.
     """
     metas = [sample.metainfo for sample in batch_data_samples]
     problem = _roi_problem(model.roi_head)
     given = None if reference is None else reference.regions
-    with _captured(model, given, second_stage=problem is None) as seen:
+    heads = [] if problem is not None else _box_heads(model.roi_head)
+    masked = bool(heads) and _compares_masks(model.roi_head)
+    with _captured(model, given, heads, masked) as seen:
         outputs = detector(batch_inputs, with_annotations(batch_data_samples), mode='tensor')
     regions = Regions(seen.get('proposals'), seen['rois'])
     first = align_head(model.rpn_head, seen['rpn'], metas) if 'rpn' in seen else None
@@ -62,31 +69,67 @@ def predict_two_stage(
             'enter the global loss.'
         )
         return replace(first, regions=regions)
-    second = align_rois(model.roi_head.bbox_head, *seen['box_head'], regions.rois[0], len(metas), reference)
+    # of a cascade the mean score counts, and the last stage's box
+    scores = torch.stack([cls_score for cls_score, _, _ in seen['boxes']]).mean(0)
+    _, deltas, rois = seen['boxes'][-1]
+    second = align_rois(heads[-1], scores, deltas, rois, len(metas), reference)
+    if masked:
+        rows = seen['mask_rows'] if reference is None else reference.masks.rows
+        sure = (second if reference is None else reference).cls_logits.detach()
+        second.masks = _rows_masks(seen['masks'], rows, sure)
     return replace(second, regions=regions, proposal_stage=first)
 
 
 def _roi_problem(roi_head: nn.Module) -> str | None:
     """Returns why the RoI head cannot be aligned, or None."""
-    for method in ('forward', '_bbox_forward'):
-        if getattr(type(roi_head), method, None) is not getattr(StandardRoIHead, method):
-            return f'it runs its boxes in another way than StandardRoIHead ({method})'
-    box_head = roi_head.bbox_head
-    if not isinstance(box_head, BBoxHead) or own_decoding(type(box_head), BBoxHead):
-        return f'{type(box_head).__name__} decodes in another way than BBoxHead'
-    if box_head.custom_cls_channels:
-        return 'its scores come from the activation of a custom classification loss'
+    cascade = isinstance(roi_head, CascadeRoIHead)
+    htc = isinstance(roi_head, HybridTaskCascadeRoIHead)
+    kind = HybridTaskCascadeRoIHead if htc else CascadeRoIHead if cascade else StandardRoIHead
+    for method in ('forward', '_bbox_forward', *(['_refine_roi'] if cascade else [])):
+        if getattr(type(roi_head), method, None) is not getattr(kind, method):
+            return f'it runs its boxes in another way than {kind.__name__} ({method})'
+    for box_head in _box_heads(roi_head):
+        if not isinstance(box_head, BBoxHead) or own_decoding(type(box_head), BBoxHead):
+            return f'{type(box_head).__name__} decodes in another way than BBoxHead'
+        if box_head.custom_cls_channels:
+            return 'its scores come from the activation of a custom classification loss'
     return None
 
 
+def _box_heads(roi_head: nn.Module) -> list[nn.Module]:
+    """The box head, or one for each stage of a cascade."""
+    return list(roi_head.bbox_head) if isinstance(roi_head, CascadeRoIHead) else [roi_head.bbox_head]
+
+
+def _compares_masks(roi_head: nn.Module) -> bool:
+    """Whether masks enter the global loss; the log says why they do not."""
+    if not roi_head.with_mask:
+        return False
+    name = type(roi_head).__name__
+    if isinstance(roi_head, CascadeRoIHead):
+        # of all proposals, in each stage, and cut from the graph
+        announce(f'{name}: masks of cascades do not enter the global loss, its boxes do.')
+        return False
+    head = roi_head.mask_head
+    known = isinstance(head, FCNMaskHead) and not own_decoding(type(head), FCNMaskHead)
+    if not known or type(roi_head)._mask_forward is not StandardRoIHead._mask_forward:
+        announce(f'{name}: its masks are drawn in another way than by FCNMaskHead, so the global loss has only boxes.')
+        return False
+    return True
+
+
 @contextmanager
-def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
+def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], masked: bool):
     """Collects both stages' raw outputs and regions in one forward pass; feeds the given regions, if any."""
-    seen: dict = {'rois': []}
+    seen: dict = {'rois': [], 'boxes': []}
 
     def read(_, args, kwargs):
         own = args[1] if len(args) > 1 else kwargs.pop('rois')
-        seen['rois'].append(own.detach() if given is None else given.rois[len(seen['rois'])])
+        if given is not None:
+            own = given.rois[len(seen['rois'])]
+        elif masked and seen['boxes']:
+            seen['mask_rows'], own = _surest(*seen['boxes'][-1], len(own))
+        seen['rois'].append(own.detach())
         return (args[0], seen['rois'][-1], *args[2:]), kwargs
 
     handles = []
@@ -105,8 +148,10 @@ def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
     for module in model.roi_head.modules():
         if isinstance(module, BaseRoIExtractor):
             handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
-    if second_stage:
-        handles.append(model.roi_head.bbox_head.register_forward_hook(lambda _, args, out: seen.update(box_head=out)))
+    for head in heads:
+        handles.append(head.register_forward_hook(lambda _, args, out: seen['boxes'].append((*out, seen['rois'][-1]))))
+    if masked:
+        handles.append(model.roi_head.mask_head.register_forward_hook(lambda _, args, out: seen.update(masks=out)))
     try:
         yield seen
     finally:
@@ -114,6 +159,38 @@ def _captured(model: nn.Module, given: Regions | None, second_stage: bool):
             del model.rpn_head.predict
         for handle in handles:
             handle.remove()
+
+
+def _surest(cls_score: Tensor, _, rois: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The RoIs of the highest scores, image by image: their rows (number, 2), and they themselves."""
+    confidence = cls_score.softmax(-1)[:, :-1].amax(-1)
+    index = confidence.topk(number).indices.sort().values
+    return torch.stack(_places(rois), 1)[index], rois[index]
+
+
+def _places(rois: Tensor, num_images: int = 0) -> tuple[Tensor, Tensor]:
+    """Image of each RoI, and the RoI's position among those of its image."""
+    image = rois[:, 0].long()
+    counts = torch.bincount(image, minlength=num_images)
+    return image, torch.arange(len(rois), device=rois.device) - (counts.cumsum(0) - counts)[image]
+
+
+def _rows_masks(masks: Tensor, rows: Tensor, cls_logits: Tensor) -> Masks:
+    """Masks of the class that the float detector sees in each RoI.
+
+    Args:
+        masks: (M, C or 1, H, W) logits.
+        rows: (M, 2) image and position of each RoI.
+        cls_logits: (N, P, C + 1) of the float detector.
+    """
+    label = cls_logits[rows[:, 0], rows[:, 1], :-1].argmax(-1)
+    own = masks[torch.arange(len(masks), device=masks.device), label if masks.shape[1] > 1 else 0]
+
+    def draw(asked: Tensor) -> Tensor:
+        same = (asked[:, None] == rows).all(-1)
+        return own[same.int().argmax(1)]
+
+    return Masks(draw, rows)
 
 
 def align_rois(
@@ -125,10 +202,8 @@ def align_rois(
     reference: AlignedPredictions | None,
 ) -> AlignedPredictions:
     """Returns (N, P, ...) predictions, P the largest number of proposals of an image; the rest is padding."""
-    image = rois[:, 0].long()
-    counts = torch.bincount(image, minlength=num_images)
-    position = torch.arange(len(rois), device=rois.device) - (counts.cumsum(0) - counts)[image]
-    size = int(counts.max())
+    image, position = _places(rois, num_images)
+    size = int(position.max()) + 1
 
     fill = cls_score.new_zeros(num_images, size, cls_score.shape[1])
     fill[..., -1] = PADDING_LOGIT

@@ -284,8 +284,6 @@ def test_half_precision_outputs_are_decoded_in_float32():
         'StageCascadeRPNHead',
         'YOLACTHead',
         'CondInstBboxHead',
-        'RTMDetInsHead',
-        'RTMDetInsSepBNHead',
         'ATSSVLFusionHead',
         'CenterNetHead',
         'CornerHead',
