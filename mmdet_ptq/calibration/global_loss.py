@@ -24,12 +24,12 @@ class FilteredGlobalLoss(nn.Module):
 
     Per box i, y and b of the float detector, hats of the quantized one, before NMS and paired by prior:
 
-    ``L_G = (1/n) sum_i m_i [cls_weight * CE(y_i, y_hat_i) + box_weight * L_p(b_i, b_hat_i)]``,
+    ``L_G = (1/n) sum_i m_i [cls_weight * CE(y_i, y_hat_i) + box_weight * L_1(b_i, b_hat_i)]``,
     ``m_i = [score_i >= score_thr] * [IoU(b_i, b_hat_i) >= iou_thr]``, n the kept boxes of the batch.
 
     Every term is zero when both detectors agree: the target's own entropy is subtracted from the cross
-    entropies. The published formula leaves open how the terms are normalised and weighted: boxes are measured
-    in units of the target's width and height, and n counts kept boxes, because 1 / (all priors) would vanish.
+    entropies. The published formula leaves open p of its L_p, and how the terms are normalised and weighted: boxes are
+    measured in units of the target's width and height, and n counts kept boxes, because 1 / (all priors) would vanish.
     The mask carries no gradient. An image of which no box is kept adds zero, and is counted.
 
     Args:
@@ -189,14 +189,8 @@ class FilteredGlobalLoss(nn.Module):
         if self.cfg.box_loss == 'giou':
             # GIoU is undefined where the target has no area
             return torch.where(_area(target) > 0, 1 - generalized_box_iou(boxes, target), 0.0)
-        size = (target[:, 2:] - target[:, :2]).clamp(min=MIN_SIDE)
-        if self.cfg.box_loss == 'l1':
-            difference = (boxes - target) / size.repeat(1, 2)
-        else:
-            shift = (boxes[:, :2] + boxes[:, 2:] - target[:, :2] - target[:, 2:]) / 2 / size
-            growth = ((boxes[:, 2:] - boxes[:, :2]).clamp(min=MIN_SIDE) / size).log()
-            difference = torch.cat([shift, growth], 1)
-        return difference.abs().pow(self.cfg.p).mean(1)
+        size = (target[:, 2:] - target[:, :2]).clamp(min=MIN_SIDE).repeat(1, 2)
+        return ((boxes - target) / size).abs().mean(1)
 
 
 @dataclass

@@ -52,8 +52,11 @@ GONE = {
     'equalize': 'cross-layer equalization brought nothing beyond chance on six detectors; remove it, or even out the '
     'channels of 4-bit inputs with `ptq.activations.scale_migration`',
 }
-# sections whose `type` is gone, and the only one that there was
-GONE_TYPES = {'reconstruct': 'BlockReconstruction', 'global_loss': 'FilteredGlobalLoss'}
+# the same within sections: what they are now, whatever they say; where they say that, nothing is said
+GONE_WITHIN = {
+    'reconstruct': dict(type='BlockReconstruction', rounding_weight=0.01, warmup=0.2, beta_start=20, beta_end=2),
+    'global_loss': dict(type='FilteredGlobalLoss', p=1),
+}
 
 
 @dataclass
@@ -136,10 +139,14 @@ class PTQConfig:
         for key in GONE.keys() & block:
             if block.pop(key):
                 raise PTQError(f'`ptq.{key}` is gone: {GONE[key]}.')
-        for key, only in GONE_TYPES.items():
-            section = block.get(key)
-            if isinstance(section, dict) and str(section.pop('type', only)).rpartition('.')[2] != only:
-                raise PTQError(f'`ptq.{key}.type` is gone: there was none but {only!r}; remove it.')
+        for name, gone in GONE_WITHIN.items():
+            section = block.get(name)
+            for key in gone.keys() & section if isinstance(section, dict) else ():
+                value = section.pop(key)
+                if isinstance(value, str):
+                    value = value.rpartition('.')[2]
+                if value != gone[key]:
+                    raise PTQError(f'`ptq.{name}.{key}` is gone: it is always {gone[key]!r}; remove it.')
         if isinstance(block.get('global_loss'), dict) and 'mirror' in block['global_loss']:
             raise PTQError(
                 '`ptq.global_loss.mirror` is gone: say `augment=2` to train on mirror images, too, or `augment=1`.'

@@ -163,9 +163,7 @@ class GlobalLossConfig:
         distribution_weight: Weight of the box distribution term of GFL-style heads. Defaults to 0.25.
         mask_weight: Weight of the mask term, a mean over pixels. Defaults to 1.0.
         combine: ``'and'`` (both filters must pass) or ``'or'``. Defaults to ``'and'``.
-        box_loss: ``'l1'`` (divided by the float box's size), ``'giou'`` or ``'deltas'`` (centre shift and log size
-            ratio). Defaults to ``'l1'``.
-        p: Exponent of the ``'l1'`` box term. Defaults to 1.
+        box_loss: ``'l1'`` (divided by the float box's size) or ``'giou'``. Defaults to ``'l1'``.
         target: ``'float'`` (the float detector) or ``'ground_truth'``. Defaults to ``'float'``.
         max_boxes: Keep only this many boxes an image, by the float detector's confidence; bounds memory.
             Defaults to 1000.
@@ -201,7 +199,6 @@ class GlobalLossConfig:
     mask_weight: float = 1.0
     combine: str = 'and'
     box_loss: str = 'l1'
-    p: float = 1
     target: str = 'float'
     max_boxes: int | None = 1000
     iters: int = 200
@@ -225,7 +222,7 @@ class GlobalLossConfig:
             key, self, 'iters', 'batch_size', 'lr', 'augment', 'val_interval', 'checkpoint_interval', 'log_interval'
         )
         choice(f'{key}.combine', self.combine, ('and', 'or'))
-        choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou', 'deltas'))
+        choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou'))
         choice(f'{key}.target', self.target, ('float', 'ground_truth'))
         for name in ('score_thr', 'iou_thr'):
             if not 0 <= getattr(self, name) <= 1:
@@ -235,8 +232,6 @@ class GlobalLossConfig:
         for name in ('cls_weight', 'box_weight', 'quality_weight', 'distribution_weight', 'mask_weight'):
             if getattr(self, name) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}; 0 leaves it out.')
-        if self.p < 1:
-            raise PTQError(f'`{key}.p` must be at least 1, got {self.p!r}.')
         if self.max_boxes is not None and self.max_boxes < 1:
             raise PTQError(f'`{key}.max_boxes` must be None or a whole number of at least 1, got {self.max_boxes!r}.')
         for name in ('bias_lr', 'grid_lr', 'weight_lr', 'weight_scale_lr'):
@@ -278,11 +273,6 @@ class ReconstructConfig:
         rounding: ``'adaround'`` (every weight goes to the code above or below, by a relaxed choice), ``'latent'``
             (weights are trained with straight-through gradients) or ``'nearest'``. Defaults to ``'latent'``.
         rounding_lr: Learning rate of the relaxed choice. Defaults to 1e-2.
-        rounding_weight: Weight of AdaRound's regularizer, a sum over the unit's weights, against squared errors summed
-            over the output channels. Defaults to 0.01.
-        warmup: Share of the iterations without the regularizer. Defaults to 0.2.
-        beta_start: Exponent of the regularizer after the warm-up. Defaults to 20.
-        beta_end: Exponent at the end. Defaults to 2.
         weight_lr: Learning rate of ``'latent'`` weights, relative to the quantization step. Defaults to 1e-2.
         weight_scale_lr: Learning rate of the weight quantizers' parameters, relative to their size; 0 leaves them.
             Defaults to 0.
@@ -308,10 +298,6 @@ class ReconstructConfig:
     damping: float = 0.1
     rounding: str = 'latent'
     rounding_lr: float = 1e-2
-    rounding_weight: float = 0.01
-    warmup: float = 0.2
-    beta_start: float = 20
-    beta_end: float = 2
     weight_lr: float = 1e-2
     weight_scale_lr: float = 0
     activation_lr: float = 1e-3
@@ -328,18 +314,9 @@ class ReconstructConfig:
         choice(f'{key}.rounding', self.rounding, ('adaround', 'latent', 'nearest'))
         if not 0 <= self.fisher <= 1:
             raise PTQError(f'`{key}.fisher` must lie between 0 and 1, got {self.fisher!r}.')
-        for name in ('warmup', 'drop', 'input_drop', 'holdout'):
+        for name in ('drop', 'input_drop', 'holdout'):
             if not 0 <= getattr(self, name) < 1:
                 raise PTQError(f'`{key}.{name}` must lie in [0, 1), got {getattr(self, name)!r}.')
-        for name in (
-            'iters',
-            'rounding_weight',
-            'weight_lr',
-            'weight_scale_lr',
-            'activation_lr',
-            'bias_lr',
-            'cache_gib',
-            'skip_below',
-        ):
+        for name in ('iters', 'weight_lr', 'weight_scale_lr', 'activation_lr', 'bias_lr', 'cache_gib', 'skip_below'):
             if getattr(self, name) < 0:
                 raise PTQError(f'`{key}.{name}` must not be negative, got {getattr(self, name)!r}.')

@@ -34,10 +34,11 @@ _OWN_KEYS = {
 # keys of the `ptq` block that are gone, as they stood in the hashes of work directories of before
 _GONE = {'equalize': None, 'bias_correction': False}
 _GONE_WITHIN = {
-    'reconstruct': dict(type='mmdet_ptq.BlockReconstruction'),
-    'global_loss': dict(type='mmdet_ptq.FilteredGlobalLoss'),
+    'reconstruct': dict(
+        type='mmdet_ptq.BlockReconstruction', rounding_weight=0.01, warmup=0.2, beta_start=20, beta_end=2
+    ),
+    'global_loss': dict(type='mmdet_ptq.FilteredGlobalLoss', p=1),
 }
-
 # keys that came later, with what they stood for before: left out of the hashes, where they say nothing else
 _ADDED = {'global_loss': dict(weight_scale_lr=None, mask_weight=1.0)}
 

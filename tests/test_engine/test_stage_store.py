@@ -24,6 +24,9 @@ def test_types_of_sections_that_are_gone_stand_in_the_hashes():
     types = dict(reconstruct='mmdet_ptq.BlockReconstruction', global_loss='mmdet_ptq.FilteredGlobalLoss')
     before = {key: dict(recipe[key], type=kind) for key, kind in types.items()}
     assert stage_inputs(recipe) == stage_inputs({**recipe, **before})
+    before['reconstruct'].update(rounding_weight=0.01, warmup=0.2, beta_start=20, beta_end=2)
+    before['global_loss'].update(p=1)
+    assert stage_inputs(recipe) == stage_inputs({**recipe, **before})
     assert stage_inputs({**recipe, 'reconstruct': None}) != stage_inputs(recipe)
 
 

@@ -16,6 +16,9 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.weights import float_weight
 
 LOOKS = 4  # how often a unit's held-out error is looked at while it is trained
+# AdaRound (Nagel et al., ICML 2020): weight of its regularizer, the share of the iterations without it, and its
+# exponent from then to the end
+REGULARIZER, WARMUP, BETA = 0.01, 0.2, (20, 2)
 
 
 @dataclass
@@ -173,11 +176,10 @@ class UnitTrainer:
         parts = list(self.data.errors([self.data.train_samples[i] for i in chosen], mix=cfg.input_drop > 0))
         loss = sum(error for error, _ in parts) / sum(numel for _, numel in parts)
         self.state.drop = 0.0
-        if cfg.rounding == 'adaround' and progress >= cfg.warmup:
-            done = (progress - cfg.warmup) / (1 - cfg.warmup)
-            beta = cfg.beta_end + (cfg.beta_start - cfg.beta_end) * (1 - done)
+        if cfg.rounding == 'adaround' and progress >= WARMUP:
+            beta = BETA[1] + (BETA[0] - BETA[1]) * (1 - progress) / (1 - WARMUP)
             # the published weight is one against squared errors summed over the channels
-            loss = loss + cfg.rounding_weight / self.data.energy * sum(
+            loss = loss + REGULARIZER / self.data.energy * sum(
                 weight.rounding.regularizer(beta) for weight in self.data.weights.values()
             )
         return loss
