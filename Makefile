@@ -2,7 +2,7 @@
 # PYTHON=/path/to/python, an active environment, STACK=onedl and TORCH=2.10.0 are respected.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint docs doctor clean
+.PHONY: help setup demo test test-thorough test-slow lint docs doctor clean
 
 # A Python that works (pyenv shims may exist and fail) runs the set-up, which then chooses the environment.
 BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3.13 python3.14 python3 python; do \
@@ -22,7 +22,10 @@ demo:  ## quantize the embedded detector and show what it cost
 test:  ## run the tests
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-test-slow:  ## run the tests that take minutes, too
+test-thorough:  ## run what `make test` leaves out: more of the same kinds, minutes
+	$(RUN) -m pytest -n 2 --dist loadfile -m thorough
+
+test-slow:  ## run all tests, those that take hours, too
 	$(RUN) -m pytest -m ''
 
 lint:  ## check the style

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import pickle
 import pkgutil
@@ -20,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from mmengine.config import config as config_module
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.logging import HistoryBuffer, print_log
@@ -198,6 +200,23 @@ def _give_find_loader() -> None:
     pkgutil.find_loader = lambda name: getattr(find_spec(name), 'loader', None)
 
 
+# ---- configs that are formatted again and again ----
+
+
+def _give_formatter_a_memory() -> None:
+    format_code = config_module.FormatCode
+
+    @functools.lru_cache(maxsize=8)
+    def formatted(text: str, options: str) -> tuple[str, bool]:
+        return format_code(text, **json.loads(options))
+
+    def remembered(text: str, **options: Any) -> tuple[str, bool]:
+        return formatted(text, json.dumps(options, sort_keys=True))
+
+    remembered.cache = formatted
+    config_module.FormatCode = remembered
+
+
 WORKAROUNDS: tuple[Workaround, ...] = (
     # first: importing mmdet may ask whether mmcv has its operators
     Workaround(
@@ -229,6 +248,13 @@ WORKAROUNDS: tuple[Workaround, ...] = (
         'same process waits for ever as soon as it logs',
         applies=_manager_keeps_its_lock,
         apply=_let_manager_release_its_lock,
+    ),
+    Workaround(
+        name='formatting of configs',
+        versions='mmengine <= 0.10.7',
+        why='each checkpoint and each log formats the whole config as Python code again, a tenth of a second each',
+        applies=lambda: not hasattr(config_module.FormatCode, 'cache'),
+        apply=_give_formatter_a_memory,
     ),
     Workaround(
         name='np.float in lvis',

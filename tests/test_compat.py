@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.config import config as config_module
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin, digit_version
 from torch import nn
+from yapf.yapflib import yapf_api
 
 from mmdet_ptq import compat
 from mmdet_ptq.errors import PTQError
@@ -256,6 +258,23 @@ def test_mmcv_finds_its_operators_without_find_loader(monkeypatch):
 
 
 # ---- lvis ----
+
+
+def test_a_config_is_formatted_once(monkeypatch):
+    calls = []
+
+    def format_code(text, style_config):
+        calls.append(text)
+        return yapf_api.FormatCode(text, style_config=style_config)
+
+    monkeypatch.setattr(config_module, 'FormatCode', format_code)
+    assert 'formatting of configs' in compat.apply_workarounds()
+    assert 'formatting of configs' not in compat.apply_workarounds()
+    cfg = Config(dict(model=dict(type='RetinaNet', widths=[1, 2]), seed=0))
+    first = cfg.pretty_text
+    assert cfg.pretty_text == first and Config.fromstring(first, '.py').to_dict() == cfg.to_dict() and len(calls) == 1
+    cfg.seed = 1
+    assert cfg.pretty_text == first.replace('seed = 0', 'seed = 1') and len(calls) == 2
 
 
 def test_lvis_accumulates_with_the_present_numpy(monkeypatch, tmp_path):

@@ -39,6 +39,7 @@ def run(detector, train, held_out, folder, **options):
     return BlockReconstruction(cfg).run(detector, train, held_out, folder, 0, False)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', ['swin', 'cascade_rcnn', 'deformable_detr'])
 def test_the_presets_reconstruction_helps_every_kind(kind, tmp_path):
     detector, _ = tiny_quantized(kind, LOW_BIT)

@@ -36,6 +36,7 @@ def same(a, b) -> bool:
     return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_resumes_to_the_same_detector(make_runner, tmp_path, monkeypatch, stages):
     whole = make_runner(FULL, tmp_path / 'whole')
     whole.run()

@@ -106,6 +106,7 @@ def test_a_float_detector_that_finds_nothing_is_warned_of_before_the_calibration
     assert NOTHING_FOUND in said
 
 
+@pytest.mark.thorough
 def test_results_of_the_checkpoint_before_are_taken_away(make_runner, finished_copy, monkeypatch):
     runner = make_runner(work_dir=finished_copy, resume=True)
     monkeypatch.setattr(runner, 'evaluate', interrupted)

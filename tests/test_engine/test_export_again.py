@@ -94,6 +94,7 @@ def test_a_model_tells_the_order_of_its_channels(config, channels, expected):
     assert input_meta(_detector(config(channels)), channels) == dict(pad_value=0, **expected)
 
 
+@pytest.mark.thorough
 def test_one_channel_in_another_size(config, tmp_path):
     cfg = config(1)
     detector = _detector(cfg)

@@ -48,6 +48,7 @@ def test_a_quantized_detector_learns_and_stays_one(finished, training):
     assert any(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
+@pytest.mark.thorough
 def test_more_labels_mean_less_of_mmdets_own_loss(finished, training):
     training.train_cfg.max_iters = training.train_cfg.val_interval = 20
     source, dataset = Path(finished.work_dir) / 'quantized.pth', DATASETS.build(training.train_dataloader.dataset)

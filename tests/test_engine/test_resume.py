@@ -73,11 +73,13 @@ def test_a_changed_loss_runs_the_global_stage_alone(finished_copy, make_runner, 
     assert stages == dict(prepare=True, observe=True) | {'global': False}
 
 
+@pytest.mark.thorough
 def test_another_seed_runs_again_from_prepare(finished_copy, make_runner, stages):
     make_runner({'randomness.seed': 1, 'ptq.global_loss.iters': 1}, work_dir=finished_copy, resume=True).calibrate()
     assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
 
 
+@pytest.mark.thorough
 def test_other_images_of_the_same_ids_run_again(finished_copy, make_runner, stages, tmp_path):
     tiny_coco(tmp_path / 'other', seed=1)
     changes = {'train_dataloader.dataset.data_root': str(tmp_path / 'other'), 'ptq.global_loss.iters': 1}
@@ -102,6 +104,7 @@ def test_how_images_are_loaded_and_where_models_go_changes_no_calibration(finish
     assert stages == dict.fromkeys(('prepare', 'observe', 'global', 'evaluate_float', 'evaluate_simulated'), True)
 
 
+@pytest.mark.thorough
 def test_another_preprocessor_runs_again(config_file, tmp_path, stages):
     """mmengine takes it from the top level of the config, too."""
 
@@ -118,6 +121,7 @@ def test_another_preprocessor_runs_again(config_file, tmp_path, stages):
     assert stages == dict.fromkeys(('prepare', 'observe', 'evaluate_float', 'evaluate_simulated'), False)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('change', ['annotations', 'image'])
 def test_a_changed_evaluation_is_evaluated_again(change, config_file, make_runner, tmp_path, stages):
     data = tmp_path / 'data'
@@ -140,6 +144,7 @@ def test_a_changed_evaluation_is_evaluated_again(change, config_file, make_runne
     assert stages == dict(prepare=True, observe=True, evaluate_float=False, evaluate_simulated=False)
 
 
+@pytest.mark.thorough
 def test_a_moved_work_directory_goes_on_in_the_global_stage(make_runner, tmp_path, monkeypatch):
     changes = {'ptq.global_loss.lr': 2.0}  # it only gets worse, so the best state is one from before it was moved
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -254,15 +259,20 @@ def in_report(patch):
 @pytest.mark.parametrize(
     'interrupt',
     [
-        in_float_evaluation,
-        in_prepare,
         in_observe,
-        before_the_first_checkpoint,
         after_a_checkpoint,
-        between_a_checkpoint_and_its_held_out_loss,
-        while_a_checkpoint_is_written,
-        in_evaluate,
-        in_report,
+        *(
+            pytest.param(interrupt, marks=pytest.mark.thorough)
+            for interrupt in (
+                in_float_evaluation,
+                in_prepare,
+                before_the_first_checkpoint,
+                between_a_checkpoint_and_its_held_out_loss,
+                while_a_checkpoint_is_written,
+                in_evaluate,
+                in_report,
+            )
+        ),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_numbers(
@@ -287,6 +297,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('holdout', [pytest.param(0.0, marks=pytest.mark.slow), 0.25])
 def test_a_running_average_is_the_result_of_a_resumed_run_too(holdout, make_runner, tmp_path, monkeypatch):
     """mmengine's EMAHook saves the average, and swaps it with what is trained where training goes on from a file."""

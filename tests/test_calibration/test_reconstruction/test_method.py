@@ -55,6 +55,7 @@ def low_bit():
     return tiny_quantized('retinanet', LOW_BIT)[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     'options',
     [
@@ -117,6 +118,7 @@ def test_settling_changes_no_quantized_weight():
         assert not torch.equal(original, before)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_reconstruction_ends_in_the_same_state(low_bit, tmp_path, monkeypatch):
     whole = copy.deepcopy(low_bit)
     reconstruct(whole, tmp_path / 'whole', iters=2, drop=0.5, compensate=True)
@@ -199,6 +201,7 @@ def test_bad_settings(change, told):
         ReconstructConfig(**change).check('key')
 
 
+@pytest.mark.thorough
 def test_fisher_weights_are_the_same_in_a_run_that_is_resumed(low_bit, tmp_path):
     first, second = copy.deepcopy(low_bit), copy.deepcopy(low_bit)
     torch.manual_seed(1)

@@ -152,6 +152,7 @@ def test_exported_graphs_get_the_bias_as_it_is(settled, runtime, tmp_path, monke
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_a_dead_channel_gets_a_bias_that_fits_an_int32(tmp_path, monkeypatch):
     def with_dead_channels(*args):
         detector = tiny_detector(*args)

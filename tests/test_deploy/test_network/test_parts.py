@@ -157,6 +157,7 @@ def test_each_stage_of_a_cascade_is_a_network_and_so_is_a_mask_head(image, monke
         assert names == ['', *(f'roi_head.{head}' for head in heads)]
 
 
+@pytest.mark.thorough
 def test_masks_without_boxes_are_found_around_a_runtime(tmp_path, monkeypatch):
     architectures.register(monkeypatch)
     detector, structure = tiny_quantized('solo', dict(OBSERVE, dataflow='balanced'))
@@ -191,6 +192,7 @@ def test_weights_outside_of_the_networks_are_named(image):
         parts_of(detector, image)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_each_call_of_a_head_is_a_network_with_ranges_of_its_own(image, monkeypatch, tmp_path, runtime):
     pytest.importorskip(runtime)

@@ -25,6 +25,7 @@ def registered(monkeypatch):
     architectures.register(monkeypatch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_mmdet_finds_the_same_boxes_and_masks_from_the_queries_of_the_file(tmp_path, runtime):
     pytest.importorskip(runtime)
@@ -53,6 +54,7 @@ def test_what_is_read_between_the_networks_is_no_layer():
         parts_of(detector, torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.thorough
 def test_a_head_that_compares_regions_is_given_as_many_as_it_was_exported_for(tmp_path):
     detector = tiny_detector('query_inst')
     path = get_runtime('onnxruntime').export(detector, tmp_path, (1, 3, 64, 64))

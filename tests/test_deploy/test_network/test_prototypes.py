@@ -17,6 +17,7 @@ pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[onnxrunti
 GIVEN = dict(onnxruntime=integer_arithmetic, openvino=only_read_tensors)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_mmdet_draws_the_same_masks_around_a_runtime(runtime, tmp_path, monkeypatch):
     pytest.importorskip(runtime)

@@ -57,6 +57,7 @@ def test_the_network_gives_what_the_last_layer_finds(detector):
     assert all(torch.equal(ours, theirs[-1]) for ours, theirs in zip(found, layers, strict=True))
 
 
+@pytest.mark.thorough
 def test_a_runtime_computes_what_was_simulated(exported, detector):
     runtime, path = exported
     model = open_model(path, threads=1)

@@ -60,6 +60,7 @@ def check_in_a_runtime(runtime, kind, wanted, tmp_path):
     return around
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_the_layers_of_an_extractor_are_a_network_behind_the_pooling(runtime, tmp_path):
     around = check_in_a_runtime(runtime, 'groie', EXTRACTORS, tmp_path)
@@ -95,6 +96,7 @@ def test_an_extractor_of_its_own_kind_is_refused():
         parts_of(detector, torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_every_step_that_refines_masks_by_points_is_a_network(runtime, tmp_path):
     check_in_a_runtime(runtime, 'point_rend', POINTS, tmp_path)

@@ -41,6 +41,7 @@ def image(detector):
     return detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs'].numpy()
 
 
+@pytest.mark.thorough
 def test_a_compact_model_computes_the_same_from_fewer_bytes(detector, pair):
     plain, compact = (open_model(path, threads=1) for path in pair)
     for first, second in zip(plain(image(detector)), compact(image(detector)), strict=True):

@@ -233,6 +233,7 @@ def exported(request, tmp_path_factory):
     return request.param, found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('processor', PROCESSORS)
 def test_detectors_answer_the_same_on_every_processor(exported, on_processor, processor, tmp_path):
     runtime, found = exported

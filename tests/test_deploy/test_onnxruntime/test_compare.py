@@ -16,6 +16,7 @@ pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxrunt
 pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
 
 
+@pytest.mark.thorough
 def test_a_network_without_any_code_has_nothing_to_compare(monkeypatch, tmp_path):
     architectures.register(monkeypatch)
     head = 'roi_head.mask_head'

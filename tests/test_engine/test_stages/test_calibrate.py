@@ -97,6 +97,7 @@ def kill_at_the_fourth_measurement(patch) -> None:
     patch.setattr(DamageStore, 'put', put_or_die)
 
 
+@pytest.mark.thorough
 def test_a_run_killed_after_each_stage_ends_at_the_same_numbers(finished, config_file, tmp_path, monkeypatch):
     run, seen = StageStore.run, {}
 

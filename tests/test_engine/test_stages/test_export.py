@@ -81,6 +81,7 @@ def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
     assert exported.ptq.dataflow == 'balanced'
 
 
+@pytest.mark.thorough
 def test_one_run_exports_to_runtimes_that_take_other_formats_too(config_file, one_thread, tmp_path, monkeypatch):
     pytest.importorskip('ncnn', reason="needs pip install 'mmdet-ptq[ncnn]'")
     monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
@@ -252,6 +253,7 @@ def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys
     assert (tmp_path / 'onnxruntime' / 'model.onnx').read_bytes() == first
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_without_what_onnx_runtime_needs_is_warned_of(exported, finished, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(MMLogger.get_instance('mmdet_ptq_export'), 'warning', said.append)
@@ -286,6 +288,7 @@ def test_a_folder_that_cannot_be_written_is_refused(exported, tmp_path, capsys, 
     assert stopped.value.code == 2 and 'choose another --out' in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_gone_is_exported_again_on_resume(exported, monkeypatch):
     path = Path(exported.work_dir) / 'openvino' / 'model.bin'
     content = path.read_bytes()

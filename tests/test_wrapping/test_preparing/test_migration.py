@@ -118,6 +118,7 @@ def image(detector, seed=3):
     return detector.data_preprocessor(tiny_batch(1, seed=seed), False)['inputs']
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind,dataflow', [('yolox', 'auto'), ('retinanet', 'auto')])
 def test_onnx_runtime_computes_the_simulated_codes(kind, dataflow, tmp_path):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
@@ -130,6 +131,7 @@ def test_onnx_runtime_computes_the_simulated_codes(kind, dataflow, tmp_path):
     assert not open_model(tmp_path / 'model.onnx').coverage().float
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', ['yolox', 'ssd'])  # behind SiLU; behind convolutions without activation, too
 def test_openvino_multiplies_the_same_integers(kind, tmp_path):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
