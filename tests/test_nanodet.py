@@ -106,6 +106,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
         load_float_checkpoint(detector('m'), str(tmp_path / 'published.pth'))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', PUBLISHED)
 def test_it_runs_in_ncnn(kind, tmp_path):
     pytest.importorskip('ncnn')

@@ -91,6 +91,7 @@ def test_an_old_model_opens_and_says_what_to_do_where_it_is_wrong(outputs, monke
     assert 'may saturate' in warned[0] and 'export its checkpoint again' in warned[0]
 
 
+@pytest.mark.thorough
 def test_an_old_checkpoint_exported_again_names_the_layers_that_saturate(detector, tmp_path, monkeypatch, warned):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     path = get_runtime('onnxruntime').export(detector, tmp_path, (1, 3, 64, 64))

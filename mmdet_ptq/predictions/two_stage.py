@@ -48,7 +48,7 @@ def predict_two_stage(
     for the reference's proposals and RoIs, so that their layers compute the same boxes in both detectors.
     """
     metas = [sample.metainfo for sample in batch_data_samples]
-    problem = _roi_problem(model.roi_head)
+    problem = roi_problem(model.roi_head)
     given = None if reference is None else reference.regions
     heads = [] if problem is not None else _box_heads(model.roi_head)
     masked = bool(heads) and _compares_masks(model.roi_head)
@@ -80,7 +80,7 @@ def predict_two_stage(
     return replace(second, regions=regions, proposal_stage=first)
 
 
-def _roi_problem(roi_head: nn.Module) -> str | None:
+def roi_problem(roi_head: nn.Module) -> str | None:
     """Returns why the RoI head cannot be aligned, or None."""
     cascade = isinstance(roi_head, CascadeRoIHead)
     htc = isinstance(roi_head, HybridTaskCascadeRoIHead)

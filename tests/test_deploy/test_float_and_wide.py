@@ -51,6 +51,7 @@ def test_onnxruntime_keeps_float_weights_and_wide_codes(detector, image, tmp_pat
     assert {FLOAT, COARSE, WIDE} <= set(model.coverage().float)
 
 
+@pytest.mark.thorough
 def test_openvino_clips_wide_activations_and_computes_in_float(detector, image, tmp_path, monkeypatch):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
     model = open_model(get_runtime('openvino').export(detector, tmp_path, tuple(image.shape)), threads=1)

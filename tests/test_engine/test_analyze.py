@@ -19,6 +19,7 @@ def config(tmp_path):
     return path
 
 
+@pytest.mark.thorough
 def test_the_tool_ranks_draws_and_goes_on(config, tmp_path, capsys, monkeypatch):
     arguments = [str(config), '--images', '1', '--work-dir', str(tmp_path / 'out'), '--device', 'cpu']
     analyze(arguments)

@@ -2,6 +2,7 @@ import architectures
 import pytest
 
 from mmdet_ptq.calibration.protection.head_branches import BOX, CLASS, OTHER, QUALITY, SHARED, find_places
+from mmdet_ptq.predictions import two_stage
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 
 
@@ -49,6 +50,7 @@ def test_places_follow_from_what_depends_on_what(kind, expected):
 
 def test_layers_of_a_head_without_adapter_are_other_ones(monkeypatch):
     architectures.register(monkeypatch)
+    monkeypatch.setattr(two_stage, 'roi_problem', lambda roi_head: 'it is not known')
     detector, structure = tiny_quantized('cascade_rcnn')
     places = find_places(detector, structure, tiny_batch(1))
     last = {f'roi_head.bbox_head.{stage}.fc_{kind}' for stage in range(2) for kind in ('cls', 'reg')}

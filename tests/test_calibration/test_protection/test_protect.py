@@ -57,6 +57,7 @@ def test_the_bad_tensor_is_mended_in_integers():
     assert_same_as_prepared_anew(float_detector, block, protection, detector, structure)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     'limits',
     [

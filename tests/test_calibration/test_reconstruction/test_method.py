@@ -96,6 +96,7 @@ def test_learned_rounding_moves_no_weight_by_more_than_one_code(tmp_path, head):
     assert changed > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('head', ['affine', 'log_affine'])
 def test_trained_weights_end_on_values_of_their_grid(tmp_path, head):
     detector, _ = tiny_quantized('retinanet', {**LOW_BIT, 'head': head})
@@ -150,6 +151,7 @@ def test_a_unit_that_diverges_gets_its_state_back_and_is_named(low_bit, tmp_path
     assert all(unit['outcome'] == 'restored' and math.isfinite(unit['after']) for unit in units)
 
 
+@pytest.mark.thorough
 def test_training_that_diverges_after_the_closed_form_helped_is_named(low_bit, tmp_path):
     detector = copy.deepcopy(low_bit)
     units = reconstruct(detector, tmp_path, compensate=True, rounding='latent', bias_lr=1e30, activation_lr=0, iters=4)
@@ -298,11 +300,12 @@ def test_weights_of_positions_count_only_where_the_layer_has_those_of_its_unit(t
     assert torch.equal(*weights)
 
 
+@pytest.mark.thorough
 def test_units_without_fisher_information_are_weighed_alike(tmp_path, monkeypatch):
     register(monkeypatch)
     only(monkeypatch, 'roi_head.bbox_head')
     # as of a RoI head that no adapter knows: the proposals alone are compared
-    monkeypatch.setattr(two_stage, '_roi_problem', lambda roi_head: 'it is not known')
+    monkeypatch.setattr(two_stage, 'roi_problem', lambda roi_head: 'it is not known')
     detector, _ = tiny_quantized('cascade_rcnn', LOW_BIT)
     alike = reconstruct(copy.deepcopy(detector), tmp_path, iters=0, compensate=True)
     fisher = reconstruct(copy.deepcopy(detector), tmp_path, iters=0, compensate=True, fisher=1)

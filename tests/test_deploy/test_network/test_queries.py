@@ -74,6 +74,7 @@ def test_a_runtime_computes_what_was_simulated(exported, detector):
         assert difference.mean() <= 0.05 * ours.std()
 
 
+@pytest.mark.thorough
 def test_mmdet_finds_the_same_around_a_runtime(exported, detector):
     runtime, path = exported
     around = with_runtime(tiny_detector(detector.kind, seed=5), open_model(path, threads=1))

@@ -52,6 +52,7 @@ def test_a_compact_model_computes_the_same_from_fewer_bytes(detector, pair):
     assert sizes[1] < 0.5 * sizes[0]
 
 
+@pytest.mark.thorough
 def test_what_somebody_reads_keeps_its_name(pair):
     plain, compact = (onnx.load(path).graph for path in pair)
     assert [value.name for value in compact.input] == ['input']

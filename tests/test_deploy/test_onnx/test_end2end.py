@@ -204,6 +204,7 @@ def test_runtime_detector_answers_like_the_simulation(tmp_path):
         assert (gap.amin(1) < 0.5).float().mean() >= 0.8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', ['ssd', pytest.param('yolox', marks=pytest.mark.slow)])
 def test_openvino_detects_the_same(tmp_path, kind):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")

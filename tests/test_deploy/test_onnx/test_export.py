@@ -140,6 +140,7 @@ def test_coverage_names_what_stays_float(exported):
     assert coverage.integer if detector.ptq.flow is None else not coverage.float
 
 
+@pytest.mark.thorough
 def test_an_expanded_model_computes_the_same(exported, tmp_path):
     detector, _, path, _ = exported
     if onnx.TensorProto.UINT4 not in {entry.data_type for entry in onnx.load(path).graph.initializer}:
@@ -200,6 +201,7 @@ class Counts(torch.nn.Module):
         return [torch.stack([one * 2 for one in f]) for f in feats]
 
 
+@pytest.mark.thorough
 def test_a_number_of_images_that_the_detector_fixes_is_not_left_open(tmp_path):
     detector = tiny_detector('retinanet')
     detector.neck = torch.nn.Sequential(detector.neck, Counts())

@@ -247,6 +247,7 @@ def test_detectors_answer_the_same_on_every_processor(exported, on_processor, pr
                 np.testing.assert_array_equal(ours, other, name)
 
 
+@pytest.mark.thorough
 def test_no_layer_saturates(exported):
     runtime, found = exported
     for _, path in found.values():

@@ -53,6 +53,7 @@ def calls(structure):
     }
 
 
+@pytest.mark.thorough
 def test_every_layer_reads_what_the_model_was_given(exported):
     detector, structure, path = exported
     found = compare(detector, path, follow=True, within=only_read_tensors)
@@ -60,6 +61,7 @@ def test_every_layer_reads_what_the_model_was_given(exported):
     assert min(entry.identical for entry in found) > 0.999 and max(entry.largest for entry in found) <= 1
 
 
+@pytest.mark.thorough
 def test_layers_that_feed_no_output_are_not_missed(tmp_path, monkeypatch):
     """YOLOv3 on MobileNetV2 runs a layer behind the last feature map that it reads."""
     model = tiny_model_cfg('retinanet')

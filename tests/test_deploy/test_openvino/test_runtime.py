@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return found
 
 
+@pytest.mark.thorough
 def test_an_export_that_is_killed_leaves_no_mixture(folder, tmp_path, monkeypatch):
     for name in ('model.xml', 'model.bin'):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

@@ -84,6 +84,7 @@ def compare(detector, path):
     assert min(difference(detector, lambda x: session.run(None, {'input': x}), image(seed)) for seed in range(3)) < 1e-5
 
 
+@pytest.mark.thorough
 def test_without_tensorrt_the_file_is_written_for_another_machine(written, checkpoint):
     path, (said,) = written
     assert path == checkpoint.parent / 'tensorrt' / 'model.onnx'

@@ -158,6 +158,7 @@ def test_a_state_that_ruins_the_boxes_is_not_kept(make_runner, tmp_path, value):
     assert all(torch.equal(value, observed[key]) for key, value in state.items())
 
 
+@pytest.mark.thorough
 def test_a_state_whose_scores_are_no_numbers_is_not_kept(make_runner, tmp_path):
     runner = make_runner({'ptq.global_loss.iters': 2})
     run_iter, model_loss, iterations = GlobalCalibrationLoop.run_iter, GlobalLossModel.held_out_loss, []
@@ -180,6 +181,7 @@ def test_a_state_whose_scores_are_no_numbers_is_not_kept(make_runner, tmp_path):
     assert 'the held-out loss after 2 iterations is not finite; that state is not kept' in log
 
 
+@pytest.mark.thorough
 def test_without_held_out_images_the_last_state_is_the_result(make_runner, tmp_path):
     # mmengine's own default is by epochs, of which there are none
     schedule = [dict(type='LinearLR', start_factor=0.1, begin=0, end=2)]
@@ -193,6 +195,7 @@ def test_without_held_out_images_the_last_state_is_the_result(make_runner, tmp_p
     assert SpyHook.records[1]['lr'] > SpyHook.records[0]['lr']
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     'diverged', [{'lr': 1e30}, {'hooks': [dict(type='DivergenceHook', value=float('nan'))]}], ids=['scales', 'boxes']
 )
@@ -244,6 +247,7 @@ def test_ground_truth_from_a_folder_of_images_is_refused(make_runner, config_fil
         runner.calibrate()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('target, versions', [('float', 4), ('float', 1), ('ground_truth', 4)])
 def test_more_images_are_trained_on_where_the_float_detector_answers(make_runner, target, versions):
     runner = make_runner(

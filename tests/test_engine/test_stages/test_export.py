@@ -384,6 +384,7 @@ def several_sizes(one_thread, tmp_path_factory) -> PTQRunner:
     return runner
 
 
+@pytest.mark.thorough
 def test_images_of_several_sizes_are_padded_and_computed_as_simulated(several_sizes, tmp_path):
     # 64x64 -> 48x48, 32x64 -> 40x80, 64x25 -> 80x31, 64x48 -> 64x48, 40x64 -> 48x77
     assert several_sizes.canvas == (80, 80)

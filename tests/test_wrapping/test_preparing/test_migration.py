@@ -175,6 +175,7 @@ def test_protection_never_makes_a_divided_tensor_float():
     assert 'float' in {candidate.kind for candidate in found}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     'change',
     [
