@@ -93,6 +93,7 @@ def measure(name: str, count: int, threads: int, preset: str) -> dict:
         runner = PTQRunner(
             model=model, work_dir=folder, ptq=block, calibration=LoadedSamples(data), default_scope='mmdet', cfg=cfg
         )
+        runner.begin()  # exports the float model, too
         start = time.perf_counter()
         runner.calibrate()
         own_seconds = (time.perf_counter() - start) / count
