@@ -30,7 +30,7 @@ from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import INPUTS, OUTPUTS, EndToEnd, check_end2end
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
-from mmdet_ptq.deploy.onnx.trouble import failing_module
+from mmdet_ptq.deploy.onnx.trouble import failing_place
 from mmdet_ptq.deploy.requirements import ONNX, require
 from mmdet_ptq.deploy.runtime import file_digest, get_runtime, remove_parts, runtime_of
 from mmdet_ptq.errors import PTQError
@@ -163,15 +163,15 @@ def exported_program(
 ) -> ir.Model:
     batch = torch.export.Dim('batch', min=1)
     names = INPUTS[:1] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
-    try:
-        with (
-            _writing(detector, dialect),
-            deformable_nodes(),
-            standard_operations(),
-            known_sizes(),
-            typed_ranges(),
-            _quiet(),
-        ):
+    with (
+        _writing(detector, dialect),
+        deformable_nodes(),
+        standard_operations(),
+        known_sizes(),
+        typed_ranges(),
+        _quiet(),
+    ):
+        try:
             program = torch.onnx.export(
                 network.eval(),
                 inputs,
@@ -183,13 +183,13 @@ def exported_program(
                 verbose=False,
                 external_data=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
-        cause = _cause(error)
-        where = failing_module(network, inputs, cause)
-        raise PTQError(
-            f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
-            'replace that operation, or leave out the export.'
-        ) from error
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = _cause(error)
+            where = failing_place(network, inputs, cause)
+            raise PTQError(
+                f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
+                'replace that operation, or leave out the export.'
+            ) from error
     if told['dynamic_batch'] and any(isinstance(given.shape[0], int) for given in program.model.graph.inputs):
         raise PTQError(
             "--dynamic-batch leaves the number of images open, and the detector's own code fixes it; leave "
@@ -225,7 +225,10 @@ def _cause(error: BaseException) -> str:
     """The first line of what lies at the root of an exporter's error, and where it happened."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    said = str(error).strip()
+    if 'data is not allocated yet' in said:
+        return "an operation that is compiled, and none of torch's own, has no ONNX form"
+    return said.splitlines()[0][:300] if said else type(error).__name__
 
 
 @contextmanager

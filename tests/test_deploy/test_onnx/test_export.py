@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmcv.ops import nms
 from mmdet.models.detectors import SingleStageDetector
 from onnx import numpy_helper
 
@@ -186,10 +187,25 @@ class Unexportable(torch.nn.Module):
         return [f + torch.linalg.svdvals(f).sum() for f in feats]
 
 
-def test_a_failed_export_says_why(tmp_path):
+class Compiled(torch.nn.Module):
+    """A neck that calls an operator of mmcv's."""
+
+    def forward(self, feats):
+        boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 0.0, 5.0, 4.0]])
+        return [f + nms(boxes, f.mean() + torch.zeros(2), 0.5)[0].sum() for f in feats]
+
+
+@pytest.mark.parametrize(
+    ('neck', 'told'),
+    [
+        (Unexportable, 'line [0-9]+ of test_export.py: .'),
+        (Compiled, "line [0-9]+ of mmcv/ops/nms.py: an operation that is compiled, and none of torch's own"),
+    ],
+)
+def test_a_failed_export_says_why(tmp_path, neck, told):
     detector = tiny_detector('retinanet')
-    detector.neck = torch.nn.Sequential(detector.neck, Unexportable())
-    with pytest.raises(PTQError, match='cannot be exported to ONNX, in neck.1: .'):
+    detector.neck = torch.nn.Sequential(detector.neck, neck())
+    with pytest.raises(PTQError, match=f'cannot be exported to ONNX, in neck.1, {told}'):
         export_onnx(detector, tmp_path / 'model.onnx', SHAPE)
     assert list(tmp_path.iterdir()) == []
 
