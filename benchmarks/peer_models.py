@@ -70,7 +70,9 @@ class ImageReader:
         return None if image is None else {'input': image}
 
 
-def quantize_onnxruntime(float_path: Path, out: Path, images: Sequence[np.ndarray], method: str = 'MinMax') -> None:
+def quantize_onnxruntime(
+    float_path: Path, out: Path, images: Sequence[np.ndarray], method: str = 'MinMax', narrow: bool = False
+) -> None:
     """ONNX Runtime's ``quantize_static``: QDQ, unsigned activations, signed weights per channel.
 
     Args:
@@ -78,6 +80,7 @@ def quantize_onnxruntime(float_path: Path, out: Path, images: Sequence[np.ndarra
         out: The int8 model.
         images: Calibration images.
         method: Name of its calibration method, 'MinMax' or 'Percentile' (99.999 by its default). Defaults to 'MinMax'.
+        narrow: Its option against sums that overflow without VNNI: weights of 7 bits. Defaults to False.
     """
     need('onnxruntime')
     import onnx
@@ -97,6 +100,7 @@ def quantize_onnxruntime(float_path: Path, out: Path, images: Sequence[np.ndarra
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod[method],
+        reduce_range=narrow,
         extra_options=dict(CalibStridedMinMax=stride),
     )
     prepared.unlink()
@@ -107,7 +111,9 @@ def quantize_onnxruntime(float_path: Path, out: Path, images: Sequence[np.ndarra
     onnx.save(model, out)
 
 
-def quantize_nncf(float_path: Path, out: Path, images: Sequence[np.ndarray], preset: str = 'PERFORMANCE') -> None:
+def quantize_nncf(
+    float_path: Path, out: Path, images: Sequence[np.ndarray], preset: str = 'PERFORMANCE', narrow: bool = False
+) -> None:
     """NNCF's ``quantize`` of an OpenVINO model.
 
     Args:
@@ -115,6 +121,8 @@ def quantize_nncf(float_path: Path, out: Path, images: Sequence[np.ndarray], pre
         out: The int8 model, ``.xml``.
         images: Calibration images.
         preset: Name of its preset, 'PERFORMANCE' (its default) or 'MIXED'. Defaults to 'PERFORMANCE'.
+        narrow: Its option against sums that overflow without VNNI: weights of 7 bits in all layers, not only in the
+            first. Defaults to False.
     """
     need('openvino')
     need('nncf')
@@ -124,8 +132,13 @@ def quantize_nncf(float_path: Path, out: Path, images: Sequence[np.ndarray], pre
     model = openvino.Core().read_model(str(float_path))
     # without the checksum, which is of the float model
     meta = json.dumps(read_meta(model.get_rt_info([META]).astype(str)))
+    fix = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE) if narrow else None
     quantized = nncf.quantize(
-        model, nncf.Dataset(images), preset=nncf.QuantizationPreset[preset], subset_size=len(images)
+        model,
+        nncf.Dataset(images),
+        preset=nncf.QuantizationPreset[preset],
+        subset_size=len(images),
+        advanced_parameters=fix,
     )
     quantized.set_rt_info(meta, [META])
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -178,28 +178,30 @@ def measure_float(subject: Subject) -> list[dict]:
     ]
 
 
-def onnxruntime_peer(method: str) -> Callable[[Subject], list[dict]]:
+def onnxruntime_peer(method: str, narrow: bool = False) -> Callable[[Subject], list[dict]]:
     """ONNX Runtime's own quantization."""
+    name = f'onnxruntime_{method}' + ('_narrow' if narrow else '')
 
     def measure(subject: Subject) -> list[dict]:
-        source, out = subject.float_model('onnxruntime'), subject.folder / f'onnxruntime_{method}' / 'model.onnx'
+        source, out = subject.float_model('onnxruntime'), subject.folder / name / 'model.onnx'
         images = subject.images
         start = time.perf_counter()
-        quantize_onnxruntime(source, out, images, method)
+        quantize_onnxruntime(source, out, images, method, narrow)
         return [subject.measured('onnxruntime', out, time.perf_counter() - start)]
 
     return measure
 
 
-def nncf_peer(preset: str) -> Callable[[Subject], list[dict]]:
+def nncf_peer(preset: str, narrow: bool = False) -> Callable[[Subject], list[dict]]:
     """NNCF's quantization for OpenVINO."""
+    name = f'nncf_{preset}' + ('_narrow' if narrow else '')
 
     def measure(subject: Subject) -> list[dict]:
         need('nncf')
-        source, out = subject.float_model('openvino'), subject.folder / f'nncf_{preset}' / 'model.xml'
+        source, out = subject.float_model('openvino'), subject.folder / name / 'model.xml'
         images = subject.images
         start = time.perf_counter()
-        quantize_nncf(source, out, images, preset)
+        quantize_nncf(source, out, images, preset, narrow)
         return [subject.measured('openvino', out, time.perf_counter() - start)]
 
     return measure
@@ -281,11 +283,13 @@ PEERS: dict[str, Callable[[Subject], list[dict]]] = {
     'float': measure_float,
     'ort_minmax': onnxruntime_peer('MinMax'),
     'ort_percentile': onnxruntime_peer('Percentile'),
+    'ort_minmax_narrow': onnxruntime_peer('MinMax', narrow=True),
     # Before NNCF: behind it, in the same process, torch's quantized layers end in a segmentation fault. The process may
     # still end in one, after the last line was written.
     'torch_ao': measure_torch,
     'nncf_performance': nncf_peer('PERFORMANCE'),
     'nncf_mixed': nncf_peer('MIXED'),
+    'nncf_mixed_narrow': nncf_peer('MIXED', narrow=True),
     'ours': ours(),
     'ours_fast': ours('fast', arguments=('--fast',)),
     'ours_protected': ours('protected', ('ptq.protect.images=8',)),

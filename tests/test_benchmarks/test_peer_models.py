@@ -2,9 +2,11 @@
 
 import copy
 
+import onnx
 import pytest
 import torch
 from benchmark_tools import ForeignConv, assert_close, module, raw
+from onnx import numpy_helper
 from torch import nn
 
 from mmdet_ptq.deploy import open_model
@@ -13,22 +15,27 @@ from mmdet_ptq.errors import PTQError
 pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
 
 
-@pytest.mark.parametrize('method', ['MinMax', 'Percentile'])
-def test_quantize_static_runs_in_our_runtime_class(float_onnx, images, tmp_path, method):
+@pytest.mark.parametrize(('method', 'narrow'), [('MinMax', False), ('MinMax', True), ('Percentile', False)])
+def test_quantize_static_runs_in_our_runtime_class(float_onnx, images, tmp_path, method, narrow):
     out = tmp_path / 'static' / 'model.onnx'
-    module('peer_models').quantize_onnxruntime(float_onnx, out, images, method)
+    module('peer_models').quantize_onnxruntime(float_onnx, out, images, method, narrow)
     model, reference = open_model(out, threads=1), open_model(float_onnx, threads=1)
     assert model.meta == reference.meta
     coverage = model.coverage()
     assert coverage.integer and not coverage.float
     assert_close(model(images[0]), reference(images[0]))
     assert [file.name for file in out.parent.iterdir()] == ['model.onnx']
+    weights = [
+        numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer if t.data_type == onnx.TensorProto.INT8
+    ]
+    assert (max(abs(weight.astype(int)).max() for weight in weights if weight.ndim > 1) > 64) != narrow
 
 
-def test_nncf_runs_in_our_runtime_class(float_openvino, images, tmp_path):
+@pytest.mark.parametrize('narrow', [False, True])
+def test_nncf_runs_in_our_runtime_class(float_openvino, images, tmp_path, narrow):
     pytest.importorskip('nncf', reason='needs pip install nncf')
     out = tmp_path / 'nncf' / 'model.xml'
-    module('peer_models').quantize_nncf(float_openvino, out, images, 'MIXED')
+    module('peer_models').quantize_nncf(float_openvino, out, images, 'MIXED', narrow)
     model, reference = open_model(out, threads=1), open_model(float_openvino, threads=1)
     assert model.meta == reference.meta
     assert model.coverage().integer
