@@ -76,6 +76,13 @@ def tood() -> dict:
     return model
 
 
+def dyhead() -> dict:
+    """Offsets of a deformable convolution are those of another level, a hard sigmoid stands behind a convolution."""
+    model = sepbn()
+    model['neck'] = [model['neck'], dict(type='DyHead', in_channels=16, out_channels=16, num_blocks=1)]
+    return model
+
+
 def pvt() -> dict:
     """Blocks of tokens whose last layer may be a convolution."""
     return _retinanet(
@@ -398,6 +405,7 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     swin=swin,
     sepbn=sepbn,
     tood=tood,
+    dyhead=dyhead,
     pvt=pvt,
     mask_rcnn=mask_rcnn,
     groie=groie,

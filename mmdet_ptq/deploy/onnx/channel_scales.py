@@ -89,11 +89,11 @@ def fold_divisions(graph: ir.Graph) -> int:
 
 
 def fold_affine(graph: ir.Graph) -> int:
-    """Moves normalisations and factors behind one call of a convolution into this call's weight scale and bias.
+    """Moves normalisations, factors and summands behind one call of a convolution into its weight scale and bias.
 
     Normalisations stand there where several share a convolution, so that no weight in the detector could take them
-    over, factors where a head's outputs are in units of the stride. OpenVINO folds them, too, but into weights that
-    are float then, or under a name that is not the layer's.
+    over, factors where a head's outputs are in units of the stride, both in front of a hard sigmoid. OpenVINO folds
+    them, too, but into weights that are float then, or under a name that is not the layer's.
 
     Args:
         graph: Changed in place.
@@ -112,13 +112,14 @@ def fold_affine(graph: ir.Graph) -> int:
         codes = constant(weight.inputs[0])
         if bias is None or found.gain.size not in (1, len(codes)) or not found.gain.all():
             continue
-        # scales are positive: the codes change their sign
-        turned = codes.astype(np.int64) * np.where(found.gain < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
-        if turned.max() > np.iinfo(codes.dtype).max:
-            continue
-        own = _scale_weight(graph, convolution, np.abs(found.gain))
-        # codes of its own even where no sign changes: OpenVINO makes weights float that have two scales
-        own.replace_input_with(0, add_constant(graph, f'{convolution.name}.weight', turned.astype(codes.dtype)))
+        if (found.gain != 1).any():
+            # scales are positive: the codes change their sign
+            turned = codes.astype(np.int64) * np.where(found.gain < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
+            if turned.max() > np.iinfo(codes.dtype).max:
+                continue
+            own = _scale_weight(graph, convolution, np.abs(found.gain))
+            # codes of its own even where no sign changes: OpenVINO makes weights float that have two scales
+            own.replace_input_with(0, add_constant(graph, f'{convolution.name}.weight', turned.astype(codes.dtype)))
         shifted = np.broadcast_to(bias * found.gain + found.shift, len(codes)).astype(np.float32)
         convolution.resize_inputs(3)
         convolution.replace_input_with(2, add_constant(graph, f'{convolution.name}.bias', shifted))
@@ -146,13 +147,18 @@ def _affine(node: ir.Node) -> _Affine | None:
         epsilon = node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5
         gain = gamma / np.sqrt(variance + epsilon)
         return _Affine(source, gain, beta - mean * gain)
-    if node.op_type != 'Mul':
+    if node.op_type not in ('Mul', 'Add', 'Div'):
         return None
-    for value, other in (node.inputs, reversed(node.inputs)):
-        source, factor = produced_by(value, 'Conv'), constant(other)
+    for value, other in (node.inputs, reversed(node.inputs))[: 1 if node.op_type == 'Div' else 2]:
+        source, number = produced_by(value, 'Conv'), constant(other)
         # one number, or one for each channel: (C, 1, 1) and (1, C, 1, 1)
-        if source is not None and factor is not None and (factor.size == 1 or factor.shape[-3:] == (factor.size, 1, 1)):
-            return _Affine(source, factor.astype(np.float64).reshape(-1), np.zeros(1))
+        if source is None or number is None or (node.op_type == 'Div' and not number.all()):
+            continue
+        if number.size == 1 or number.shape[-3:] == (number.size, 1, 1):
+            number = number.astype(np.float64).reshape(-1)
+            if node.op_type == 'Add':
+                return _Affine(source, np.ones(1), number)
+            return _Affine(source, number if node.op_type == 'Mul' else 1 / number, np.zeros(1))
     return None
 
 

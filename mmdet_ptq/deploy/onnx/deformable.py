@@ -63,7 +63,10 @@ def _modulated(
 
 
 def _node(inputs: Sequence[Tensor], stride, padding, dilation, groups: int, deform_groups: int) -> Tensor:
-    source, weight, offset = inputs[:3]
+    source, weight = inputs[:2]
+    ends = zip(source.shape[2:], weight.shape[2:], _pair(stride), _pair(padding), _pair(dilation), strict=True)
+    size = tuple((have + 2 * pad - apart * (kernel - 1) - 1) // step + 1 for have, kernel, step, pad, apart in ends)
+    inputs = [*inputs[:2], *(value if value.dim() == 1 else _as_read(value, size) for value in inputs[2:])]
     attributes = dict(
         strides=_pair(stride),
         pads=_pair(padding) * 2,
@@ -77,6 +80,16 @@ def _node(inputs: Sequence[Tensor], stride, padding, dilation, groups: int, defo
         inputs,
         attrs={key: list(value) if isinstance(value, tuple) else value for key, value in attributes.items()},
         dtype=source.dtype,
-        shape=(source.shape[0], weight.shape[0], *offset.shape[2:]),
+        shape=(source.shape[0], weight.shape[0], *size),
         version=19,
     )
+
+
+def _as_read(value: Tensor, size: tuple[int, int]) -> Tensor:
+    """Offsets or masks as mmcv's kernel reads them: one value after the other, whatever size they were computed for.
+
+    DyHead computes them for another level of its pyramid than it convolves.
+    """
+    if value.shape[2:] == size:
+        return value
+    return value.flatten(1)[:, : value.shape[1] * size[0] * size[1]].reshape(-1, value.shape[1], *size)
