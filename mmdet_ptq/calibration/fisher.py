@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,21 +72,18 @@ def weigh_tensors(detector: nn.Module, batches: Iterable[Any], recorded: Recorde
         take: Is given each key, the tensor, and the squared gradients of its values, or None.
     """
     failures, images = [], 0
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), _constant(detector):
         torch.manual_seed(0)
         for inputs, samples in _single_images(detector, batches):
             images += 1
-            recorded.clear()
             try:
-                predictions = predict_aligned(detector, inputs.requires_grad_(), samples)
-                tensors = [(key, x) for key, x in recorded if x.requires_grad]
-                squares = _squared_gradients(predictions, [x for _, x in tensors])
+                found = _gradients(detector, inputs.requires_grad_(), samples, recorded)
             except Exception as error:  # whatever an unknown head may raise
                 failures.append(f'{type(error).__name__}: {error}')
                 continue
-            for (key, x), square in zip(tensors, squares, strict=True):
-                take(key, x.detach(), square)
-    recorded.clear()
+            while found:
+                key, x, gradient = found.pop()
+                take(key, x, torch.zeros_like(x) if gradient is None else gradient.square())
     if failures:
         print_log(
             f'which values matter to the detections cannot be told on {len(failures)} of {images} images '
@@ -111,13 +109,37 @@ def _single_images(detector: nn.Module, batches: Iterable[Any]) -> Iterator[tupl
             return
 
 
-def _squared_gradients(predictions: AlignedPredictions, tensors: list[Tensor]) -> list[Tensor]:
-    # one draw: an image more tells more than a draw more
-    gradients = torch.autograd.grad(noisy_loss(predictions), tensors, allow_unused=True)
-    squares = [torch.zeros_like(x) if g is None else g.square() for x, g in zip(tensors, gradients, strict=True)]
-    if not all(bool(torch.isfinite(square).all()) for square in squares):
+def _gradients(
+    detector: nn.Module, image: Tensor, samples: list, recorded: Recorded
+) -> list[tuple[Any, Tensor, Tensor | None]]:
+    """Key of what is recorded on an image, the tensor, and its gradient; the last that was recorded first.
+
+    They are as large as all activations: what was recorded is forgotten, so that nothing outlives its use.
+    """
+    recorded.clear()
+    try:
+        # one draw: an image more tells more than a draw more
+        loss = noisy_loss(predict_aligned(detector, image, samples))
+        tensors = [(key, x) for key, x in recorded if x.requires_grad]
+    finally:
+        recorded.clear()
+    gradients = torch.autograd.grad(loss, [x for _, x in tensors], allow_unused=True)
+    if not all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
         raise PTQError('gradients are not finite')
-    return squares
+    return [(key, x.detach(), g) for (key, x), g in reversed(list(zip(tensors, gradients, strict=True)))]
+
+
+@contextmanager
+def _constant(detector: nn.Module) -> Iterator[None]:
+    """Its parameters need no gradients meanwhile: layers would keep what they read for them."""
+    learnt = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    for parameter in learnt:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learnt:
+            parameter.requires_grad_(True)
 
 
 def noisy_loss(predictions: AlignedPredictions) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import Observer, Quantizer
+from mmdet_ptq.wrapping.watching.tensors import own_copy
 from mmdet_ptq.wrapping.weights import QuantizedWeight, quantized_weights
 
 
@@ -114,7 +115,7 @@ class QuantizationState(nn.Module):
         if self.recorded is not None:
             # whoever would read it quantized reads a copy, so that the gradient is that of what quantization changes;
             # a copy is kept, too: either may be written to in place
-            self.recorded.append((name, x.clone()))
+            self.recorded.append((name, own_copy(x)))
             return self.recorded[-1][1].clone()
         try:
             self.observers[name].update(x.detach())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_ptq.quantizers import AffineQuantizer, FisherObserver, Observer
+from mmdet_ptq.wrapping.watching.tensors import own_copy
 
 BITS = 8
 # values of a tensor that are looked at in each image
@@ -130,7 +131,7 @@ def channel_costs(
 
     def keep(side: int, name: str, x: Tensor) -> Tensor:
         # a copy is kept and a copy goes on: either may be written to in place
-        recorded.append(((side, name), x.clone()))
+        recorded.append(((side, name), own_copy(x)))
         return recorded[-1][1].clone()
 
     def before(name: str) -> Callable:

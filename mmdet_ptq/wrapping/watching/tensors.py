@@ -37,6 +37,14 @@ def key_of(tensor: Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
 
 
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy whose gradient can be asked for, be it of something that no gradient leads to, as learned queries are."""
+    copied = tensor.clone()
+    if torch.is_grad_enabled() and copied.is_floating_point() and not copied.requires_grad:
+        copied.requires_grad_()
+    return copied
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested dicts, lists and tuples."""
     return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
