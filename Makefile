@@ -2,7 +2,7 @@
 # PYTHON=/path/to/python, an active environment, STACK=onedl and TORCH=2.10.0 are respected.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-thorough test-slow lint docs doctor clean
+.PHONY: help setup demo test test-thorough test-pythons test-slow lint docs doctor clean
 
 # A Python that works (pyenv shims may exist and fail) runs the set-up, which then chooses the environment.
 BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3.13 python3.14 python3 python; do \
@@ -24,6 +24,9 @@ test:  ## run the tests
 
 test-thorough:  ## run what `make test` leaves out: more of the same kinds, minutes
 	$(RUN) -m pytest -n 2 --dist loadfile -m thorough
+
+test-pythons:  ## set up and run the demo with the oldest and the newest Python of this machine
+	@$(BOOT) tools/try_pythons.py
 
 test-slow:  ## run all tests, those that take hours, too
 	$(RUN) -m pytest -m ''
