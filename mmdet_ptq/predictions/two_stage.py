@@ -16,6 +16,7 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
 from mmdet.structures.bbox import get_box_tensor
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet_ptq.predictions.aligned import AlignedPredictions, Masks, Regions
@@ -52,7 +53,7 @@ def predict_two_stage(
     given = None if reference is None else reference.regions
     heads = [] if problem is not None else _box_heads(model.roi_head)
     masked = bool(heads) and _compares_masks(model.roi_head)
-    with _captured(model, given, heads, masked) as seen:
+    with _captured(model, given, heads, masked, tuple(metas[0]['img_shape'][:2])) as seen:
         outputs = detector(batch_inputs, with_annotations(batch_data_samples), mode='tensor')
     regions = Regions(seen.get('proposals'), seen['rois'])
     first = align_head(model.rpn_head, seen['rpn'], metas) if 'rpn' in seen else None
@@ -119,7 +120,7 @@ def _compares_masks(roi_head: nn.Module) -> bool:
 
 
 @contextmanager
-def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], masked: bool):
+def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], masked: bool, size: tuple[int, int]):
     """Collects both stages' raw outputs and regions in one forward pass; feeds the given regions, if any."""
     seen: dict = {'rois': [], 'boxes': []}
 
@@ -138,7 +139,7 @@ def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], m
 
         def predict(*args, **kwargs):
             own = propose(*args, **kwargs)
-            seen['proposals'] = own if given is None else given.proposals
+            seen['proposals'] = _at_least_one(own, size) if given is None else given.proposals
             # RoI heads take fields out of them
             return [proposals.new() for proposals in seen['proposals']]
 
@@ -161,6 +162,16 @@ def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], m
             handle.remove()
 
 
+def _at_least_one(proposals: list[InstanceData], size: tuple[int, int]) -> list[InstanceData]:
+    """The first image as a region of its own where nothing is proposed at all: mmdet's cascades need one."""
+    if any(map(len, proposals)):
+        return proposals
+    height, width = size
+    boxes = proposals[0].bboxes.new_tensor([[0, 0, width, height]])
+    whole = InstanceData(bboxes=boxes, scores=boxes.new_ones(1), labels=boxes.new_zeros(1, dtype=torch.long))
+    return [whole, *proposals[1:]]
+
+
 def _surest(cls_score: Tensor, _, rois: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The RoIs of the highest scores, image by image: their rows (number, 2), and they themselves."""
     confidence = cls_score.softmax(-1)[:, :-1].amax(-1)
@@ -168,10 +179,10 @@ def _surest(cls_score: Tensor, _, rois: Tensor, number: int) -> tuple[Tensor, Te
     return torch.stack(_places(rois), 1)[index], rois[index]
 
 
-def _places(rois: Tensor, num_images: int = 0) -> tuple[Tensor, Tensor]:
+def _places(rois: Tensor) -> tuple[Tensor, Tensor]:
     """Image of each RoI, and the RoI's position among those of its image."""
     image = rois[:, 0].long()
-    counts = torch.bincount(image, minlength=num_images)
+    counts = torch.bincount(image)
     return image, torch.arange(len(rois), device=rois.device) - (counts.cumsum(0) - counts)[image]
 
 
@@ -202,8 +213,8 @@ def align_rois(
     reference: AlignedPredictions | None,
 ) -> AlignedPredictions:
     """Returns (N, P, ...) predictions, P the largest number of proposals of an image; the rest is padding."""
-    image, position = _places(rois, num_images)
-    size = int(position.max()) + 1
+    image, position = _places(rois)
+    size = int(torch.bincount(image, minlength=num_images).max())
 
     fill = cls_score.new_zeros(num_images, size, cls_score.shape[1])
     fill[..., -1] = PADDING_LOGIT

@@ -181,6 +181,20 @@ def test_masks_of_regions_are_of_the_surest_and_of_their_class(monkeypatch):
     torch.testing.assert_close(aligned.masks.draw(asked), theirs[range(len(rows)), labels][::3])
 
 
+@pytest.mark.parametrize('kind', ['mask_rcnn', 'cascade_rcnn'])
+def test_where_nothing_is_proposed_the_image_is_the_region(kind, monkeypatch):
+    detector, data = detector_of(kind, monkeypatch)
+    propose = type(detector.rpn_head).predict
+    monkeypatch.setattr(type(detector.rpn_head), 'predict', lambda *a, **k: [found[:0] for found in propose(*a, **k)])
+    with torch.no_grad():
+        teacher = predict_aligned(detector, data['inputs'], data['data_samples']).detach()
+    student = predict_aligned(detector, data['inputs'], data['data_samples'], teacher)
+    assert student.cls_logits.shape[:2] == (2, 1) and teacher.regions.rois[0].tolist() == [[0, 0, 0, 64, 48]]
+    terms = FilteredGlobalLoss(GlobalLossConfig(score_thr=0.0))(student, teacher)
+    assert terms['kept'] == 0.5 and all(abs(value) < 1e-6 for name, value in terms.items() if 'loss' in name)
+    sum(value for name, value in terms.items() if 'loss' in name).backward()
+
+
 @torch.no_grad()
 def test_a_cascade_has_its_mean_scores_and_last_boxes(monkeypatch):
     detector, data = detector_of('cascade_rcnn', monkeypatch)
