@@ -26,7 +26,7 @@ from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping import prepare_detector
 
 # torch has one accelerator in a process; `pytest -m cuda` is what a machine with a GPU runs
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a real device')
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(torch.cuda.is_available(), reason='there is a real device')]
 
 
 class _TypeOnDevice(type):

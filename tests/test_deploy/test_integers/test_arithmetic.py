@@ -38,7 +38,13 @@ def image(detector, seed=3):
     return detector.data_preprocessor(tiny_batch(1, seed=seed), False)['inputs']
 
 
-@pytest.fixture(scope='module', params=CASES.values(), ids=CASES)
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(case, id=name, marks=() if name in ('ssd-per_channel', 'retinanet-full') else pytest.mark.thorough)
+        for name, case in CASES.items()
+    ],
+)
 def exported(request, tmp_path_factory):
     detector, structure = tiny_quantized(*request.param)
     settle_biases(detector, structure)

@@ -38,7 +38,13 @@ CASES = {
 SHAPE = (1, 3, 64, 64)
 
 
-@pytest.fixture(scope='module', params=CASES.values(), ids=CASES)
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(case, id=name, marks=pytest.mark.thorough if name == 'yolox-w4a4-per-channel' else ())
+        for name, case in CASES.items()
+    ],
+)
 def exported(request, tmp_path_factory):
     kind, ptq = request.param
     detector, structure = tiny_quantized(kind, ptq)
