@@ -236,10 +236,10 @@ python benchmarks/mmdet_zoo.py --jobs 2      # hours; goes on where it stopped
 """
 
 _NOISY = """In ONNX Runtime outputs of these differ from the simulation's, computed from the image on, although every
-tensor and the outputs are equal where each is computed from the same codes. They are about as far from the simulation
-as the simulation is from itself when the last bits of what its layer and group normalisations return change at random:
-float operations of two programs differ in these, a code falls to the other side of its boundary, and random weights
-magnify it.
+tensor and the outputs are equal where each is computed from the same codes. The last column tells how far the
+simulation is from itself when last bits change at random in what its layer and group normalisations and deformable
+convolutions return: float operations of two programs differ in these, a code falls to the other side of its boundary,
+and random weights magnify it, offsets of deformable convolutions most of all.
 """
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from mmdet.models import ResNet, TwoStageDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -344,7 +345,7 @@ def _worst_noise(ours: list[Tensor], theirs: list[Tensor], in_order: bool) -> fl
 
 @contextmanager
 def other_last_bits(detector: nn.Module) -> Iterator[None]:
-    """Layer and group normalisations return numbers whose last bit may be another: no two programs sum up alike."""
+    """What computes in float returns numbers whose last bit may be another: no two programs sum up alike."""
     generator = torch.Generator().manual_seed(0)
 
     def changed(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -353,7 +354,7 @@ def other_last_bits(detector: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in detector.modules():
-            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm | DeformConv2d | ModulatedDeformConv2d):
                 stack.callback(module.register_forward_hook(changed).remove)
         yield
 

@@ -61,6 +61,9 @@ def randomise(detector: nn.Module, run: Callable[[], object]) -> None:
             module.init_proposal_bboxes.weight.uniform_(0.3, 0.7)
     if hasattr(detector, 'level_embed'):
         detector.level_embed.normal_()  # transformers allocate it without values
+    for parameter in detector.parameters():
+        if parameter.numel() == 1 and not parameter.any():
+            parameter.fill_(0.5)  # what it multiplies would be nothing
     norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
