@@ -22,7 +22,7 @@ _CONVOLUTIONS = ('Conv', 'ConvTranspose')
 _DEFAULTS = dict(auto_pad='NOTSET', group=1, strides=1, dilations=1, pads=0)
 
 
-def compact(model: ir.Model, calls: Collection[str], share: bool = True) -> None:
+def compact(model: ir.Model, calls: Collection[str]) -> None:
     """Drops names, constants and attributes that a model does not need, in place.
 
     Inputs, outputs, layers and codes (``ACTIVATION:codes``) keep their names.
@@ -30,11 +30,9 @@ def compact(model: ir.Model, calls: Collection[str], share: bool = True) -> None
     Args:
         model: The exported model, finished otherwise.
         calls: Names of the nodes that keep theirs.
-        share: Whether equal constants are stored once. Defaults to True.
     """
     derive_bias_scales(model.graph)
-    if share:
-        common.DeduplicateInitializersPass(size_limit=_EVERY_SIZE)(model)
+    common.DeduplicateInitializersPass(size_limit=_EVERY_SIZE)(model)
     drop_defaults(model.graph)
     shorten_names(model.graph, calls)
 

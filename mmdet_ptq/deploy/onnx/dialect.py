@@ -23,7 +23,6 @@ class Dialect:
         slices_into_kernel: Whether a convolution behind SpaceToDepth takes the slices into its kernel.
         passes: What is done to the graph, in this order.
         packings: What is done to its constants behind that, unless they are to stay unpacked.
-        shares: Whether equal constants may be stored once.
         compact: Whether names and constants that nobody reads are dropped.
         check: Refuses a finished model that breaks a rule of the runtime.
     """
@@ -35,6 +34,5 @@ class Dialect:
     slices_into_kernel: bool = True
     passes: tuple[Callable[[ir.Graph], Any], ...] = ()
     packings: tuple[Callable[[ir.Graph], Any], ...] = ()
-    shares: bool = True
     compact: bool = True
     check: Callable[[onnx.ModelProto], None] | None = None

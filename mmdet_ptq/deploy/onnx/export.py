@@ -153,7 +153,7 @@ def _export(
     for pack in dialect.packings if packed else ():
         pack(graph)
     if dialect.compact:
-        compact(model, meta['layers'], dialect.shares)
+        compact(model, meta['layers'])
     _write(model, meta, path, dialect)
     return meta
 

@@ -1,4 +1,4 @@
-"""OpenVINO's model file without what nobody reads: its text outweighs the codes of small detectors.
+"""OpenVINO's model file without what nobody reads: its text is as large as the codes of small detectors.
 
 Nothing of it changes what OpenVINO computes.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from mmdet_ptq.deploy.onnx.compact import short_names
 from mmdet_ptq.deploy.openvino.model import TRANSPOSED
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ _LEFT_BEHIND = ('framework', 'conversion_parameters')
 
 
 def compact(model: openvino.Model, calls: Collection[str]) -> None:
-    """Stores equal constants once and drops names, in place; inputs, outputs and layers keep theirs.
+    """Stores equal constants once and drops what the conversion leaves behind, in place.
 
     Args:
         model: The converted model.
@@ -29,17 +28,6 @@ def compact(model: openvino.Model, calls: Collection[str]) -> None:
     """
     share_constants(model)
     _name_behind_biases(model, calls)
-    ends = {op for op in model.get_ops() if op.get_type_name() in ('Parameter', 'Result')}
-    ends |= {result.input_value(0).get_node() for result in model.get_results()}
-    taken = {op.get_friendly_name() for op in model.get_ops()}
-    names = (name for name in short_names() if name not in taken)
-    for op in model.get_ordered_ops():
-        # a folded convolution is called NAME/WithoutBiases
-        if op in ends or op.get_friendly_name().partition('/WithoutBiases')[0] in calls:
-            continue
-        op.set_friendly_name(next(names))
-        for out in op.outputs():
-            out.get_tensor().set_names(set())
     for entry in _LEFT_BEHIND:
         if entry in model.rt_info:
             del model.rt_info[entry]

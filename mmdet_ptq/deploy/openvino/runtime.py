@@ -144,7 +144,7 @@ class OpenVino(Runtime):
         return Dialect(
             between_layers=False,
             rounds_wide=False,
-            shares=False,  # weights that share their codes, and not their scales, become float
+            compact=False,  # of its own, after the conversion; names stay for those who look at the model
             passes=(
                 passes.drop_redundant_clips,
                 fold_divisions,
