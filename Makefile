@@ -35,6 +35,8 @@ lint:  ## check the style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+docs: export REPO_URL ?= $(shell git remote get-url origin 2>/dev/null | \
+	sed -n 's,^git@\([^:]*\):,https://\1/,; s,\.git$$,,; /^https:/p')
 docs:  ## build the documentation into site/
 	$(RUN) -m pip install --quiet mkdocs-material
 	$(RUN) -m mkdocs build --strict
