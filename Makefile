@@ -11,7 +11,7 @@ BOOT = $(or $(shell for p in $(PYTHON) python3.11 python3.12 python3.10 python3.
 RUN = @$(BOOT) tools/setup_env.py
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup:  ## only the set-up
 	$(RUN)

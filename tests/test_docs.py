@@ -272,8 +272,9 @@ def test_the_command_line_reference_is_complete():
 
 
 def test_every_page_is_in_the_navigation():
-    # mkdocs' own tags (!!python/name) are nobody's business here
-    nav = yaml.safe_load((ROOT / 'mkdocs.yml').read_text())['nav']
+    # mkdocs' own tags (!ENV) are nobody's business here
+    text = re.sub(r'!\w+ .*', "''", (ROOT / 'mkdocs.yml').read_text())
+    nav = yaml.safe_load(text)['nav']
     listed = {
         page
         for entry in nav
