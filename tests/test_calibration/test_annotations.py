@@ -94,6 +94,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
 def test_calibration_asks_for_images_alone(tmp_path, damage):
     cfg = tiny_config('retinanet', tmp_path)

@@ -42,6 +42,7 @@ def outputs(detector, image):
     return [out.numpy() for out in RawOutputs(detector)(image)]
 
 
+@pytest.mark.thorough
 def test_onnxruntime_keeps_float_weights_and_wide_codes(detector, image, tmp_path):
     model = open_model(get_runtime('onnxruntime').export(detector, tmp_path, tuple(image.shape)), threads=1)
     with integer_arithmetic(detector):

@@ -46,6 +46,7 @@ def test_quantize_keeps_its_files_only_when_asked(quantized):
     assert (quantized[2] / 'quantized.pth').is_file()
 
 
+@pytest.mark.thorough
 def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path, capsys):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import open_model

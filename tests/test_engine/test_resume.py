@@ -52,6 +52,7 @@ def assert_same_run(work_dir: Path, finished: PTQRunner) -> None:
     assert rows == reference
 
 
+@pytest.mark.thorough
 def test_resuming_a_finished_run_takes_every_stage_over(finished, finished_copy, make_runner, stages):
     make_runner(work_dir=finished_copy, resume=True).run()
     assert stages == dict.fromkeys(('prepare', 'observe', 'global', 'evaluate_float', 'evaluate_simulated'), True)

@@ -40,6 +40,7 @@ def assert_same_as_prepared_anew(float_detector, block, protection, detector, st
     assert all(torch.equal(state[name], state_anew[name]) for name in state)
 
 
+@pytest.mark.thorough
 def test_the_bad_tensor_is_mended_in_integers():
     float_detector = with_a_bad_tensor()
     block = {**PER_TENSOR, 'protect': dict(max_tensors=1, candidates=['per_channel', 'range', 'float'])}

@@ -177,6 +177,7 @@ def test_activations_that_do_not_fit_in_memory_change_nothing(low_bit, tmp_path)
     assert not list((tmp_path / 'b').rglob('*.pt'))
 
 
+@pytest.mark.thorough
 def test_too_few_images_are_named_with_the_number_needed(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(

@@ -54,7 +54,13 @@ def whole_pass(detector, data, streams, unit, mode):
     return seen
 
 
-@pytest.mark.parametrize('kind', [*KINDS, *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ARCHITECTURES)])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        pytest.param(kind, marks=() if kind in ('retinanet', 'rtmdet') else pytest.mark.thorough)
+        for kind in (*KINDS, *ARCHITECTURES)
+    ],
+)
 def test_units_get_what_an_ordinary_pass_gives_them(kind, tmp_path, monkeypatch):
     register(monkeypatch)
     detector, units, streams, data = make(kind, tmp_path)

@@ -22,7 +22,9 @@ def units_of(detector, **kwargs):
 
 
 @pytest.mark.parametrize('granularity', ['block', 'layer', 'paper'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    'kind', [pytest.param(k, marks=() if k in ('retinanet', 'faster_rcnn') else pytest.mark.thorough) for k in KINDS]
+)
 def test_every_quantized_layer_that_runs_is_in_one_unit(kind, granularity):
     detector, structure = tiny_quantized(kind)
     units = units_of(detector, granularity=granularity)

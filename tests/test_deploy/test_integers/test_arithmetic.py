@@ -41,7 +41,7 @@ def image(detector, seed=3):
 @pytest.fixture(
     scope='module',
     params=[
-        pytest.param(case, id=name, marks=() if name in ('ssd-per_channel', 'retinanet-full') else pytest.mark.thorough)
+        pytest.param(case, id=name, marks=() if name == 'retinanet-full' else pytest.mark.thorough)
         for name, case in CASES.items()
     ],
 )

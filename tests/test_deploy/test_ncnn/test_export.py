@@ -87,7 +87,13 @@ def least_difference(detector, network):
 
 
 @pytest.mark.parametrize(
-    'case', [case if case in ('ssd', 'retinanet') else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    'case',
+    [
+        case
+        if case == 'retinanet'
+        else pytest.param(case, marks=[pytest.mark.thorough if case == 'ssd' else pytest.mark.slow])
+        for case in CASES
+    ],
 )
 def test_outputs_are_the_simulations(exported, case):
     detector, structure, path = exported(case)

@@ -254,6 +254,7 @@ def test_no_layer_saturates(exported):
         assert open_model(path).meta['saturating'] == []
 
 
+@pytest.mark.thorough
 def test_what_is_ignored_is_named_and_wrong(on_processor, tmp_path):
     detector, path = made('retinanet', tmp_path, 'onnxruntime', saturation='ignore')
     named = model_meta(path)['saturating']
@@ -274,6 +275,7 @@ def test_runtimes_are_found_to_saturate(on_processor, processor):
     assert on_processor(processor, code).splitlines()[-1] == '[True, True]'
 
 
+@pytest.mark.thorough
 def test_models_that_this_processor_computes_wrongly_say_so(exported, tmp_path, monkeypatch):
     runtime, found = exported
     said, cls = [], get_runtime(runtime)

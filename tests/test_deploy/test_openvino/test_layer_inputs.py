@@ -26,7 +26,13 @@ CASES = {  # a folded image and quantizers between the layers; layers that level
 }
 
 
-@pytest.fixture(scope='module', params=CASES.items(), ids=CASES)
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(case, id=case[0], marks=() if case[0] == 'retinanet' else pytest.mark.thorough)
+        for case in CASES.items()
+    ],
+)
 def exported(request, tmp_path_factory):
     kind, ptq = request.param
     detector, structure = tiny_quantized(kind, ptq)
@@ -91,6 +97,7 @@ def test_what_openvino_reads_transposed_is_in_the_order_of_the_layer(tmp_path):
     assert np.array_equal(found['attention.output_proj'], given.transpose(1, 2))
 
 
+@pytest.mark.thorough
 def test_a_call_that_repeats_another_is_computed_once(tmp_path, monkeypatch):
     """RTMDet-Ins has its classification layers a second time where the regression's should be."""
     architectures.register(monkeypatch)

@@ -34,6 +34,7 @@ def test_an_export_that_is_killed_leaves_no_mixture(folder, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ['model.bin']
 
 
+@pytest.mark.thorough
 def test_a_signal_does_not_end_the_process_once_models_are_gone(folder, on_processor):
     """As of a worker of a data loader that ends; see ``shared_core``."""
     code = """

@@ -96,6 +96,7 @@ def test_gradients_reach_every_learnable_parameter_and_nothing_else_moves(spied)
     assert rates == sorted(rates, reverse=True) and rates[0] > 5 * rates[-1]
 
 
+@pytest.mark.thorough
 def test_the_log_the_scalars_and_the_checkpoints_are_mmengines(finished):
     work_dir = Path(finished.work_dir)
     log = ''.join(file.read_text() for file in work_dir.glob('*/*.log'))
@@ -148,6 +149,7 @@ class DivergenceHook(Hook):
         runner.model.detector.bbox_head.retina_reg.bias.data.fill_(self.value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('value', [50.0, float('nan')])
 def test_a_state_that_ruins_the_boxes_is_not_kept(make_runner, tmp_path, value):
     # no box passes the IoU filter any more, so the loss that is trained is zero

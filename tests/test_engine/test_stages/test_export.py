@@ -44,6 +44,7 @@ def exported(config_file, one_thread, tmp_path_factory) -> PTQRunner:
     return runner
 
 
+@pytest.mark.thorough
 def test_every_runtime_has_a_row_of_the_evaluator(exported):
     results = json.loads((Path(exported.work_dir) / 'results.json').read_text())
     rows = {row['model']: row for row in results['rows']}
@@ -63,6 +64,7 @@ def test_every_runtime_has_a_row_of_the_evaluator(exported):
         assert coverage['float'] == [] and {call.split('#')[0] for call in coverage['integer']} == layers
 
 
+@pytest.mark.thorough
 def test_the_detector_stays_where_it_is(exported, monkeypatch):
     """On a GPU the report compares it with the float detector there."""
     given = []
@@ -77,6 +79,7 @@ def test_the_detector_stays_where_it_is(exported, monkeypatch):
     assert given[0] is not exported.detector
 
 
+@pytest.mark.thorough
 def test_asking_for_onnx_runtime_asks_for_its_dataflow(exported):
     assert exported.ptq.dataflow == 'balanced'
 
@@ -103,6 +106,7 @@ def test_one_run_exports_to_runtimes_that_take_other_formats_too(config_file, on
     assert all(coverage['integer'] and not coverage['float'] for coverage in results['runtimes'].values())
 
 
+@pytest.mark.thorough
 def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):
     monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
     monkeypatch.setattr('mmdet_ptq.engine.stages.export.export_runtime', lambda *args: pytest.fail('exported again'))
@@ -114,6 +118,7 @@ def test_exported_models_are_taken_over_on_resume(exported, monkeypatch):
     assert runner.results['rows'] == exported.results['rows']
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('model', ['onnxruntime/model.onnx', 'openvino/model.xml'])
 def test_the_test_command_gives_the_row_of_an_exported_model(exported, config_file, tmp_path, capsys, model):
     cli.test([str(config_file), f'{exported.work_dir}/{model}', '--work-dir', str(tmp_path)])
@@ -123,6 +128,7 @@ def test_the_test_command_gives_the_row_of_an_exported_model(exported, config_fi
     assert model.split('/')[0] in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_runtime_answers_like_a_detector(exported, config_file):
     model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
     detector = runtime_detector(exported.cfg, model, exported.detector.dataset_meta)
@@ -182,6 +188,7 @@ def check_printed(printed: str, expected: InstanceData, threshold: float) -> Non
     assert near.any(0)[expected.scores > threshold + 0.01].all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('pipeline', PIPELINES)
 @pytest.mark.parametrize('name', NAMES)
 def test_the_program_beside_a_model_finds_what_mmdet_finds(exported, name, pipeline, tmp_path):
@@ -217,6 +224,7 @@ def end2end(exported, tmp_path_factory):
     return folder / 'onnxruntime' / PROGRAM
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('processor', ['here', *PROCESSORS])
 def test_the_program_of_the_export_command_runs_on_processors_without_vnni(
     exported, end2end, on_processor, processor, tmp_path, monkeypatch
@@ -231,6 +239,7 @@ def test_the_program_of_the_export_command_runs_on_processors_without_vnni(
     )
 
 
+@pytest.mark.thorough
 def test_what_has_no_end_to_end_model_is_told_in_one_sentence(exported, tmp_path, monkeypatch):
     said, runtime = [], get_runtime('onnxruntime')
     monkeypatch.setattr('mmdet_ptq.engine.detecting.print_log', lambda text, *_: said.append(text))
@@ -245,6 +254,7 @@ def test_what_has_no_end_to_end_model_is_told_in_one_sentence(exported, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_the_export_command_writes_what_the_run_wrote(exported, tmp_path, capsys):
     image = sorted(Path(exported.work_dir).parent.parent.glob('**/val/*.png'))
     arguments = [f'{exported.work_dir}/quantized.pth', '--to', 'onnxruntime', '--out', str(tmp_path)]
@@ -263,6 +273,7 @@ def test_a_checkpoint_without_what_onnx_runtime_needs_is_warned_of(exported, fin
     assert len(said) == 1 and 'the checkpoint was calibrated without `ptq.dataflow`' in said[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     'arguments,told',
     [
@@ -280,6 +291,7 @@ def test_mistakes_of_the_export_command(exported, tmp_path, capsys, arguments, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', NAMES)
 def test_a_folder_that_cannot_be_written_is_refused(exported, tmp_path, capsys, runtime):
     (tmp_path / runtime).write_text('a file')
@@ -301,6 +313,7 @@ def test_a_model_that_is_gone_is_exported_again_on_resume(exported, monkeypatch)
     assert path.read_bytes() == content
 
 
+@pytest.mark.thorough
 def test_a_model_of_another_detector_is_refused(exported):
     model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
     other = tiny_model_cfg('ssd')
@@ -348,6 +361,7 @@ def test_a_missing_package_is_refused_before_any_work(make_runner, monkeypatch):
         runner.calibrate()
 
 
+@pytest.mark.thorough
 def test_a_model_of_another_size_is_refused(exported, config_file):
     model = open_model(f'{exported.work_dir}/onnxruntime/model.onnx')
     model.meta['input_shape'] = [1, 3, 32, 32]

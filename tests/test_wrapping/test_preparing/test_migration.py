@@ -41,6 +41,7 @@ def close(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', ['yolox', 'ssd', 'retinanet'])
 @pytest.mark.parametrize('dataflow', [None, 'auto'])
 def test_the_float_detector_stays_what_it_was(kind, dataflow):
