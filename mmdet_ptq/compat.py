@@ -203,6 +203,11 @@ def _give_find_loader() -> None:
 # ---- configs that are formatted again and again ----
 
 
+def _configs_are_formatted_again() -> bool:
+    # the onedl stack formats them in another way
+    return hasattr(config_module, 'FormatCode') and not hasattr(config_module.FormatCode, 'cache')
+
+
 def _give_formatter_a_memory() -> None:
     format_code = config_module.FormatCode
 
@@ -253,7 +258,7 @@ WORKAROUNDS: tuple[Workaround, ...] = (
         name='formatting of configs',
         versions='mmengine <= 0.10.7',
         why='each checkpoint and each log formats the whole config as Python code again, a tenth of a second each',
-        applies=lambda: not hasattr(config_module.FormatCode, 'cache'),
+        applies=_configs_are_formatted_again,
         apply=_give_formatter_a_memory,
     ),
     Workaround(
