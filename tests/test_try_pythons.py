@@ -67,3 +67,17 @@ def test_a_python_without_a_torch_is_left_out_and_named(module, monkeypatch, cap
     monkeypatch.setattr(module, 'can_fetch', lambda python: True)
     monkeypatch.setattr(module, 'try_python', lambda *args: 'onnxruntime loses 0.6 points')
     assert module.main() == 1 and 'python3.10: onnxruntime loses 0.6 points' in capsys.readouterr().out
+
+
+def test_without_space_or_answer_nothing_is_fetched(module, monkeypatch):
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append(command)
+        raise module.subprocess.TimeoutExpired(command, kwargs['timeout'])
+
+    monkeypatch.setattr(module.subprocess, 'run', run)
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**30))
+    assert not module.can_fetch('python3.10') and not calls
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**40))
+    assert not module.can_fetch('python3.10') and len(calls) == 1

@@ -23,6 +23,8 @@ from setup_parts import ROOT, probe, say
 
 DEMO = ['tools/ptq.py', 'configs/ssdlite_mbv2_ptq.py', '--preset', 'w8a8_observe']
 METRIC, LOST = 'coco/bbox_mAP', 0.005
+# bytes for an environment and what pip keeps, and seconds for what is fetched
+SPACE, PATIENCE = 25 * 2**30, 900
 
 
 def ends() -> list[str]:
@@ -37,10 +39,15 @@ def ends() -> list[str]:
 
 
 def can_fetch(python: str) -> bool:
-    """Whether torch can be fetched for a Python: nothing else is as large, or as often missing."""
+    """Whether torch and all that it needs can be fetched for a Python: nothing else is as large, or as often missing."""
+    if shutil.disk_usage(ROOT).free < SPACE:
+        return False
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', folder, f'torch=={TORCH}']
-        return subprocess.run(command, capture_output=True).returncode == 0
+        command = [python, '-m', 'pip', 'download', '--quiet', '--dest', folder, f'torch=={TORCH}']
+        try:
+            return subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
 
 def try_python(python: str, keep: bool) -> str:
@@ -74,7 +81,7 @@ def main() -> int:
     say(f'Trying {", ".join(pythons) or "nothing: no supported Python is here"}')
     for python in pythons:
         if not can_fetch(python):
-            say(f'{python} is left out: torch {TORCH} cannot be fetched for it here.')
+            say(f'{python} is left out: torch {TORCH} cannot be fetched for it here, or there is no space for it.')
         elif problem := try_python(python, args.keep):
             failed[python] = problem
     for python, problem in failed.items():
