@@ -39,7 +39,7 @@ def ends() -> list[str]:
 
 
 def can_fetch(python: str) -> bool:
-    """Whether torch and all that it needs can be fetched for a Python: nothing else is as large, or as often missing."""
+    """Whether torch and what it needs can be fetched for a Python: nothing else is as large, or as often missing."""
     if shutil.disk_usage(ROOT).free < SPACE:
         return False
     with tempfile.TemporaryDirectory() as folder:
