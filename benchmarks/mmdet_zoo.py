@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from runs import ROOT, VERSIONS
 from zoo_architectures import find_architectures
-from zoo_trial import trial
+from zoo_trial import DECIBEL, trial
 
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.files import write_text
@@ -177,6 +177,7 @@ def page(lines: list[dict], unbuilt: list[dict], wanted: list[dict]) -> str:
         'all of this': [line for line in predicting if is_equal(line) and not line['global_loss']],
     }
     first = lines[0] if lines else {}
+    processors = ' and '.join(sorted({line['processor'] for line in lines}))
     left = [a for a in wanted if a['config'] not in {line['config'] for line in lines}]
     missing = f'{len(left)} architectures ({sum(int(a["configs"]) for a in left)} configs) were not tried yet. '
     text = [
@@ -188,7 +189,7 @@ def page(lines: list[dict], unbuilt: list[dict], wanted: list[dict]) -> str:
     text += [
         '',
         f'mmdet {first.get("mmdet")}, torch {first.get("torch")}, ONNX Runtime {first.get("onnxruntime")}, OpenVINO '
-        f'{first.get("openvino", "").partition("-")[0]}, {first.get("processor")}, '
+        f'{first.get("openvino", "").partition("-")[0]}, {processors}, '
         f'{max((line["date"] for line in lines), default="")}.',
         '',
         '## What does not hold, and why',
@@ -239,7 +240,8 @@ _NOISY = """In ONNX Runtime outputs of these differ from the simulation's, compu
 tensor and the outputs are equal where each is computed from the same codes. The last column tells how far the
 simulation is from itself when last bits change at random in what its layer and group normalisations and deformable
 convolutions return: float operations of two programs differ in these, a code falls to the other side of its boundary,
-and random weights magnify it, offsets of deformable convolutions most of all.
+and random weights magnify it. Where that column is much higher than the first, this does not explain the difference,
+and its cause is not known.
 """
 
 
@@ -259,7 +261,8 @@ def _table(lines: list[dict]) -> list[str]:
 
 def _noisy(lines: list[dict]) -> list[str]:
     """Those whose outputs are equal from the runtime's codes alone; nothing where there is none."""
-    noisy = [line for line in lines if line['onnxruntime_state'] == 'differs' and line.get('onnxruntime_followed')]
+    differing = [line for line in lines if line['onnxruntime_state'] == 'differs']
+    noisy = [line for line in differing if float(line.get('onnxruntime_followed') or 0) >= DECIBEL]
     if not noisy:
         return []
     found = ['', '## Different from the image on, equal from the same codes', '', _NOISY]

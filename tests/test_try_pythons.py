@@ -45,7 +45,7 @@ def test_the_ends_are_of_the_search_path_and_of_pyenv(module, monkeypatch, tmp_p
 )
 def test_a_lost_point_is_a_failure(module, monkeypatch, tmp_path, returncode, figures, told):
     def run(command, cwd, env):
-        assert env['VENV'] == '.venv-python3.10' and cwd == tmp_path
+        assert (env['VENV'], env['TORCH'], cwd) == ('.venv-python3.10', '2.13.0', tmp_path)
         (tmp_path / env['VENV']).mkdir()
         work_dir = Path(command[command.index('--work-dir') + 1])
         work_dir.mkdir(parents=True)
@@ -54,30 +54,42 @@ def test_a_lost_point_is_a_failure(module, monkeypatch, tmp_path, returncode, fi
         return SimpleNamespace(returncode=returncode)
 
     monkeypatch.setattr(module.subprocess, 'run', run)
-    found = module.try_python('/opt/bin/python3.10', keep=False)
+    found = module.try_python('/opt/bin/python3.10', '2.13.0', keep=False)
     assert (found == '') == (told == '') and told in found
     assert not (tmp_path / '.venv-python3.10').exists()
 
 
-def test_a_python_without_a_torch_is_left_out_and_named(module, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['try_pythons.py', 'python3.10'])
-    monkeypatch.setattr(module, 'can_fetch', lambda python: False)
-    monkeypatch.setattr(module, 'try_python', lambda *args: pytest.fail('it was tried'))
-    assert module.main() == 0 and 'python3.10 is left out: torch' in capsys.readouterr().out
-    monkeypatch.setattr(module, 'can_fetch', lambda python: True)
+def test_the_newest_python_gets_the_newest_torch_and_what_is_missing_is_named(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['try_pythons.py'])
+    monkeypatch.setattr(module, 'ends', lambda: ['python3.10', 'python3.13'])
+    tried, there = [], {'torch==' + module.TORCH: module.TORCH, 'torch': '2.15.0'}
+    monkeypatch.setattr(module, 'fetched', lambda python, torch: there.get(torch))
+    monkeypatch.setattr(module, 'try_python', lambda *args: tried.append(args[:2]))
+    assert module.main() == 0 and tried == [('python3.10', module.TORCH), ('python3.13', '2.15.0')]
+    there.clear()
+    tried.clear()
+    assert module.main() == 0 and not tried
+    assert 'python3.10 is left out: its torch' in capsys.readouterr().out
+    there['torch'] = '2.15.0'
     monkeypatch.setattr(module, 'try_python', lambda *args: 'onnxruntime loses 0.6 points')
-    assert module.main() == 1 and 'python3.10: onnxruntime loses 0.6 points' in capsys.readouterr().out
+    assert module.main() == 1 and 'python3.13: onnxruntime loses 0.6 points' in capsys.readouterr().out
 
 
-def test_without_space_or_answer_nothing_is_fetched(module, monkeypatch):
-    calls = []
+def test_what_is_fetched_is_told_by_its_version(module, monkeypatch):
+    calls, ends = [], module.subprocess.TimeoutExpired('pip', 1)
 
     def run(command, **kwargs):
         calls.append(command)
-        raise module.subprocess.TimeoutExpired(command, kwargs['timeout'])
+        if ends is not None:
+            raise ends
+        Path(command[command.index('--dest') + 1], 'torch-2.15.0+cpu-cp313-cp313-linux.whl').touch()
 
     monkeypatch.setattr(module.subprocess, 'run', run)
     monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**30))
-    assert not module.can_fetch('python3.10') and not calls
+    assert module.fetched('python3.13', 'torch') is None and not calls
     monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**40))
-    assert not module.can_fetch('python3.10') and len(calls) == 1
+    assert module.fetched('python3.13', 'torch') is None and len(calls) == 1
+    ends = module.subprocess.CalledProcessError(1, 'pip')
+    assert module.fetched('python3.13', 'torch') is None
+    ends = None
+    assert module.fetched('python3.13', 'torch') == '2.15.0' and calls[-1][-1] == 'torch'

@@ -3,8 +3,9 @@
 
     python tools/try_pythons.py [--keep] [PYTHON ...]        PYTHON: other interpreters than these two
 
-Each gets an environment of its own, which is removed afterwards. The program fails where a set-up or a demo fails, or
-where the integers lose more than half a point; a Python whose torch cannot be fetched here is named and left out.
+The newest Python gets the newest torch that can be fetched, all others the one of the set-up. Each gets an environment
+of its own, which is removed afterwards. The program fails where a set-up or a demo fails, or where the integers lose
+more than half a point; a Python whose torch cannot be fetched here is named and left out.
 """
 
 from __future__ import annotations
@@ -38,23 +39,31 @@ def ends() -> list[str]:
     return working[:1] + working[1:][-1:]
 
 
-def can_fetch(python: str) -> bool:
-    """Whether torch and what it needs can be fetched for a Python: nothing else is as large, or as often missing."""
+def fetched(python: str, torch: str) -> str | None:
+    """The version of torch that is fetched for a Python, with what it needs; None where it is not all there.
+
+    Nothing else of an environment is as large, or as often missing.
+
+    Args:
+        python: The interpreter.
+        torch: What pip is asked for: ``torch``, or ``torch==2.13.0``.
+    """
     if shutil.disk_usage(ROOT).free < SPACE:
-        return False
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, '-m', 'pip', 'download', '--quiet', '--dest', folder, f'torch=={TORCH}']
+        command = [python, '-m', 'pip', 'download', '--quiet', '--dest', folder, torch]
         try:
-            return subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
-        except subprocess.TimeoutExpired:
-            return False
+            subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+            return None
+        return next(Path(folder).glob('torch-*.whl')).name.split('-')[1].partition('+')[0]
 
 
-def try_python(python: str, keep: bool) -> str:
-    """What went wrong with a Python, '' if nothing did."""
+def try_python(python: str, torch: str, keep: bool) -> str:
+    """What went wrong with a Python and a version of torch, '' if nothing did."""
     name = Path(python).name
     venv, work_dir = ROOT / f'.venv-{name}', ROOT / 'work_dirs' / name
-    environment = {**os.environ, 'PYTHON': shutil.which(python) or python, 'VENV': venv.name}
+    environment = {**os.environ, 'PYTHON': shutil.which(python) or python, 'VENV': venv.name, 'TORCH': torch}
     command = [sys.executable, 'tools/setup_env.py', *DEMO, '--work-dir', str(work_dir)]
     try:
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:
@@ -62,7 +71,7 @@ def try_python(python: str, keep: bool) -> str:
         rows = json.loads((work_dir / 'results.json').read_text())['rows']
         figures = {row['model']: row['metrics'][METRIC] for row in rows}
         lost = {model: figures['float'] - figure for model, figure in figures.items() if model != 'float'}
-        say(f'{python}: {figures}')
+        say(f'{python}, torch {torch}: {figures}')
         if len(lost) < 2:
             return f'there is no figure of a runtime, only of {", ".join(figures)}'
         return ', '.join(f'{model} loses {100 * value:.1f} points' for model, value in lost.items() if value > LOST)
@@ -79,10 +88,12 @@ def main() -> int:
     args = parser.parse_args()
     pythons, failed = args.pythons or ends(), {}
     say(f'Trying {", ".join(pythons) or "nothing: no supported Python is here"}')
-    for python in pythons:
-        if not can_fetch(python):
-            say(f'{python} is left out: torch {TORCH} cannot be fetched for it here, or there is no space for it.')
-        elif problem := try_python(python, args.keep):
+    for number, python in enumerate(pythons):
+        newest = not args.pythons and number == len(pythons) - 1
+        torch = fetched(python, 'torch' if newest else f'torch=={TORCH}')
+        if torch is None:
+            say(f'{python} is left out: its torch cannot be fetched here, or there is no space for it.')
+        elif problem := try_python(python, torch, args.keep):
             failed[python] = problem
     for python, problem in failed.items():
         say(f'{python}: {problem}')

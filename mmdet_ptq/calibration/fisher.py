@@ -172,7 +172,7 @@ def noisy_loss(predictions: AlignedPredictions) -> Tensor:
         size = (boxes.detach()[:, 2:] - boxes.detach()[:, :2]).clamp(min=1).repeat(1, 2)
         # the term is the mean of the four coordinates
         loss = loss + (boxes / size * _signs(boxes)).sum() * math.sqrt(1 / (4 * BOX_DEVIATION))
-    # where there are boxes, too, masks cost both: 0.4 to 0.6 points on a small Mask R-CNN
+    # where there are boxes, too, masks did not help: see docs/experiments.md
     if predictions.masks is not None and predictions.boxes is None:
         rows = predictions.masks.most_confident(confidence)
         rows = rows[confidence[rows[:, 0], rows[:, 1]] >= SCORE_THR]

@@ -19,6 +19,7 @@ from mmengine.dist import barrier, broadcast_object_list, get_rank, is_main_proc
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmdet_ptq.config.block import GONE_WITHIN
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors, write_json
 from mmdet_ptq.version import STATE_FORMAT
@@ -33,12 +34,7 @@ _OWN_KEYS = {
 }
 # keys of the `ptq` block that are gone, as they stood in the hashes of work directories of before
 _GONE = {'equalize': None, 'bias_correction': False}
-_GONE_WITHIN = {
-    'reconstruct': dict(
-        type='mmdet_ptq.BlockReconstruction', rounding_weight=0.01, warmup=0.2, beta_start=20, beta_end=2
-    ),
-    'global_loss': dict(type='mmdet_ptq.FilteredGlobalLoss', p=1),
-}
+_GONE_WITHIN = {name: {**gone, 'type': f'mmdet_ptq.{gone["type"]}'} for name, gone in GONE_WITHIN.items()}
 # keys that came later, with what they stood for before: left out of the hashes, where they say nothing else
 _ADDED = {'global_loss': dict(weight_scale_lr=None, mask_weight=1.0)}
 
