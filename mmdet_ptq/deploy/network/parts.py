@@ -141,8 +141,7 @@ def _first_stage(detector: nn.Module) -> Callable[[Tensor], tuple]:
 
 def image_heads(detector: nn.Module) -> list[nn.Module]:
     """The heads of a detector with regions that read all of its features."""
-    heads = [detector.rpn_head] if proposes(detector) else []
-    return heads + ([detector.semantic_head] if isinstance(detector, TwoStagePanopticSegmentor) else [])
+    return [getattr(detector, name) for name in _image_head_names(detector)]
 
 
 def proposes(detector: nn.Module) -> bool:
@@ -165,8 +164,9 @@ def parameters_between(detector: nn.Module) -> list[str]:
 
 
 def _image_head_names(detector: nn.Module) -> list[str]:
-    heads = image_heads(detector)
-    return [name for name, module in detector.named_children() if any(module is head for head in heads)]
+    # by name: while a graph is traced, an attribute is not the module itself where one stands under two names
+    names = ['rpn_head'] if proposes(detector) else []
+    return names + (['semantic_head'] if isinstance(detector, TwoStagePanopticSegmentor) else [])
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import predict, tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.testing.calibrated import OBSERVE
+from mmdet_ptq.testing.models import MODELS
 from mmdet_ptq.wrapping import quantized_weights
 from mmdet_ptq.wrapping.state import only_read_tensors
 
@@ -155,6 +156,26 @@ def test_each_stage_of_a_cascade_is_a_network_and_so_is_a_mask_head(image, monke
     for kind, heads in (('cascade_rcnn', ['bbox_head.0', 'bbox_head.1']), ('mask_rcnn', ['bbox_head', 'mask_head'])):
         names = [part.name for part in parts_of(tiny_detector(kind), image)]
         assert names == ['', *(f'roi_head.{head}' for head in heads)]
+
+
+def test_an_extractor_that_boxes_and_masks_share_changes_no_output(image, monkeypatch, tmp_path):
+    """While a graph is traced, attributes of a detector with a module of two names are not the modules themselves."""
+    architectures.register(monkeypatch)
+    model = architectures.mask_rcnn()
+    model['roi_head']['mask_roi_extractor'] = None
+    model['roi_head']['mask_head'].update(num_convs=0)
+    monkeypatch.setitem(MODELS, 'shared', lambda: model)
+    detector, structure = tiny_quantized('shared', dict(OBSERVE, dataflow='balanced'))
+    settle_biases(detector, structure)
+    path = get_runtime('onnxruntime').export(detector, tmp_path, tuple(image.shape))
+    model = open_model(path, threads=1)
+    assert set(model.parts) == {HEAD, 'roi_head.mask_head'}
+    for part in parts_of(detector, image):
+        with torch.no_grad(), integer_arithmetic(detector):
+            simulated = RawOutputs(detector, part)(*part.inputs)
+        network = model.parts[part.name] if part.name else model
+        found = network(*(tensor.numpy() for tensor in part.inputs))
+        assert [out.shape for out in found] == [tuple(out.shape) for out in simulated]
 
 
 @pytest.mark.thorough
