@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, SAConv2d
 from mmdet.models import ResNet, TwoStageDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -303,8 +303,8 @@ def _compared(
     queries: outputs are compared in the order of their values, and in ONNX Runtime codes on the mean of all tensors.
 
     Where outputs in ONNX Runtime are not near from the image on, there is more beside them: the noise where the
-    simulation goes on with the codes of each of its tensors (``followed``), and how near the simulation is to itself
-    when no more than last bits of float results change (``itself``).
+    simulation goes on with the codes of each of its tensors (``followed``; outputs of the session whose tensors are
+    read), and how near the simulation is to itself when no more than last bits of float results change (``itself``).
     """
     parts, ours, followed = parts_of(quantized, image), [], []
     theirs = [out for p in parts for out in (model.parts[p.name] if p.name else model)(*(x.numpy() for x in p.inputs))]
@@ -319,7 +319,7 @@ def _compared(
     if followed and worst < DECIBEL and not chosen:
         with integer_arithmetic(quantized), other_last_bits(quantized):
             beside = dict(itself=_worst_noise(ours, _simulated(quantized, parts), chosen))
-        beside['followed'] = _worst_noise(followed, theirs, chosen)
+        beside['followed'] = _worst_noise(*zip(*followed, strict=True), chosen)
     if found is None:
         return None, worst, beside
     shares = [entry.identical for entry in found] or [0.0]
@@ -330,7 +330,7 @@ def _simulated(quantized: nn.Module, parts: list[Part]) -> list[Tensor]:
     return [output for part in parts for output in RawOutputs(quantized, part)(*part.inputs)]
 
 
-def _worst_noise(ours: list[Tensor], theirs: list[Tensor], in_order: bool) -> float:
+def _worst_noise(ours: Sequence[Tensor], theirs: Sequence[Tensor], in_order: bool) -> float:
     """Signal to noise of the worst of some outputs, in decibel; in the order of their values if these have no other."""
     worst = 200.0
     for a, b in zip(ours, theirs, strict=True):
@@ -354,7 +354,7 @@ def other_last_bits(detector: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in detector.modules():
-            if isinstance(module, nn.LayerNorm | nn.GroupNorm | DeformConv2d | ModulatedDeformConv2d):
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm | DeformConv2d | ModulatedDeformConv2d | SAConv2d):
                 stack.callback(module.register_forward_hook(changed).remove)
         yield
 

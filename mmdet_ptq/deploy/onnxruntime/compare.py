@@ -31,7 +31,7 @@ def compare_codes(
     image: Tensor,
     follow: bool = False,
     exact: bool = False,
-    outputs: list[Tensor] | None = None,
+    outputs: list[tuple[Tensor, Tensor]] | None = None,
 ) -> list[TensorAgreement]:
     """Compares the codes of every quantized tensor between the simulation and ONNX Runtime.
 
@@ -44,7 +44,8 @@ def compare_codes(
             Defaults to False.
         exact: Whether the simulation computes as integer kernels do, see
             :func:`mmdet_ptq.deploy.integers.arithmetic.integer_arithmetic`. Defaults to False.
-        outputs: Takes the raw outputs of the simulation, if given.
+        outputs: Takes each raw output of the simulation, and the runtime's beside it, if given. The runtime computes
+            them where its tensors are read: elsewhere it fuses otherwise, which changes last bits.
 
     Returns:
         One entry per quantized tensor, in the order of the network.
@@ -53,17 +54,17 @@ def compare_codes(
     agreements = []
     for part in parts_of(detector, image):
         file = part_path(model, part.name) if part.name else model
-        found, simulated = _compare_part(detector, part, file, follow, exact)
+        found, compared = _compare_part(detector, part, file, follow, exact)
         agreements += found
         if outputs is not None:
-            outputs += simulated
+            outputs += compared
     return agreements
 
 
 def _compare_part(
     detector: nn.Module, part: Part, model: str | os.PathLike, follow: bool, exact: bool
-) -> tuple[list[TensorAgreement], tuple[Tensor, ...]]:
-    found = _runtime_codes(model, [tensor.cpu().numpy() for tensor in part.inputs])
+) -> tuple[list[TensorAgreement], list[tuple[Tensor, Tensor]]]:
+    found, theirs = _runtime_codes(model, [tensor.cpu().numpy() for tensor in part.inputs])
     # models of older versions do not have the entry: in them nothing was folded
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
         found[name] = _sliced(found[name], offsets)
@@ -74,13 +75,13 @@ def _compare_part(
     }
     arithmetic = integer_arithmetic(detector) if exact else nullcontext()
     with torch.no_grad(), arithmetic, recorded_codes(detector, found if follow else {}) as simulated:
-        outputs = RawOutputs(detector, part)(*part.inputs)
+        ours = RawOutputs(detector, part)(*part.inputs)
     agreements = []
     for name, codes in simulated.items():
         if name in found:
             difference = np.abs(_unpadded(found[name], codes.shape).astype(np.int64) - codes.cpu().numpy())
             agreements.append(TensorAgreement(name, float((difference == 0).mean()), int(difference.max())))
-    return agreements, outputs
+    return agreements, list(zip(ours, map(torch.from_numpy, theirs), strict=True))
 
 
 def _is_shifted(codes: np.ndarray, quantizer: AffineQuantizer) -> bool:
@@ -102,7 +103,10 @@ def _unpadded(codes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return codes[place]
 
 
-def _runtime_codes(model: str | os.PathLike, inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _runtime_codes(
+    model: str | os.PathLike, inputs: list[np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """The codes of each quantized tensor, and the outputs."""
     import onnx
     import onnxruntime
 
@@ -115,17 +119,18 @@ def _runtime_codes(model: str | os.PathLike, inputs: list[np.ndarray]) -> dict[s
         if node.op_type == 'Clip' and node.input[0].endswith(CODES)
     }
     names = [out for node in proto.graph.node for out in node.output if out.endswith(CODES)]
-    if not names:  # asked for nothing, a session gives its outputs
-        return {}
     # codes of fewer than 8 bits are clipped after they are rounded
     read = {name: clipped.get(name, name) for name in names}
+    outputs = [given.name for given in proto.graph.output]
     proto.graph.output.extend(types[value] for value in read.values())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=['CPUExecutionProvider'])
     taken = [given.name for given in session.get_inputs()]
-    values = session.run(list(read.values()), dict(zip(taken, with_size(tuple(inputs), len(taken)), strict=True)))
-    return {name.removesuffix(CODES): value for name, value in zip(read, values, strict=True)}
+    given = dict(zip(taken, with_size(tuple(inputs), len(taken)), strict=True))
+    values = session.run([*outputs, *read.values()], given)
+    codes = zip(read, values[len(outputs) :], strict=True)
+    return {name.removesuffix(CODES): value for name, value in codes}, values[: len(outputs)]
 
 
 @contextmanager

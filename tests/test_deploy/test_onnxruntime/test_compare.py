@@ -6,8 +6,7 @@ import architectures
 import pytest
 import torch
 
-from mmdet_ptq.deploy import get_runtime, open_model
-from mmdet_ptq.deploy.network.parts import parts_of
+from mmdet_ptq.deploy import get_runtime
 from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.testing import tiny_batch, tiny_quantized
 from mmdet_ptq.testing.calibrated import OBSERVE
@@ -27,9 +26,7 @@ def test_a_network_without_any_code_has_nothing_to_compare(monkeypatch, tmp_path
     found = compare_codes(detector, path, image, follow=True, outputs=outputs)
     assert any('bbox_head' in entry.name for entry in found) and not any(head in entry.name for entry in found)
     assert min(entry.identical for entry in found) > 0.99
-    # what the simulation returns behind the runtime's codes: the box head's follow from them alone
-    model = open_model(path, threads=1)
-    parts = parts_of(detector, image)
-    theirs = [out for p in parts for out in (model.parts[p.name] if p.name else model)(*(x.numpy() for x in p.inputs))]
-    for ours, runtime in zip(outputs, theirs, strict=True):
-        torch.testing.assert_close(ours, torch.from_numpy(runtime), atol=2e-2 * float(ours.abs().max()), rtol=0)
+    # from the runtime's codes on, the box head's outputs are the same
+    assert len(outputs) == 9 + 2 + 1
+    for ours, theirs in outputs:
+        torch.testing.assert_close(ours, theirs, atol=2e-2 * float(ours.abs().max()), rtol=0)
