@@ -99,7 +99,7 @@ class Part:
             run = prototype_network(detector)
         else:
             return detector(*inputs, None, mode='tensor')
-        with _called(detector, run):
+        with called(detector, run):
             return detector(*inputs)
 
     def _call(self, module: nn.Module, *inputs: Tensor) -> Any:
@@ -174,7 +174,7 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
 
 
 @contextmanager
-def _called(detector: nn.Module, forward: Callable) -> Iterator[None]:
+def called(detector: nn.Module, forward: Callable) -> Iterator[None]:
     """A call of the detector, with all its hooks and what runs between its layers, computes something else."""
     own, state = vars(detector).get('forward'), getattr(detector, STATE, None)
 

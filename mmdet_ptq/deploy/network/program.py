@@ -44,7 +44,7 @@ HEIGHT, WIDTH = $size  # of the tensor that the model takes
 
 
 def load(path):
-    """The model as a function: the tensor and the image's size in it; boxes, scores and labels out."""
+    """The model as a function: the tensor and the image's size in it; $values out."""
     $opens
     return lambda tensor, size: $runs
 
@@ -65,16 +65,16 @@ $steps
 
 
 def detect(run, image, threshold):
-    """Boxes as x1, y1, x2, y2 in pixels of the image, scores and labels, best first."""
+    """Boxes as x1, y1, x2, y2 in pixels of the image, scores and labels$also, best first."""
     tensor, size, (x, y) = prepare(image)
-    boxes, scores, labels = (found[0] for found in run(tensor, size))
+    $values = (found[0] for found in run(tensor, size))
     height, width = image.shape[:2]
     boxes = (boxes / np.float32([x, y, x, y])).clip(0, [width, height, width, height])
     # places without a detection have the label -1; what lies in the padding has no box in the image
     kept = (labels >= 0) & (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return boxes[kept], scores[kept], labels[kept]
+    return boxes[kept], scores[kept], labels[kept]$pasted
 
-
+$paste
 def main():
     parser = argparse.ArgumentParser(description='Detects the objects in an image.')
     parser.add_argument('image', help='image file')
@@ -87,11 +87,11 @@ def main():
         parser.error(f'{args.image} is missing, or no image that OpenCV reads')
     if (image.shape[2] if image.ndim == 3 else 1) != $channels:
         parser.error(f'{args.image} has the shape {image.shape}, and the model takes $channels channels')
-    for box, score, label in zip(*detect(load(args.model), image, args.threshold)):
+    for box, score, label$mask in zip(*detect(load(args.model), image, args.threshold)):
         name = CLASSES[label] if label < len(CLASSES) else str(label)
         print(name, f'{score:.3f}', *(f'{side:.2f}' for side in box))
         color = tuple(int(value) for value in np.random.default_rng(int(label)).integers(0, 256, 3))
-        left, top, right, bottom = (int(side) for side in box.round())
+$paint        left, top, right, bottom = (int(side) for side in box.round())
         cv2.rectangle(drawn, (left, top), (right, bottom), color, 2)
         cv2.putText(drawn, f'{name} {score:.2f}', (left, max(top - 4, 12)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color)
     cv2.imwrite(args.out, drawn)
@@ -99,6 +99,24 @@ def main():
 
 if __name__ == '__main__':
     main()
+''')
+
+# what the program of a detector with masks has besides
+_MASKS = dict(
+    values='boxes, scores, labels, masks',
+    also=', and masks of its size',
+    pasted=', [paste(*found, height, width) for found in zip(masks[kept], boxes[kept])]',
+    mask=', mask',
+    paint='        drawn[mask] = drawn[mask] // 2 + np.uint8(color) // 2\n',
+)
+_PASTE = Template('''
+def paste(mask, box, height, width):
+    """What of the image a mask covers, which is a grid over its box."""
+    x, y = (np.arange(side, dtype=np.float32) + 0.5 for side in (width, height))
+    columns = (x - box[0]) / (box[2] - box[0]) * mask.shape[1] - 0.5
+    rows = (y - box[1]) / (box[3] - box[1]) * mask.shape[0] - 0.5
+    return cv2.remap(mask, *np.float32(np.meshgrid(columns, rows)), cv2.INTER_LINEAR) >= $threshold
+
 ''')
 
 
@@ -164,11 +182,19 @@ def detection_program(
         opens=opening.opens,
         runs=opening.runs,
         steps='\n'.join(f'    {line}' for line in [*lines, *_normalization(preprocessor, int(shape[1]))]),
+        **_of_masks(detector),
         channels=int(shape[1]),
         pad_value=float(preprocessor.pad_value),
         reading=_READING[reader.color_type],
         drawing='cv2.IMREAD_COLOR' + ('' if upright else ignoring),
     )
+
+
+def _of_masks(detector: nn.Module) -> dict[str, str]:
+    """What the text has of masks."""
+    if not detector.with_mask:
+        return dict.fromkeys(('also', 'pasted', 'mask', 'paint', 'paste'), '') | dict(values='boxes, scores, labels')
+    return dict(_MASKS, paste=_PASTE.substitute(threshold=float(detector.roi_head.test_cfg['mask_thr_binary'])))
 
 
 def _built(step: Mapping) -> Any:

@@ -61,7 +61,7 @@ def _check_outputs(detector: nn.Module, meta: dict) -> None:
         return
     shape = (1, *meta['input_shape'][1:])
     expected = output_shapes(first_outputs(detector, shape))
-    if has_regions(detector):
+    if has_regions(detector) and not meta.get('end2end'):
         names = [part.name for part in parts_of(detector, torch.zeros(shape))[1:]]
         if names != list(meta.get('parts', {})):
             theirs = ', '.join(meta.get('parts', {})) or 'of one stage'
@@ -101,7 +101,10 @@ def with_runtime(
     if detector.with_neck:
         detector.neck = nn.Identity()
     detector.extract_feat = _Features()
-    if has_regions(detector):
+    if has_regions(detector) and runtime.meta.get('end2end'):
+        detector.rpn_head.predict = _no_proposals
+        detector.roi_head.predict = _RegionDetections(runtime, device, detector.roi_head)
+    elif has_regions(detector):
         read = [detector.get_parameter(name) for name in parameters_between(detector)]
         detector.extract_feat = first = _FirstStage(runtime, device, read)
         for place, head in enumerate(image_heads(detector)):
@@ -296,6 +299,10 @@ def _rows(tensor: Tensor, dimensions: int) -> Tensor:
     return tensor.flatten(0, max(0, tensor.ndim - dimensions)).contiguous()
 
 
+def _no_proposals(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``predict`` of a head whose proposals stay inside of the model."""
+
+
 class _Detections(_Network):
     """Stands in for the head's ``predict`` where the model decodes itself."""
 
@@ -308,7 +315,7 @@ class _Detections(_Network):
         # models of older versions know the padded size only
         sizes = [image.new_tensor([meta['img_shape'][:2] for meta in samples])] if 'inputs' in self.runtime.meta else []
         found = zip(*self.outputs(image, *sizes), samples, strict=True)
-        return [self._instances(*values, meta, rescale) for *values, meta in found]
+        return [self._instances(*values, meta=meta, rescale=rescale) for *values, meta in found]
 
     def _instances(self, boxes: Tensor, scores: Tensor, labels: Tensor, meta: dict, rescale: bool) -> InstanceData:
         real = labels >= 0
@@ -320,3 +327,32 @@ class _Detections(_Network):
         if rescale:
             boxes = boxes / boxes.new_tensor(meta['scale_factor']).repeat(2)
         return InstanceData(bboxes=boxes, scores=scores[real], labels=labels[real])
+
+
+class _RegionDetections(_Detections):
+    """Stands in for ``predict`` of a RoI head; mmdet draws the masks."""
+
+    def __init__(self, runtime: Runtime, device: torch.device, roi_head: nn.Module) -> None:
+        super().__init__(runtime, device, clips=False)
+        self.test_cfg, self.mask_head = roi_head.test_cfg, None
+        if roi_head.with_mask:
+            head = roi_head.mask_head
+            self.mask_head = head[-1] if isinstance(head, nn.ModuleList) else head
+            # the model gives those of each detection's class
+            self.mask_head.class_agnostic = True
+
+    def __call__(
+        self, image: Tensor, proposals: None, batch_data_samples: list, rescale: bool = False
+    ) -> list[InstanceData]:
+        return super().__call__(image, batch_data_samples, rescale)
+
+    def _instances(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, *masks: Tensor, meta: dict, rescale: bool
+    ) -> InstanceData:
+        if self.mask_head is None:
+            return super()._instances(boxes, scores, labels, meta=meta, rescale=rescale)
+        found = super()._instances(boxes, scores, labels, meta=meta, rescale=False)
+        drawn = masks[0][labels >= 0][:, None]
+        # boxes are rescaled there, too
+        (found,) = self.mask_head.predict_by_feat([drawn], [found], [meta], self.test_cfg, rescale, activate_map=True)
+        return found

@@ -28,7 +28,8 @@ from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.network.standard_operations import standard_operations
 from mmdet_ptq.deploy.onnx.deformable import deformable_nodes
 from mmdet_ptq.deploy.onnx.dialect import Dialect
-from mmdet_ptq.deploy.onnx.end2end import INPUTS, OUTPUTS, EndToEnd, check_end2end
+from mmdet_ptq.deploy.onnx.end2end import check_end2end, end_to_end
+from mmdet_ptq.deploy.onnx.end2end.choice import INPUTS
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
 from mmdet_ptq.deploy.onnx.trouble import failing_place
 from mmdet_ptq.deploy.requirements import ONNX, require
@@ -71,7 +72,7 @@ def export_onnx(
         dynamic_batch: Whether N stays open. Defaults to False.
         packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, and biases that fit as
             int16, where the runtime's dialect knows them. Defaults to True.
-        end2end: Whether the graph decodes and suppresses too, see :class:`.end2end.EndToEnd`. Defaults to False.
+        end2end: Whether the graph decodes and suppresses too, see :func:`.end2end.end_to_end`. Defaults to False.
 
     Returns:
         What the file says about itself, see :func:`model_meta`.
@@ -87,7 +88,7 @@ def export_onnx(
     require(*ONNX, extra=chosen.name)
     outputs = first_outputs(detector, input_shape)
     image = torch.zeros(input_shape, device=next(detector.parameters()).device)
-    first, *others = parts_of(detector, image)
+    others = [] if end2end else parts_of(detector, image)[1:]
     if others and not dynamic_batch and input_shape[0] > 1:
         raise PTQError('a detector with two stages is exported for batches of 1, or with --dynamic-batch.')
     remove_parts(path)
@@ -106,18 +107,18 @@ def export_onnx(
         network, file = RawOutputs(detector, part), part_path(path, part.name)
         saturating += _export(detector, network, part.inputs, file, told_part, chosen.dialect(), packed)['saturating']
         digests[part.name] = file_digest(file)
+    network, inputs = RawOutputs(detector), (image,)
+    if end2end:
+        network, inputs = end_to_end(detector, outputs), (image, image.new_tensor([input_shape[2:]] * input_shape[0]))
+        told['inputs'] = [list(tensor.shape) for tensor in inputs]
     meta = dict(
         told,
         dynamic_batch=dynamic_batch,
-        outputs=list(range(len(OUTPUTS))) if end2end else output_layout(outputs),
+        outputs=list(range(len(network.names))) if end2end else output_layout(outputs),
         end2end=end2end,
         raw_shapes=output_shapes(outputs),
         **(dict(parts=digests) if others else {}),
     )
-    network, inputs = RawOutputs(detector), (image,)
-    if end2end:
-        network, inputs = EndToEnd(detector, outputs), (image, image.new_tensor([input_shape[2:]] * input_shape[0]))
-        meta['inputs'] = [list(tensor.shape) for tensor in inputs]
     return _export(detector, network, inputs, path, meta, chosen.dialect(), packed, saturating)
 
 
@@ -178,7 +179,7 @@ def exported_program(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=INPUTS if told.get('end2end') else names,
-                output_names=OUTPUTS if told.get('end2end') else None,
+                output_names=network.names if told.get('end2end') else None,
                 dynamic_shapes=_open_shapes(network, inputs, batch) if told['dynamic_batch'] else None,
                 verbose=False,
                 external_data=False,

@@ -201,11 +201,6 @@ def test_runtimes_that_take_one_network_refuse_two_stages(runtime):
         get_runtime(runtime).check_detector(tiny_detector('faster_rcnn'))
 
 
-def test_one_graph_from_image_to_boxes_is_not_known(tmp_path):
-    with pytest.raises(PTQError, match='FasterRCNN predicts in a way of its own; export without --end2end'):
-        get_runtime('onnxruntime').export(tiny_detector('faster_rcnn'), tmp_path, (1, 3, 64, 64), end2end=True)
-
-
 def test_weights_outside_of_the_networks_are_named(image):
     detector = tiny_detector('faster_rcnn')
     detector.roi_head.scales = nn.Embedding(2, 3)

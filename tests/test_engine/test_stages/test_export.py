@@ -245,8 +245,10 @@ def test_what_has_no_end_to_end_model_is_told_in_one_sentence(exported, tmp_path
     monkeypatch.setattr('mmdet_ptq.engine.detecting.print_log', lambda text, *_: said.append(text))
     before = tmp_path / PROGRAM
     before.write_text('of an earlier run')
-    export_detecting(tiny_detector('faster_rcnn'), runtime, tmp_path, (1, 3, SIZE, SIZE), exported.cfg)
-    assert said == ['onnxruntime: no end-to-end model and no detect.py: FasterRCNN predicts in a way of its own']
+    detector = tiny_detector('faster_rcnn')
+    detector.rpn_head.__class__ = type('MyRPN', (type(detector.rpn_head),), dict(_predict_by_feat_single=None))
+    export_detecting(detector, runtime, tmp_path, (1, 3, SIZE, SIZE), exported.cfg)
+    assert said == ['onnxruntime: no end-to-end model and no detect.py: MyRPN proposes in a way of its own']
     cfg = copy.deepcopy(exported.cfg)
     cfg.test_dataloader.dataset.pipeline.insert(1, dict(type='RandomFlip', prob=0.5))
     export_detecting(exported.detector, runtime, tmp_path, exported.input_shape, cfg)

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmdet.models.dense_heads import GFLHead, YOLOXHead
+from mmdet.models.dense_heads import GFLHead, RPNHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from mmdet.structures.bbox import distance2bbox, get_box_tensor
 from torch import Tensor, nn
 
-
-@dataclass
-class Candidates:
-    """What non-maximum suppression reads.
-
-    Attributes:
-        boxes: (N, B, 4), x1, y1, x2, y2 in pixels of the input.
-        scores: (N, B); zero where the score threshold or the smallest size rejected the candidate.
-        labels: (N, B), int64.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
+from mmdet_ptq.deploy.onnx.end2end.suppression import Candidates
 
 
 class Decoding:
@@ -72,7 +58,7 @@ class LevelDecoding(Decoding):
         self.channels, self.sigmoid, self.coder = head.cls_out_channels, head.use_sigmoid_cls, head.bbox_coder
         device = next(head.parameters()).device
         self.priors = [get_box_tensor(level) for level in head.prior_generator.grid_priors(grids, device=device)]
-        self.threshold, self.count = head.test_cfg['score_thr'], head.test_cfg.get('nms_pre', -1)
+        self.threshold, self.count = self._threshold(head.test_cfg), head.test_cfg.get('nms_pre', -1)
         self.smallest = head.test_cfg.get('min_bbox_size', -1)
 
     @classmethod
@@ -110,6 +96,9 @@ class LevelDecoding(Decoding):
         deltas = self._distances(index, _take(_rows(deltas, count), places))
         return torch.where(kept, scores, 0.0), labels, self.priors[index][places], deltas
 
+    def _threshold(self, test_cfg: dict) -> float:
+        return test_cfg['score_thr']
+
     def _distances(self, index: int, deltas: Tensor) -> Tensor:
         return deltas
 
@@ -125,6 +114,24 @@ class LevelDecoding(Decoding):
             ctr_clamp=self.coder.ctr_clamp,
         )
         return boxes.reshape(deltas.shape)
+
+
+class ProposalDecoding(LevelDecoding):
+    """``RPNHead``: no threshold; levels are suppressed apart, so labels are the levels."""
+
+    METHODS = dict(
+        predict=BaseDenseHead,
+        predict_by_feat=BaseDenseHead,
+        _predict_by_feat_single=RPNHead,
+        _bbox_post_process=RPNHead,
+    )
+
+    def _threshold(self, test_cfg: dict) -> float:
+        return 0.0
+
+    def _level(self, index: int, classes: Tensor, deltas: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
+        scores, labels, *others = super()._level(index, classes, deltas)
+        return scores, torch.full_like(labels, index), *others
 
 
 class GflDecoding(LevelDecoding):

@@ -17,7 +17,9 @@ from mmdet_ptq import cli
 from mmdet_ptq.calibration import observe_activations
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import export_onnx, get_runtime, open_model, with_runtime
-from mmdet_ptq.deploy.onnx.end2end import MAX_DETECTIONS, OUTPUTS, Suppression, check_end2end
+from mmdet_ptq.deploy.onnx.end2end import check_end2end
+from mmdet_ptq.deploy.onnx.end2end.one_stage import OneStage
+from mmdet_ptq.deploy.onnx.end2end.suppression import MAX_DETECTIONS, Suppression
 from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.testing import NUM_CLASSES, SIZE, predict, tiny_batch, tiny_model_cfg
@@ -165,7 +167,7 @@ def test_detections_are_mmdets(exported):
 def test_graph_is_standard_onnx(exported):
     _, _, path = exported
     graph = onnx.load(path).graph
-    assert [output.name for output in graph.output] == OUTPUTS
+    assert [output.name for output in graph.output] == [*OneStage.names]
     assert {node.domain for node in graph.node} == {''}
     assert sum(node.op_type == 'NonMaxSuppression' for node in graph.node) == 1
     # priors are constants: nothing is counted when the model runs
