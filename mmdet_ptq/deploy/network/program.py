@@ -105,7 +105,7 @@ if __name__ == '__main__':
 _MASKS = dict(
     values='boxes, scores, labels, masks',
     also=', and masks of its size',
-    pasted=', [paste(*found, height, width) for found in zip(masks[kept], boxes[kept])]',
+    pasted=', [\n        paste(*found, height, width) for found in zip(masks[kept], boxes[kept])\n    ]',
     mask=', mask',
     paint='        drawn[mask] = drawn[mask] // 2 + np.uint8(color) // 2\n',
 )
