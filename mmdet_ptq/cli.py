@@ -321,6 +321,7 @@ def _export(argv: list[str] | None = None) -> None:
         help='size of the image tensor, default: what the test pipeline gave when it was calibrated',
     )
     parser.add_argument('--dynamic-batch', action='store_true', help='leave the number of images open')
+    parser.add_argument('--dynamic-size', action='store_true', help='leave the height and the width of images open')
     parser.add_argument(
         '--end2end', action='store_true', help='add decoding and NMS: the model gives boxes, scores and labels'
     )
@@ -347,6 +348,7 @@ def _export(argv: list[str] | None = None) -> None:
         out=args.out,
         size=args.input_shape,
         dynamic_batch=args.dynamic_batch,
+        dynamic_size=args.dynamic_size,
         packed=not args.unpacked,
         image=args.compare,
         end2end=args.end2end,

@@ -1,6 +1,6 @@
 """The ``ptq`` block of a config: typed sections, presets resolved, validated with did-you-mean."""
 
-from mmdet_ptq.config.block import KEYS, POLICY_KEYS, PTQConfig, apply_policy
+from mmdet_ptq.config.block import DYNAMIC, KEYS, POLICY_KEYS, PTQConfig, apply_policy
 from mmdet_ptq.config.checks import check_seed
 from mmdet_ptq.config.formats import check_format
 from mmdet_ptq.config.sections import (
@@ -12,6 +12,7 @@ from mmdet_ptq.config.sections import (
 )
 
 __all__ = [
+    'DYNAMIC',
     'KEYS',
     'POLICY_KEYS',
     'CalibrationConfig',

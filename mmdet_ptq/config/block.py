@@ -42,6 +42,8 @@ KEYS = (
     'export',
     'export_size',
 )
+# of `export_size`: it stays open
+DYNAMIC = 'dynamic'
 DATAFLOWS = ('accuracy', 'balanced', 'speed')
 # as they were called before
 _DATAFLOWS = {'per_channel': 'accuracy', 'auto': 'balanced', 'full': 'speed'}
@@ -97,7 +99,8 @@ class PTQConfig:
             calibration of their own.
         export_size: Height and width of the tensor that exported models take; None takes what the test pipeline gives,
             and where it gives several sizes (``keep_ratio``) a canvas that holds them all. Smaller images are padded to
-            it at the right and below, as mmdet pads images in a batch.
+            it at the right and below, as mmdet pads images in a batch. ``'dynamic'`` leaves the size open
+            (``'onnxruntime'`` and ``'openvino'``): nothing is padded but to the detector's divisor.
 
     Attributes:
         block: The block as it was given, with its preset.
@@ -117,7 +120,7 @@ class PTQConfig:
     reconstruct: ReconstructConfig | None = None
     global_loss: GlobalLossConfig | None = None
     export: list = field(default_factory=list)
-    export_size: tuple | None = None
+    export_size: tuple | str | None = None
     block: ClassVar[dict] = {}
 
     @classmethod
@@ -178,9 +181,12 @@ class PTQConfig:
         )
         if merged.get('export_size') is not None:
             size = merged['export_size']
-            if not isinstance(size, list | tuple) or [type(side) for side in size] != [int, int] or min(size) < 1:
-                raise PTQError(f'`ptq.export_size` must be a height and a width, as (800, 1344), got {size!r}.')
-            cfg.export_size = tuple(size)
+            sides = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
+            if size != DYNAMIC and (not sides or min(size) < 1):
+                raise PTQError(
+                    f'`ptq.export_size` must be a height and a width, as (800, 1344), or {DYNAMIC!r}, got {size!r}.'
+                )
+            cfg.export_size = size if size == DYNAMIC else tuple(size)
         for name, section in (
             ('protect', ProtectConfig),
             ('reconstruct', ReconstructConfig),

@@ -14,19 +14,22 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import torch
 from mmengine.logging import MMLogger, print_log
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.memory import bounds, memory_limit
 from mmdet_ptq.deploy.network.parts import HEADS, has_regions, part_path
 from mmdet_ptq.deploy.network.program import Opening
-from mmdet_ptq.deploy.network.raw_outputs import check_exportable
+from mmdet_ptq.deploy.network.queries import has_queries
+from mmdet_ptq.deploy.network.raw_outputs import RawOutputs, check_exportable
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError, did_you_mean, one_line
+from mmdet_ptq.files import remove
 from mmdet_ptq.limits import MIB
 from mmdet_ptq.registry import RUNTIMES, runtime_names
-from mmdet_ptq.wrapping import Structure
+from mmdet_ptq.wrapping import Structure, is_quantized
 
 # what opening a model may take besides what its size asks for
 OPENING, OPENING_SECONDS = 768 * MIB, 60
@@ -66,6 +69,7 @@ class Runtime:
         packs: Whether it stores fewer than 8 bits a weight.
         compares: Whether :meth:`report_agreement` works.
         takes_parts: Whether a detector may be several networks, see :mod:`mmdet_ptq.deploy.network.parts`.
+        dynamic_size: Whether the height and the width of images may stay open.
         sized: Whether the size of each of its tensors was known, and checked, before it was opened.
         parts: The other networks of the detector, opened, by name.
         meta: What the model says about itself, see :func:`mmdet_ptq.deploy.onnx.export.model_meta`.
@@ -84,6 +88,7 @@ class Runtime:
     packs: bool = False
     compares: bool = False
     takes_parts: bool = False
+    dynamic_size: bool = False
     sized: bool = False
     parts: Mapping[str, Runtime] = MappingProxyType({})
     meta: dict
@@ -153,6 +158,53 @@ class Runtime:
                 f'{type(detector).__name__} has two stages, and {cls.name} takes detectors of one; '
                 f'export it to {" or ".join(able)}.'
             )
+
+    @classmethod
+    def check_dynamic_size(cls, detector: nn.Module) -> None:
+        """Refuses to leave the size of images open where that is not known.
+
+        Raises:
+            PTQError: The runtime takes one size, or the detector takes all of its tensor for the image.
+        """
+        if cls.dynamic_size and not has_queries(detector):
+            return
+        able = ' and '.join(name for name in runtime_names() if RUNTIMES.get(name).dynamic_size)
+        why = (
+            f'{type(detector).__name__} takes all of its tensor for the image'
+            if cls.dynamic_size
+            else f'{cls.name} takes images of one size, {able} any'
+        )
+        raise PTQError(fixed_size(why))
+
+    @classmethod
+    @torch.no_grad()
+    def check_other_size(cls, path: Path, detector: nn.Module, shape: Sequence[int], divisor: int) -> None:
+        """Refuses a model with open sizes whose graph knows one size nevertheless, and removes it.
+
+        Args:
+            path: The model.
+            detector: The detector that it was exported from.
+            shape: (N, C, H, W) that it was exported with.
+            divisor: What heights and widths are multiples of.
+
+        Raises:
+            PTQError: It fails on an image of another size, or gives outputs of other shapes; those of a float detector
+                are compared, too.
+        """
+        image = torch.rand(*shape[:2], shape[2] + divisor, shape[3] + 2 * divisor) * 2 - 1
+        try:
+            expected = [output.numpy() for output in RawOutputs(detector)(image)]
+            found = open_model(path)(image.numpy())
+            same = [output.shape for output in found] == [output.shape for output in expected]
+        except (PTQError, RuntimeError):  # of the runtime, or of the detector
+            same = False
+        if same and not is_quantized(detector):
+            pairs = zip(found, expected, strict=True)
+            same = all(np.abs(ours - theirs).mean() <= 1e-2 * theirs.std() for ours, theirs in pairs)
+        if not same:
+            for file in model_files(path):
+                remove(file)
+            raise PTQError(fixed_size('the exported graph is wrong on other sizes'))
 
     @classmethod
     def needed_activations(cls, bits: int) -> dict:
@@ -225,7 +277,8 @@ class Runtime:
         """
         shapes = [list(given.shape) for given in inputs]
         try:
-            with nullcontext() if self.sized else bounds(f'running a model of {self.name}', memory_limit(shapes)):
+            known = self.sized and not self.meta.get('size_divisor')
+            with nullcontext() if known else bounds(f'running a model of {self.name}', memory_limit(shapes)):
                 yield
         except PTQError:
             raise
@@ -249,6 +302,14 @@ class Runtime:
         random = np.random.default_rng(0)
         for part in self.parts.values():
             part(*(random.standard_normal(shape, dtype=np.float32) for shape in part.meta['inputs']))
+
+
+def fixed_size(why: str) -> str:
+    """Why the size of images cannot stay open, and what to do."""
+    return (
+        f'the size of images cannot stay open: {why}; give a height and a width in place of '
+        "`ptq.export_size='dynamic'` (`--dynamic-size`), or leave it out."
+    )
 
 
 def get_runtime(name: str, key: str = 'ptq.export') -> type[Runtime]:

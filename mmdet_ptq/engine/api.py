@@ -121,9 +121,10 @@ def _export_all(runner: PTQRunner, dataset_meta: dict) -> None:
         part.detector.dataset_meta = dataset_meta
         for name in part.ptq.export:
             folder, runtime = Path(runner.work_dir) / name, get_runtime(name)
-            path = runtime.export(copy.deepcopy(part.detector).cpu(), folder, runner.input_shape)
+            options = runner.export_options
+            path = runtime.export(copy.deepcopy(part.detector).cpu(), folder, runner.input_shape, **options)
             print_log(f'{name}: {path}', 'current')
-            export_detecting(part.detector, runtime, folder, runner.input_shape, runner.cfg)
+            export_detecting(part.detector, runtime, folder, runner.input_shape, runner.cfg, options)
 
 
 def load_quantized(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -20,7 +22,12 @@ END2END = 'end2end'
 
 
 def export_detecting(
-    detector: nn.Module, runtime: type[Runtime], folder: Path, shape: tuple[int, int, int, int], cfg: Config | None
+    detector: nn.Module,
+    runtime: type[Runtime],
+    folder: Path,
+    shape: tuple[int, int, int, int],
+    cfg: Config | None,
+    options: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Writes the end-to-end model and its program beside a model, where the detector has them; says why if not.
 
@@ -30,11 +37,14 @@ def export_detecting(
         folder: Where the runtime's model lies.
         shape: Shape of the model's input.
         cfg: The config, whose test pipeline the program repeats.
+        options: What the runtime's model was written with. Defaults to nothing.
     """
     for path in detecting_files(folder):  # of an earlier run
         remove(path)
     try:
         trouble = end2end_trouble(detector) if runtime.end2end else 'its models cannot suppress'
+        if options.get('dynamic_size'):
+            trouble = 'they take images of one size, and sizes are open (`ptq.export_size`)'
         if not trouble:
             program = program_of(detector, runtime, shape, cfg, f'{END2END}/model{runtime.suffix}')
             runtime.export(copy.deepcopy(detector).cpu(), folder / END2END, shape, end2end=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.calibration.images import test_pipeline, without_annotations
 from mmdet_ptq.deploy import Runtime, get_runtime, model_bytes, open_model, read_quantized
+from mmdet_ptq.deploy.network.canvas import open_divisor
 from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.network.raw_outputs import first_outputs
 from mmdet_ptq.deploy.onnx.end2end import check_end2end
@@ -36,6 +37,7 @@ def export_checkpoint(
     packed: bool = True,
     image: str | None = None,
     end2end: bool = False,
+    dynamic_size: bool = False,
     config: Config | str | None = None,
     trust_config: bool = False,
 ) -> list[Path]:
@@ -50,6 +52,7 @@ def export_checkpoint(
         packed: Whether weights of 4 bits and less are stored as codes with a table. Defaults to True.
         image: Image file; the codes that runtimes compute on it are compared with the simulation's. Defaults to None.
         end2end: Whether the models decode and suppress too, and give boxes, scores and labels. Defaults to False.
+        dynamic_size: Whether the height and the width of images stay open. Defaults to False.
         config: Config that replaces the one in the checkpoint. Defaults to None.
         trust_config: See :func:`.load_quantized`. Defaults to False.
 
@@ -73,6 +76,8 @@ def export_checkpoint(
     detector = load_quantized(checkpoint, config, trust_config=trust_config)
     for runtime in chosen:
         runtime.check_detector(detector)
+        if dynamic_size:
+            runtime.check_dynamic_size(detector)
     first_outputs(detector, shape)
     if end2end:
         check_end2end(detector)
@@ -83,6 +88,7 @@ def export_checkpoint(
         if not packed and not runtime.packs:
             logger.info(f'{runtime.name} stores 8 bits a weight always; --unpacked changes nothing')
     options = dict(dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
+    options |= dict(dynamic_size=open_divisor(detector, [shape[2:]])) if dynamic_size else {}
     paths = [_export(logger, runtime, detector, structure, folder / runtime.name, shape, options) for runtime in chosen]
     if example is not None:
         for runtime, path in zip(chosen, paths, strict=True):

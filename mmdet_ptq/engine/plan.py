@@ -138,7 +138,7 @@ def plan_lines(run: Run, plan: Plan) -> list[str]:
     why = '; '.join(f'{count} because {reason}' for reason, count in reasons.items())
     images = run.ptq.calibration.images or 'the training set'
     memory = f' and {plan.memory / 1e9:.1f} GB of memory' if plan.memory else ''
-    size = 'x'.join(map(str, run.input_shape[2:]))
+    size = ('up to ' if run.export_options else '') + 'x'.join(map(str, run.input_shape[2:]))
     return [
         'the plan:',
         f'  detector    {type(run.detector).__name__}, {len(plan.layers)} layers; input {size} (height x width)',

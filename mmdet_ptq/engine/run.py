@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from mmdet_ptq.analysis import result_row, write_results
 from mmdet_ptq.calibration import CalibrationDataset, Protection, source_datasets
 from mmdet_ptq.compat import start_without_gpu
-from mmdet_ptq.config import PTQConfig, check_seed
+from mmdet_ptq.config import DYNAMIC, PTQConfig, check_seed
 from mmdet_ptq.deploy import get_runtime, quantized_state, stored_bytes
-from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas
+from mmdet_ptq.deploy.network.canvas import canvas_of, check_canvas, open_divisor
 from mmdet_ptq.engine.arguments import runner_arguments
 from mmdet_ptq.engine.evaluation import (
     LoggedRunner,
@@ -84,6 +84,8 @@ class Run(LoggedRunner):
         observers: What was observed, for a part that observes the same.
         canvas: Height and width that images of several sizes are padded to; None where they have one or nothing is
             exported.
+        largest: Height and width that hold each image, where exported models take any; None where they take one.
+        divisor: What heights and widths are multiples of, where exported models take any; else 0.
     """
 
     def __init__(
@@ -128,6 +130,8 @@ class Run(LoggedRunner):
         self.results: dict = {}
         self.float_figures: dict[str, float] | None = None
         self.canvas: tuple[int, int] | None = None
+        self.largest: tuple[int, int] | None = None
+        self.divisor = 0
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> Run:
@@ -227,7 +231,13 @@ class Run(LoggedRunner):
         """Shape of the tensor that exported models take: one image, on the canvas where there is one."""
         batch = pseudo_collate([self.calibration[0]])
         shape = tuple(self.detector.data_preprocessor(batch, False)['inputs'].shape)
-        return shape if self.canvas is None else (*shape[:2], *self.canvas)
+        size = self.canvas or self.largest
+        return shape if size is None else (*shape[:2], *size)
+
+    @property
+    def export_options(self) -> dict[str, int]:
+        """What runtimes are told besides the shape."""
+        return dict(dynamic_size=self.divisor) if self.divisor else {}
 
     def choose_canvas(self) -> None:
         """Chooses the canvas on which quantized and exported detectors see images of several sizes, and says so.
@@ -236,6 +246,15 @@ class Run(LoggedRunner):
             PTQError: ``ptq.export_size`` does not hold an image.
         """
         sizes = {*self.calibration.sizes, *image_sizes(self.evaluation_dataset())}
+        if self.ptq.export_size == DYNAMIC:
+            self.largest, self.divisor = canvas_of(self.detector, sizes), open_divisor(self.detector, sizes)
+            print_log(
+                f'images have {len(sizes)} size{"s" * (len(sizes) > 1)}: exported models take any whose height and '
+                f'width are multiples of {self.divisor}; they are timed at '
+                f'{self.largest[0]}x{self.largest[1]} (height x width)',
+                'current',
+            )
+            return
         if self.ptq.export_size is not None:
             check_canvas(self.ptq.export_size, sizes)
         elif len(sizes) == 1:

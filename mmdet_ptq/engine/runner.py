@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_ptq.analysis import float_size_bytes, print_lines
+from mmdet_ptq.config import DYNAMIC
 from mmdet_ptq.deploy import get_runtime
 from mmdet_ptq.engine import stages
 from mmdet_ptq.engine.global_stage.rehearsal import check_holdout, rehearse_global
@@ -74,6 +75,8 @@ class PTQRunner(Run):
         check_space(self.work_dir, 6 * float_size_bytes(self.detector))
         for name in self.runtimes:
             get_runtime(name).check_detector(self.detector)
+            if self.ptq.export_size == DYNAMIC:
+                get_runtime(name).check_dynamic_size(self.detector)
             get_runtime(name).check()
             get_runtime(name).check_export()
         if (self.ptq.protect, self.ptq.reconstruct, self.ptq.global_loss) != (None, None, None):

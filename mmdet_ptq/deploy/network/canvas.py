@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch.nn import functional
 from mmdet_ptq.deploy.network.queries import finds_boxes, finds_masks
 from mmdet_ptq.errors import PTQError
 
+# of strides: most networks take multiples of it
+_COMMON = 32
+
 
 def canvas_of(detector: nn.Module, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """The smallest canvas that holds images of all sizes, a multiple of what the detector's maps need.
@@ -20,8 +24,26 @@ def canvas_of(detector: nn.Module, sizes: Iterable[tuple[int, int]]) -> tuple[in
         detector: The detector, with its data preprocessor.
         sizes: Heights and widths as the test pipeline gives them.
     """
-    divisor = getattr(detector.data_preprocessor, 'pad_size_divisor', 1)
+    divisor = size_divisor(detector)
     return tuple(-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+
+
+def size_divisor(detector: nn.Module) -> int:
+    """What heights and widths are multiples of when mmdet's data preprocessor has padded an image."""
+    return getattr(detector.data_preprocessor, 'pad_size_divisor', 1)
+
+
+def open_divisor(detector: nn.Module, sizes: Iterable[tuple[int, int]]) -> int:
+    """What heights and widths are multiples of where they stay open.
+
+    The preprocessor's divisor. Where it has none, because the pipeline pads: up to 32, what divides all sizes.
+
+    Args:
+        detector: The detector, with its data preprocessor.
+        sizes: Heights and widths as the detector is given them.
+    """
+    divisor = size_divisor(detector)
+    return divisor if divisor > 1 else math.gcd(_COMMON, *(side for size in sizes for side in size))
 
 
 def check_canvas(canvas: tuple[int, int], sizes: Iterable[tuple[int, int]]) -> None:

@@ -133,6 +133,7 @@ _META = Fields(
     # what older versions did not write, or only some runtimes have
     dict(
         end2end=bool,
+        size_divisor=Whole(1, 2**16),
         raw_shapes=[_SIZES],
         input=_INPUT,
         saturating=[str],

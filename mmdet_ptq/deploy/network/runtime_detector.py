@@ -131,7 +131,8 @@ def with_runtime(
         kind = _RawHead if detector.with_bbox else _RawMaskHead
         only_head(detector).forward = kind(runtime, device)
     classes = runtime.meta.get('input', {}).get('classes')
-    pad_to(detector, tuple(runtime.meta['input_shape'][2:]))
+    if 'size_divisor' not in runtime.meta:
+        pad_to(detector, tuple(runtime.meta['input_shape'][2:]))
     detector.cfg = config
     detector.dataset_meta = dataset_meta or (dict(classes=tuple(classes)) if classes else {})
     detector.eval()
@@ -163,7 +164,14 @@ class _Network:
 
     def _run(self, image: Tensor, *others: Tensor) -> list[np.ndarray]:
         wanted = list(self.runtime.meta['input_shape'])
-        if list(image.shape[1:]) != wanted[1:]:
+        divisor = self.runtime.meta.get('size_divisor')
+        if divisor and any(side % divisor for side in image.shape[2:]):
+            raise PTQError(
+                f'the model was exported for images whose height and width are multiples of {divisor}, the test '
+                f'pipeline gives {image.shape[2]}x{image.shape[3]}; set `pad_size_divisor={divisor}` in the data '
+                'preprocessor.'
+            )
+        if list(image.shape[1:]) != wanted[1:] and not divisor:
             raise PTQError(
                 f'the model was exported for images of {wanted[2]}x{wanted[3]} (height x width), the test pipeline '
                 f'gives {image.shape[2]}x{image.shape[3]}; export it with --input-shape {image.shape[2]} '

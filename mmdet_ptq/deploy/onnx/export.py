@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ def export_onnx(
     *,
     runtime: str | None = None,
     dynamic_batch: bool = False,
+    dynamic_size: int = 0,
     packed: bool = True,
     end2end: bool = False,
 ) -> dict:
@@ -70,6 +71,7 @@ def export_onnx(
         input_shape: (N, C, H, W).
         runtime: Name of the runtime whose graph it is. Defaults to None: the one that reads such files.
         dynamic_batch: Whether N stays open. Defaults to False.
+        dynamic_size: H and W stay open, as multiples of this. Defaults to 0: they are those of ``input_shape``.
         packed: Whether weights of at most 16 levels are stored as 4-bit codes with their table, and biases that fit as
             int16, where the runtime's dialect knows them. Defaults to True.
         end2end: Whether the graph decodes and suppresses too, see :func:`.end2end.end_to_end`. Defaults to False.
@@ -79,12 +81,16 @@ def export_onnx(
 
     Raises:
         PTQError: An extra is not installed, the detector has a forward of its own, does not take such images or so
-            many of them, an operation has no ONNX form, or ``end2end`` does not know the head.
+            many of them, an operation has no ONNX form, or ``end2end`` does not know the head or an open size.
     """
     check_exportable(detector)
     if end2end:
         check_end2end(detector)
     chosen = get_runtime(runtime) if runtime else runtime_of(path)
+    if dynamic_size:
+        chosen.check_dynamic_size(detector)
+    if dynamic_size and end2end:
+        raise PTQError('an end-to-end model takes images of one size; leave out --end2end or --dynamic-size.')
     require(*ONNX, extra=chosen.name)
     outputs = first_outputs(detector, input_shape)
     image = torch.zeros(input_shape, device=next(detector.parameters()).device)
@@ -117,6 +123,7 @@ def export_onnx(
         outputs=list(range(len(network.names))) if end2end else output_layout(outputs),
         end2end=end2end,
         raw_shapes=output_shapes(outputs),
+        **(dict(size_divisor=dynamic_size) if dynamic_size else {}),
         **(dict(parts=digests) if others else {}),
     )
     return _export(detector, network, inputs, path, meta, chosen.dialect(), packed, saturating)
@@ -162,7 +169,6 @@ def _export(
 def exported_program(
     detector: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...], dialect: Dialect, told: dict
 ) -> ir.Model:
-    batch = torch.export.Dim('batch', min=1)
     names = INPUTS[:1] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))]
     with (
         _writing(detector, dialect),
@@ -180,7 +186,7 @@ def exported_program(
                 opset_version=OPSET,
                 input_names=INPUTS if told.get('end2end') else names,
                 output_names=network.names if told.get('end2end') else None,
-                dynamic_shapes=_open_shapes(network, inputs, batch) if told['dynamic_batch'] else None,
+                dynamic_shapes=_open_shapes(network, inputs, told),
                 verbose=False,
                 external_data=False,
             )
@@ -205,9 +211,18 @@ def exported_program(
     return program.model
 
 
-def _open_shapes(network: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> tuple:
-    """The first dimension of every input; the arguments of a network that takes any number are one."""
-    shapes = tuple({0: batch} for _ in inputs)
+def _open_shapes(network: nn.Module, inputs: tuple[Tensor, ...], told: dict) -> tuple | None:
+    """What stays open of each input, None where nothing does; the arguments of a network of any number are one."""
+    shapes = tuple({} for _ in inputs)
+    if told['dynamic_batch']:
+        batch = torch.export.Dim('batch', min=1)
+        shapes = tuple({0: batch} for _ in inputs)
+    if divisor := told.get('size_divisor'):
+        # of one input, the image
+        sides = (torch.export.Dim(name, min=1) for name in ('height', 'width'))
+        shapes[0].update(enumerate((side if divisor == 1 else divisor * side for side in sides), 2))
+    if not any(shapes):
+        return None
     return (shapes,) if isinstance(network, RawOutputs) else shapes
 
 
@@ -288,7 +303,8 @@ def model_meta(path: str | os.PathLike) -> dict:
         slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads
         the image itself. A detector with two stages has ``parts``, the name of each other network to the digest of its
         file; such a file has ``inputs``, the shapes that it read of an empty image (the first dimension is open), and
-        ``constants``, what else its module was called with. An end-to-end model has ``inputs``, too.
+        ``constants``, what else its module was called with. An end-to-end model has ``inputs``, too. One whose size is
+        open has ``size_divisor``: heights and widths are multiples of it.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

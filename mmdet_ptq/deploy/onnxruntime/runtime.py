@@ -42,7 +42,7 @@ class OnnxRuntime(Runtime):
     packages = export_packages = ('onnxruntime>=1.20', *ONNX)
     # it computes a convolution in integers only if its output is quantized, too
     dataflow = 'balanced'
-    end2end = packs = compares = takes_parts = True
+    end2end = packs = compares = takes_parts = dynamic_size = True
     opening = Opening(
         'onnxruntime',
         "session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])",
@@ -112,6 +112,8 @@ class OnnxRuntime(Runtime):
     ) -> Path:
         path = Path(folder) / 'model.onnx'
         export_onnx(detector, path, input_shape, runtime=cls.name, **options)
+        if divisor := options.get('dynamic_size'):
+            cls.check_other_size(path, detector, input_shape, divisor)
         return path
 
     @classmethod

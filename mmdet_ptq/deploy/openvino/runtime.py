@@ -48,7 +48,7 @@ class OpenVino(Runtime):
     weights = '.bin'
     packages = ('openvino>=2025.0',)
     export_packages = (*packages, *ONNX)
-    end2end = compares = takes_parts = True
+    end2end = compares = takes_parts = dynamic_size = True
     opening = Opening(
         'openvino',
         f"model = openvino.Core().compile_model(str(path), 'CPU', {FLOAT32})",
@@ -117,6 +117,8 @@ class OpenVino(Runtime):
                 cls._convert(part_path(onnx, name), file)
                 parts[name] = file_digest(file)
             cls._convert(onnx, path, dict(parts=parts) if parts else {})
+        if divisor := options.get('dynamic_size'):
+            cls.check_other_size(path, detector, input_shape, divisor)
         return path
 
     @classmethod

@@ -59,9 +59,9 @@ def export_runtime(run: Run, name: str) -> dict:
     """
     runtime, folder = get_runtime(name), Path(run.work_dir) / name
     shape = run.input_shape
-    path = _written(run.detector, runtime, folder, shape)
+    path = _written(run, run.detector, runtime, folder)
     if is_main_process():
-        export_detecting(run.detector, runtime, folder, shape, run.cfg)
+        export_detecting(run.detector, runtime, folder, shape, run.cfg, run.export_options)
     barrier()
     print_log(f'{name}: {path} ({model_bytes(path) / 2**20:.2f} MiB)', 'current')
     model = open_model(path)
@@ -105,14 +105,16 @@ def export_float_to(run: Run, name: str) -> dict:
         PTQError: The runtime cannot take the detector.
     """
     folder = Path(run.work_dir) / name / FLOAT_FOLDER
-    _written(run.float_detector, get_runtime(name), folder, run.input_shape)
+    _written(run, run.float_detector, get_runtime(name), folder)
     return dict(files=stored_files(folder))
 
 
-def _written(detector: nn.Module, runtime: type[Runtime], folder: Path, shape: tuple[int, int, int, int]) -> Path:
+def _written(run: Run, detector: nn.Module, runtime: type[Runtime], folder: Path) -> Path:
     """Exports a detector, once for all ranks; returns the model's path."""
-    # a copy: the report compares the detector with the float one where both are
-    paths = [runtime.export(copy.deepcopy(detector).cpu(), folder, shape) if is_main_process() else None]
+    paths = [None]
+    if is_main_process():
+        # a copy: the report compares the detector with the float one where both are
+        paths = [runtime.export(copy.deepcopy(detector).cpu(), folder, run.input_shape, **run.export_options)]
     broadcast_object_list(paths)
     return paths[0]
 
@@ -142,7 +144,7 @@ def time_against_float(path: Path, float_path: Path, shape: tuple[int, int, int,
 def export(run: Run) -> None:
     """Exports to every runtime of ``ptq.export``, evaluates the models there and times them."""
     for name in run.ptq.export:
-        inputs = fingerprint(run.quantized_inputs(), name, run.input_shape)
+        inputs = fingerprint(run.quantized_inputs(), name, run.input_shape, *run.export_options.values())
         row = _exported(run, f'export_{name}', inputs, Path(name), lambda name=name: export_runtime(run, name))
         run.results.setdefault('runtimes', {})[name] = dict(integer=row['integer'], float=row['float'])
         run.add_row(
@@ -162,7 +164,7 @@ def export_float(run: Run) -> None:
         _exported(
             run,
             f'export_{name}_float',
-            fingerprint(run.inputs['prepare'], name, run.input_shape),
+            fingerprint(run.inputs['prepare'], name, run.input_shape, *run.export_options.values()),
             Path(name) / FLOAT_FOLDER,
             lambda name=name: export_float_to(run, name),
         )

@@ -1,6 +1,7 @@
 import copy
 import json
 
+import architectures
 import numpy as np
 import onnx
 import pytest
@@ -8,14 +9,24 @@ import torch
 from mmcv.ops import nms
 from mmdet.models.detectors import SingleStageDetector
 from onnx import numpy_helper
+from torch import nn
 
-from mmdet_ptq.deploy import export_onnx, integer_weight, open_model, settle_biases
+from mmdet_ptq.deploy import (
+    export_onnx,
+    get_runtime,
+    integer_arithmetic,
+    integer_weight,
+    open_model,
+    settle_biases,
+    with_runtime,
+)
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs, check_exportable, nest_outputs, output_layout
 from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_batch, tiny_detector, tiny_quantized
+from mmdet_ptq.testing import predict, tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.wrapping import float_weight, freeze_weights, quantized_weights
+from mmdet_ptq.wrapping.state import only_read_tensors
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
@@ -291,3 +302,65 @@ def test_a_deep_copy_is_not_touched():
     export[0].forward = lambda x, rounding=None: x * 0
     for first, second in zip(before, simulated(other, x), strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'runtime'),
+    [
+        ('retinanet', 'onnxruntime'),
+        pytest.param('faster_rcnn', 'openvino', marks=pytest.mark.thorough),
+        pytest.param('yolox', 'onnxruntime', marks=pytest.mark.thorough),
+    ],
+)
+def test_sizes_stay_open(kind, runtime, tmp_path):
+    pytest.importorskip(runtime)
+    detector, structure = tiny_quantized(kind, FULL)
+    settle_biases(detector, structure)
+    # as wide as high: the two are not taken for one
+    path = get_runtime(runtime).export(detector, tmp_path, SHAPE, dynamic_size=32)
+    model = open_model(path, threads=1)
+    assert model.meta['size_divisor'] == 32 and model.meta['input_shape'] == list(SHAPE)
+    within = integer_arithmetic if runtime == 'onnxruntime' else only_read_tensors
+    for size in ((64, 64), (96, 32), (32, 160)):
+        x = nn.functional.interpolate(image(detector), size)
+        with torch.no_grad(), within(detector):
+            expected = RawOutputs(detector)(x)
+        for ours, theirs in zip(expected, model(x.numpy()), strict=True):
+            least = 1e-6 if runtime == 'onnxruntime' else 2e-2
+            assert np.abs(ours.numpy() - theirs).mean() <= least * ours.std()
+    around = with_runtime(tiny_detector(kind, seed=5), model)
+    around.data_preprocessor.pad_size_divisor = 1
+    odd = dict(inputs=[tiny_batch(1)['inputs'][0][:, :48]], data_samples=tiny_batch(1)['data_samples'])
+    with pytest.raises(PTQError, match='multiples of 32, .* gives 48x64; set `pad_size_divisor=32`'):
+        predict(around, odd)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'runtime', 'told'),
+    [
+        ('retinanet', 'ncnn', 'ncnn takes images of one size, onnxruntime and openvino any'),
+        ('mask2former', 'openvino', 'Mask2Former takes all of its tensor for the image'),
+    ],
+)
+def test_open_sizes_are_refused_where_they_are_not_known(kind, runtime, told, monkeypatch):
+    architectures.register(monkeypatch)
+    with pytest.raises(PTQError, match=f'{told}; give a height and a width in place of .*dynamic'):
+        get_runtime(runtime).check_dynamic_size(tiny_detector(kind))
+
+
+def test_a_grid_of_an_end_to_end_model_has_a_size(tmp_path):
+    with pytest.raises(PTQError, match='one size; leave out --end2end or --dynamic-size'):
+        export_onnx(tiny_detector('retinanet'), tmp_path / 'm.onnx', SHAPE, dynamic_size=32, end2end=True)
+
+
+def test_a_size_in_the_code_of_the_detector_is_found_out(tmp_path):
+    """As SOLO's: the exporter writes it into the graph, and says nothing."""
+    detector = tiny_detector('retinanet')
+    with torch.no_grad():
+        shapes = [maps.shape for maps in detector.backbone(torch.zeros(SHAPE))]
+    detector.neck.register_forward_pre_hook(
+        lambda module, args: ([maps.reshape(shape) for maps, shape in zip(args[0], shapes, strict=True)],)
+    )
+    with pytest.raises(PTQError, match='cannot stay open: .* wrong on other sizes; give a height and a width'):
+        get_runtime('onnxruntime').export(detector, tmp_path, SHAPE, dynamic_size=32)
+    assert not list(tmp_path.iterdir())

@@ -426,6 +426,28 @@ def test_images_of_several_sizes_are_padded_and_computed_as_simulated(several_si
         torch.testing.assert_close(ours.bboxes, theirs.bboxes, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.thorough
+def test_sizes_that_stay_open_are_computed_without_a_canvas(several_sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmdet_ptq.engine.stages.measure.build_report', lambda *args: None)
+    cfg = copy.deepcopy(several_sizes.cfg)
+    cfg.ptq.export_size, cfg.work_dir = 'dynamic', str(tmp_path)
+    cfg.model.data_preprocessor.pad_size_divisor = 32
+    cfg.experiment_name = 'open_sizes'
+    runner = PTQRunner.from_cfg(cfg)
+    runner.run()
+    assert runner.canvas is None and runner.input_shape == (1, 3, 96, 96)
+    model = open_model(tmp_path / 'onnxruntime' / 'model.onnx')
+    assert model.meta['size_divisor'] == 32
+    results = json.loads((tmp_path / 'results.json').read_text())
+    rows = {row['model']: row['metrics'] for row in results['rows']}
+    assert rows['onnxruntime'] == rows['simulated'] and 'canvas' not in results
+    # what cannot have a grid of its own is told
+    assert not (tmp_path / 'onnxruntime' / 'detect.py').exists()
+    runner = PTQRunner.from_cfg(dict(cfg, resume=True, experiment_name='open_sizes_again'))
+    runner.run()
+    assert [row['metrics'] for row in runner.results['rows']] == [*rows.values()]
+
+
 def test_a_size_that_does_not_hold_an_image_is_refused_before_the_calibration(make_runner, tmp_path):
     with pytest.raises(PTQError, match=r'`ptq.export_size` is 32x64 .* image of 64x64'):
         make_runner({'ptq.export': ['onnxruntime'], 'ptq.export_size': (32, 64)}).calibrate()
