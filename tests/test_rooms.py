@@ -43,7 +43,7 @@ FOLDERS = {
     'deploy.onnx': {'.', 'deploy.integers', 'deploy.network'},
     'deploy.onnxruntime': {'.', 'deploy.integers', 'deploy.network', 'deploy.onnx'},
     'deploy.openvino': {'.', 'deploy.network', 'deploy.onnx'},
-    'deploy.tensorrt': {'.', 'deploy.onnx'},
+    'deploy.tensorrt': {'.', 'deploy.network', 'deploy.onnx'},
     'deploy.ncnn': {'.', 'deploy.integers', 'deploy.network'},
     'analysis.detected': set(),
     'engine.global_stage': {'.'},

@@ -59,6 +59,8 @@ class Runtime:
         name: As it stands in ``ptq.export``; also the extra that installs it.
         suffix: Of the model's file.
         weights: Suffix of the file beside it that holds its weights; None where they are inside.
+        source: Suffix of the file beside it that it was built from, which tells it from other models; None where
+            there is none.
         packages: What running takes, as requirements.
         export_packages: What exporting takes.
         evidence: What :meth:`coverage` reads.
@@ -78,6 +80,7 @@ class Runtime:
     name: str
     suffix: str
     weights: str | None = None
+    source: str | None = None
     packages: tuple[str, ...] = ()
     export_packages: tuple[str, ...] = ()
     evidence: str = 'its own optimized graph'
@@ -351,7 +354,7 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
 
 
 def _opened_part(kind: type[Runtime], path: Path, digest: str, threads: int | None) -> Runtime:
-    if not path.is_file() or file_digest(path) != digest:
+    if not path.is_file() or file_digest(path.with_suffix(kind.source or path.suffix)) != digest:
         state = 'of another model' if path.is_file() else 'missing'
         raise PTQError(
             f'{str(path)!r}, a network of the same detector, is {state}; keep all files together or export again.'

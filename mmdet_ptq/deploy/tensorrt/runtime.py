@@ -14,18 +14,19 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
+from mmdet_ptq.deploy.network.parts import part_path
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
 from mmdet_ptq.deploy.requirements import ONNX, require
-from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime
+from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, remove_parts
 from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_formats, check_tensorrt_model, check_tensorrt_rules
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import remove, write_atomic
 from mmdet_ptq.registry import RUNTIMES
 from mmdet_ptq.wrapping import Structure
 
-# images in one run of an engine whose number of images was left open
-MAX_BATCH = 32
+# images, and regions, in one run of an engine whose number of them was left open
+MAX_BATCH, MAX_REGIONS = 32, 1000
 # --int8 is gone since TensorRT 11; 10 and 11 both know strongly typed networks, where Q/DQ alone decide
 TRTEXEC = 'trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 --profilingVerbosity=detailed'
 _ONNX_LAYER = re.compile(r'\[ONNX Layer: ([^]]+)]')
@@ -42,6 +43,8 @@ class TensorRT(Runtime):
 
     name = 'tensorrt'
     suffix = '.engine'
+    source = '.onnx'
+    takes_parts = True
     # its parser comes with ONNX 1.17, that is with opset 21, since 10.6
     packages = ('tensorrt>=10.6',)
     # no more: ``model.onnx`` can be written where no engine can be built
@@ -52,13 +55,14 @@ class TensorRT(Runtime):
         import onnx
         import tensorrt
 
-        source, path = Path(path).with_suffix('.onnx'), os.fspath(path)
+        source, path = Path(path).with_suffix(self.source), os.fspath(path)
         if not source.is_file():
             raise PTQError(
                 f'{path!r} lacks the {source.name!r} it was built from; keep both files together or export again.'
             )
         self.meta = model_meta(source)
-        self._names = [value.name for value in onnx.load(source, load_external_data=False).graph.output]
+        graph = onnx.load(source, load_external_data=False).graph
+        self._given, self._names = ([value.name for value in values] for values in (graph.input, graph.output))
         # the engine lives no longer than the runtime and the logger
         self._runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
@@ -68,10 +72,10 @@ class TensorRT(Runtime):
                 'with tools/export.py --to tensorrt.'
             )
         present = {self._engine.get_tensor_name(place) for place in range(self._engine.num_io_tensors)}
-        if present != {'input', *self._names}:
+        if present != {*self._given, *self._names}:
             raise PTQError(f'{path!r} was not built from the {source.name!r} beside it; export again.')
         self._context = self._engine.create_execution_context()
-        self._largest = self._engine.get_tensor_profile_shape('input', 0)[2][0]
+        self._largest = self._engine.get_tensor_profile_shape(self._given[0], 0)[2][0]
         self._stream = torch.cuda.Stream()
 
     @classmethod
@@ -116,34 +120,45 @@ class TensorRT(Runtime):
     ) -> Path:
         """Writes ``model.onnx``, and where TensorRT and a GPU are present, builds ``model.engine`` from it.
 
+        Of a detector with two stages each of its networks has such files.
+
         Returns:
             The engine, or the ONNX file where no engine can be built; the log says what is missing.
         """
-        source = Path(folder) / 'model.onnx'
+        source = Path(folder) / f'model{cls.source}'
         path = source.with_suffix(cls.suffix)
         # an engine of an earlier export would look like this one's
         remove(path)
-        export_onnx(detector, source, input_shape, runtime=cls.name, **options)
+        remove_parts(path)
+        parts = export_onnx(detector, source, input_shape, runtime=cls.name, **options).get('parts', {})
         try:
             cls.check()
         except PTQError as error:
-            print_log(f'no TensorRT here: wrote {source}, build it with {TRTEXEC} ({error})', 'current')
+            others = f' and {len(parts)} more beside it, build each' if parts else ', build it'
+            print_log(f'no TensorRT here: wrote {source}{others} with {TRTEXEC} ({error})', 'current')
             return source
-        engine = build_engine(source)
-        write_atomic(path, lambda file: file.write(engine))
+        # the one that is opened comes last: it never lies beside those of another detector
+        for name in (*parts, ''):
+            place = part_path(path, name) if name else path
+            engine = build_engine(place.with_suffix(cls.source))
+            write_atomic(place, lambda file, engine=engine: file.write(engine))
         return path
 
-    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
-        parts = [self._run(image[start : start + self._largest]) for start in range(0, len(image), self._largest)]
-        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        if len({len(given) for given in inputs}) > 1:
+            return self._run(inputs)
+        starts = range(0, len(inputs[0]), self._largest)
+        found = [self._run([given[start : start + self._largest] for given in inputs]) for start in starts]
+        return [np.concatenate(outputs) for outputs in zip(*found, strict=True)]
 
-    def _run(self, image: np.ndarray) -> list[np.ndarray]:
+    def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         # a stream of its own: in the default one TensorRT waits for the device before and after
         with torch.cuda.stream(self._stream):
-            source = torch.from_numpy(np.ascontiguousarray(image, np.float32)).cuda()
-            self._context.set_input_shape('input', tuple(source.shape))
+            given = [torch.from_numpy(np.ascontiguousarray(array, np.float32)).cuda() for array in inputs]
+            for name, tensor in zip(self._given, given, strict=True):
+                self._context.set_input_shape(name, tuple(tensor.shape))
             outputs = [torch.empty(tuple(self._context.get_tensor_shape(name)), device='cuda') for name in self._names]
-            for name, tensor in zip(['input', *self._names], [source, *outputs], strict=True):
+            for name, tensor in zip([*self._given, *self._names], [*given, *outputs], strict=True):
                 self._context.set_tensor_address(name, tensor.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise PTQError('TensorRT could not run the engine; its message stands above.')
@@ -182,9 +197,11 @@ def build_engine(path: Path) -> bytes:
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
     config.clear_flag(tensorrt.BuilderFlag.TF32)
     if meta['dynamic_batch']:
-        batch, *size = meta['input_shape']
+        most, shapes = (MAX_REGIONS, meta['inputs']) if 'inputs' in meta else (MAX_BATCH, [meta['input_shape']])
         profile = builder.create_optimization_profile()
-        profile.set_shape('input', (1, *size), (batch, *size), (max(batch, MAX_BATCH), *size))
+        for place, (count, *size) in enumerate(shapes):
+            name = network.get_input(place).name
+            profile.set_shape(name, (1, *size), (count, *size), (max(count, most), *size))
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:

@@ -195,10 +195,10 @@ def test_masks_without_boxes_are_found_around_a_runtime(tmp_path, monkeypatch):
     assert (ours.masks == theirs.masks).float().mean() > 0.99
 
 
-@pytest.mark.parametrize('runtime', ['ncnn', 'tensorrt'])
-def test_runtimes_that_take_one_network_refuse_two_stages(runtime):
-    with pytest.raises(PTQError, match=f'FasterRCNN has two stages, and {runtime} takes .* onnxruntime or openvino'):
-        get_runtime(runtime).check_detector(tiny_detector('faster_rcnn'))
+def test_a_runtime_that_takes_one_network_refuses_two_stages():
+    told = 'FasterRCNN has two stages, and ncnn takes .* onnxruntime or openvino or tensorrt'
+    with pytest.raises(PTQError, match=told):
+        get_runtime('ncnn').check_detector(tiny_detector('faster_rcnn'))
 
 
 def test_weights_outside_of_the_networks_are_named(image):

@@ -1,6 +1,7 @@
 import sys
 from types import SimpleNamespace
 
+import architectures
 import numpy as np
 import onnx
 import pytest
@@ -8,6 +9,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from mmdet_ptq.deploy import export_onnx, open_model, quantized_state, save_quantized, settle_biases
+from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.deploy.tensorrt.rules import check_tensorrt_formats, check_tensorrt_model, check_tensorrt_rules
 from mmdet_ptq.deploy.tensorrt.runtime import TRTEXEC, TensorRT, integer_coverage
@@ -113,6 +115,34 @@ def test_exported_graphs_obey_and_compute_what_is_simulated(kind, ptq, tmp_path)
     assert all(constants[f'{name}.weight'] == onnx.TensorProto.INT8 for name in quantized_weights(detector))
     assert 'Clip' not in {node.op_type for node in graph.node if 'codes' in node.input[0]}
     compare(detector, tmp_path / 'model.onnx')
+
+
+@pytest.mark.parametrize('kind', ['faster_rcnn', pytest.param('mask_rcnn', marks=pytest.mark.thorough)])
+def test_each_network_of_two_stages_obeys_and_computes_what_is_simulated(kind, tmp_path, monkeypatch):
+    architectures.register(monkeypatch)
+    detector, structure = tiny_quantized(kind, dict(W8A8, dataflow='full'))
+    settle_biases(detector, structure)
+    freeze_weights(detector)
+    said = []
+    monkeypatch.setitem(sys.modules, 'tensorrt', None)
+    monkeypatch.setattr('mmdet_ptq.deploy.tensorrt.runtime.print_log', lambda text, *args: said.append(text))
+    path = TensorRT.export(detector, tmp_path, SHAPE)
+    parts = parts_of(detector, image())
+    assert f'{len(parts) - 1} more beside it, build each with {TRTEXEC}' in said[0]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for part in parts:
+        file = part_path(path, part.name) if part.name else path
+        check_tensorrt_rules(file)
+        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        given = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), part.inputs, strict=True)}
+        with torch.no_grad():
+            expected = RawOutputs(detector, part)(*part.inputs)
+        for ours, theirs in zip(expected, session.run(None, given), strict=True):
+            assert np.abs(ours.numpy() - theirs).mean() <= 1e-2 * float(ours.std())
+    # all of them go with the one that names them
+    TensorRT.export(tiny_detector('retinanet'), tmp_path, SHAPE)
+    assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
 
 
 def node_of(model, op_type, constant_input=False):
