@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import mmdet_zoo
 import pytest
 import torch
@@ -121,7 +124,13 @@ def test_configs_that_build_alike_are_one_architecture(monkeypatch):
     assert (found.configs, found.config, failed) == (2, names[0], {}) and 'RetinaHead' in found.key
 
 
-@pytest.mark.slow
+@pytest.fixture(scope='module')
+def elsewhere():
+    """A process for all of them: a trial changes mmdet's classes."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize(
     'name, runtime',
     [
@@ -139,10 +148,9 @@ def test_configs_that_build_alike_are_one_architecture(monkeypatch):
         ('centernet/centernet-update_r18_fpn_8xb8-amp-lsj-200e_coco.py', 'openvino'),
     ],
 )
-def test_an_architecture_goes_through_all_of_it(name, runtime):
+def test_an_architecture_goes_through_all_of_it(name, runtime, elsewhere, tmp_path):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
-    # in a process of its own: it changes mmdet's classes
-    found = mmdet_zoo.try_one(name, 400, [runtime])
+    found = elsewhere.submit(zoo_trial.trial, name, tmp_path, [runtime]).result()
     told = {key: found.get(key) for key in ('predicts', 'quantized', 'reloaded', 'global_loss', f'{runtime}_reason')}
     assert set(told.values()) == {''}, told
     assert found['integer_mac_share'] > 0.9 and found[f'{runtime}_state'] == 'equal'

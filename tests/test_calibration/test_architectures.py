@@ -63,6 +63,7 @@ def test_queries_of_a_two_stage_detr_are_those_of_the_float_detector():
     assert paired < 0.9 * own
 
 
+@pytest.mark.thorough
 def test_channels_are_where_the_layer_has_them(tmp_path, monkeypatch):
     seen = {}
 
@@ -98,6 +99,7 @@ def test_images_lying_and_standing_are_not_mixed_in_one_call(tmp_path, monkeypat
     assert len(blocks) > 4 and max(blocks.values()) < 0.01, blocks
 
 
+@pytest.mark.thorough
 def test_targets_in_a_block_are_the_float_detectors_after_its_first_layer_is_solved(tmp_path, monkeypatch):
     detector, _ = tiny_quantized('retinanet', LOW_BIT)
     untouched, batch, solved, expected = copy.deepcopy(detector), tiny_batch(2, seed=1), {}, {}
@@ -123,6 +125,7 @@ def test_targets_in_a_block_are_the_float_detectors_after_its_first_layer_is_sol
         torch.testing.assert_close(solved[name], expected[name], msg=name)
 
 
+@pytest.mark.thorough
 def test_held_out_images_are_in_no_equation(tmp_path, monkeypatch):
     counted = {}
     add = closed_form.LayerEquations.add

@@ -116,6 +116,7 @@ def test_a_head_without_gradients_leaves_ranges_and_says_so(monkeypatch):
         assert torch.equal(ranges[name], quantizer.scale)
 
 
+@pytest.mark.thorough
 def test_an_image_whose_gradients_are_not_finite_is_left_out_and_told(monkeypatch):
     detector, structure = tiny_quantized('yolox', dict(preset='w8a8_observe'))
     predict, calls = fisher.predict_aligned, []

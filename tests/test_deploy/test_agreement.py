@@ -47,6 +47,7 @@ def runtime(detector, image, change):
     return inputs, outputs, given
 
 
+@pytest.mark.thorough
 def test_the_simulation_goes_on_with_the_queries_that_the_runtime_chose(detector):
     image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
     inputs, theirs, choices = runtime(detector, image, lambda indices: indices.flip(1))
@@ -59,6 +60,7 @@ def test_the_simulation_goes_on_with_the_queries_that_the_runtime_chose(detector
     assert min(entry.identical for entry in alone) < 0.9
 
 
+@pytest.mark.thorough
 def test_other_queries_than_the_simulations_are_told(detector):
     image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
     inputs, _, choices = runtime(detector, image, lambda indices: (indices + 1) % 40)

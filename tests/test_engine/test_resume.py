@@ -64,6 +64,7 @@ def test_without_resume_everything_runs_again(finished_copy, make_runner, stages
     assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
 
 
+@pytest.mark.thorough
 def test_a_changed_format_runs_again_from_prepare(finished_copy, make_runner, stages):
     make_runner({'ptq.weights': dict(bits=6), 'ptq.global_loss.iters': 1}, finished_copy, resume=True).calibrate()
     assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)

@@ -51,6 +51,7 @@ def quantized_off(detector):
     return quantization_mode(detector, 'float')
 
 
+@pytest.mark.thorough
 def test_every_tensor_and_part_is_ranked_and_twice_the_same(retinanet):
     detector, structure = retinanet
     first, again = (measure_sensitivity(copy.deepcopy(detector), structure, images()) for _ in range(2))
@@ -67,6 +68,7 @@ def test_every_tensor_and_part_is_ranked_and_twice_the_same(retinanet):
     json.dumps(first.to_dict(), allow_nan=False)
 
 
+@pytest.mark.thorough
 def test_tensors_that_are_quantized_where_they_are_computed(retinanet):
     flowing, structure = tiny_quantized('retinanet', {**OBSERVE, 'dataflow': 'full'})
     plain, found = (measure_sensitivity(*each, images()) for each in (retinanet, (flowing, structure)))

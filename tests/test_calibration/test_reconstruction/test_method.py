@@ -169,6 +169,7 @@ def test_units_that_are_good_enough_are_left_alone(low_bit, tmp_path):
     assert all(torch.equal(v, low_bit.state_dict()[k]) for k, v in detector.state_dict().items())
 
 
+@pytest.mark.thorough
 def test_activations_that_do_not_fit_in_memory_change_nothing(low_bit, tmp_path):
     inside, outside = copy.deepcopy(low_bit), copy.deepcopy(low_bit)
     reconstruct(inside, tmp_path / 'a', iters=2)

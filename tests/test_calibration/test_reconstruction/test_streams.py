@@ -88,6 +88,7 @@ def test_units_get_what_an_ordinary_pass_gives_them(kind, tmp_path, monkeypatch)
     assert not any('forward' in vars(module) for module in detector.modules())
 
 
+@pytest.mark.thorough
 def test_each_unit_computes_once(tmp_path):
     detector, units, streams, _ = make('ssd', tmp_path)
     counts = dict.fromkeys((unit.name for unit in units), 0)
@@ -124,6 +125,7 @@ def test_what_does_not_matter_is_left_out(tmp_path):
     assert len(pools) == 3 and not any(count for name, count in counts.items() if name.startswith('bbox_head'))
 
 
+@pytest.mark.thorough
 def test_float_inputs_of_as_many_units_as_fit_come_from_one_pass(tmp_path, monkeypatch):
     detector, units, streams, data = make('ssd', tmp_path)
     passes = []
@@ -142,6 +144,7 @@ def test_float_inputs_of_as_many_units_as_fit_come_from_one_pass(tmp_path, monke
     assert len(passes) == 2 * len(data)
 
 
+@pytest.mark.thorough
 def test_what_reaches_a_unit_through_a_detach_is_no_zero(tmp_path, monkeypatch):
     model = deformable_detr()
     model.update(with_box_refine=True)

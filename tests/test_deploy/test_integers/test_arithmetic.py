@@ -90,6 +90,7 @@ def test_a_whole_pass_gives_the_runtimes_codes(exported, monkeypatch):
     assert 'float' not in kernels or 'Product' in kernels
 
 
+@pytest.mark.thorough
 @one_kind
 def test_a_wrong_bias_is_seen(exported):
     detector, structure, path = exported

@@ -56,6 +56,7 @@ def test_the_layer_behind_a_wrong_bias_is_the_first_to_diverge(retinanet):
     assert diverging and diverging[0] == names[2]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', ['retinanet', 'yolox'])
 def test_quantizers_between_the_layers_are_left_out(tmp_path, kind):
     detector, structure, path = exported(tmp_path, kind, dataflow='full')

@@ -42,7 +42,7 @@ def image(detector):
     return detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
 
 
-@pytest.fixture(scope='module', params=['onnxruntime', 'openvino'])
+@pytest.fixture(scope='module', params=['onnxruntime', pytest.param('openvino', marks=pytest.mark.thorough)])
 def exported(request, detector, image, tmp_path_factory):
     pytest.importorskip(request.param)
     folder = tmp_path_factory.mktemp(request.param)
@@ -158,6 +158,7 @@ def test_each_stage_of_a_cascade_is_a_network_and_so_is_a_mask_head(image, monke
         assert names == ['', *(f'roi_head.{head}' for head in heads)]
 
 
+@pytest.mark.thorough
 def test_an_extractor_that_boxes_and_masks_share_changes_no_output(image, monkeypatch, tmp_path):
     """While a graph is traced, attributes of a detector with a module of two names are not the modules themselves."""
     architectures.register(monkeypatch)

@@ -87,6 +87,7 @@ def test_mmdet_finds_the_same_around_a_runtime(exported, detector):
         torch.testing.assert_close(theirs.scores, ours.scores, atol=atol, rtol=0)
 
 
+@pytest.mark.thorough
 def test_what_is_padded_counts_as_image_in_float_too(detector, known):
     """The runtime's network reads no mask: a padded detector must do the same, and map boxes and masks back."""
     batch = architectures.sized_batch(40, 56, num_images=1)

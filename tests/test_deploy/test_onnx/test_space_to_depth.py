@@ -326,6 +326,7 @@ def test_a_float_detector_keeps_its_slices(tmp_path):
     assert operations(onnx.load(tmp_path / 'model.onnx'))['Slice'] == 6 and 'space_to_depth' not in meta
 
 
+@pytest.mark.thorough
 def test_openvino_answers_the_same(tmp_path, monkeypatch):
     pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
     # narrow codes: OpenVINO's graph clips values before they are quantized

@@ -131,6 +131,7 @@ def test_the_best_held_out_state_is_the_result(make_runner, tmp_path):
     assert any(not torch.equal(value, observed[key]) for key, value in state.items())
 
 
+@pytest.mark.thorough
 def test_a_run_that_only_gets_worse_ends_where_it_began(make_runner, tmp_path):
     runner = make_runner({'ptq.global_loss.lr': 2.0, 'ptq.global_loss.iters': 2})
     runner.calibrate()
@@ -218,6 +219,7 @@ RESIZED = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('target, scale', [('float', 1.0), ('ground_truth', 1.5)])
 def test_annotations_are_in_pixels_of_the_network_input_where_they_are_the_target(
     make_runner, config_file, target, scale

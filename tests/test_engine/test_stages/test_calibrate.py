@@ -167,6 +167,7 @@ def test_the_integer_checkpoint_gives_the_calibrated_detector(finished, config_f
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_without_the_list_of_biases_loads(config_file, tmp_path):
     old = runner(config_file, tmp_path, **PLAIN)
     old.calibrate()
@@ -178,6 +179,7 @@ def test_a_checkpoint_without_the_list_of_biases_loads(config_file, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_above_the_budget_is_told(finished, config_file, tmp_path):
     for limit, told in ((1e9, False), (1.0, True)):
         over = runner(config_file, tmp_path, **PLAIN)

@@ -368,6 +368,7 @@ def test_per_channel_dataflow_leaves_swish_in_float(flowing):
     assert not any(layer.outputs for layer in full.layers if layer.name.startswith('bbox_head.multi_level_conv_'))
 
 
+@pytest.mark.thorough
 def test_what_stays_float_in_tiny_detectors(flowing):
     # one normalisation per level after a shared convolution
     assert {i['operation'] for i in flowing('rtmdet')[1].islands} == {'batch_norm', 'silu'}

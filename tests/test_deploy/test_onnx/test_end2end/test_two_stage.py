@@ -113,6 +113,7 @@ def test_it_computes_in_integers_what_was_simulated(tmp_path):
     check(expected, predict(with_runtime(tiny_detector('faster_rcnn', seed=5), model), batch), 0.8)
 
 
+@pytest.mark.thorough
 def test_nothing_proposed_is_nothing_detected(tmp_path):
     detector = tiny_detector('mask_rcnn')
     detector.rpn_head.test_cfg['min_bbox_size'] = 1000
@@ -187,6 +188,7 @@ def test_what_the_graph_cannot_repeat_is_refused_by_name(kind, change, told):
         check_end2end(detector)
 
 
+@pytest.mark.thorough
 def test_it_is_built_from_a_config_as_other_models_are(tmp_path):
     config = Config(dict(model=tiny_model_cfg('faster_rcnn'), default_scope='mmdet'))
     path = get_runtime('onnxruntime').export(tiny_detector('faster_rcnn'), tmp_path, (1, 3, SIZE, SIZE), end2end=True)
