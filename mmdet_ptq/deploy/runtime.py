@@ -191,19 +191,19 @@ class Runtime:
             divisor: What heights and widths are multiples of.
 
         Raises:
-            PTQError: It fails on an image of another size, or gives outputs of other shapes; those of a float detector
-                are compared, too.
+            PTQError: It fails on an image of another size, or gives other outputs.
         """
         image = torch.rand(*shape[:2], shape[2] + divisor, shape[3] + 2 * divisor) * 2 - 1
         try:
             expected = [output.numpy() for output in RawOutputs(detector)(image)]
             found = open_model(path)(image.numpy())
             same = [output.shape for output in found] == [output.shape for output in expected]
-        except (PTQError, RuntimeError):  # of the runtime, or of the detector
+        except Exception:  # of the runtime, or of the detector's own code
             same = False
-        if same and not is_quantized(detector):
-            pairs = zip(found, expected, strict=True)
-            same = all(np.abs(ours - theirs).mean() <= 1e-2 * theirs.std() for ours, theirs in pairs)
+        if same:
+            # of integers other arithmetic may flip a code here and there
+            least, pairs = (0.5 if is_quantized(detector) else 1e-2), zip(found, expected, strict=True)
+            same = all(np.abs(ours - theirs).mean() <= least * theirs.std() for ours, theirs in pairs)
         if not same:
             for file in model_files(path):
                 remove(file)
@@ -281,7 +281,8 @@ class Runtime:
         shapes = [list(given.shape) for given in inputs]
         try:
             known = self.sized and not self.meta.get('size_divisor')
-            with nullcontext() if known else bounds(f'running a model of {self.name}', memory_limit(shapes)):
+            most = memory_limit(shapes, self.meta.get('regions', 0))
+            with nullcontext() if known else bounds(f'running a model of {self.name}', most):
                 yield
         except PTQError:
             raise
@@ -354,8 +355,10 @@ def open_model(path: str | os.PathLike, threads: int | None = None) -> Runtime:
 
 
 def _opened_part(kind: type[Runtime], path: Path, digest: str, threads: int | None) -> Runtime:
-    if not path.is_file() or file_digest(path.with_suffix(kind.source or path.suffix)) != digest:
-        state = 'of another model' if path.is_file() else 'missing'
+    told = path.with_suffix(kind.source or path.suffix)
+    there = path.is_file() and told.is_file()
+    if not there or file_digest(told) != digest:
+        state = 'of another model' if there else 'missing'
         raise PTQError(
             f'{str(path)!r}, a network of the same detector, is {state}; keep all files together or export again.'
         )
@@ -383,16 +386,19 @@ def model_files(path: str | os.PathLike) -> list[Path]:
     """All files of an exported model: of each of its networks, with their weights."""
     path = Path(path)
     beside = {runtime.suffix: runtime.weights for runtime in map(RUNTIMES.get, runtime_names())}.get(path.suffix)
-    found = [path, *sorted(path.parent.glob(f'{glob.escape(path.stem)}-{HEADS}.*{path.suffix}'))]
+    found = [path, *_part_files(path)]
     files = [f for file in found for f in (file, file.with_suffix(beside or path.suffix)) if f.is_file()]
     return list(dict.fromkeys(files))
 
 
 def remove_parts(path: str | os.PathLike) -> None:
     """Removes a model that has several networks, the file that names them first."""
-    files = model_files(path)
-    for file in files if len(files) > 1 else []:
+    for file in model_files(path) if _part_files(Path(path)) else []:
         file.unlink()
+
+
+def _part_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f'{glob.escape(path.stem)}-{HEADS}.*{path.suffix}'))
 
 
 def model_bytes(path: str | os.PathLike) -> int:

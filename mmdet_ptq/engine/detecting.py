@@ -15,7 +15,7 @@ from mmdet_ptq.calibration.images import test_pipeline
 from mmdet_ptq.deploy import Runtime
 from mmdet_ptq.deploy.network.program import PROGRAM, detection_program
 from mmdet_ptq.deploy.onnx.end2end import end2end_trouble
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, one_line
 from mmdet_ptq.files import remove, write_text
 
 END2END = 'end2end'
@@ -49,8 +49,8 @@ def export_detecting(
             program = program_of(detector, runtime, shape, cfg, f'{END2END}/model{runtime.suffix}')
             runtime.export(copy.deepcopy(detector).cpu(), folder / END2END, shape, end2end=True)
             write_text(folder / PROGRAM, program)
-    except PTQError as error:
-        trouble = str(error).rstrip('.')
+    except Exception as error:  # of any exporter: the run itself has its model
+        trouble = one_line(error).rstrip('.')
     told = (
         f'no end-to-end model and no {PROGRAM}: {trouble}' if trouble else f'{folder / PROGRAM} detects without mmdet'
     )

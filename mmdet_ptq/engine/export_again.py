@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet_ptq.calibration.images import test_pipeline, without_annotations
 from mmdet_ptq.deploy import Runtime, get_runtime, model_bytes, open_model, read_quantized
 from mmdet_ptq.deploy.network.canvas import open_divisor
+from mmdet_ptq.deploy.network.parts import has_regions
 from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.network.raw_outputs import first_outputs
 from mmdet_ptq.deploy.onnx.end2end import check_end2end
@@ -81,6 +82,8 @@ def export_checkpoint(
     first_outputs(detector, shape)
     if end2end:
         check_end2end(detector)
+    if end2end and image is not None and has_regions(detector):
+        raise PTQError('--compare reads the networks of two stages one by one; leave out --end2end, or --compare.')
     example = None if image is None else read_image(detector, image, shape)
     folder = Path(out or Path(checkpoint).parent)
     for runtime in chosen:
@@ -88,7 +91,13 @@ def export_checkpoint(
         if not packed and not runtime.packs:
             logger.info(f'{runtime.name} stores 8 bits a weight always; --unpacked changes nothing')
     options = dict(dynamic_batch=dynamic_batch, packed=packed, end2end=end2end)
-    options |= dict(dynamic_size=open_divisor(detector, [shape[2:]])) if dynamic_size else {}
+    if dynamic_size:
+        divisor = open_divisor(detector, [shape[2:]])
+        if any(side % divisor for side in shape[2:]):
+            raise PTQError(
+                f'--input-shape must be multiples of {divisor}, which images are padded to, got {shape[2]}x{shape[3]}.'
+            )
+        options['dynamic_size'] = divisor
     paths = [_export(logger, runtime, detector, structure, folder / runtime.name, shape, options) for runtime in chosen]
     if example is not None:
         for runtime, path in zip(chosen, paths, strict=True):

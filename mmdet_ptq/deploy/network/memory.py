@@ -17,6 +17,8 @@ GIB = 1 << 30
 # bytes at once of any network, and more by those that it reads: attention among the pixels of a pyramid takes 100 times
 # the image, and batches of images as much more
 LEAST, PER_BYTE = 768 * MIB, 256
+# and by each region of an image that is read inside of it
+PER_REGION = 3 * MIB
 # codes of a weight become numbers, which are shifted and scaled
 PER_STORED = 12
 
@@ -41,9 +43,14 @@ def input_shapes(meta: dict) -> list[list[int]]:
     return meta.get('inputs') or [meta['input_shape']]
 
 
-def memory_limit(shapes: Iterable[Sequence[int]]) -> int:
-    """Bytes that a network may take for its tensors, by the shapes of those that it reads."""
-    return LEAST + PER_BYTE * 4 * sum(math.prod(shape) for shape in shapes)
+def memory_limit(shapes: Sequence[Sequence[int]], regions: int = 0) -> int:
+    """Bytes that a network may take for its tensors.
+
+    Args:
+        shapes: Of what it reads, the images first.
+        regions: How many of each image it reads inside of it. Defaults to 0.
+    """
+    return LEAST + PER_BYTE * 4 * sum(math.prod(shape) for shape in shapes) + PER_REGION * regions * shapes[0][0]
 
 
 def check_memory(
@@ -64,7 +71,7 @@ def check_memory(
     Raises:
         PTQError: It takes more; names the largest tensor.
     """
-    limit, alive, taken = memory_limit(input_shapes(meta)) + PER_STORED * stored, {}, 0
+    limit, alive, taken = memory_limit(input_shapes(meta), meta.get('regions', 0)) + PER_STORED * stored, {}, 0
     ends = {name: place for place, step in enumerate(steps) for name in (*step.makes, *step.reads)}
     ends |= dict.fromkeys(results, len(steps))
     for place, step in enumerate(steps):

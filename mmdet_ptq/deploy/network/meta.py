@@ -115,6 +115,8 @@ def _places(layout: Any) -> Iterator[int]:
         yield from _places(inner)
 
 
+# of an image, inside of one graph
+MOST_REGIONS = 2048
 # the largest image, with all its channels, and a batch of them
 _LARGEST = 2**28
 _SIZES = [Whole(0, 2**31)]
@@ -134,6 +136,7 @@ _META = Fields(
     dict(
         end2end=bool,
         size_divisor=Whole(1, 2**16),
+        regions=Whole(1, MOST_REGIONS),
         raw_shapes=[_SIZES],
         input=_INPUT,
         saturating=[str],

@@ -69,7 +69,8 @@ def detect(run, image, threshold):
     tensor, size, (x, y) = prepare(image)
     $values = (found[0] for found in run(tensor, size))
     height, width = image.shape[:2]
-    boxes = (boxes / np.float32([x, y, x, y])).clip(0, [width, height, width, height])
+    whole = boxes / np.float32([x, y, x, y])
+    boxes = whole.clip(0, [width, height, width, height])
     # places without a detection have the label -1; what lies in the padding has no box in the image
     kept = (labels >= 0) & (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
     return boxes[kept], scores[kept], labels[kept]$pasted
@@ -105,7 +106,7 @@ if __name__ == '__main__':
 _MASKS = dict(
     values='boxes, scores, labels, masks',
     also=', and masks of its size',
-    pasted=', [\n        paste(*found, height, width) for found in zip(masks[kept], boxes[kept])\n    ]',
+    pasted=', [\n        paste(*found, height, width) for found in zip(masks[kept], whole[kept])\n    ]',
     mask=', mask',
     paint='        drawn[mask] = drawn[mask] // 2 + np.uint8(color) // 2\n',
 )

@@ -10,7 +10,7 @@ from mmdet.models.detectors import SingleStageDetector
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
-from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions
+from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions, parts_of
 from mmdet_ptq.deploy.network.prototypes import has_prototypes
 from mmdet_ptq.deploy.network.queries import has_queries
 from mmdet_ptq.errors import PTQError
@@ -69,6 +69,16 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
 def output_shapes(outputs: Any) -> list[list[int]]:
     """Shapes of the raw outputs in their flat order, without the number of images."""
     return [list(output.shape[1:]) for output in tensors_in(outputs)]
+
+
+@torch.no_grad()
+def region_shapes(detector: nn.Module, image: Tensor) -> list[list[int]]:
+    """Shapes of what the heads behind the regions of an image return, without the number of regions.
+
+    None where a detector has no regions.
+    """
+    parts = parts_of(detector, image)[1:]
+    return [shape for part in parts for shape in output_shapes(part.run(detector, *part.inputs))]
 
 
 def output_layout(outputs: Any) -> Any:

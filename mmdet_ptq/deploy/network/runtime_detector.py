@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,14 @@ from mmdet_ptq.deploy.network.parts import (
 )
 from mmdet_ptq.deploy.network.prototypes import has_prototypes, prototype_heads
 from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
-from mmdet_ptq.deploy.network.raw_outputs import check_exportable, first_outputs, nest_outputs, only_head, output_shapes
+from mmdet_ptq.deploy.network.raw_outputs import (
+    check_exportable,
+    first_outputs,
+    nest_outputs,
+    only_head,
+    output_shapes,
+    region_shapes,
+)
 from mmdet_ptq.deploy.runtime import Runtime
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping.names import layer_of
@@ -61,6 +69,8 @@ def _check_outputs(detector: nn.Module, meta: dict) -> None:
         return
     shape = (1, *meta['input_shape'][1:])
     expected = output_shapes(first_outputs(detector, shape))
+    if meta.get('end2end'):
+        expected += region_shapes(detector, torch.zeros(shape))
     if has_regions(detector) and not meta.get('end2end'):
         names = [part.name for part in parts_of(detector, torch.zeros(shape))[1:]]
         if names != list(meta.get('parts', {})):
@@ -70,15 +80,13 @@ def _check_outputs(detector: nn.Module, meta: dict) -> None:
                 f"the config's {', '.join(names)}; give the config that it was exported from."
             )
     if expected != meta['raw_shapes']:
+        pairs = zip_longest(expected, meta['raw_shapes'])
+        place, (ours, theirs) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
         raise PTQError(
-            f"the model was exported from another detector than the config's: its head returns "
-            f"{_told(meta['raw_shapes'])}, the config's {_told(expected)}; give the config that it was "
-            'exported from.'
+            f"the model was exported from another detector than the config's: of its {len(meta['raw_shapes'])} raw "
+            f"outputs number {place + 1} has the shape {theirs}, the config's {len(expected)} have {ours} there; give "
+            'the config that it was exported from.'
         )
-
-
-def _told(shapes: list[list[int]]) -> str:
-    return f'{len(shapes)} tensors, the first of {shapes[0]}'
 
 
 def with_runtime(

@@ -23,6 +23,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
     first_outputs,
     output_layout,
     output_shapes,
+    region_shapes,
 )
 from mmdet_ptq.deploy.network.seal import seal
 from mmdet_ptq.deploy.network.standard_operations import standard_operations
@@ -33,7 +34,7 @@ from mmdet_ptq.deploy.onnx.end2end.choice import INPUTS
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
 from mmdet_ptq.deploy.onnx.trouble import failing_place
 from mmdet_ptq.deploy.requirements import ONNX, require
-from mmdet_ptq.deploy.runtime import file_digest, get_runtime, remove_parts, runtime_of
+from mmdet_ptq.deploy.runtime import file_digest, fixed_size, get_runtime, remove_parts, runtime_of
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import write_atomic
 from mmdet_ptq.version import __version__
@@ -122,8 +123,9 @@ def export_onnx(
         dynamic_batch=dynamic_batch,
         outputs=list(range(len(network.names))) if end2end else output_layout(outputs),
         end2end=end2end,
-        raw_shapes=output_shapes(outputs),
+        raw_shapes=output_shapes(outputs) + (region_shapes(detector, image) if end2end else []),
         **(dict(size_divisor=dynamic_size) if dynamic_size else {}),
+        **(dict(regions=network.regions) if end2end and network.regions else {}),
         **(dict(parts=digests) if others else {}),
     )
     return _export(detector, network, inputs, path, meta, chosen.dialect(), packed, saturating)
@@ -192,6 +194,8 @@ def exported_program(
             )
         except torch.onnx.errors.OnnxExporterError as error:
             cause = _cause(error)
+            if 'size_divisor' in told:
+                raise PTQError(fixed_size(cause.rstrip('.'))) from error
             where = failing_place(network, inputs, cause)
             raise PTQError(
                 f'the detector cannot be exported to ONNX{where and f", in {where}"}: {cause.rstrip(".")}; '
@@ -304,7 +308,8 @@ def model_meta(path: str | os.PathLike) -> dict:
         the image itself. A detector with two stages has ``parts``, the name of each other network to the digest of its
         file; such a file has ``inputs``, the shapes that it read of an empty image (the first dimension is open), and
         ``constants``, what else its module was called with. An end-to-end model has ``inputs``, too. One whose size is
-        open has ``size_divisor``: heights and widths are multiples of it.
+        open has ``size_divisor``: heights and widths are multiples of it. One with regions inside
+        has ``regions``, how many of an image.
 
     Raises:
         PTQError: The file is missing, damaged or not ours.

@@ -54,16 +54,16 @@ def compare_codes(
     agreements = []
     for part in parts_of(detector, image):
         file = part_path(model, part.name) if part.name else model
-        found, compared = _compare_part(detector, part, file, follow, exact)
+        found, ours, theirs = _compare_part(detector, part, file, follow, exact)
         agreements += found
         if outputs is not None:
-            outputs += compared
+            outputs += zip(ours, theirs, strict=True)
     return agreements
 
 
 def _compare_part(
     detector: nn.Module, part: Part, model: str | os.PathLike, follow: bool, exact: bool
-) -> tuple[list[TensorAgreement], list[tuple[Tensor, Tensor]]]:
+) -> tuple[list[TensorAgreement], tuple[Tensor, ...], list[Tensor]]:
     found, theirs = _runtime_codes(model, [tensor.cpu().numpy() for tensor in part.inputs])
     # models of older versions do not have the entry: in them nothing was folded
     for name, offsets in model_meta(model).get('space_to_depth', {}).items():
@@ -81,7 +81,7 @@ def _compare_part(
         if name in found:
             difference = np.abs(_unpadded(found[name], codes.shape).astype(np.int64) - codes.cpu().numpy())
             agreements.append(TensorAgreement(name, float((difference == 0).mean()), int(difference.max())))
-    return agreements, list(zip(ours, map(torch.from_numpy, theirs), strict=True))
+    return agreements, ours, [torch.from_numpy(output) for output in theirs]
 
 
 def _is_shifted(codes: np.ndarray, quantizer: AffineQuantizer) -> bool:

@@ -128,14 +128,15 @@ class TensorRT(Runtime):
         source = Path(folder) / f'model{cls.source}'
         path = source.with_suffix(cls.suffix)
         # an engine of an earlier export would look like this one's
-        remove(path)
         remove_parts(path)
+        remove(path)
         parts = export_onnx(detector, source, input_shape, runtime=cls.name, **options).get('parts', {})
         try:
             cls.check()
         except PTQError as error:
-            others = f' and {len(parts)} more beside it, build each' if parts else ', build it'
-            print_log(f'no TensorRT here: wrote {source}{others} with {TRTEXEC} ({error})', 'current')
+            print_log(f'no TensorRT here: wrote {source}, build it with {TRTEXEC} ({error})', 'current')
+            for name in parts:
+                print_log(f'and {part_path(source, name)} with {_trtexec(part_path(source, name))}', 'current')
             return source
         # the one that is opened comes last: it never lies beside those of another detector
         for name in (*parts, ''):
@@ -170,6 +171,24 @@ class TensorRT(Runtime):
 
         found = self._engine.create_engine_inspector().get_engine_information(tensorrt.LayerInformationFormat.JSON)
         return integer_coverage(json.loads(found)['Layers'], self.meta['layers'])
+
+
+def _trtexec(path: Path) -> str:
+    """The command that builds a network of another name, of which some dimensions are open."""
+    command = TRTEXEC.replace('model.onnx', path.name).replace('model.engine', path.with_suffix('.engine').name)
+    meta = model_meta(path)
+    if not meta['dynamic_batch']:
+        return command
+    import onnx
+
+    names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+
+    def shapes(count: int) -> str:
+        told = zip(names, meta['inputs'], strict=True)
+        return ','.join(f'{name}:{"x".join(map(str, (count, *shape[1:])))}' for name, shape in told)
+
+    sizes = dict(minShapes=1, optShapes=meta['inputs'][0][0], maxShapes=MAX_REGIONS)
+    return command + ''.join(f' --{option}={shapes(count)}' for option, count in sizes.items())
 
 
 def build_engine(path: Path) -> bytes:

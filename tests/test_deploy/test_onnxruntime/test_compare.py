@@ -30,3 +30,12 @@ def test_a_network_without_any_code_has_nothing_to_compare(monkeypatch, tmp_path
     assert len(outputs) == 9 + 2 + 1
     for ours, theirs in outputs:
         torch.testing.assert_close(ours, theirs, atol=2e-2 * float(ours.abs().max()), rtol=0)
+
+
+@pytest.mark.thorough
+def test_codes_of_an_end_to_end_model_are_compared_too(tmp_path):
+    detector, _ = tiny_quantized('retinanet', dict(OBSERVE, dataflow='balanced'))
+    image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
+    path = get_runtime('onnxruntime').export(detector, tmp_path, tuple(image.shape), end2end=True)
+    found = compare_codes(detector, path, image, follow=True)
+    assert len(found) > 20 and min(entry.identical for entry in found) > 0.99

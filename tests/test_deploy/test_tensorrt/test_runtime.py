@@ -128,7 +128,9 @@ def test_each_network_of_two_stages_obeys_and_computes_what_is_simulated(kind, t
     monkeypatch.setattr('mmdet_ptq.deploy.tensorrt.runtime.print_log', lambda text, *args: said.append(text))
     path = TensorRT.export(detector, tmp_path, SHAPE)
     parts = parts_of(detector, image())
-    assert f'{len(parts) - 1} more beside it, build each with {TRTEXEC}' in said[0]
+    assert TRTEXEC in said[0] and len(said) == len(parts)
+    assert 'trtexec --onnx=model-roi_head.bbox_head.onnx --saveEngine=model-roi_head.bbox_head.engine' in said[1]
+    assert '--minShapes=input:1x16x5x5' in said[1] and '--maxShapes=input:1000x16x5x5' in said[1]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for part in parts:

@@ -20,7 +20,7 @@ class OneStage(nn.Module):
         outputs: Its raw outputs for an image tensor, whose maps tell the grids of the priors.
     """
 
-    names = ('boxes', 'scores', 'labels')
+    names, regions = ('boxes', 'scores', 'labels'), 0
 
     def __init__(self, detector: nn.Module, outputs: Sequence[Any]) -> None:
         super().__init__()

@@ -97,6 +97,9 @@ def nms_trouble(name: str, settings: str, cfg: Mapping | None, needed: tuple[str
     if not cfg or any(key not in cfg for key in needed) or not cfg.get('nms'):
         wanted = ' and '.join(f'`{key}`' for key in (*needed, 'nms'))
         return f'`{settings}` of {name} needs {wanted}, and is {cfg}'
+    count = cfg.get('max_per_img', 1)
+    if type(count) is not int or count < 1:
+        return f'`{settings}.max_per_img` of {name} must be a number of detections, and is {count!r}'
     nms = cfg['nms']
     if nms.get('type', 'nms') != 'nms' or set(nms) - _NMS_KEYS or 'iou_threshold' not in nms:
         return f"{name} has `{settings}.nms={dict(nms)}`; known is dict(type='nms', iou_threshold=...)"

@@ -24,6 +24,7 @@ from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from torch import Tensor, nn
 
+from mmdet_ptq.deploy.network.meta import MOST_REGIONS
 from mmdet_ptq.deploy.network.parts import called, proposes
 from mmdet_ptq.deploy.onnx.end2end.decoding import ProposalDecoding
 from mmdet_ptq.deploy.onnx.end2end.suppression import Candidates, Suppression, nms_trouble
@@ -55,6 +56,7 @@ class TwoStages(nn.Module):
         self.decoding = ProposalDecoding(detector.rpn_head, [maps.shape[-2:] for maps in scores])
         self.proposing = Suppression(detector.rpn_head.test_cfg)
         self.suppression = Suppression(self.roi_head.test_cfg)
+        self.regions = self.proposing.count
         self.threshold = self.roi_head.test_cfg['score_thr']
         self.cascade = isinstance(self.roi_head, CascadeRoIHead)
         self.names = ('boxes', 'scores', 'labels', *(['masks'] if self.roi_head.with_mask else []))
@@ -115,18 +117,16 @@ class TwoStages(nn.Module):
 
     def _masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         rois, present = _rois(boxes), (labels >= 0)[..., None, None]
-        if self.cascade:
-            stages = range(self.roi_head.num_stages)
-            heads = list(self.roi_head.mask_head)
-            found = [self.roi_head._mask_forward(stage, features, rois)['mask_preds'].sigmoid() for stage in stages]
-            drawn = sum(found) / len(found)
-        else:
-            heads = [self.roi_head.mask_head]
-            drawn = self.roi_head._mask_forward(features, rois)['mask_preds'].sigmoid()
+        heads = _each(self.roi_head.mask_head)
         label = torch.zeros_like(labels) if heads[-1].class_agnostic else labels.clamp(min=0)
-        at = label.flatten()[:, None, None, None].expand(-1, 1, *drawn.shape[2:])
-        drawn = drawn.gather(1, at).reshape(*labels.shape, *drawn.shape[2:])
-        return torch.where(present, drawn, 0.0)
+        drawn = []
+        for stage in range(len(heads)):
+            place = (stage,) if self.cascade else ()
+            found = self.roi_head._mask_forward(*place, features, rois)['mask_preds']
+            at = label.flatten()[:, None, None, None].expand(-1, 1, *found.shape[2:])
+            drawn.append(found.gather(1, at).sigmoid())
+        mean = sum(drawn) / float(len(drawn))
+        return torch.where(present, mean.reshape(*labels.shape, *mean.shape[2:]), 0.0)
 
 
 def _rois(boxes: Tensor) -> Tensor:
@@ -185,24 +185,30 @@ def _pooled(
 def _aligned(layer: RoIAlign, feature: Tensor, rois: Tensor) -> Tensor:
     image, boxes = rois.split([1, 4], -1)
     height, width = layer.output_size
+    # of mmcv's, each that is not positive says: as many as the region is large
+    ratio = max(0, int(layer.sampling_ratio))
     attributes = dict(
         mode='avg',
         output_height=height,
         output_width=width,
-        sampling_ratio=int(layer.sampling_ratio),
+        sampling_ratio=ratio,
         spatial_scale=float(layer.spatial_scale),
         coordinate_transformation_mode='half_pixel' if layer.aligned else 'output_half_pixel',
     )
     number = _symbolic(
         'Squeeze', (image.to(torch.int64), torch.tensor([1])), dtype=torch.int64, shape=(image.shape[0],)
     )
-    return _symbolic(
+    pooled = _symbolic(
         'RoiAlign',
         (feature, boxes, number),
         attrs=attributes,
         dtype=feature.dtype,
         shape=(boxes.shape[0], feature.shape[1], height, width),
     )
+    if ratio or not layer.aligned:
+        return pooled
+    # a region without area has no value, mmcv says zero; OpenVINO divides by it
+    return torch.where((boxes[:, 2:] > boxes[:, :2]).all(-1)[:, None, None, None], pooled, 0.0)
 
 
 def two_stage_trouble(detector: nn.Module) -> str:
@@ -214,9 +220,11 @@ def two_stage_trouble(detector: nn.Module) -> str:
     if not ProposalDecoding.decodes(rpn):
         return f'{type(rpn).__name__} proposes in a way of its own'
     kind = CascadeRoIHead if isinstance(roi_head, CascadeRoIHead) else StandardRoIHead
+    if own := _own_methods(roi_head, kind):
+        return f'{type(roi_head).__name__} predicts in a way of its own ({own})'
     boxes = _each(roi_head.bbox_head)
     masks = _each(roi_head.mask_head) if roi_head.with_mask else []
-    for module, known in [(roi_head, kind), *((head, BBoxHead) for head in boxes), *((m, FCNMaskHead) for m in masks)]:
+    for module, known in [*((head, BBoxHead) for head in boxes), *((head, FCNMaskHead) for head in masks)]:
         if own := _own_methods(module, known):
             return f'{type(module).__name__} predicts in a way of its own ({own})'
     for head in boxes:
@@ -226,6 +234,10 @@ def two_stage_trouble(detector: nn.Module) -> str:
         plain = type(extractor).forward is SingleRoIExtractor.forward
         if not plain or any(type(x) is not RoIAlign or x.pool_mode != 'avg' for x in extractor.roi_layers):
             return f'{type(extractor).__name__} reads regions in a way of its own'
+    if rpn.test_cfg and (rpn.test_cfg.get('max_per_img') or 0) > MOST_REGIONS:
+        return f'`model.test_cfg.rpn.max_per_img` is {rpn.test_cfg["max_per_img"]}, and one graph holds {MOST_REGIONS}'
+    if masks and roi_head.test_cfg.get('mask_thr_binary', 0) < 0:
+        return '`model.test_cfg.rcnn.mask_thr_binary` below zero asks for masks that are no yes or no'
     needed = ('score_thr', 'max_per_img', *(['mask_thr_binary'] if masks else []))
     return nms_trouble(type(rpn).__name__, 'model.test_cfg.rpn', rpn.test_cfg, ('max_per_img',)) or nms_trouble(
         type(roi_head).__name__, 'model.test_cfg.rcnn', roi_head.test_cfg, needed

@@ -37,6 +37,13 @@ def cascade_with_masks() -> dict:
     return model
 
 
+def torchvision_ratio() -> dict:
+    """As many samples as a region is large, written as others write it."""
+    model = tiny_model_cfg('faster_rcnn')
+    model['roi_head']['bbox_roi_extractor']['roi_layer']['sampling_ratio'] = -1
+    return model
+
+
 def double_head() -> dict:
     """A second head reads larger regions; boxes are of no class."""
     model = tiny_model_cfg('faster_rcnn')
@@ -53,6 +60,7 @@ def kinds(monkeypatch):
     architectures.register(monkeypatch)
     monkeypatch.setitem(MODELS, 'cascade_with_masks', cascade_with_masks)
     monkeypatch.setitem(MODELS, 'double_head', double_head)
+    monkeypatch.setitem(MODELS, 'torchvision_ratio', torchvision_ratio)
 
 
 def padded_batch() -> dict:
@@ -86,6 +94,7 @@ def check(expected: list, found: list, least: float) -> None:
         pytest.param('faster_rcnn', 'openvino', True, marks=pytest.mark.thorough),
         pytest.param('cascade_with_masks', 'onnxruntime', False, marks=pytest.mark.thorough),
         pytest.param('double_head', 'onnxruntime', False, marks=pytest.mark.thorough),
+        pytest.param('torchvision_ratio', 'openvino', False, marks=pytest.mark.thorough),
     ],
 )
 def test_it_detects_what_mmdet_detects(kind, runtime, dynamic, tmp_path):
@@ -155,6 +164,14 @@ def unlimited(detector: nn.Module) -> None:
     del detector.rpn_head.test_cfg['max_per_img']
 
 
+def everything(detector: nn.Module) -> None:
+    detector.roi_head.test_cfg['max_per_img'] = -1
+
+
+def uncertain(detector: nn.Module) -> None:
+    detector.roi_head.test_cfg['mask_thr_binary'] = -1
+
+
 def proposing(detector: nn.Module) -> None:
     detector.rpn_head.__class__ = type('MyRPN', (type(detector.rpn_head),), dict(_bbox_post_process=None))
 
@@ -173,6 +190,8 @@ def largest(detector: nn.Module) -> None:
     [
         ('faster_rcnn', soft, r'StandardRoIHead has `model.test_cfg.rcnn.nms=.*soft_nms'),
         ('faster_rcnn', unlimited, r'`model.test_cfg.rpn` of RPNHead needs `max_per_img` and `nms`'),
+        ('faster_rcnn', everything, r'`model.test_cfg.rcnn.max_per_img` of StandardRoIHead must be a number .* is -1'),
+        ('mask_rcnn', uncertain, '.*mask_thr_binary` below zero'),
         ('faster_rcnn', proposing, 'MyRPN proposes in a way of its own'),
         ('faster_rcnn', moving, r'MyHead predicts in a way of its own \(_predict_by_feat_single\)'),
         ('faster_rcnn', largest, 'SingleRoIExtractor reads regions in a way of its own'),
@@ -194,3 +213,6 @@ def test_it_is_built_from_a_config_as_other_models_are(tmp_path):
     path = get_runtime('onnxruntime').export(tiny_detector('faster_rcnn'), tmp_path, (1, 3, SIZE, SIZE), end2end=True)
     batch = tiny_batch(1, seed=3)
     check(predict(tiny_detector('faster_rcnn'), batch), predict(runtime_detector(config, open_model(path)), batch), 1.0)
+    config.model.roi_head.bbox_head.num_classes = 5
+    with pytest.raises(PTQError, match=r"number 10 has the shape \[4\], the config's 11 have \[6\] there"):
+        runtime_detector(config, open_model(path))
