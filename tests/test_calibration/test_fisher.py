@@ -96,6 +96,7 @@ def test_weights_are_the_mean_squared_gradients_of_the_tensors_that_would_be_qua
             assert torch.equal(x, same) and torch.equal(weight, as_much)
 
 
+@pytest.mark.thorough
 def test_a_head_without_gradients_leaves_ranges_and_says_so(monkeypatch):
     detector, structure = tiny_quantized('yolox', dict(preset='w8a8_observe'))
 

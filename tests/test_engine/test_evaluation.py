@@ -150,6 +150,7 @@ def two_parts(config_file, tmp_path):
     }
 
 
+@pytest.mark.thorough
 def test_each_metric_of_several_data_sets_is_checked_against_its_own(two_parts, make_runner):
     runner = make_runner(two_parts)
     runner.run()

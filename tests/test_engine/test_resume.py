@@ -59,6 +59,7 @@ def test_resuming_a_finished_run_takes_every_stage_over(finished, finished_copy,
     assert_same_run(finished_copy, finished)
 
 
+@pytest.mark.thorough
 def test_without_resume_everything_runs_again(finished_copy, make_runner, stages):
     make_runner({'ptq.global_loss.iters': 1}, work_dir=finished_copy).calibrate()
     assert stages == dict.fromkeys(('prepare', 'observe', 'global'), False)
@@ -177,6 +178,7 @@ def test_a_seed_of_none_is_the_seed_of_the_draw(make_runner, randomness):
     assert runner.seed == 3
 
 
+@pytest.mark.thorough
 def test_a_damaged_stage_file_is_named_and_the_stage_runs_again(finished, finished_copy, make_runner, stages):
     path = finished_copy / 'stages' / 'observe.pth'
     path.write_bytes(path.read_bytes()[:5000])
@@ -261,11 +263,11 @@ def in_report(patch):
 @pytest.mark.parametrize(
     'interrupt',
     [
-        in_observe,
         after_a_checkpoint,
         *(
             pytest.param(interrupt, marks=pytest.mark.thorough)
             for interrupt in (
+                in_observe,
                 in_float_evaluation,
                 in_prepare,
                 before_the_first_checkpoint,

@@ -66,6 +66,7 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     assert not list(tmp_path.rglob('activations-*'))
 
 
+@pytest.mark.thorough
 def test_a_system_without_locks_is_told(tmp_path):
     """As Windows, which has neither of the two modules."""
     program = (

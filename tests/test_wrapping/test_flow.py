@@ -63,10 +63,10 @@ class Check(TorchFunctionMode):
     'kind, dataflow, functions',
     [
         ('retinanet', 'full', {'add'}),
-        ('ssd', 'full', {'add'}),
-        ('yolox', 'full', {'add', 'cat', 'mul'}),
+        pytest.param('ssd', 'full', {'add'}, marks=pytest.mark.thorough),
+        pytest.param('yolox', 'full', {'add', 'cat', 'mul'}, marks=pytest.mark.thorough),
         ('yolox', 'per_channel', {'add', 'cat', 'mul'}),
-        ('rtmdet', 'full', {'add', 'cat', 'mul'}),
+        pytest.param('rtmdet', 'full', {'add', 'cat', 'mul'}, marks=pytest.mark.thorough),
     ],
 )
 def test_every_tensor_between_layers_is_on_the_grid_of_its_quantizer(flowing, kind, dataflow, functions):

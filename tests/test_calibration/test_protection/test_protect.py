@@ -77,6 +77,7 @@ def test_overrides_give_the_same_detector_again(limits):
         assert {s.spec['bits'] for s in structure.activations.values()} == {8, 16}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('candidates', [['8bit', '16bit', 'range'], ['float']])
 def test_tensors_whose_scales_moved_into_weights_keep_them(candidates):
     block = {**RETINANET, 'activations': dict(scale_migration=1.0, observer=dict(type='mmdet_ptq.MinMaxObserver'))}

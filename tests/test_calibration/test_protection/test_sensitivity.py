@@ -87,6 +87,7 @@ def test_tensors_that_are_quantized_where_they_are_computed(retinanet):
     assert group.tensors == sum(t.part == 'between the layers' for t in unread.values()) > 1
 
 
+@pytest.mark.thorough
 def test_an_interrupted_analysis_goes_on(retinanet, forwards, tmp_path, monkeypatch):
     detector, structure = retinanet
     calls, counted = forwards

@@ -54,6 +54,7 @@ def whole_pass(detector, data, streams, unit, mode):
     return seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     'kind',
     [

@@ -38,6 +38,7 @@ def loaded(case):
     return detector.eval()
 
 
+@pytest.mark.thorough
 def test_outputs_are_bit_identical(case, loaded):
     detector = copy.deepcopy(case[1])
     freeze_weights(detector)

@@ -48,6 +48,7 @@ def exported(request, detector, tmp_path_factory):
     return request.param, get_runtime(request.param).export(copy.deepcopy(detector), folder, (1, 3, 64, 64))
 
 
+@pytest.mark.thorough
 def test_the_network_gives_what_the_last_layer_finds(detector):
     data = detector.data_preprocessor(tiny_batch(1, seed=3), False)
     with torch.no_grad():

@@ -293,6 +293,7 @@ def test_layout_of_nested_outputs():
     assert flat == tensors and nest_outputs(flat, layout) == ((flat[0], flat[1]), (flat[2], (flat[3],)), flat[4])
 
 
+@pytest.mark.thorough
 def test_a_deep_copy_is_not_touched():
     detector, _ = tiny_quantized('retinanet')
     other = copy.deepcopy(detector)
@@ -353,6 +354,7 @@ def test_a_grid_of_an_end_to_end_model_has_a_size(tmp_path):
         export_onnx(tiny_detector('retinanet'), tmp_path / 'm.onnx', SHAPE, dynamic_size=32, end2end=True)
 
 
+@pytest.mark.thorough
 def test_a_size_in_the_code_of_the_detector_is_found_out(tmp_path):
     """As SOLO's: the exporter writes it into the graph, and says nothing."""
     detector = tiny_detector('retinanet')

@@ -39,6 +39,7 @@ def test_nodes_stand_where_they_were_put_and_are_read_by_whom_they_should_be():
     assert {(value.dtype, tuple(value.shape)) for node in graph for value in node.outputs} == {(image.dtype, (1, 3))}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('runtime', ['onnxruntime', pytest.param('openvino', marks=pytest.mark.thorough)])
 def test_every_call_of_a_shared_layer_has_its_name_and_computes_in_integers(runtime, tmp_path, monkeypatch):
     pytest.importorskip(runtime)

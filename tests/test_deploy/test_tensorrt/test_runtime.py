@@ -117,6 +117,7 @@ def test_exported_graphs_obey_and_compute_what_is_simulated(kind, ptq, tmp_path)
     compare(detector, tmp_path / 'model.onnx')
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', ['faster_rcnn', pytest.param('mask_rcnn', marks=pytest.mark.thorough)])
 def test_each_network_of_two_stages_obeys_and_computes_what_is_simulated(kind, tmp_path, monkeypatch):
     architectures.register(monkeypatch)

@@ -76,6 +76,7 @@ def test_the_run_says_so_before_any_stage(make_runner, tmp_path):
     assert not list((tmp_path / 'work_dir').glob('stages/*'))
 
 
+@pytest.mark.thorough
 def test_a_wrapper_without_optimizer_trains_with_adam(make_runner, monkeypatch):
     built, build = [], QuantizationParamsConstructor.__call__
     monkeypatch.setattr(

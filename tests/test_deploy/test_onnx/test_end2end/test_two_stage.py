@@ -89,7 +89,7 @@ def check(expected: list, found: list, least: float) -> None:
 @pytest.mark.parametrize(
     ('kind', 'runtime', 'dynamic'),
     [
-        ('mask_rcnn', 'onnxruntime', True),
+        pytest.param('mask_rcnn', 'onnxruntime', True, marks=pytest.mark.thorough),
         pytest.param('mask_rcnn', 'openvino', False, marks=pytest.mark.thorough),
         pytest.param('faster_rcnn', 'openvino', True, marks=pytest.mark.thorough),
         pytest.param('cascade_with_masks', 'onnxruntime', False, marks=pytest.mark.thorough),
