@@ -145,7 +145,7 @@ def elsewhere():
         ('dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py', 'openvino'),
         ('ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py', 'onnxruntime'),
         ('yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py', 'openvino'),
-        ('conditional_detr/conditional-detr_r50_8xb2-50e_coco.py', 'onnxruntime'),
+        ('detr/detr_r18_8xb2-500e_coco.py', 'openvino'),
     ],
 )
 def test_an_architecture_goes_through_all_of_it(name, runtime, elsewhere, tmp_path):
