@@ -49,7 +49,9 @@ def export_detecting(
             program = program_of(detector, runtime, shape, cfg, f'{END2END}/model{runtime.suffix}')
             runtime.export(copy.deepcopy(detector).cpu(), folder / END2END, shape, end2end=True)
             write_text(folder / PROGRAM, program)
-    except Exception as error:  # of any exporter: the run itself has its model
+    except PTQError as error:
+        trouble = str(error).rstrip('.')
+    except Exception as error:  # of an exporter, or of the detector's own code: the run has its model
         trouble = one_line(error).rstrip('.')
     told = (
         f'no end-to-end model and no {PROGRAM}: {trouble}' if trouble else f'{folder / PROGRAM} detects without mmdet'

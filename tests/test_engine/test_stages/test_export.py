@@ -253,6 +253,10 @@ def test_what_has_no_end_to_end_model_is_told_in_one_sentence(exported, tmp_path
     cfg.test_dataloader.dataset.pipeline.insert(1, dict(type='RandomFlip', prob=0.5))
     export_detecting(exported.detector, runtime, tmp_path, exported.input_shape, cfg)
     assert said[1].endswith('no detect.py: the test pipeline has RandomFlip, which is unknown')
+    # what breaks there breaks no run, which has its model by then
+    monkeypatch.setattr(runtime, 'export', lambda *args, **kwargs: 1 / 0)
+    export_detecting(exported.detector, runtime, tmp_path, exported.input_shape, exported.cfg)
+    assert 'ZeroDivisionError' in said[2]
     assert list(tmp_path.iterdir()) == []
 
 
