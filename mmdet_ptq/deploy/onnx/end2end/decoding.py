@@ -119,12 +119,7 @@ class LevelDecoding(Decoding):
 class ProposalDecoding(LevelDecoding):
     """``RPNHead``: no threshold; levels are suppressed apart, so labels are the levels."""
 
-    METHODS = dict(
-        predict=BaseDenseHead,
-        predict_by_feat=BaseDenseHead,
-        _predict_by_feat_single=RPNHead,
-        _bbox_post_process=RPNHead,
-    )
+    METHODS = dict(LevelDecoding.METHODS, _predict_by_feat_single=RPNHead, _bbox_post_process=RPNHead)
 
     def _threshold(self, test_cfg: dict) -> float:
         return 0.0

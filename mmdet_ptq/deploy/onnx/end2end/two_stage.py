@@ -52,7 +52,7 @@ class TwoStages(nn.Module):
     def __init__(self, detector: nn.Module, outputs: Sequence[Any]) -> None:
         super().__init__()
         _, (scores, _), *_ = outputs
-        self.detector, self.roi_head = detector, detector.roi_head
+        self.detector = detector
         self.decoding = ProposalDecoding(detector.rpn_head, [maps.shape[-2:] for maps in scores])
         self.proposing = Suppression(detector.rpn_head.test_cfg)
         self.suppression = Suppression(self.roi_head.test_cfg)
@@ -60,6 +60,11 @@ class TwoStages(nn.Module):
         self.threshold = self.roi_head.test_cfg['score_thr']
         self.cascade = isinstance(self.roi_head, CascadeRoIHead)
         self.names = ('boxes', 'scores', 'labels', *(['masks'] if self.roi_head.with_mask else []))
+
+    @property
+    def roi_head(self) -> nn.Module:
+        """The detector's; as a module of this one, too, it would have two names while it is traced."""
+        return self.detector.roi_head
 
     def forward(self, input: Tensor, size: Tensor) -> tuple[Tensor, ...]:
         """Detections, best first.
