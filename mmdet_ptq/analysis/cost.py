@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mmdet_ptq.wrapping import LayerStructure, Structure, coverage_rows
-from mmdet_ptq.wrapping.coverage import FLOAT_BITS, bit_operations
+from mmdet_ptq.wrapping.coverage import FLOAT_BITS, bit_operations, operations_outside
 
 
 def float_bops(structure: Structure) -> int:
@@ -21,7 +21,7 @@ def float_bops(structure: Structure) -> int:
 def bops(structure: Structure) -> int:
     """Bit operations of one image: multiply-accumulates x weight bits x activation bits, over all layers.
 
-    Float tensors count 32 bits, operations outside layers 32 x 32. A layer that is called several times
+    Float tensors count 32 bits, float operations outside layers 32 x 32. A layer that is called several times
     counts the widest of its inputs in every call, so the figure is never too low. The measure is that of van
     Baalen et al., Bayesian Bits (NeurIPS 2020).
 
@@ -33,7 +33,7 @@ def bops(structure: Structure) -> int:
         bit_operations(layer.macs, layer.weight, [activations[name] if name else None for name in layer.inputs])
         for layer in structure.layers
     )
-    return layers + FLOAT_BITS**2 * sum(operation['macs'] for operation in structure.uncovered)
+    return layers + operations_outside(structure)
 
 
 def weight_bits(layer: LayerStructure) -> int:

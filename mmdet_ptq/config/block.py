@@ -32,6 +32,7 @@ KEYS = (
     'activations',
     'saturation',
     'dataflow',
+    'products',
     'head',
     'first',
     'last',
@@ -46,6 +47,8 @@ KEYS = (
 DYNAMIC = 'dynamic'
 DATAFLOWS = ('accuracy', 'balanced', 'speed')
 # as they were called before
+# of two activations
+PRODUCTS = ('integer', 'float')
 _DATAFLOWS = {'per_channel': 'accuracy', 'auto': 'balanced', 'full': 'speed'}
 # keys of earlier versions, why they are no more and what replaces them; where they were off, nothing is said
 GONE = {
@@ -84,6 +87,10 @@ class PTQConfig:
             ``'balanced'`` gives it where it costs the detections least, measured on calibration images, and is
             the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but layer inputs. The
             earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
+        products: Products of two activations inside attention, windows and dynamic layers. ``'integer'`` quantizes both
+            factors where the product reads them, each with one scale and no zero point, as runtimes multiply them in
+            integers; ``'float'`` leaves them. Defaults to ``'integer'``, with ``'ncnn'`` first in ``export`` to
+            ``'float'``.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
         first: What differs in the layers that read the image.
@@ -112,6 +119,7 @@ class PTQConfig:
     activations: TensorConfig = field(default_factory=ActivationConfig)
     saturation: str = SATURATIONS[0]
     dataflow: str | None = None
+    products: str = PRODUCTS[0]
     head: dict = field(default_factory=dict)
     first: dict = field(default_factory=dict)
     last: dict = field(default_factory=dict)
@@ -165,6 +173,8 @@ class PTQConfig:
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         saturation = merged.get('saturation', _needed_saturation(merged.get('export', [])))
         choice('ptq.saturation', saturation, SATURATIONS)
+        products = merged.get('products', _needed_products(merged.get('export', [])))
+        choice('ptq.products', products, PRODUCTS)
         dataflow = merged.get('dataflow', _needed_dataflow(merged.get('export', [])))
         cfg = cls(
             preset=name,
@@ -176,6 +186,7 @@ class PTQConfig:
             first=_policy('ptq.first', merged.get('first', {})),
             last=_policy('ptq.last', merged.get('last', {})),
             dataflow=_DATAFLOWS.get(dataflow, dataflow),
+            products=products,
             overrides={p: _policy(f'ptq.overrides[{p!r}]', v) for p, v in merged.get('overrides', {}).items()},
             export=list(merged.get('export', [])),
         )
@@ -251,6 +262,11 @@ def _runtimes(export: Any) -> list:
 def _needed_dataflow(export: list) -> str | None:
     """What the first runtime needs."""
     return next((runtime.dataflow for runtime in _runtimes(export[:1])), None)
+
+
+def _needed_products(export: list) -> str:
+    """What the first runtime computes."""
+    return next((runtime.products for runtime in _runtimes(export[:1])), PRODUCTS[0])
 
 
 def _needed_saturation(export: list) -> str:

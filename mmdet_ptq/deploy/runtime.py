@@ -40,7 +40,7 @@ class IntegerCoverage:
     """What a runtime's own optimized graph shows.
 
     Attributes:
-        integer: Names of the calls of layers that it computes in integers.
+        integer: Names of the calls of layers, and products of activations, that it computes in integers.
         float: Names of those that it does not.
     """
 
@@ -66,6 +66,7 @@ class Runtime:
         evidence: What :meth:`coverage` reads.
         dataflow: ``ptq.dataflow`` that its integers take, where the config says nothing.
         saturation: ``ptq.saturation`` that its kernels take, where the config says nothing.
+        products: ``ptq.products``, in the same way.
         end2end: Whether its models can decode and suppress, too.
         opening: How a program without us runs such a model.
         packs: Whether it stores fewer than 8 bits a weight.
@@ -86,6 +87,7 @@ class Runtime:
     evidence: str = 'its own optimized graph'
     dataflow: str | None = None
     saturation: str = 'safe'
+    products: str = 'integer'
     end2end: bool = False
     opening: Opening | None = None
     packs: bool = False

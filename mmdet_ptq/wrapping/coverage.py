@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.wrapping.names import product_of
 from mmdet_ptq.wrapping.state import STATE
 from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 
@@ -42,7 +43,7 @@ def _input_format(entry: ActivationStructure | None) -> str:
 
 
 def coverage_rows(structure: Structure) -> list[CoverageRow]:
-    """One row per layer, then one per uncovered operation."""
+    """One row per layer, then one per product of activations, then one per uncovered operation."""
     rows = []
     for layer in structure.layers:
         entries = [structure.activations[name] if name else None for name in layer.inputs]
@@ -59,6 +60,20 @@ def coverage_rows(structure: Structure) -> list[CoverageRow]:
                 layer.reason,
             )
         )
+    for product in structure.products:
+        left, right = (_input_format(structure.activations[name]) for name in product['factors'])
+        rows.append(
+            CoverageRow(
+                product_of(product['factors'][0]),
+                'product of activations',
+                product['module'].split('.')[0],
+                product['macs'],
+                right,
+                left,
+                True,
+                '',
+            )
+        )
     for op in structure.uncovered:
         rows.append(
             CoverageRow(
@@ -73,6 +88,15 @@ def coverage_rows(structure: Structure) -> list[CoverageRow]:
             )
         )
     return rows
+
+
+def operations_outside(structure: Structure) -> int:
+    """Bit operations of what no layer computes: products of activations, and what stays float."""
+    found = FLOAT_BITS**2 * sum(operation['macs'] for operation in structure.uncovered)
+    for product in structure.products:
+        left, right = (structure.activations[name].spec for name in product['factors'])
+        found += bit_operations(product['macs'], left, [right])
+    return found
 
 
 def integer_mac_share(structure: Structure) -> float:

@@ -30,7 +30,7 @@ from mmdet_ptq.wrapping.watching.operations import (
     keeps_channels,
     works_in_place,
 )
-from mmdet_ptq.wrapping.watching.tensors import tensors_in
+from mmdet_ptq.wrapping.watching.tensors import matrices, tensors_in
 from mmdet_ptq.wrapping.weights import quantized_weights
 
 # attribute of a tensor: the activation quantizer whose values it holds, and the version they were written with
@@ -38,26 +38,20 @@ _CARRIED = '_ptq_activation'
 
 
 @dataclass(frozen=True)
-class Site:
-    """One call of a functional operation whose result is quantized, or that works in place on a quantized tensor.
+class Place:
+    """One call of a functional operation in a forward pass.
 
     Attributes:
         module: Path of the module whose forward calls the function.
         call: Which call of the module in a forward pass.
         function: The function's name.
         index: Which call of the function within that call of the module.
-        activation: The activation quantizer of its result; None where it only works in place.
-        gate: That of the (hard) sigmoid inside a SiLU or HardSwish; None for other functions.
-        observes: Whether the activation's range is observed here, not where layers read it.
     """
 
     module: str
     call: int
     function: str
     index: int
-    activation: str | None
-    gate: str | None = None
-    observes: bool = False
 
     @property
     def key(self) -> tuple[str, int, str, int]:
@@ -66,6 +60,34 @@ class Site:
     def to_dict(self) -> dict:
         """Plain values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Site(Place):
+    """One call of a functional operation whose result is quantized, or that works in place on a quantized tensor.
+
+    Attributes:
+        activation: The activation quantizer of its result; None where it only works in place.
+        gate: That of the (hard) sigmoid inside a SiLU or HardSwish; None for other functions.
+        observes: Whether the activation's range is observed here, not where layers read it.
+    """
+
+    activation: str | None
+    gate: str | None = None
+    observes: bool = False
+
+
+@dataclass(frozen=True)
+class Product(Place):
+    """One product of two matrices, both of them activations, which are quantized where it reads them.
+
+    Attributes:
+        factors: Their activation quantizers.
+        macs: Multiply-accumulates for one image.
+    """
+
+    factors: list[str]
+    macs: int
 
 
 def carried(x: Tensor) -> str | None:
@@ -79,17 +101,17 @@ class Dataflow:
 
     Args:
         state: The detector's quantization state.
-        sites: The operations that are looked for.
-        calls: Path of every module whose forward calls a function named in a site, to how often it runs in a pass.
+        places: The operations that are looked for.
+        calls: Path of every module whose forward calls a function of a place, to how often it runs in a pass.
 
     Attributes:
         enabled: Whether anything is quantized between the layers.
     """
 
-    def __init__(self, state: QuantizationState, sites: list[Site], calls: dict[str, int]) -> None:
+    def __init__(self, state: QuantizationState, places: list[Site | Product], calls: dict[str, int]) -> None:
         self.state = state
-        self.sites = {site.key: site for site in sites}
-        self.functions = frozenset(site.function for site in sites)
+        self.places = {place.key: place for place in places}
+        self.functions = frozenset(place.function for place in places)
         self.module_calls = dict(calls)
         self.frames = Frames()
         self.active = False
@@ -130,7 +152,7 @@ class Dataflow:
         Raises:
             PTQError: Somebody called a part of the detector by itself.
         """
-        if self.enabled and not self.active and self.state.mode == 'quantize' and (self.sites or self.module_calls):
+        if self.enabled and not self.active and self.state.mode == 'quantize' and (self.places or self.module_calls):
             raise PTQError(
                 f'a part of the quantized detector, with the layer {layer}, was called by itself, and what is '
                 'quantized between the layers (`ptq.dataflow`) is known for whole passes alone; call the detector or '
@@ -178,8 +200,10 @@ class Dataflow:
         if frame is None:
             return func(*args, **kwargs)
         if name in self.functions:
-            place = frame.next(name)  # counts every call, whether anything is quantized there or not
-            site = self.sites.get(place)
+            # counts every call, whether anything is quantized there or not
+            site = self.places.get(frame.next(name))
+        if isinstance(site, Product):
+            return self._multiply(site, func, args, kwargs)
         if site is not None and torch.is_grad_enabled() and works_in_place(name, kwargs) and carried(args[0]):
             # what a quantizer returned is what its gradient is computed from
             args = (args[0].clone(), *args[1:])
@@ -192,6 +216,16 @@ class Dataflow:
         if site is not None:
             out = self.write(site.activation, out, site.observes, f'`{name}` in {site.module or "the detector"}')
         return out
+
+    def _multiply(self, product: Product, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        factors, where = list(args), f'`{product.function}` in {product.module or "the detector"}'
+        for name, place in zip(product.factors, matrices(args), strict=True):
+            factors[place] = self.write(name, args[place], True, where)
+        return self.multiplied(func, factors, kwargs)
+
+    def multiplied(self, func: Callable, args: list, kwargs: dict) -> Tensor:
+        """A product of matrices."""
+        return func(*args, **kwargs)
 
     def _gated(self, site: Site, x: Tensor) -> Tensor:
         gate = self.write(site.gate, self.gate(GATED[site.function], x), False, site.function)
@@ -298,7 +332,7 @@ def attach_dataflow(
     detector: nn.Module,
     state: QuantizationState,
     outputs: dict[str, list[str | None]],
-    sites: list[Site],
+    places: list[Site | Product],
     calls: dict[str, int],
 ) -> None:
     """Puts quantizers between the layers of a detector that has its quantized weights and inputs.
@@ -307,10 +341,10 @@ def attach_dataflow(
         detector: The detector.
         state: Its quantization state, which holds the quantizers.
         outputs: Layer name to one activation name per call.
-        sites: The operations that are looked for.
+        places: The operations that are looked for.
         calls: See :class:`Dataflow`.
     """
-    flow = state.flow = Dataflow(state, sites, calls)
+    flow = state.flow = Dataflow(state, places, calls)
     modules = dict(detector.named_modules())
     for name, module in modules.items():
         if name in calls and name:

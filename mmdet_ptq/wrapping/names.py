@@ -37,6 +37,17 @@ def result_name(module: str, function: str, index: int, call: int | None = None)
     return place if call is None else f'{place}#{call}'
 
 
+def factor_name(module: str, function: str, index: int, side: str, call: int | None = None) -> str:
+    """Name of what a product of matrices reads: ``head:matmul/left`` or ``/right``; see :func:`result_name`."""
+    return f'{result_name(module, function, index, call)}/{side}'
+
+
+def product_of(factor: str) -> str:
+    """The name of the product that a factor is of, in the words of the detector; '' for other activations."""
+    name, _, side = factor.rpartition('/')
+    return name.replace('/', '.') if side in ('left', 'right') else ''
+
+
 def call_name(layer: str, call: int) -> str:
     """Name of a call of a layer: the layer's for the first one."""
     return f'{layer}#{call}' if call else layer

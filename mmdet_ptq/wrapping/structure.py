@@ -13,7 +13,7 @@ from mmdet_ptq.errors import PTQError
 from mmdet_ptq.fields import Each, Fields, Malformed, Whole, check_form
 from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.registry import QUANTIZERS, registered
-from mmdet_ptq.wrapping.flow import Site, attach_dataflow
+from mmdet_ptq.wrapping.flow import Product, Site, attach_dataflow
 from mmdet_ptq.wrapping.folding import fold_norms
 from mmdet_ptq.wrapping.inputs import attach_inputs
 from mmdet_ptq.wrapping.state import ChannelDivision, QuantizationState, is_quantized
@@ -62,7 +62,7 @@ class ActivationStructure:
 
     Attributes:
         spec: Spec of its quantizer.
-        readers: How many calls of layers read it in a forward pass.
+        readers: How many calls of layers, and products, read it in a forward pass.
         observer: What finds its range.
         range: Its two ends, where they are known beforehand.
         moved: Whether values are quantized before they are moved into the tensor.
@@ -94,6 +94,7 @@ class Structure:
         biases: Layers that got a bias which they did not have in the float detector, folding aside.
         sites: Functional operations whose results are quantized (see :class:`mmdet_ptq.wrapping.flow.Site`).
         module_calls: Modules whose operations are counted to find the sites, and how often each runs in a pass.
+        products: Products of two activations whose factors are quantized (see :class:`mmdet_ptq.wrapping.flow.Product`).
         islands: Operations between quantized layers that stay float: module, operation, reason.
         attentions: Attentions whose projections became linear layers, see :mod:`mmdet_ptq.wrapping.watching.attention`.
     """
@@ -105,6 +106,7 @@ class Structure:
     uncovered: list[dict] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     sites: list[dict] = field(default_factory=list)
+    products: list[dict] = field(default_factory=list)
     module_calls: dict[str, int] = field(default_factory=dict)
     islands: list[dict] = field(default_factory=list)
     attentions: list[str] = field(default_factory=list)
@@ -136,6 +138,7 @@ class Structure:
             Malformed: What does not fit together.
         """
         read = Counter(name for layer in self.layers for name in layer.inputs if name)
+        read.update(name for product in self.products for name in product['factors'])
         written = {name for layer in self.layers for name in layer.outputs if name}
         written |= {name for site in self.sites for name in (site['activation'], site.get('gate')) if name}
         unknown = (read.keys() | written) - self.activations.keys()
@@ -143,7 +146,7 @@ class Structure:
             raise Malformed(f'the structure names the activation {min(unknown)[:100]}, which it does not have')
         for name, entry in self.activations.items():
             if entry.readers != read[name]:
-                told = f'{entry.readers} readers, and {read[name]} layers read it'
+                told = f'{entry.readers} readers, and {read[name]} layers and products read it'
                 raise Malformed(f'the activation {name[:100]} tells of {told}')
             if entry.range is not None and len(entry.range) != 2:
                 raise Malformed(f'the range of the activation {name[:100]} has not two ends')
@@ -152,6 +155,8 @@ class Structure:
             raise Malformed(f'the structure has the layer {names.most_common(1)[0][0][:100]} twice')
         if any(len(pair) != 2 for pair in self.folds):
             raise Malformed('a fold of the structure has not two names')
+        if any(len(product['factors']) != 2 for product in self.products):
+            raise Malformed('a product of the structure has not two factors')
 
 
 def _format(spec: Any) -> str:
@@ -183,6 +188,9 @@ _ACTIVATION = Fields(
 _SITE = Fields(
     dict(module=str, call=_COUNT, function=str, index=_COUNT, activation=_MAYBE), dict(gate=_MAYBE, observes=bool)
 )
+_PRODUCT = Fields(
+    dict(module=str, call=_COUNT, function=str, index=_COUNT, factors=[str], macs=_COUNT),
+)
 _STRUCTURE = Fields(
     dict(layers=[_LAYER], activations=Each(_ACTIVATION)),
     dict(
@@ -191,6 +199,7 @@ _STRUCTURE = Fields(
         uncovered=[dict],
         biases=_TEXTS,
         sites=[_SITE],
+        products=[_PRODUCT],
         module_calls=Each(Whole(1)),
         islands=[dict],
         attentions=_TEXTS,
@@ -216,7 +225,8 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     fold_norms(detector, [tuple(pair) for pair in structure.folds])
     disable_checkpointing(detector)
     modules = dict(detector.named_modules())
-    named = [layer.name for layer in structure.layers] + [site['module'] for site in structure.sites]
+    named = [layer.name for layer in structure.layers]
+    named += [place['module'] for place in (*structure.sites, *structure.products)]
     missing = [name for name in (*named, *structure.module_calls) if name not in modules]
     if missing:
         raise PTQError(
@@ -240,8 +250,9 @@ def apply_structure(detector: nn.Module, structure: Structure) -> None:
     inputs = {layer.name: layer.inputs for layer in structure.layers if any(layer.inputs)}
     attach_inputs(detector, state, inputs)
     outputs = {layer.name: layer.outputs for layer in structure.layers if any(layer.outputs)}
-    if outputs or structure.sites:
-        attach_dataflow(detector, state, outputs, [Site(**site) for site in structure.sites], structure.module_calls)
+    if outputs or structure.sites or structure.products:
+        places = [Site(**site) for site in structure.sites] + [Product(**product) for product in structure.products]
+        attach_dataflow(detector, state, outputs, places, structure.module_calls)
 
 
 def disable_checkpointing(detector: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from mmdet_ptq.config import ProtectConfig, PTQConfig
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.wrapping import Structure
-from mmdet_ptq.wrapping.coverage import FLOAT_BITS, bit_operations, float_size_bytes
+from mmdet_ptq.wrapping.coverage import FLOAT_BITS, bit_operations, float_size_bytes, operations_outside
 
 RUNTIME_BITS = 8  # more of them no runtime multiplies as integers
 # (kind, tensor name) -> spec of its quantizer, None for float; stands in for what the structure says
@@ -63,7 +63,7 @@ def cost_of(structure: Structure, changed: Specs | None = None, integer_bits: in
         # the factors that weights took over
         size += FLOAT_BITS // 8 * entry.divided['channels'] if spec and entry.divided else 0
     uncovered = sum(operation['macs'] for operation in structure.uncovered)
-    return Cost(size, bops + FLOAT_BITS**2 * uncovered, float_macs + uncovered)
+    return Cost(size, bops + operations_outside(structure), float_macs + uncovered)
 
 
 def _weight_bytes(numel: int, spec: dict | None) -> int:
@@ -91,7 +91,8 @@ class Budget:
     ) -> None:
         cfg = block.protect or ProtectConfig()
         self.integer_bits = RUNTIME_BITS if block.export else 16
-        macs = sum(layer.macs for layer in structure.layers) + sum(op['macs'] for op in structure.uncovered)
+        outside = (*structure.products, *structure.uncovered)
+        macs = sum(layer.macs for layer in structure.layers) + sum(op['macs'] for op in outside)
         self.start = self.cost(structure)
         self.float_size = float_size_bytes(detector)
         self.float_bops = FLOAT_BITS**2 * macs

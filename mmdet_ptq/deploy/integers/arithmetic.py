@@ -43,6 +43,7 @@ from mmdet_ptq.wrapping.inputs import QuantizedInput
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.layers import out_channels
 from mmdet_ptq.wrapping.watching.operations import PRODUCTS, clip_bounds, clips_at_zero, is_mean_of_images
+from mmdet_ptq.wrapping.watching.tensors import matrices
 
 _KERNELS = frozenset({'conv1d', 'conv2d', 'conv3d', 'linear'})
 _ADDITIONS = frozenset({'add', 'add_', '__add__', '__iadd__'})
@@ -79,7 +80,7 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
             stack.callback(hook.module.register_forward_pre_hook(hook.begin).remove)
             stack.callback(hook.module.register_forward_hook(hook.end, prepend=True, always_call=True).remove)
         flow = state.flow
-        for owner, method in ((state, 'quantize'), (flow, 'run'), (flow, 'write'), (flow, 'gate'), (flow, 'product')):
+        for owner, method in ((state, 'quantize'), (flow, 'run'), (flow, 'write'), (flow, 'gate'), (flow, 'product'), (flow, 'multiplied')):
             setattr(owner, method, getattr(watch, method))
             stack.callback(delattr, owner, method)
         yield
@@ -215,6 +216,7 @@ class _Watch:
         self.flow, self.readers = flow, readers
         self._quantize = flow.state.quantize
         self._run, self._write, self._gate, self._product = flow.run, flow.write, flow.gate, flow.product
+        self._multiplied = flow.multiplied
         self.layer: _Layer | None = None
         self.of_layers: set[str] = set()
 
@@ -302,6 +304,20 @@ class _Watch:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.product`."""
         out, result = self._product(x, gate), self._pair(Product, x, gate)
         return out if result is None else _mark(out, result)
+
+    @torch.no_grad()
+    def multiplied(self, func: Callable, args: list, kwargs: dict) -> Tensor:
+        """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.multiplied`."""
+        places = matrices(tuple(args))
+        names = [carried(args[place]) for place in places]
+        quantizers = [self.flow.state.activations[name] for name in names if self.flow.works(name)]
+        if len(quantizers) < len(places) or not all(map(fits_byte, quantizers)):
+            return self._multiplied(func, args, kwargs)
+        integers, scale = list(args), torch.ones(())
+        for place, quantizer in zip(places, quantizers, strict=True):
+            integers[place] = (quantizer.encode(args[place]) - quantizer.zero_point).double()
+            scale = scale * quantizer.positive_scale().float()
+        return func(*integers, **kwargs).float() * scale
 
     def _computed(self, name: str, args: tuple, kwargs: dict) -> Result | None:
         """What an operation is about to write, if it is a ReLU behind a kernel, or a kernel itself."""

@@ -39,6 +39,7 @@ class NcnnRuntime(Runtime):
     compares = True
     # its x86 kernels multiply 16-bit numbers; on Arm two products of signed codes fit 16 bits
     saturation = 'ignore'
+    products = 'float'
     # ncnn computes a layer in the format that the file gives it, or refuses the file
     evidence = 'the formats of the layers that it loads'
 

@@ -60,6 +60,11 @@ def read_meta(text: str) -> dict:
     return meta
 
 
+def called(meta: dict) -> list[str]:
+    """The calls of layers and the products of activations that a network has, by their names."""
+    return [*meta['layers'], *meta.get('products', ())]
+
+
 def checked_meta(text: str, path: str | os.PathLike, *others: Path) -> dict:
     """The same of a file that anybody may have written, or damaged.
 
@@ -139,6 +144,7 @@ _META = Fields(
         regions=Whole(1, MOST_REGIONS),
         raw_shapes=[_SIZES],
         input=_INPUT,
+        products=[str],
         saturating=[str],
         space_to_depth=_OFFSETS,
         folded=_OFFSETS,

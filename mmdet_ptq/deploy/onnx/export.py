@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmdet_ptq.compat import typed_ranges
 from mmdet_ptq.deploy.integers.biases import float_shared_biases
 from mmdet_ptq.deploy.network.known_sizes import known_sizes
-from mmdet_ptq.deploy.network.meta import checked_meta, input_meta, write_meta
+from mmdet_ptq.deploy.network.meta import called, checked_meta, input_meta, write_meta
 from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.raw_outputs import (
     RawOutputs,
@@ -145,6 +145,7 @@ def _export(
     model = exported_program(detector, network, inputs, dialect, told)
     from mmdet_ptq.deploy.onnx.compact import compact
     from mmdet_ptq.deploy.onnx.graph import name_layers
+    from mmdet_ptq.deploy.onnx.products import name_products
     from mmdet_ptq.deploy.onnx.saturation import saturating_layers
     from mmdet_ptq.deploy.onnx.space_to_depth import fold_space_to_depth
 
@@ -152,6 +153,10 @@ def _export(
     meta['layers'] = name_layers(graph, detector)
     if is_quantized(detector):
         expand_quantizers(graph, detector, dialect.clip_codes, dialect.unsigned, dialect.rounds_wide)
+        if products := name_products(graph):
+            # they stood under the module that computes them
+            meta['layers'] = {call: layer for call, layer in meta['layers'].items() if call not in products}
+            meta['products'] = list(products.values())
         # a float detector stays what PyTorch exports
         folded = fold_space_to_depth(graph, into_kernel=dialect.slices_into_kernel)
         meta['space_to_depth'] = {fold.activation: fold.offsets for fold in folded if fold.activation is not None}
@@ -163,7 +168,7 @@ def _export(
     for pack in dialect.packings if packed else ():
         pack(graph)
     if dialect.compact:
-        compact(model, meta['layers'])
+        compact(model, called(meta))
     _write(model, meta, path, dialect)
     return meta
 
@@ -301,7 +306,7 @@ def model_meta(path: str | os.PathLike) -> dict:
         saturating)``:
         ``input`` is :func:`mmdet_ptq.deploy.network.meta.input_meta`, ``outputs`` is the nesting of the raw outputs,
         ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer,
-        ``saturating`` the calls of layers that processors without VNNI compute wrongly. A
+        ``products`` (where there are any) those of two activations, ``saturating`` the calls of layers that processors without VNNI compute wrongly. A
         quantized detector's has ``space_to_depth``, too: what
         :func:`mmdet_ptq.deploy.onnx.space_to_depth.fold_space_to_depth` changed, each activation to the offsets of the
         slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads

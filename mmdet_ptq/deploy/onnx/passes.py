@@ -250,7 +250,7 @@ def integer_biases(graph: ir.Graph, stored: bool = True) -> list[str]:
 
 
 # operations whose results are some of their inputs' values
-_MOVEMENTS = (
+MOVEMENTS = (
     'Concat',
     'MaxPool',
     'Resize',
@@ -275,7 +275,7 @@ def quantize_movements(graph: ir.Graph) -> None:
         graph: Changed in place.
     """
     for node in list(graph):
-        if node.op_type not in _MOVEMENTS or (node.op_type == 'Resize' and not _nearest(node)):
+        if node.op_type not in MOVEMENTS or (node.op_type == 'Resize' and not _nearest(node)):
             continue
         data = node.inputs if node.op_type == 'Concat' else node.inputs[:1]
         sources = [produced_by(value, 'DequantizeLinear') for value in data]

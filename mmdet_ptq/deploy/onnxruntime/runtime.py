@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import name_first
 from mmdet_ptq.deploy.network.canvas import with_size
+from mmdet_ptq.deploy.network.meta import called
 from mmdet_ptq.deploy.network.program import Opening
 from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.export import export_onnx, model_meta
@@ -188,7 +189,7 @@ class OnnxRuntime(Runtime):
             nodes = onnx.load(path, load_external_data=False).graph.node
         found = IntegerCoverage()
         integer = {node.name for node in nodes if node.op_type.startswith('QLinear') or node.op_type in _INTEGER}
-        for call in self.meta['layers']:
+        for call in called(self.meta):
             # a fused node is named after the node it came from, with something before or after
             mine = any(call == name or name.startswith(f'{call}_') for name in integer)
             (found.integer if mine else found.float).append(call)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.agreement import report_inputs
 from mmdet_ptq.deploy.network.canvas import with_size
-from mmdet_ptq.deploy.network.meta import checked_meta, write_meta
+from mmdet_ptq.deploy.network.meta import called, checked_meta, write_meta
 from mmdet_ptq.deploy.network.parts import part_path, parts_of
 from mmdet_ptq.deploy.network.program import Opening
 from mmdet_ptq.deploy.network.seal import seal
@@ -180,6 +180,6 @@ class OpenVino(Runtime):
                 integer.update(
                     name.strip().split('/')[0] for name in info['originalLayersNames'].astype(str).split(',')
                 )
-        for call in self.meta['layers']:
+        for call in called(self.meta):
             (found.integer if call in integer else found.float).append(call)
         return found

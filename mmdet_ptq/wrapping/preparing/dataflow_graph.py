@@ -31,10 +31,16 @@ class DataflowGraph:
         structure: The detector's structure with quantized weights and inputs.
         outputs: Layers that write the heads' outputs.
         modules: The detector's modules by name.
+        multiplied: Whether products of activations are quantized where they read.
     """
 
     def __init__(
-        self, recorder: Recorder, structure: Structure, outputs: Container[str], modules: dict[str, nn.Module]
+        self,
+        recorder: Recorder,
+        structure: Structure,
+        outputs: Container[str],
+        modules: dict[str, nn.Module],
+        multiplied: bool,
     ) -> None:
         self.operations = recorder.operations
         self.readers: dict[Key, list[Operation]] = defaultdict(list)
@@ -50,6 +56,7 @@ class DataflowGraph:
         # behind and in front of quantized layers, by known operations alone or by any
         self._comes, self._comes_anyhow = self._behind_layers(known=True), self._behind_layers(known=False)
         self._leads, self._leads_anyhow = self._before_layers(known=True), self._before_layers(known=False)
+        self.products = [op for op in self.operations if multiplied and self._is_product(op)]
         self.entries = structure.activations
         # where depthwise convolutions have a quantizer of their own, the tensor's is that of the other layers
         own = [op for op in self.operations if self._is_of_the_tensor(op, structure)]
@@ -96,6 +103,43 @@ class DataflowGraph:
         """Whether quantized layers read what is computed from any of some tensors, by whatever operations."""
         return not self._leads_anyhow.isdisjoint(keys)
 
+    def _is_product(self, op: Operation) -> bool:
+        """Whether an operation multiplies two matrices that layers compute, for other layers, among integers."""
+        return (
+            op.macs > 0
+            and len(op.inputs) == 2
+            and all(self.come_from_layers([key]) for key in op.inputs)
+            and self.lead_to_layers(op.outputs)
+            and not self._is_among_float_layers(op.place[0])
+        )
+
+    def _is_among_float_layers(self, module: str) -> bool:
+        """Whether the layers of a module are all float, or those of the next one around it that has any."""
+        while module:
+            layers = [layer for layer in self.layers.values() if layer.name.startswith(f'{module}.')]
+            if layers:
+                return not any(layer.integer for layer in layers)
+            module = module.rpartition('.')[0]
+        return False
+
+    def is_positive(self, key: Key) -> bool:
+        """Whether no value of a tensor is below zero, as the operation tells that computes it."""
+        maker = self.producer.get(key)
+        while maker is not None and maker.kind == MOVEMENT and not maker.joins and maker.inputs:
+            maker = self.producer.get(maker.inputs[0])
+        return maker is not None and maker.positive
+
+    def read_in_float(self, key: Key) -> bool:
+        """Whether nothing reads a tensor as it would be quantized where it is computed, be it through movements."""
+        return all(
+            all(self.read_in_float(out) for out in op.outputs) and not self.between(op)
+            if op.kind == MOVEMENT
+            else self.input_of(op) is None
+            if op.kind == LAYER
+            else not self.between(op)
+            for op in self.readers[key]
+        )
+
     def _is_of_the_tensor(self, op: Operation, structure: Structure) -> bool:
         """Whether the quantizer of a layer's input is the tensor's own, for all readers; else that gets another one."""
         name = self.input_of(op)
@@ -128,8 +172,16 @@ class DataflowGraph:
         if any(reader.overwrites and reader.inputs[0] == key for reader in self.readers[key]):
             return False
         if op.kind == LAYER:
-            return self.made_of_integers(key) and self.lead_to_layers(op.outputs) or self.writes_output(op)
+            leads = self.lead_to_layers(op.outputs) and not self._ends_in_float(op)
+            return self.made_of_integers(key) and leads or self.writes_output(op)
         return (op.kind == ARITHMETIC or op.joins) and self.made_of_integers(key) and self.becomes_integers(key)
+
+    def _ends_in_float(self, op: Operation) -> bool:
+        """Whether a linear layer ends in float, as kernels of matrix products can, for float operations alone read it.
+
+        Products of activations are among these: they round what they read by themselves.
+        """
+        return isinstance(self.modules[op.name], nn.Linear) and self.read_in_float(op.outputs[0])
 
     def writes_output(self, op: Operation) -> bool:
         """Whether a quantized layer writes an output of the heads in few bits; products of matrices end in float."""

@@ -19,6 +19,7 @@ from mmdet_ptq.wrapping.flow import Site
 from mmdet_ptq.wrapping.names import output_name, result_name
 from mmdet_ptq.wrapping.preparing.choose_scales import Scales, choose_scales, give_one_scale, give_one_zero_point
 from mmdet_ptq.wrapping.preparing.dataflow_graph import DataflowGraph
+from mmdet_ptq.wrapping.preparing.plan_products import plan_products
 from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS, Weigh
 from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, out_channels
@@ -244,15 +245,31 @@ def plan_dataflow(
         weigh: Runs it on more images and tells which values matter.
     """
     recorder, outputs = record_operations(detector, run), frozenset(outputs)
-    graph = DataflowGraph(recorder, structure, outputs, dict(detector.named_modules()))
+    multiplied = cfg.products == 'integer' and not cfg.activations.float
+    graph = DataflowGraph(recorder, structure, outputs, dict(detector.named_modules()), multiplied)
     calls = dict(recorder.frames.calls)
+    if cfg.dataflow is not None:
+        _plan_between(detector, structure, cfg, outputs, graph, calls, weigh)
+    plan_products(structure, graph, cfg, calls)
+    places = [*structure.sites, *structure.products]
+    counted = set().union(*(recorder.called[place['function']] for place in places))
+    structure.module_calls = {module: calls[module] for module in sorted(counted)}
+
+
+def _plan_between(
+    detector: nn.Module,
+    structure: Structure,
+    cfg: PTQConfig,
+    outputs: frozenset[str],
+    graph: DataflowGraph,
+    calls: dict[str, int],
+    weigh: Weigh,
+) -> None:
     scales = choose_scales(
         detector, structure, cfg.dataflow, weigh, graph.gated_layers(), graph.may_stay_float(), graph.alone()
     )
     planner = _Planner(graph, structure, cfg, calls, outputs, scales)
     planner.plan()
-    counted = set().union(*(recorder.called[site['function']] for site in structure.sites))
-    structure.module_calls = {module: calls[module] for module in sorted(counted)}
     islands = planner.float_gates() + graph.islands()
     structure.islands = list({(i['module'], i['operation']): i for i in islands}.values())
     operations = sum(site['activation'] is not None for site in structure.sites)

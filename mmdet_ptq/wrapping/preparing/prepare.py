@@ -42,7 +42,7 @@ from mmdet_ptq.wrapping.watching.layers import (
     kind,
     neighbours,
 )
-from mmdet_ptq.wrapping.watching.probe import LayerCall, Probe, head_names, part_of, probe_detector
+from mmdet_ptq.wrapping.watching.probe import PRODUCT_OF_ACTIVATIONS, LayerCall, Probe, head_names, part_of, probe_detector
 from mmdet_ptq.wrapping.weights import quantized_weights
 
 
@@ -86,7 +86,8 @@ def prepare_detector(
     plan = _plan(detector, cfg, probe, policies, run_many or run)
     structure = plan.structure
     structure.norms, structure.attentions = kept, attentions
-    if cfg.dataflow is not None:
+    multiplied = any(operation['reason'] == PRODUCT_OF_ACTIVATIONS for operation in structure.uncovered)
+    if cfg.dataflow is not None or (multiplied and cfg.products == 'integer'):
         plan_dataflow(detector, structure, cfg, run, probe.outputs, weigh or not_weighed(run))
     apply_structure(detector, structure)  # the folds are done; the structure records them only now
     structure.folds = [list(pair) for pair in folds]

@@ -89,6 +89,8 @@ CLIPS = {
 }
 _SUMS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', 'sub_', '__sub__', '__rsub__', '__isub__'}
 PRODUCTS = {'mul', 'mul_', '__mul__', '__rmul__', '__imul__', 'multiply'}
+# of matrices
+MATRIX_PRODUCTS = frozenset({'matmul', '__matmul__', '__rmatmul__', 'bmm', 'einsum'})
 _QUOTIENTS = {'div', 'div_', '__truediv__', '__itruediv__', 'divide', 'true_divide'}
 GATES = {'sigmoid': 'sigmoid', 'sigmoid_': 'sigmoid', 'hardsigmoid': 'hardsigmoid'}
 # of activations, which no weight could take over
@@ -152,6 +154,11 @@ def classify(func: Any, name: str, args: tuple, kwargs: dict) -> str:
 def keeps_channels(name: str) -> bool:
     """Whether a movement leaves every channel where it is, so that a scale per channel moves along."""
     return name in _IN_PLACE_OF_CHANNELS
+
+
+def is_positive(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether no value that an operation returns is below zero."""
+    return name in ('softmax', *GATES) or clips_at_zero(name, args, kwargs)
 
 
 def clips_at_zero(name: str, args: tuple, kwargs: dict) -> bool:

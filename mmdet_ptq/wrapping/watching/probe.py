@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
 from mmdet_ptq.wrapping.watching.tensors import WEIGHTED_FUNCTIONS, gradients_everywhere, key_of, tensors_in, walk_back
 
+PRODUCT_OF_ACTIVATIONS = 'activation x activation product'  # why it stays float
 _PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
@@ -254,7 +255,7 @@ class _Prober:
         elif any(isinstance(t, nn.Parameter) for t in operands):
             reason = 'a parameter of a module that is no layer'
         else:
-            reason = 'activation x activation product'
+            reason = PRODUCT_OF_ACTIVATIONS
         if macs:
             self.probe.uncovered.append(Uncovered(name, operation.__name__, reason, macs))
 

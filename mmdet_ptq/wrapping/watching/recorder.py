@@ -10,19 +10,29 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet_ptq.wrapping.watching.frames import Frames
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
 from mmdet_ptq.wrapping.watching.operations import (
     JOINS,
     LAYER,
+    MATRIX_PRODUCTS,
     MOVEMENT,
     UNKNOWN,
     classify,
     clips_at_zero,
+    is_positive,
     works_in_place,
 )
-from mmdet_ptq.wrapping.watching.tensors import METADATA, function_name, gradients_everywhere, key_of, tensors_in
+from mmdet_ptq.wrapping.watching.tensors import (
+    METADATA,
+    function_name,
+    gradients_everywhere,
+    key_of,
+    matrices,
+    tensors_in,
+)
 
 Key = tuple[int, int]
 
@@ -40,6 +50,8 @@ class Operation:
         clips: It is max(x, 0), perhaps clipped above, too.
         in_place: It overwrites its first input; who goes on with the result takes what it returns.
         overwrites: It changes a tensor in place that is read under its old name later.
+        positive: None of its values is below zero.
+        macs: Multiply-accumulates of a product of two matrices; 0 of anything else.
     """
 
     kind: str
@@ -50,6 +62,8 @@ class Operation:
     clips: bool = False
     in_place: bool = False
     overwrites: bool = False
+    positive: bool = False
+    macs: int = 0
 
     @property
     def joins(self) -> bool:
@@ -96,7 +110,13 @@ class Recorder:
         inputs = [self.read(t) for t in read]  # before an in-place function raises the version
         kind = classify(func, name, args, kwargs)
         place = frame.next(name)
-        out = func(*args, **kwargs)
+        macs = 0
+        if name in MATRIX_PRODUCTS and len(matrices(args)) == 2:
+            with FlopCounterMode(display=False) as counter:
+                out = func(*args, **kwargs)
+            macs = counter.get_total_flops() // 2
+        else:
+            out = func(*args, **kwargs)
         changed = [t for t, key in zip(read, inputs, strict=True) if key_of(t) != key]
         if name == '__get__' and not isinstance(out, Tensor):
             return out
@@ -110,7 +130,17 @@ class Recorder:
         if returned and not outputs and not changed:
             return out
         in_place = works_in_place(name, kwargs) and bool(changed)
-        operation = Operation(kind, name, place, inputs, outputs, clips_at_zero(name, args, kwargs), in_place)
+        operation = Operation(
+            kind,
+            name,
+            place,
+            inputs,
+            outputs,
+            clips=clips_at_zero(name, args, kwargs),
+            in_place=in_place,
+            positive=is_positive(name, args, kwargs),
+            macs=macs,
+        )
         self.add(operation)
         for tensor in changed:
             if (key := self.keep(tensor)) not in outputs:

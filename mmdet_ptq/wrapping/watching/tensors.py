@@ -50,6 +50,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
 
 
+def matrices(args: tuple) -> list[int]:
+    """The places of the floating-point tensors among the arguments of a product of matrices."""
+    return [place for place, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
+
+
 @contextmanager
 def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
     """Runs a block of code in which every parameter takes part, so that autograd's graph tells what is made of what."""

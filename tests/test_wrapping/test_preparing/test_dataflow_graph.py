@@ -37,7 +37,7 @@ def graph():
     layers = [LayerStructure(name, 'linear', 'neck', 1, 1, dict(SPEC), [name]) for name in names]
     activations = {name: ActivationStructure(dict(SPEC), 1) for name in names}
     structure = Structure(layers=layers, activations=activations)
-    return DataflowGraph(Recorder(operations), structure, {'head'}, MODULES)
+    return DataflowGraph(Recorder(operations), structure, {'head'}, MODULES, multiplied=False)
 
 
 def test_integers_go_through_known_operations_alone(graph):
@@ -83,5 +83,5 @@ def test_what_a_head_puts_out_stays_float_where_it_is_a_product_of_matrices(grap
 def test_an_operation_behind_floats_is_told_so(graph):
     graph.operations.insert(4, operation(ARITHMETIC, 'mul', [C], D))
     structure = Structure([], {}, [*graph.layers.values()], graph.entries)
-    again = DataflowGraph(Recorder(graph.operations), structure, set(), MODULES)
+    again = DataflowGraph(Recorder(graph.operations), structure, set(), MODULES, multiplied=False)
     assert again.islands()[1] == dict(module='', operation='mul', reason='float operations stand before it')

@@ -127,8 +127,8 @@ def _with(toy, forward, **modules):
     return toy.eval()
 
 
-def _prepare(toy, image):
-    structure = prepare_detector(toy, PTQConfig.from_dict(dict(preset='w8a8_observe')), lambda: toy(image))
+def _prepare(toy, image, **ptq):
+    structure = prepare_detector(toy, PTQConfig.from_dict(dict(preset='w8a8_observe', **ptq)), lambda: toy(image))
     return structure, {row.name: row for row in coverage_rows(structure)}
 
 
@@ -175,7 +175,7 @@ def test_activation_products_are_named(toy, image, product):
 
     inner = type(toy).features
     _with(toy, lambda x: toy.attention(inner(toy, x)), attention=Attention())
-    structure, _ = _prepare(toy, image)
+    structure, _ = _prepare(toy, image, products='float')
     assert [op['module'] for op in structure.uncovered] == ['attention', 'attention']
     assert [op['macs'] for op in structure.uncovered] == [8 * 8 * 64] * 2
     assert {op['reason'] for op in structure.uncovered} == {'activation x activation product'}
@@ -202,7 +202,7 @@ def test_attention_that_stays_closed_is_counted_once(toy, image):
 
 
 def test_attention_is_counted_once(toy, image):
-    structure, _ = _prepare(with_attention(toy), image)
+    structure, _ = _prepare(with_attention(toy), image, products='float')
     # four projections of 64 positions are layers; two products over all their pairs are not
     layers = {layer.name: layer.macs for layer in structure.layers if layer.name.startswith('attention.')}
     assert layers == {f'attention.mha.{part}_proj': 64 * 8 * 8 for part in ('q', 'k', 'v', 'out')}

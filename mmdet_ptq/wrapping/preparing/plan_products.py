@@ -1,0 +1,54 @@
+"""Products of two activations, as in attention: both factors are quantized where the product reads them."""
+
+from __future__ import annotations
+
+from mmengine.logging import print_log
+
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.quantizers import build_quantizer
+from mmdet_ptq.wrapping.flow import Product
+from mmdet_ptq.wrapping.names import factor_name
+from mmdet_ptq.wrapping.preparing.dataflow_graph import DataflowGraph
+from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
+from mmdet_ptq.wrapping.watching.channel_costs import BITS
+from mmdet_ptq.wrapping.watching.probe import PRODUCT_OF_ACTIVATIONS
+from mmdet_ptq.wrapping.watching.recorder import Operation
+
+
+def plan_products(structure: Structure, graph: DataflowGraph, cfg: PTQConfig, calls: dict[str, int]) -> None:
+    """Adds quantizers for the factors of products to a structure that is about to be applied.
+
+    A factor has one scale, and no zero point: OpenVINO multiplies matrices with one in float. What is never negative,
+    as the weights of attention, has codes without sign where the format of activations knows them.
+
+    Args:
+        structure: The detector's structure with quantized weights and inputs, changed in place.
+        graph: Its float pass.
+        cfg: The ``ptq`` block.
+        calls: How often each module runs in a pass.
+    """
+    policy = cfg.activations
+    for op in graph.products:
+        module, call, function, index = op.place
+        told = call if calls[module] > 1 else None
+        names = [factor_name(module, function, index, side, told) for side in ('left', 'right')]
+        for name, key in zip(names, op.inputs, strict=True):
+            spec = dict(
+                type='mmdet_ptq.AffineQuantizer',
+                bits=max(policy.bits, BITS),
+                symmetric=bool(policy.quantizer.get('symmetric', False)) or not graph.is_positive(key),
+                narrow_range=bool(policy.quantizer.get('narrow_range', False)),
+            )
+            structure.activations[name] = ActivationStructure(build_quantizer(spec).spec(), 1, policy.observer)
+        structure.products.append(Product(*op.place, names, op.macs).to_dict())
+        _take_from_uncovered(structure, op)
+    if structure.products:
+        print_log(f'{len(structure.products)} products of two activations are quantized', 'current')
+
+
+def _take_from_uncovered(structure: Structure, op: Operation) -> None:
+    for place, uncovered in enumerate(structure.uncovered):
+        told = tuple(uncovered[key] for key in ('module', 'operation', 'macs', 'reason'))
+        if told == (op.place[0], op.name, op.macs, PRODUCT_OF_ACTIVATIONS):
+            del structure.uncovered[place]
+            return
