@@ -15,6 +15,8 @@ from mmdet_ptq.errors import PTQError
 FARTHEST = 1e5
 # of sizes that are exponentials: beyond it they are as far as boxes go, and their gradients would not be finite
 LARGEST_EXPONENT = 20.0
+# of probabilities that heads return in place of logits
+LEAST_PROBABILITY = 1e-6
 # masks that are compared, of an image: as many as mmdet's own configs let a detector find
 MASKS = 100
 

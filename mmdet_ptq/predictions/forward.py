@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.aligned import AlignedPredictions, Regions
 from mmdet_ptq.predictions.dispatch import align_head
+from mmdet_ptq.predictions.prototypes import align_prototypes, answering_with_prototypes, has_prototypes
 from mmdet_ptq.predictions.queries import chooses_queries, chosen_queries
 from mmdet_ptq.predictions.samples import with_annotations
 from mmdet_ptq.predictions.stock import runs_as
@@ -34,7 +35,7 @@ def raw_predictions(detector: nn.Module, batch_inputs: Tensor, batch_data_sample
         batch_inputs: (N, C, H, W) preprocessed images.
         batch_data_samples: Meta information of the N images.
     """
-    with _same_part(detector):
+    with _same_part(detector), answering_with_prototypes(predicting_part(detector)):
         return detector(batch_inputs, with_annotations(batch_data_samples), mode='tensor')
 
 
@@ -63,9 +64,9 @@ def check_raw_outputs(detector: nn.Module) -> None:
     """Refuses detectors that have no raw outputs to learn from.
 
     Raises:
-        PTQError: The detector's class needs annotations for ``mode='tensor'``, as YOLACT and CondInst do.
+        PTQError: The detector needs annotations for ``mode='tensor'``, as YOLACT and CondInst would.
     """
-    if runs_as(detector, SingleStageInstanceSegmentor) and detector.with_bbox:
+    if runs_as(detector, SingleStageInstanceSegmentor) and detector.with_bbox and not has_prototypes(detector):
         raise PTQError(
             f'{type(detector).__name__} computes its raw outputs from annotated objects, so that `ptq.protect`, '
             "`reconstruct` and `global_loss` have nothing to compare; quantize it with preset='w8a8_observe'."
@@ -135,6 +136,8 @@ def _align(model: nn.Module, outputs: Any, metas: list[dict]) -> AlignedPredicti
     """By the head; or as a whole, where the forward is its own: align_head.register(MyDetector) teaches it."""
     if runs_as(model, SingleStageDetector) or runs_as(model, DetectionTransformer):
         return align_head(model.bbox_head, outputs, metas)
+    if has_prototypes(model):
+        return align_prototypes(model, outputs)
     if runs_as(model, SingleStageInstanceSegmentor) and not model.with_bbox:
         return align_head(model.mask_head, *outputs, metas)
     if runs_as(model, MaskFormer):

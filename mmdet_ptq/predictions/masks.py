@@ -16,12 +16,9 @@ from mmdet.models.dense_heads import (
 )
 from torch import Tensor
 
-from mmdet_ptq.predictions.aligned import AlignedPredictions, Masks
+from mmdet_ptq.predictions.aligned import LEAST_PROBABILITY, AlignedPredictions, Masks
 from mmdet_ptq.predictions.dispatch import adapter, flatten_levels, level_sizes
 from mmdet_ptq.predictions.heads import align_boxes, priors_of
-
-# of probabilities that heads return in place of logits
-LEAST_PROBABILITY = 1e-6
 
 
 @adapter(RTMDetInsHead)
@@ -36,7 +33,7 @@ def align_rtmdet_ins(head, outputs: tuple, batch_img_metas: list[dict]) -> Align
             features[image].to(kernels.dtype), kernels[image, chosen], priors[chosen]
         )
 
-    return align_boxes(head, (cls_maps, box_maps), masks=_by_image(draw))
+    return align_boxes(head, (cls_maps, box_maps), masks=by_image(draw))
 
 
 @adapter(SOLOHead)
@@ -44,7 +41,7 @@ def align_solo(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPred
     """SOLO: a mask for each cell of the grids; the forward returns probabilities."""
     mask_maps, cls_maps = outputs
     masks = _probabilities(mask_maps)
-    return _cells(cls_maps, _by_image(lambda image, chosen: _logit(masks[image, chosen])))
+    return _cells(cls_maps, by_image(lambda image, chosen: _logit(masks[image, chosen])))
 
 
 @adapter(DecoupledSOLOHead)
@@ -65,7 +62,7 @@ def align_decoupled_solo(head, outputs: tuple, batch_img_metas: list[dict]) -> A
         column, row = of_cell[chosen].unbind(1)
         return _logit(columns[image, column] * rows[image, row])
 
-    return _cells(cls_maps, _by_image(draw))
+    return _cells(cls_maps, by_image(draw))
 
 
 @adapter(SOLOV2Head)
@@ -81,9 +78,7 @@ def align_solov2(head, outputs: tuple, batch_img_metas: list[dict]) -> AlignedPr
 
     channels = head.cls_out_channels
     return AlignedPredictions(
-        cls_logits=flatten_levels(cls_maps, channels),
-        masks=_by_image(draw),
-        level_sizes=level_sizes(cls_maps, channels),
+        cls_logits=flatten_levels(cls_maps, channels), masks=by_image(draw), level_sizes=level_sizes(cls_maps, channels)
     )
 
 
@@ -116,7 +111,7 @@ def _logit(probabilities: Tensor) -> Tensor:
     return probabilities.logit(eps=LEAST_PROBABILITY)
 
 
-def _by_image(draw: Callable[[int, Tensor], Tensor]) -> Masks:
+def by_image(draw: Callable[[int, Tensor], Tensor]) -> Masks:
     """Masks of heads that draw those of one image at once."""
 
     def draw_all(rows: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ that the float detector is surest of.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from mmdet.models.detectors import TridentFasterRCNN, TwoStageDetector
@@ -19,7 +22,7 @@ from mmdet.structures.bbox import get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet_ptq.predictions.aligned import AlignedPredictions, Masks, Regions
+from mmdet_ptq.predictions.aligned import LEAST_PROBABILITY, MASKS, AlignedPredictions, Masks, Regions
 from mmdet_ptq.predictions.dispatch import align_head, align_raw, announce, own_decoding
 from mmdet_ptq.predictions.samples import with_annotations
 from mmdet_ptq.predictions.stock import runs_as
@@ -77,7 +80,7 @@ def predict_two_stage(
     if masked:
         rows = seen['mask_rows'] if reference is None else reference.masks.rows
         sure = (second if reference is None else reference).cls_logits.detach()
-        second.masks = _rows_masks(seen['masks'], rows, sure)
+        second.masks = _rows_masks(_mean_of_stages(seen['masks']), rows, sure)
     return replace(second, regions=regions, proposal_stage=first)
 
 
@@ -107,29 +110,33 @@ def _compares_masks(roi_head: nn.Module) -> bool:
     if not roi_head.with_mask:
         return False
     name = type(roi_head).__name__
-    if isinstance(roi_head, CascadeRoIHead):
-        # of all proposals, in each stage, and cut from the graph
-        announce(f'{name}: masks of cascades do not enter the global loss, its boxes do.')
-        return False
-    head = roi_head.mask_head
-    known = isinstance(head, FCNMaskHead) and not own_decoding(type(head), FCNMaskHead)
-    if not known or type(roi_head)._mask_forward is not StandardRoIHead._mask_forward:
+    kinds = (StandardRoIHead, CascadeRoIHead, HybridTaskCascadeRoIHead)
+    known = any(type(roi_head)._mask_forward is kind._mask_forward for kind in kinds) and all(
+        isinstance(head, FCNMaskHead) and not own_decoding(type(head), FCNMaskHead) for head in _mask_heads(roi_head)
+    )
+    if not known:
         announce(f'{name}: its masks are drawn in another way than by FCNMaskHead, so the global loss has only boxes.')
         return False
     return True
 
 
+def _mask_heads(roi_head: nn.Module) -> list[nn.Module]:
+    """The mask head, or one for each stage of a cascade."""
+    return list(roi_head.mask_head) if isinstance(roi_head, CascadeRoIHead) else [roi_head.mask_head]
+
+
 @contextmanager
 def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], masked: bool, size: tuple[int, int]):
     """Collects both stages' raw outputs and regions in one forward pass; feeds the given regions, if any."""
-    seen: dict = {'rois': [], 'boxes': []}
+    seen: dict = {'rois': [], 'boxes': [], 'masks': []}
+    cascade = isinstance(model.roi_head, CascadeRoIHead)
 
     def read(_, args, kwargs):
         own = args[1] if len(args) > 1 else kwargs.pop('rois')
         if given is not None:
             own = given.rois[len(seen['rois'])]
-        elif masked and seen['boxes']:
-            seen['mask_rows'], own = _surest(*seen['boxes'][-1], len(own))
+        elif masked and seen['boxes'] and not cascade:
+            seen['mask_rows'], own = _surest(seen['boxes'], len(own))
         seen['rois'].append(own.detach())
         return (args[0], seen['rois'][-1], *args[2:]), kwargs
 
@@ -151,13 +158,18 @@ def _captured(model: nn.Module, given: Regions | None, heads: list[nn.Module], m
             handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
     for head in heads:
         handles.append(head.register_forward_hook(lambda _, args, out: seen['boxes'].append((*out, seen['rois'][-1]))))
-    if masked:
-        handles.append(model.roi_head.mask_head.register_forward_hook(lambda _, args, out: seen.update(masks=out)))
+    if masked and cascade:
+        # mmdet draws those of all proposals, and cuts them from the graph
+        model.roi_head._mask_forward = partial(_draw_surest, model.roi_head._mask_forward, seen)
+    elif masked:
+        handles.append(model.roi_head.mask_head.register_forward_hook(lambda _, args, out: seen['masks'].append(out)))
     try:
         yield seen
     finally:
         if model.with_rpn:
             del model.rpn_head.predict
+        if masked and cascade:
+            del model.roi_head._mask_forward
         for handle in handles:
             handle.remove()
 
@@ -172,9 +184,34 @@ def _at_least_one(proposals: list[InstanceData], size: tuple[int, int]) -> list[
     return [whole, *proposals[1:]]
 
 
-def _surest(cls_score: Tensor, _, rois: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The RoIs of the highest scores, image by image: their rows (number, 2), and they themselves."""
-    confidence = cls_score.softmax(-1)[:, :-1].amax(-1)
+def _draw_surest(draw: Callable, seen: dict, *args, **kwargs) -> dict:
+    """Stands in for a cascade's ``_mask_forward``: the masks of the surest RoIs are seen, all RoIs get the first one's."""
+    given = inspect.signature(draw).bind(*args, **kwargs)
+    rois = given.arguments['rois']
+    seen['mask_rows'], given.arguments['rois'] = _surest(seen['boxes'], min(MASKS, len(rois)))
+    found = draw(*given.args, **given.kwargs)['mask_preds']
+    stages = found if isinstance(found, list) else [found]
+    seen['masks'] += stages
+    like = [stage.detach()[:1].expand(len(rois), *stage.shape[1:]) for stage in stages]
+    return dict(mask_preds=like if isinstance(found, list) else like[0])
+
+
+def _mean_of_stages(masks: list[Tensor]) -> Tensor:
+    """Logits of what mmdet makes of the masks of a cascade's stages: their mean probability."""
+    if len(masks) == 1:
+        return masks[0]
+    return torch.stack(masks).sigmoid().mean(0).logit(eps=LEAST_PROBABILITY)
+
+
+def _surest(boxes: list[tuple], number: int) -> tuple[Tensor, Tensor]:
+    """The RoIs of the highest scores, image by image: their rows (number, 2), and they themselves.
+
+    Args:
+        boxes: Scores, deltas and RoIs of each stage.
+        number: How many.
+    """
+    rois = boxes[-1][2]
+    confidence = torch.stack([scores for scores, _, _ in boxes]).mean(0).softmax(-1)[:, :-1].amax(-1)
     index = confidence.topk(number).indices.sort().values
     return torch.stack(_places(rois), 1)[index], rois[index]
 

@@ -188,9 +188,7 @@ _ACTIVATION = Fields(
 _SITE = Fields(
     dict(module=str, call=_COUNT, function=str, index=_COUNT, activation=_MAYBE), dict(gate=_MAYBE, observes=bool)
 )
-_PRODUCT = Fields(
-    dict(module=str, call=_COUNT, function=str, index=_COUNT, factors=[str], macs=_COUNT),
-)
+_PRODUCT = Fields(dict(module=str, call=_COUNT, function=str, index=_COUNT, factors=[str], macs=_COUNT))
 _STRUCTURE = Fields(
     dict(layers=[_LAYER], activations=Each(_ACTIVATION)),
     dict(

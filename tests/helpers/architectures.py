@@ -238,6 +238,47 @@ def yolact() -> dict:
     return model
 
 
+def condinst() -> dict:
+    """Each object draws its mask with a small network of its own."""
+    model = tiny_model_cfg('retinanet')
+    channels = model['neck']['out_channels']
+    model['type'] = 'CondInst'
+    model['bbox_head'] = dict(
+        type='CondInstBboxHead',
+        num_params=169,
+        num_classes=NUM_CLASSES,
+        in_channels=channels,
+        feat_channels=16,
+        stacked_convs=1,
+        strides=[8, 16],
+        norm_on_bbox=True,
+        centerness_on_reg=True,
+        norm_cfg=None,
+        conv_bias=True,
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        loss_bbox=dict(type='GIoULoss'),
+        loss_centerness=dict(type='CrossEntropyLoss', use_sigmoid=True),
+    )
+    model['mask_head'] = dict(
+        type='CondInstMaskHead',
+        mask_out_stride=4,
+        mask_feature_head=dict(
+            in_channels=channels,
+            feat_channels=16,
+            start_level=0,
+            end_level=1,
+            out_channels=8,
+            mask_stride=8,
+            num_stacked_convs=1,
+            norm_cfg=dict(type='BN'),
+        ),
+        loss_mask=dict(type='DiceLoss'),
+    )
+    nms = dict(type='nms', iou_threshold=0.6)
+    model['test_cfg'] = dict(nms_pre=100, min_bbox_size=0, score_thr=0.0, nms=nms, max_per_img=20, mask_thr=0.5)
+    return model
+
+
 def cascade_rcnn() -> dict:
     """The second of two stages reads the regions that the first one moved."""
     model = tiny_model_cfg('faster_rcnn')
@@ -250,6 +291,27 @@ def cascade_rcnn() -> dict:
         bbox_roi_extractor=head['bbox_roi_extractor'],
         bbox_head=[copy.deepcopy(box_head), copy.deepcopy(box_head)],
     )
+    return model
+
+
+def cascade_mask_rcnn(kind: str = 'Cascade') -> dict:
+    """Masks of both stages, of which mmdet takes the mean."""
+    model, masks = cascade_rcnn(), mask_rcnn()
+    roi_head = model['roi_head']
+    model['type'] = 'CascadeRCNN' if kind == 'Cascade' else 'HybridTaskCascade'
+    roi_head['type'] = f'{kind}RoIHead'
+    roi_head['mask_roi_extractor'] = masks['roi_head']['mask_roi_extractor']
+    mask_head = masks['roi_head']['mask_head']
+    roi_head['mask_head'] = [copy.deepcopy(mask_head) for _ in range(2)]
+    model['test_cfg'] = masks['test_cfg']
+    return model
+
+
+def htc() -> dict:
+    """The same, where a stage's mask head reads what the one before made of the features."""
+    model = cascade_mask_rcnn('HybridTaskCascade')
+    for place, mask_head in enumerate(model['roi_head']['mask_head']):
+        mask_head.update(type='HTCMaskHead', conv_out_channels=mask_head['in_channels'], with_conv_res=place > 0)
     return model
 
 
@@ -412,7 +474,10 @@ ARCHITECTURES: dict[str, Callable[[], dict]] = dict(
     point_rend=point_rend,
     solo=solo,
     yolact=yolact,
+    condinst=condinst,
     cascade_rcnn=cascade_rcnn,
+    cascade_mask_rcnn=cascade_mask_rcnn,
+    htc=htc,
     query_inst=query_inst,
     deformable_detr=deformable_detr,
     two_stage_detr=two_stage_detr,

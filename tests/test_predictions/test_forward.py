@@ -279,7 +279,7 @@ def test_raw_outputs_that_need_annotated_objects_are_refused():
     class Masks(SingleStageInstanceSegmentor):
         """As YOLACT and CondInst: masks of the objects that the box head was trained with."""
 
-        with_bbox = True
+        with_bbox, mask_head = True, None
 
         def __init__(self):
             torch.nn.Module.__init__(self)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from mmdet.models import dense_heads
 from mmdet.models.dense_heads import solo_head, solov2_head
+from mmdet.models.test_time_augs import merge_aug_masks
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData
 
 from mmdet_ptq.calibration.fisher import noisy_loss
 from mmdet_ptq.calibration.global_loss import FilteredGlobalLoss
@@ -211,7 +213,77 @@ def test_a_cascade_has_its_mean_scores_and_last_boxes(monkeypatch):
         torch.testing.assert_close(aligned.boxes[image, :size], boxes)
 
 
-@pytest.mark.parametrize('kind', ['mask_rcnn', 'solo', 'mask2former'])
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['cascade_mask_rcnn', 'htc'])
+def test_masks_of_a_cascade_are_the_mean_of_its_stages(kind, monkeypatch):
+    detector, data = detector_of(kind, monkeypatch)
+    aligned = predict_aligned(detector, data['inputs'], data['data_samples'])
+    features, rows, rois = detector.extract_feat(data['inputs']), aligned.masks.rows, aligned.regions.rois[-1]
+    assert 0 < len(rows) == len(rois) <= 100
+    counts = torch.bincount(aligned.regions.rois[1][:, 0].long())
+    assert torch.equal(aligned.regions.rois[1][rows[:, 1] + rows[:, 0] * counts[0]], rois)
+    if kind == 'htc':
+        stages = detector.roi_head._mask_forward(-1, features, rois, training=False)['mask_preds']
+    else:
+        stages = [detector.roi_head._mask_forward(stage, features, rois)['mask_preds'] for stage in range(2)]
+    merged = merge_aug_masks([stage.sigmoid() for stage in stages], {})
+    labels = aligned.cls_logits[rows[:, 0], rows[:, 1], :-1].argmax(-1)
+    torch.testing.assert_close(aligned.masks.draw(rows).sigmoid(), merged[range(len(rows)), labels])
+    assert '_mask_forward' not in vars(detector.roi_head)
+    again = predict_aligned(detector, data['inputs'], data['data_samples'], aligned)
+    torch.testing.assert_close(again.masks.draw(rows), aligned.masks.draw(rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['yolact', 'condinst'])
+def test_masks_of_prototypes_are_those_of_mmdet_and_need_no_annotations(kind, monkeypatch):
+    detector, data = detector_of(kind, monkeypatch)
+    kept, process = [], type(detector.bbox_head)._bbox_post_process
+    monkeypatch.setattr(
+        type(detector.bbox_head),
+        '_bbox_post_process',
+        lambda self, *args, **told: kept.append(told) or process(self, *args, **told),
+    )
+    aligned = predict_aligned(detector, data['inputs'], data['data_samples'])
+    assert aligned.raw is None and '_forward' not in vars(detector)
+    features = detector.extract_feat(data['inputs'])
+    detector.test_cfg.nms_pre = detector.bbox_head.test_cfg.nms_pre = -1
+    detector.bbox_head.predict(features, data['data_samples'], rescale=False)
+    border = aligned.boxes.new_tensor([64, 48, 64, 48])
+    outputs = detector.bbox_head(features)
+    sizes = [m.shape[-2:] for m in outputs[0]]
+    with_stride = dict(with_stride=True) if kind == 'condinst' else {}
+    places = torch.cat(detector.bbox_head.prior_generator.grid_priors(sizes, device='cpu', **with_stride))
+    for image, told in enumerate(kept):
+        boxes = aligned.boxes[image].clamp(min=0).minimum(border)
+        if kind == 'yolact':
+            torch.testing.assert_close(boxes, told['multi_bboxes'])
+            torch.testing.assert_close(aligned.cls_logits[image].softmax(-1), told['multi_scores'])
+        else:  # a row for each class of each place, the surest first
+            found = told['results']
+            same = (torch.cat([found.points, found.strides[:, None]], 1)[:, None] == places[:, :3]).all(-1)
+            place = same.int().argmax(1)
+            torch.testing.assert_close(boxes[place], found.bboxes)
+            quality = aligned.quality_logits[image].sigmoid()[place]
+            torch.testing.assert_close(aligned.cls_logits[image].sigmoid()[place, found.labels] * quality, found.scores)
+    asked = torch.tensor([[0, 3], [0, 40], [1, 7]])
+    drawn = aligned.masks.draw(asked)
+    number = detector.bbox_head.num_protos if kind == 'yolact' else detector.bbox_head.num_params
+    numbers = torch.cat([m.permute(0, 2, 3, 1).reshape(2, -1, number) for m in outputs[-1]], 1)
+    if kind == 'yolact':
+        told = [InstanceData(coeffs=numbers[0, [3, 40]]), InstanceData(coeffs=numbers[1, [7]])]
+        masks, _ = detector.mask_head(features, told)
+        expected = torch.cat([mask.permute(2, 0, 1) for mask in masks])
+        torch.testing.assert_close(drawn.sigmoid(), expected)
+        return
+    told = [
+        InstanceData(param_preds=numbers[image, rows], points=places[rows, :2], strides=places[rows, 2])
+        for image, rows in enumerate(([3, 40], [7]))
+    ]
+    torch.testing.assert_close(drawn, torch.cat(detector.mask_head(features, told)[0]))
+
+
+@pytest.mark.parametrize('kind', ['mask_rcnn', 'solo', 'mask2former', 'cascade_mask_rcnn', 'htc', 'yolact', 'condinst'])
 def test_the_global_loss_trains_masks(kind, monkeypatch):
     detector, data = detector_of(kind, monkeypatch)
     loss = FilteredGlobalLoss(GlobalLossConfig(score_thr=0.0, iou_thr=0.0))
@@ -226,13 +298,17 @@ def test_the_global_loss_trains_masks(kind, monkeypatch):
     assert terms['loss_mask'] > 0 and 'loss_raw' not in terms
     terms['loss_mask'].backward()
     trained = {name for name, p in detector.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    heads = dict(mask_rcnn='roi_head.mask_head', solo='mask_head.conv_mask', mask2former='panoptic_head.mask_embed')
-    assert any(name.startswith(heads[kind]) for name in trained)
+    heads = dict(
+        solo='mask_head.conv_mask', mask2former='panoptic_head.mask_embed', yolact='mask_head', condinst='mask_head'
+    )
+    head = heads.get(kind, 'roi_head.mask_head')
+    assert any(name.startswith(head) for name in trained)
     weighed = predict_aligned(detector, data['inputs'], data['data_samples'])
     detector.zero_grad()
     noisy_loss(weighed).backward()
-    reached = [p.grad is not None for name, p in detector.named_parameters() if name.startswith(heads[kind])]
-    assert not any(reached) if kind == 'mask_rcnn' else all(reached)
+    reached = [p.grad is not None for name, p in detector.named_parameters() if name.startswith(head)]
+    # where there are boxes, these weigh
+    assert all(reached) if kind in ('solo', 'mask2former') else not any(reached)
 
 
 def predictions(masks, scores, rows=None):

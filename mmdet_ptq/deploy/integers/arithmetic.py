@@ -80,7 +80,14 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
             stack.callback(hook.module.register_forward_pre_hook(hook.begin).remove)
             stack.callback(hook.module.register_forward_hook(hook.end, prepend=True, always_call=True).remove)
         flow = state.flow
-        for owner, method in ((state, 'quantize'), (flow, 'run'), (flow, 'write'), (flow, 'gate'), (flow, 'product'), (flow, 'multiplied')):
+        for owner, method in (
+            (state, 'quantize'),
+            (flow, 'run'),
+            (flow, 'write'),
+            (flow, 'gate'),
+            (flow, 'product'),
+            (flow, 'multiplied'),
+        ):
             setattr(owner, method, getattr(watch, method))
             stack.callback(delattr, owner, method)
         yield

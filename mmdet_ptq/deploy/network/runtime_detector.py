@@ -23,7 +23,7 @@ from mmdet_ptq.deploy.network.parts import (
     parts_of,
     region_inputs,
 )
-from mmdet_ptq.deploy.network.prototypes import has_prototypes, prototype_heads
+from mmdet_ptq.predictions.prototypes import has_prototypes, prototype_heads
 from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
 from mmdet_ptq.deploy.network.raw_outputs import (
     check_exportable,

@@ -105,6 +105,7 @@ class TensorRT(Runtime):
             compact=False,
             check=check_tensorrt_model,
             passes=(
+                passes.integer_products,
                 passes.drop_redundant_clips,
                 passes.quantize_movements,
                 absorb_channel_scales,

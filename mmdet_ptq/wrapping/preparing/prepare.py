@@ -42,7 +42,14 @@ from mmdet_ptq.wrapping.watching.layers import (
     kind,
     neighbours,
 )
-from mmdet_ptq.wrapping.watching.probe import PRODUCT_OF_ACTIVATIONS, LayerCall, Probe, head_names, part_of, probe_detector
+from mmdet_ptq.wrapping.watching.probe import (
+    PRODUCT_OF_ACTIVATIONS,
+    LayerCall,
+    Probe,
+    head_names,
+    part_of,
+    probe_detector,
+)
 from mmdet_ptq.wrapping.weights import quantized_weights
 
 

@@ -133,7 +133,9 @@ def test_among_float_layers_a_product_is_float():
 
 
 def test_formats_without_codes_without_sign_have_none_here():
-    detector, _, _ = attending(dict(activations=dict(quantizer=dict(symmetric=True), observer=dict(type='mmdet_ptq.MinMaxObserver'))))
+    detector, _, _ = attending(
+        dict(activations=dict(quantizer=dict(symmetric=True), observer=dict(type='mmdet_ptq.MinMaxObserver')))
+    )
     assert all(detector.ptq.activations[name].symmetric for name in (LEFT, RIGHT, WEIGHTS, VALUES))
 
 
