@@ -185,7 +185,7 @@ def _at_least_one(proposals: list[InstanceData], size: tuple[int, int]) -> list[
 
 
 def _draw_surest(draw: Callable, seen: dict, *args, **kwargs) -> dict:
-    """Stands in for a cascade's ``_mask_forward``: the masks of the surest RoIs are seen, all RoIs get the first one's."""
+    """Stands in for a cascade's ``_mask_forward``: the surest RoIs' masks are seen, all get the first one's."""
     given = inspect.signature(draw).bind(*args, **kwargs)
     rois = given.arguments['rois']
     seen['mask_rows'], given.arguments['rois'] = _surest(seen['boxes'], min(MASKS, len(rois)))

@@ -94,7 +94,7 @@ class Structure:
         biases: Layers that got a bias which they did not have in the float detector, folding aside.
         sites: Functional operations whose results are quantized (see :class:`mmdet_ptq.wrapping.flow.Site`).
         module_calls: Modules whose operations are counted to find the sites, and how often each runs in a pass.
-        products: Products of two activations whose factors are quantized (see :class:`mmdet_ptq.wrapping.flow.Product`).
+        products: Products of two activations that are quantized (see :class:`mmdet_ptq.wrapping.flow.Product`).
         islands: Operations between quantized layers that stay float: module, operation, reason.
         attentions: Attentions whose projections became linear layers, see :mod:`mmdet_ptq.wrapping.watching.attention`.
     """

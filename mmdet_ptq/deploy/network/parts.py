@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from mmdet_ptq.predictions.prototypes import has_prototypes, prototype_network
 from mmdet_ptq.deploy.network.queries import has_queries, last_layer, whole_image, whole_images
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.prototypes import has_prototypes, prototype_network
 from mmdet_ptq.predictions.stock import runs_as
 from mmdet_ptq.predictions.two_stage import is_two_stage
 from mmdet_ptq.wrapping.names import call_name, call_of, layer_of

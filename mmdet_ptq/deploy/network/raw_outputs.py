@@ -11,9 +11,9 @@ from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstance
 from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions, parts_of
-from mmdet_ptq.predictions.prototypes import has_prototypes
 from mmdet_ptq.deploy.network.queries import has_queries
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.prototypes import has_prototypes
 from mmdet_ptq.predictions.stock import runs_as
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 

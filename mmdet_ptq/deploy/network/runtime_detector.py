@@ -23,7 +23,6 @@ from mmdet_ptq.deploy.network.parts import (
     parts_of,
     region_inputs,
 )
-from mmdet_ptq.predictions.prototypes import has_prototypes, prototype_heads
 from mmdet_ptq.deploy.network.queries import as_layers, finds_boxes, finds_masks, unread_inputs
 from mmdet_ptq.deploy.network.raw_outputs import (
     check_exportable,
@@ -35,6 +34,7 @@ from mmdet_ptq.deploy.network.raw_outputs import (
 )
 from mmdet_ptq.deploy.runtime import Runtime
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.predictions.prototypes import has_prototypes, prototype_heads
 from mmdet_ptq.wrapping.names import layer_of
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 

@@ -306,8 +306,8 @@ def model_meta(path: str | os.PathLike) -> dict:
         saturating)``:
         ``input`` is :func:`mmdet_ptq.deploy.network.meta.input_meta`, ``outputs`` is the nesting of the raw outputs,
         ``raw_shapes`` are theirs for one image of ``input_shape``, ``layers`` names each convolution's layer,
-        ``products`` (where there are any) those of two activations, ``saturating`` the calls of layers that processors without VNNI compute wrongly. A
-        quantized detector's has ``space_to_depth``, too: what
+        ``products`` (where there are any) those of two activations, ``saturating`` the calls of layers that processors
+        without VNNI compute wrongly. A quantized detector's has ``space_to_depth``, too: what
         :func:`mmdet_ptq.deploy.onnx.space_to_depth.fold_space_to_depth` changed, each activation to the offsets of the
         slices in the order of the detector's channels; and ``folded`` the same by layer, where its convolution reads
         the image itself. A detector with two stages has ``parts``, the name of each other network to the digest of its
