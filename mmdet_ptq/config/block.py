@@ -90,7 +90,7 @@ class PTQConfig:
         products: Products of two activations inside attention, windows and dynamic layers. ``'integer'`` quantizes both
             factors where the product reads them, each with one scale and no zero point, as runtimes multiply them in
             integers; ``'float'`` leaves them. Defaults to ``'integer'``, with ``'ncnn'`` first in ``export`` to
-            ``'float'``.
+            ``'float'``. They have 8 bits, right factors 7 with ``saturation='safe'``.
         head: What differs in the detection heads: a dict with ``weights`` / ``activations``, or one of the named
             policies ``'float'``, ``'float_outputs'``, ``'affine'``, ``'log_affine'``.
         first: What differs in the layers that read the image.

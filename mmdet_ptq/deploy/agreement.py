@@ -17,7 +17,7 @@ from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.predictions.queries import chosen_queries
 from mmdet_ptq.wrapping.inputs import QuantizedInput
-from mmdet_ptq.wrapping.names import call_name
+from mmdet_ptq.wrapping.names import call_name, product_of
 from mmdet_ptq.wrapping.state import STATE, with_input
 from mmdet_ptq.wrapping.watching.tensors import walk_back
 
@@ -163,7 +163,20 @@ def _compared(
 
         return compare
 
+    def factor(name: str):
+        def compare(quantizer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if is_rehearsal():
+                return None
+            theirs = quantizer.encode(torch.from_numpy(_like(found[name], output.shape, name)).to(output))
+            difference = (theirs - quantizer.encode(args[0])).abs()
+            agreements.append(TensorAgreement(name, float((difference == 0).double().mean()), int(difference.max())))
+            return quantizer.decode(theirs) if follow else None
+
+        return compare
+
     with ExitStack() as stack:
+        for name in filter(product_of, state.activations.keys() & found.keys()):
+            stack.callback(state.activations[name].register_forward_hook(factor(name)).remove)
         for quantized in state.hooks:
             if isinstance(quantized, QuantizedInput):
                 # behind the quantizer's own hook

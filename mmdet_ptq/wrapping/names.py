@@ -42,6 +42,11 @@ def factor_name(module: str, function: str, index: int, side: str, call: int | N
     return f'{result_name(module, function, index, call)}/{side}'
 
 
+def factors_of(product: str) -> list[str]:
+    """The names of a product's two factors, of its name as :func:`product_of` gives it."""
+    return [f'{product.replace(".", "/")}/{side}' for side in ('left', 'right')]
+
+
 def product_of(factor: str) -> str:
     """The name of the product that a factor is of, in the words of the detector; '' for other activations."""
     name, _, side = factor.rpartition('/')

@@ -32,6 +32,7 @@ from mmdet_ptq.deploy.onnx.dialect import Dialect
 from mmdet_ptq.deploy.onnx.end2end import check_end2end, end_to_end
 from mmdet_ptq.deploy.onnx.end2end.choice import INPUTS
 from mmdet_ptq.deploy.onnx.nodes import OPSET, expand_quantizers, quantizer_nodes
+from mmdet_ptq.deploy.onnx.slices import slice_translations
 from mmdet_ptq.deploy.onnx.trouble import failing_place
 from mmdet_ptq.deploy.requirements import ONNX, require
 from mmdet_ptq.deploy.runtime import file_digest, fixed_size, get_runtime, remove_parts, runtime_of
@@ -194,6 +195,7 @@ def exported_program(
                 input_names=INPUTS if told.get('end2end') else names,
                 output_names=network.names if told.get('end2end') else None,
                 dynamic_shapes=_open_shapes(network, inputs, told),
+                custom_translation_table=slice_translations(),
                 verbose=False,
                 external_data=False,
             )

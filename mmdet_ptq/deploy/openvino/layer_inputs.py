@@ -14,6 +14,7 @@ from mmdet_ptq.deploy.network.canvas import with_size
 from mmdet_ptq.deploy.network.meta import read_meta
 from mmdet_ptq.deploy.openvino.model import FLOAT32, META, layer_operations, shared_core
 from mmdet_ptq.errors import PTQError
+from mmdet_ptq.wrapping.names import factors_of
 
 if TYPE_CHECKING:
     import openvino
@@ -27,20 +28,23 @@ def openvino_inputs(path: str | os.PathLike, *tensors: Tensor) -> dict[str, np.n
         *tensors: What the network reads: the image, (N, C, H, W), normalized.
 
     Returns:
-        Name of the layer, with ``#k`` for further calls, to the tensor.
+        Name of the layer, with ``#k`` for further calls, to the tensor; and the names of what products of activations
+        read (:func:`mmdet_ptq.wrapping.names.factors_of`).
 
     Raises:
         PTQError: OpenVINO computes something else as soon as it is watched.
     """
     model = shared_core().read_model(os.fspath(path))
     meta = read_meta(model.get_rt_info([META]).astype(str))
-    layers = layer_operations(model, meta['layers'])
-    values = _watched(model, path, tensors, [op.input_value(0) for op in layers.values()])
-    found = {call: values[_place(op.input_value(0))] for call, op in layers.items()}
-    for call, op in layers.items():
+    read = {call: (op, 0) for call, op in layer_operations(model, meta['layers']).items()}
+    for product, op in layer_operations(model, meta.get('products', ())).items():
+        read.update({name: (op, side) for side, name in enumerate(factors_of(product))})
+    values = _watched(model, path, tensors, [op.input_value(side) for op, side in read.values()])
+    found = {name: values[_place(op.input_value(side))] for name, (op, side) in read.items()}
+    for name, (op, side) in read.items():
         # OpenVINO reads a transposed tensor as it was before
-        if op.get_attributes().get('transpose_a'):
-            found[call] = np.swapaxes(found[call], -1, -2)
+        if op.get_attributes().get(f'transpose_{"ab"[side]}'):
+            found[name] = np.swapaxes(found[name], -1, -2)
     for call, offsets in meta.get('folded', {}).items():
         found[call] = _slices(found[call], offsets)
     return found

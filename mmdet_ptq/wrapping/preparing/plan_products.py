@@ -14,12 +14,17 @@ from mmdet_ptq.wrapping.watching.channel_costs import BITS
 from mmdet_ptq.wrapping.watching.probe import PRODUCT_OF_ACTIVATIONS
 from mmdet_ptq.wrapping.watching.recorder import Operation
 
+# of the right factor
+SAFE_BITS = 7
+
 
 def plan_products(structure: Structure, graph: DataflowGraph, cfg: PTQConfig, calls: dict[str, int]) -> None:
     """Adds quantizers for the factors of products to a structure that is about to be applied.
 
-    A factor has one scale, and no zero point: OpenVINO multiplies matrices with one in float. What is never negative,
-    as the weights of attention, has codes without sign where the format of activations knows them.
+    A factor has one scale, and no zero point: OpenVINO multiplies matrices with one in float. A left factor that is never
+    negative, as the weights of attention, has codes without sign where the format of activations knows them. With
+    ``saturation='safe'`` right factors have 7 bits: processors without VNNI add two products of a byte and a signed
+    byte in 16 bits, and 2 * 255 * 64 is the most that fits.
 
     Args:
         structure: The detector's structure with quantized weights and inputs, changed in place.
@@ -32,11 +37,13 @@ def plan_products(structure: Structure, graph: DataflowGraph, cfg: PTQConfig, ca
         module, call, function, index = op.place
         told = call if calls[module] > 1 else None
         names = [factor_name(module, function, index, side, told) for side in ('left', 'right')]
-        for name, key in zip(names, op.inputs, strict=True):
+        unsigned = graph.is_positive(op.inputs[0]) and not policy.quantizer.get('symmetric', False)
+        bits = max(policy.bits, BITS)
+        for name, symmetric in zip(names, (not unsigned, True), strict=True):
             spec = dict(
                 type='mmdet_ptq.AffineQuantizer',
-                bits=max(policy.bits, BITS),
-                symmetric=bool(policy.quantizer.get('symmetric', False)) or not graph.is_positive(key),
+                bits=SAFE_BITS if cfg.saturation == 'safe' and name == names[1] and bits == BITS else bits,
+                symmetric=symmetric,
                 narrow_range=bool(policy.quantizer.get('narrow_range', False)),
             )
             structure.activations[name] = ActivationStructure(build_quantizer(spec).spec(), 1, policy.observer)

@@ -39,8 +39,9 @@ def test_both_factors_have_one_scale_and_no_zero_point(dataflow):
     assert {product['macs'] for product in structure.products} == {2 * 64 * 64 * 4} and not structure.uncovered
     for name in (LEFT, RIGHT, WEIGHTS, VALUES):
         quantizer = detector.ptq.activations[name]
-        # what a softmax gives is never negative: all 256 codes are for what there is
-        assert (quantizer.symmetric, quantizer.code_range[1]) == ((False, 255) if name == WEIGHTS else (True, 127))
+        # what a softmax gives is never negative: all 256 codes are for what there is; and 2 * 255 * 64 < 2 ** 15
+        ends = {LEFT: (True, (-128, 127)), WEIGHTS: (False, (0, 255))}.get(name, (True, (-64, 63)))
+        assert (quantizer.symmetric, quantizer.code_range) == ends
         assert quantizer.scale.dim() == 0 and quantizer.zero_point == 0
     assert integer_mac_share(structure) == 1
     rows = {row.name: row for row in coverage_rows(structure)}
@@ -130,6 +131,8 @@ def test_among_float_layers_a_product_is_float():
     assert not structure.products  # nothing in integers reads it
     _, structure, _ = attending(dict(activations=dict(bits=4, observer=dict(type='mmdet_ptq.MinMaxObserver'))))
     assert {structure.activations[name].spec['bits'] for name in (LEFT, WEIGHTS)} == {8}
+    _, structure, _ = attending(dict(saturation='ignore'))
+    assert {structure.activations[name].spec['bits'] for name in (LEFT, RIGHT, WEIGHTS, VALUES)} == {8}
 
 
 def test_formats_without_codes_without_sign_have_none_here():
