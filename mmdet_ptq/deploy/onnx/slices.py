@@ -1,7 +1,7 @@
 """What is written into a slice of a tensor, as a Concat of what stays and what is new.
 
-The exporter makes a ScatterND between two Transposes of it. Behind a chain of these OpenVINO (2026.4) computes a quantized
-layer wrongly, as in DAB-DETR, whose decoder scales halves of its positions one after the other.
+The exporter makes a ScatterND between two Transposes of it. Behind a chain of these OpenVINO (2026.4) computes a
+quantized layer wrongly, as in DAB-DETR, whose decoder scales halves of its positions one after the other.
 """
 
 from __future__ import annotations

@@ -104,12 +104,17 @@ class DataflowGraph:
         return not self._leads_anyhow.isdisjoint(keys)
 
     def _is_product(self, op: Operation) -> bool:
-        """Whether an operation multiplies two matrices that layers compute, for other layers, among integers."""
+        """Whether an operation multiplies two matrices that layers compute, for other layers, among integers.
+
+        Of the 7 bits of a right factor 6 would be left where it is never negative: a softmax there, as in the pooling of
+        GCNet, stays float.
+        """
         return (
             op.macs > 0
             and len(op.inputs) == 2
             and all(self.come_from_layers([key]) for key in op.inputs)
             and self.lead_to_layers(op.outputs)
+            and not self.is_positive(op.inputs[1])
             and not self._is_among_float_layers(op.place[0])
         )
 

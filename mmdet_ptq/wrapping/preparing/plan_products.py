@@ -21,10 +21,10 @@ SAFE_BITS = 7
 def plan_products(structure: Structure, graph: DataflowGraph, cfg: PTQConfig, calls: dict[str, int]) -> None:
     """Adds quantizers for the factors of products to a structure that is about to be applied.
 
-    A factor has one scale, and no zero point: OpenVINO multiplies matrices with one in float. A left factor that is never
-    negative, as the weights of attention, has codes without sign where the format of activations knows them. With
-    ``saturation='safe'`` right factors have 7 bits: processors without VNNI add two products of a byte and a signed
-    byte in 16 bits, and 2 * 255 * 64 is the most that fits.
+    A factor has one scale, and no zero point: OpenVINO multiplies matrices with one in float. A left factor that is
+    never negative, as the weights of attention, has codes without sign where the format of activations knows them.
+    With ``saturation='safe'`` right factors have 7 bits: processors without VNNI add two products of a byte and a
+    signed byte in 16 bits, and 2 * 255 * 64 is the most that fits.
 
     Args:
         structure: The detector's structure with quantized weights and inputs, changed in place.

@@ -195,6 +195,49 @@ def test_sums_within_the_bound_are_exact(on_processor, processor, runtime, tmp_p
         assert np.abs(by_output(levels, kernel) - wanted).max() <= 0.5 + 1e-3, kind
 
 
+def product_model(path, shape, signed):
+    """A product of a tensor with itself, turned round: left factors of all codes, right ones of 7 bits with a sign."""
+    constants = dict(
+        one=np.float32(1),
+        middle=np.uint8(128 if signed else 0),
+        half=np.uint8(128),
+        low=np.float32(-64),
+        high=np.float32(63),
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node('QuantizeLinear', ['x', 'one', 'middle'], ['codes']),
+            helper.make_node('DequantizeLinear', ['codes', 'one', 'middle'], ['left']),
+            helper.make_node('Transpose', ['x'], ['turned'], perm=[0, 1, 3, 2]),
+            helper.make_node('Max', ['turned', 'low'], ['above']),
+            helper.make_node('Min', ['above', 'high'], ['within']),
+            helper.make_node('QuantizeLinear', ['within', 'one', 'half'], ['others']),
+            helper.make_node('DequantizeLinear', ['others', 'one', 'half'], ['right']),
+            helper.make_node('MatMul', ['left', 'right'], ['sums']),
+        ],
+        'product',
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info('sums', TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10), path)
+
+
+@pytest.mark.parametrize('runtime', PROGRAMS)
+@pytest.mark.parametrize('processor', PROCESSORS)
+def test_products_of_activations_with_seven_bits_at_the_right_are_exact(on_processor, processor, runtime, tmp_path):
+    need(runtime)
+    random, models, exact = np.random.default_rng(0), [], []
+    for number, (signed, size) in enumerate(itertools.product((True, False), (16, 31))):
+        low, high = (-128, 127) if signed else (0, 255)
+        given = random.choice([low, high, high, 63], (1, 2, 33, size)).astype(np.float32)
+        product_model(tmp_path / f'product_{number}.onnx', given.shape, signed)
+        models.append((tmp_path / f'product_{number}.onnx', given))
+        exact.append(given @ given.transpose(0, 1, 3, 2).clip(-64, 63))
+    for (sums,), wanted in zip(run(on_processor, processor, runtime, tmp_path, models), exact, strict=True):
+        assert np.array_equal(sums, wanted)
+
+
 # ---- whole detectors
 
 

@@ -123,6 +123,21 @@ def test_what_is_no_product_of_two_activations_for_layers_stays_as_it_is():
     assert not structure.products
 
 
+def test_where_the_right_factor_is_never_negative_a_product_is_float():
+    class Pooling(nn.Module):  # as in GCNet
+        def __init__(self):
+            super().__init__()
+            self.mask, self.add = nn.Conv2d(4, 1, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            weights = self.mask(x).flatten(2).softmax(-1).transpose(1, 2)
+            return x + self.add((x.flatten(2) @ weights)[..., None])
+
+    _, structure, _ = toy(lambda self, a, b: self.pooling(a + b), pooling=Pooling())
+    assert not structure.products
+    assert [op['reason'] for op in structure.uncovered] == ['activation x activation product']
+
+
 def test_among_float_layers_a_product_is_float():
     for override in ({'attention': 'float'}, {'attention.*': 'float'}):
         _, structure, _ = attending(dict(overrides=override))
