@@ -106,8 +106,8 @@ class DataflowGraph:
     def _is_product(self, op: Operation) -> bool:
         """Whether an operation multiplies two matrices that layers compute, for other layers, among integers.
 
-        Of the 7 bits of a right factor 6 would be left where it is never negative: a softmax there, as in the pooling of
-        GCNet, stays float.
+        Of the 7 bits of a right factor 6 would be left where it is never negative: a softmax there, as in GCNet's
+        pooling, stays float.
         """
         return (
             op.macs > 0
