@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from importlib.util import find_spec
@@ -32,6 +32,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the nearest of the known names, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ''
+
+
+def check_choice(key: str, value: Any, known: Collection[str]) -> None:
+    """Refuses what is none of the known words.
+
+    Args:
+        key: Where it stands, for the message.
+        value: What stands there.
+        known: What may.
+
+    Raises:
+        PTQError: With the nearest of them.
+    """
+    if value not in known:
+        raise PTQError(
+            f'`{key}` is {value!r}, which is unknown.{did_you_mean(value, known)} Known: {", ".join(known)}.'
+        )
 
 
 def one_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from mmdet_ptq.config.checks import build, check_type, choice, known_keys, merge
+from mmdet_ptq.config.checks import build, check_type, known_keys, merge
 from mmdet_ptq.config.formats import check_format
 from mmdet_ptq.config.presets import HEAD_POLICIES, PRESETS, RECONSTRUCTION_METHODS
 from mmdet_ptq.config.sections import (
@@ -19,7 +19,7 @@ from mmdet_ptq.config.sections import (
     ReconstructConfig,
     TensorConfig,
 )
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, check_choice
 from mmdet_ptq.fields import plain, qualified
 from mmdet_ptq.registry import RUNTIMES, runtime_names
 
@@ -164,7 +164,7 @@ class PTQConfig:
             )
         known_keys('ptq', block, KEYS)
         name = preset or block.get('preset') or 'w8a8'
-        choice('ptq.preset', name, tuple(PRESETS))
+        check_choice('ptq.preset', name, tuple(PRESETS))
         for key, kind in (('dataflow', str | None), ('overrides', dict), ('export', list)):
             if key in block:
                 check_type(f'ptq.{key}', block[key], kind)
@@ -172,9 +172,9 @@ class PTQConfig:
         _add_needed_formats(merged)
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         saturation = merged.get('saturation', _needed_saturation(merged.get('export', [])))
-        choice('ptq.saturation', saturation, SATURATIONS)
+        check_choice('ptq.saturation', saturation, SATURATIONS)
         products = merged.get('products', _needed_products(merged.get('export', [])))
-        choice('ptq.products', products, PRODUCTS)
+        check_choice('ptq.products', products, PRODUCTS)
         dataflow = merged.get('dataflow', _needed_dataflow(merged.get('export', [])))
         cfg = cls(
             preset=name,
@@ -206,7 +206,7 @@ class PTQConfig:
             if merged.get(name) is not None:
                 setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
         if cfg.dataflow is not None:
-            choice('ptq.dataflow', cfg.dataflow, DATAFLOWS)
+            check_choice('ptq.dataflow', cfg.dataflow, DATAFLOWS)
         if not all(isinstance(name, str) for name in cfg.export) or len(set(cfg.export)) < len(cfg.export):
             raise PTQError(f'`ptq.export` must be a list of different runtime names, got {cfg.export!r}.')
         if 'last' in cfg.head:
@@ -294,7 +294,7 @@ def _with_method(section: Any) -> Any:
         section = dict(method=section)
     if not isinstance(section, dict) or section.get('method') is None:
         return section
-    choice('ptq.reconstruct.method', section['method'], tuple(RECONSTRUCTION_METHODS))
+    check_choice('ptq.reconstruct.method', section['method'], tuple(RECONSTRUCTION_METHODS))
     return {**RECONSTRUCTION_METHODS[section['method']], **section}
 
 
@@ -317,7 +317,9 @@ def _policy(key: str, value: Any) -> dict:
         if key.startswith('ptq.overrides') and value != 'float':
             raise PTQError(f"`{key}` must be 'float' or a dict, got {value!r}.")
         # a policy that says what differs in the output layers says nothing about a layer itself
-        choice(key, value, tuple(n for n, policy in HEAD_POLICIES.items() if key == 'ptq.head' or 'last' not in policy))
+        check_choice(
+            key, value, tuple(n for n, policy in HEAD_POLICIES.items() if key == 'ptq.head' or 'last' not in policy)
+        )
         return copy.deepcopy(HEAD_POLICIES[value])
     if not isinstance(value, dict):
         raise PTQError(f'`{key}` must be a dict or a policy name, got {value!r}.')

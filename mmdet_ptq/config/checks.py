@@ -43,13 +43,6 @@ def known_keys(key: str, values: Mapping, known) -> None:
             raise PTQError(f'`{key}` has no key {name!r}.{did_you_mean(name, known)} Known: {", ".join(known)}.')
 
 
-def choice(key: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise PTQError(
-            f'`{key}` is {value!r}, which is unknown.{did_you_mean(value, choices)} Known: {", ".join(choices)}.'
-        )
-
-
 def positive(key: str, obj: Any, *names: str) -> None:
     for name in names:
         if getattr(obj, name) <= 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mmdet_ptq.config.checks import check_seed, choice, positive
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.config.checks import check_seed, positive
+from mmdet_ptq.errors import PTQError, check_choice
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SATURATIONS = ('safe', 'ignore')
@@ -69,7 +69,7 @@ class TensorConfig:
             raise PTQError(f'`{key}.bits` must be one of 2..8 or 16, got {self.bits!r}.')
         if self.scale_migration and key.endswith('weights'):
             raise PTQError(f'`{key}.scale_migration` means nothing; it belongs to activations.')
-        choice(f'{key}.saturation', self.saturation, SATURATIONS)
+        check_choice(f'{key}.saturation', self.saturation, SATURATIONS)
         if self.saturation != SATURATIONS[0] and key.endswith('activations'):
             raise PTQError(f'`{key}.saturation` means nothing; it belongs to weights.')
         if not 0 <= self.scale_migration <= 1:
@@ -147,7 +147,7 @@ class ProtectConfig:
         if self.size_bytes is not None and self.size_ratio is not None:
             raise PTQError(f'`{key}` names both `size_bytes` and `size_ratio`; keep one of them.')
         for name in self.candidates:
-            choice(f'{key}.candidates', name, CANDIDATES)
+            check_choice(f'{key}.candidates', name, CANDIDATES)
 
 
 @dataclass
@@ -221,9 +221,9 @@ class GlobalLossConfig:
         positive(
             key, self, 'iters', 'batch_size', 'lr', 'augment', 'val_interval', 'checkpoint_interval', 'log_interval'
         )
-        choice(f'{key}.combine', self.combine, ('and', 'or'))
-        choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou'))
-        choice(f'{key}.target', self.target, ('float', 'ground_truth'))
+        check_choice(f'{key}.combine', self.combine, ('and', 'or'))
+        check_choice(f'{key}.box_loss', self.box_loss, ('l1', 'giou'))
+        check_choice(f'{key}.target', self.target, ('float', 'ground_truth'))
         for name in ('score_thr', 'iou_thr'):
             if not 0 <= getattr(self, name) <= 1:
                 raise PTQError(f'`{key}.{name}` must lie between 0 and 1, got {getattr(self, name)!r}.')
@@ -310,8 +310,8 @@ class ReconstructConfig:
 
     def check(self, key: str) -> None:
         positive(key, self, 'batch_size', 'max_positions', 'rounding_lr', 'damping')
-        choice(f'{key}.granularity', self.granularity, ('block', 'layer', 'paper'))
-        choice(f'{key}.rounding', self.rounding, ('adaround', 'latent', 'nearest'))
+        check_choice(f'{key}.granularity', self.granularity, ('block', 'layer', 'paper'))
+        check_choice(f'{key}.rounding', self.rounding, ('adaround', 'latent', 'nearest'))
         if not 0 <= self.fisher <= 1:
             raise PTQError(f'`{key}.fisher` must lie between 0 and 1, got {self.fisher!r}.')
         for name in ('drop', 'input_drop', 'holdout'):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.errors import PTQError
 from mmdet_ptq.registry import QUANTIZERS, SCOPE
 
 # scales below this are treated as this: small enough for any trained layer, large enough that 1 / scale is finite
@@ -159,14 +159,6 @@ def check_finite(x: Tensor, what: str) -> None:
     low, high = torch.aminmax(x.detach())
     if not (torch.isfinite(low) & torch.isfinite(high)):
         raise PTQError(f'The {what} to quantize holds NaN or infinity (non-finite {what}).')
-
-
-def check_choice(key: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raises ``PTQError`` with a suggestion unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise PTQError(
-            f'`{key}` must be one of {", ".join(map(repr, known))}, got {value!r}.{did_you_mean(value, known)}'
-        )
 
 
 def check_bits(bits: Any, allowed: tuple[int, ...], told: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, check_choice
 from mmdet_ptq.quantizers import log_grid
-from mmdet_ptq.quantizers.base import SCALE_FLOOR, Quantizer, check_bits, check_choice, check_finite
+from mmdet_ptq.quantizers.base import SCALE_FLOOR, Quantizer, check_bits, check_finite
 from mmdet_ptq.quantizers.log_fit import fit_log_affine
 from mmdet_ptq.quantizers.saturation import SUM_LIMIT
 from mmdet_ptq.registry import QUANTIZERS
