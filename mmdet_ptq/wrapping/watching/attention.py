@@ -17,7 +17,7 @@ from mmdet_ptq.errors import PTQError
 class OpenAttention(nn.Module):
     """The same as an ``nn.MultiheadAttention``, with a linear layer for each projection.
 
-    The products of activations stay float. Rounding apart, the outputs are the same.
+    Its products of activations are written out, too. Rounding apart, the outputs are the same.
 
     Args:
         attention: What it replaces; its weights are copied.

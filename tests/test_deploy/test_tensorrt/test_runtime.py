@@ -1,3 +1,4 @@
+import json
 import sys
 from types import SimpleNamespace
 
@@ -115,6 +116,37 @@ def test_exported_graphs_obey_and_compute_what_is_simulated(kind, ptq, tmp_path)
     assert all(constants[f'{name}.weight'] == onnx.TensorProto.INT8 for name in quantized_weights(detector))
     assert 'Clip' not in {node.op_type for node in graph.node if 'codes' in node.input[0]}
     compare(detector, tmp_path / 'model.onnx')
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize('kind', ['pvt', 'deformable_detr'])
+def test_transformers_obey_and_compute_what_is_simulated(kind, tmp_path, monkeypatch):
+    architectures.register(monkeypatch)
+    detector, structure = tiny_quantized(kind, dict(W8A8, export=['tensorrt']))
+    assert structure.products
+    settle_biases(detector, structure)
+    freeze_weights(detector)
+    path = tmp_path / 'model.onnx'
+    export_onnx(detector, path, SHAPE, runtime='tensorrt')
+    check_tensorrt_rules(path)
+    graph = onnx.load(path).graph
+    made = {out: node for node in graph.node for out in node.output}
+    (products,) = [json.loads(entry.value)['products'] for entry in graph_meta(path)]
+    for node in graph.node:
+        if node.name in products:  # codes with a sign, which TensorRT multiplies in integers
+            assert [is_code_of(made, value) for value in node.input] == [True, True]
+    compare(detector, path)
+
+
+def graph_meta(path):
+    return [entry for entry in onnx.load(path).metadata_props if entry.key == 'mmdet_ptq']
+
+
+def is_code_of(made, value):
+    """Whether a value is dequantized, be it moved behind that."""
+    while made[value].op_type in ('Transpose', 'Reshape', 'Expand', 'Unsqueeze'):
+        value = made[value].input[0]
+    return made[value].op_type == 'DequantizeLinear'
 
 
 @pytest.mark.thorough
