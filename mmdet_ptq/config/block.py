@@ -173,7 +173,7 @@ class PTQConfig:
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         saturation = merged.get('saturation', _needed_saturation(merged.get('export', [])))
         check_choice('ptq.saturation', saturation, SATURATIONS)
-        products = merged.get('products', _needed_products(merged.get('export', [])))
+        products = merged.get('products', needed_products(merged.get('export', [])))
         check_choice('ptq.products', products, PRODUCTS)
         dataflow = merged.get('dataflow', _needed_dataflow(merged.get('export', [])))
         cfg = cls(
@@ -264,7 +264,7 @@ def _needed_dataflow(export: list) -> str | None:
     return next((runtime.dataflow for runtime in _runtimes(export[:1])), None)
 
 
-def _needed_products(export: list) -> str:
+def needed_products(export: list) -> str:
     """What the first runtime computes."""
     return next((runtime.products for runtime in _runtimes(export[:1])), PRODUCTS[0])
 

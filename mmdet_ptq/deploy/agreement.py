@@ -232,13 +232,21 @@ def report_inputs(
         f'inputs of layers compared with {runtime}: from the image to the outputs',
     )
     name_first(logger, compare_layer_inputs(detector, inputs, image, follow=True, choices=choices), INPUT)
-    left_out = sum(not count for count in getattr(detector, STATE).readers.values())
+    with given(detector):
+        left_out = len(_asleep(detector))
     if left_out:
         logger.info(
             f'{left_out} quantizers between the layers are not in the model for {runtime}; the simulation without them:'
         )
         found = compare_layer_inputs(detector, inputs, image, follow=True, within=given, choices=choices)
         name_first(logger, found, INPUT)
+
+
+def _asleep(detector: nn.Module) -> list[str]:
+    """The quantizers between the layers, and of products, that are switched off."""
+    state = getattr(detector, STATE)
+    read = {name for hook in state.hooks if isinstance(hook, QuantizedInput) for name in hook.names}
+    return [name for name in state.activations if name not in read and not state.flow.works(name)]
 
 
 def _log_shares(logger: MMLogger, found: list[TensorAgreement], what: str) -> None:

@@ -19,7 +19,7 @@ from mmengine.dist import barrier, broadcast_object_list, get_rank, is_main_proc
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmdet_ptq.config.block import GONE_WITHIN
+from mmdet_ptq.config.block import GONE_WITHIN, needed_products
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.files import load_tensors, save_tensors, write_json
 from mmdet_ptq.version import STATE_FORMAT
@@ -59,6 +59,9 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
     for section, added in _ADDED.items():
         if isinstance(recipe[section], dict):
             recipe[section] = {k: v for k, v in recipe[section].items() if k not in added or v != added[k]}
+    # older versions knew no products: where the block says nothing else, what they began is finished as it began
+    if recipe.get('products') == needed_products(recipe['export']):
+        recipe = {key: value for key, value in recipe.items() if key != 'products'}
     # what the preset and the runtimes stand for is in the other keys
     skipped = ('preset', 'export', 'export_size', *_OWN_KEYS.values())
     first = {key: value for key, value in recipe.items() if key not in skipped}

@@ -93,12 +93,21 @@ def _checked(cls: type, func: Callable, head: Any, outputs: Any, batch_img_metas
     redefined = own_decoding(type(head), cls)
     if redefined:
         return align_raw(head, outputs, f'it redefines {", ".join(redefined)} of {cls.__name__}')
+    check_eval(head)
+    return func(head, outputs, batch_img_metas)
+
+
+def check_eval(head: Any) -> None:
+    """Refuses a head in training mode.
+
+    Raises:
+        PTQError: It is.
+    """
     if head.training:
         raise PTQError(
             f'{type(head).__name__} returns other outputs in training mode than it decodes: '
             'call detector.eval() before aligning predictions'
         )
-    return func(head, outputs, batch_img_metas)
 
 
 def flatten_levels(maps: Sequence[Tensor], channels: int) -> Tensor:

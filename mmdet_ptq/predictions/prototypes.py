@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet_ptq.predictions.aligned import AlignedPredictions
-from mmdet_ptq.predictions.dispatch import align_raw, flatten_levels, own_decoding
+from mmdet_ptq.predictions.dispatch import align_raw, check_eval, flatten_levels, own_decoding
 from mmdet_ptq.predictions.heads import align_boxes, priors_of
 from mmdet_ptq.predictions.masks import by_image
 from mmdet_ptq.predictions.stock import runs_as
@@ -105,6 +105,7 @@ def align_prototypes(detector: nn.Module, outputs: tuple) -> AlignedPredictions:
         return align_raw(
             detector, outputs, f'{type(head).__name__} decodes in another way than {kind.box_head.__name__}'
         )
+    check_eval(head)
     coefficients = flatten_levels(coefficient_maps, getattr(head, kind.coefficients))
     with_stride = kind.box_head is CondInstBboxHead
     priors = priors_of(head, maps[0], with_stride=True) if with_stride else priors_of(head, maps[0])

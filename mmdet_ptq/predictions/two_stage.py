@@ -200,7 +200,8 @@ def _mean_of_stages(masks: list[Tensor]) -> Tensor:
     """Logits of what mmdet makes of the masks of a cascade's stages: their mean probability."""
     if len(masks) == 1:
         return masks[0]
-    return torch.stack(masks).sigmoid().mean(0).logit(eps=LEAST_PROBABILITY)
+    wide = torch.promote_types(masks[0].dtype, torch.float32)
+    return torch.stack(masks).to(wide).sigmoid().mean(0).logit(eps=LEAST_PROBABILITY)
 
 
 def _surest(boxes: list[tuple], number: int) -> tuple[Tensor, Tensor]:
@@ -210,10 +211,12 @@ def _surest(boxes: list[tuple], number: int) -> tuple[Tensor, Tensor]:
         boxes: Scores, deltas and RoIs of each stage.
         number: How many.
     """
-    rois = boxes[-1][2]
-    confidence = torch.stack([scores for scores, _, _ in boxes]).mean(0).softmax(-1)[:, :-1].amax(-1)
-    index = confidence.topk(number).indices.sort().values
-    return torch.stack(_places(rois), 1)[index], rois[index]
+    # none of it is an operation of the detector's own
+    with torch._C.DisableTorchFunction():
+        rois = boxes[-1][2]
+        confidence = torch.stack([scores for scores, _, _ in boxes]).mean(0).softmax(-1)[:, :-1].amax(-1)
+        index = confidence.topk(number).indices.sort().values
+        return torch.stack(_places(rois), 1)[index], rois[index]
 
 
 def _places(rois: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,7 @@ class Dataflow:
 
     Attributes:
         enabled: Whether anything is quantized between the layers.
+        between: Whether more than products of activations is.
     """
 
     def __init__(self, state: QuantizationState, places: list[Site | Product], calls: dict[str, int]) -> None:
@@ -116,6 +117,7 @@ class Dataflow:
         self.frames = Frames()
         self.active = False
         self.enabled = True
+        self.between = any(isinstance(place, Site) for place in places)
 
     def reset(self) -> None:
         """Starts a forward pass."""
@@ -155,8 +157,8 @@ class Dataflow:
         if self.enabled and not self.active and self.state.mode == 'quantize' and (self.places or self.module_calls):
             raise PTQError(
                 f'a part of the quantized detector, with the layer {layer}, was called by itself, and what is '
-                'quantized between the layers (`ptq.dataflow`) is known for whole passes alone; call the detector or '
-                'its `predict`, or quantize it with `ptq.dataflow=None`.'
+                'quantized between the layers (`ptq.dataflow`, `ptq.products`) is known for whole passes alone; call '
+                "the detector or its `predict`, or quantize it with `ptq.dataflow=None` and `ptq.products='float'`."
             )
 
     @contextmanager
@@ -345,6 +347,7 @@ def attach_dataflow(
         calls: See :class:`Dataflow`.
     """
     flow = state.flow = Dataflow(state, places, calls)
+    flow.between |= bool(outputs)
     modules = dict(detector.named_modules())
     for name, module in modules.items():
         if name in calls and name:

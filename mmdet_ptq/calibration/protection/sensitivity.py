@@ -14,6 +14,7 @@ from mmdet_ptq.calibration.protection.damage import Damage, DamageMeter
 from mmdet_ptq.calibration.protection.head_branches import OUTPUTS, Place, find_places
 from mmdet_ptq.progress import track
 from mmdet_ptq.wrapping import Structure
+from mmdet_ptq.wrapping.names import product_of
 
 ACTIVATION, WEIGHT = 'activation', 'weight'
 BETWEEN = 'between the layers'
@@ -73,6 +74,8 @@ class TensorSensitivity:
         """How tables and pictures call it."""
         call = f' (call {self.name.partition("#")[2]})' if '#' in self.name else ''
         if not self.layers:
+            if product := product_of(self.name):
+                return f'{self.name.rpartition("/")[2]} factor of {product}'
             module, _, operation = self.name.partition(':')
             return (
                 f'output of {module.replace("/", ".")}{call}'

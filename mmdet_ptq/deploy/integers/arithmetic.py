@@ -40,6 +40,7 @@ from mmdet_ptq.deploy.integers.weights import integer_weight
 from mmdet_ptq.wrapping import QuantizedWeight, float_weight, quantized_weights
 from mmdet_ptq.wrapping.flow import Dataflow, carried
 from mmdet_ptq.wrapping.inputs import QuantizedInput
+from mmdet_ptq.wrapping.names import product_of
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
 from mmdet_ptq.wrapping.watching.layers import out_channels
 from mmdet_ptq.wrapping.watching.operations import PRODUCTS, clip_bounds, clips_at_zero, is_mean_of_images
@@ -67,7 +68,7 @@ def integer_arithmetic(detector: nn.Module) -> Iterator[None]:
             (:func:`mmdet_ptq.deploy.integers.biases.settle_biases`).
     """
     state: QuantizationState = getattr(detector, STATE)
-    if state.flow is None:
+    if state.flow is None or not state.flow.between:
         yield
         return
     with ExitStack() as stack:
@@ -317,7 +318,7 @@ class _Watch:
         """See :meth:`mmdet_ptq.wrapping.flow.Dataflow.multiplied`."""
         places = matrices(tuple(args))
         names = [carried(args[place]) for place in places]
-        quantizers = [self.flow.state.activations[name] for name in names if self.flow.works(name)]
+        quantizers = [self.flow.state.activations[name] for name in names if self.flow.works(name) and product_of(name)]
         if len(quantizers) < len(places) or not all(map(fits_byte, quantizers)):
             return self._multiplied(func, args, kwargs)
         integers, scale = list(args), torch.ones(())

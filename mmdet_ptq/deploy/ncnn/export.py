@@ -35,6 +35,7 @@ from mmdet_ptq.deploy.requirements import require
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import is_quantized
+from mmdet_ptq.wrapping.inputs import QuantizedInput
 from mmdet_ptq.wrapping.state import STATE
 
 FORMAT = 'mmdet_ptq.ncnn'
@@ -66,9 +67,10 @@ def export_ncnn(detector: nn.Module, input_shape: tuple[int, int, int, int], fol
     if not is_quantized(detector):
         return _export_float(detector, input_shape, Path(folder))
     state = getattr(detector, STATE)
-    for name, activation in state.activations.items():
-        if state.readers[name]:
-            check_activation(name, activation.spec())
+    # between the layers, and in products of activations, it computes in float
+    read = {name for hook in state.hooks if isinstance(hook, QuantizedInput) for name in hook.names if name}
+    for name in sorted(read):
+        check_activation(name, state.activations[name].spec())
     twin, calls = traceable(detector)
     example = torch.randn((1, *input_shape[1:]), generator=torch.Generator().manual_seed(0))
     skeleton = _convert(trace(twin, example), calls, tuple(example.shape))

@@ -26,6 +26,7 @@ def _slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: An
     if not known or step != 1:
         return aten_slice_scatter(self, src, dim, start, end, step)
     first, last, _ = slice(start, end).indices(size)
+    last = max(first, last)
     parts = [op.Slice(self, [0], [first], [dim])] if first > 0 else []
     parts += [src, *([op.Slice(self, [last], [size], [dim])] if last < size else [])]
     return op.Concat(*parts, axis=dim)

@@ -7,7 +7,7 @@ from collections.abc import Container
 
 from torch import nn
 
-from mmdet_ptq.wrapping.structure import Structure
+from mmdet_ptq.wrapping.structure import LayerStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS
 from mmdet_ptq.wrapping.watching.layers import is_depthwise, is_pointwise
 from mmdet_ptq.wrapping.watching.operations import (
@@ -111,7 +111,7 @@ class DataflowGraph:
         """
         return (
             op.macs > 0
-            and len(op.inputs) == 2
+            and op.pair
             and all(self.come_from_layers([key]) for key in op.inputs)
             and self.lead_to_layers(op.outputs)
             and not self.is_positive(op.inputs[1])
@@ -119,20 +119,29 @@ class DataflowGraph:
         )
 
     def _is_among_float_layers(self, module: str) -> bool:
-        """Whether the layers of a module are all float, or those of the next one around it that has any."""
+        layers = self._layers_around(module)
+        return bool(layers) and not any(layer.integer for layer in layers)
+
+    def _layers_around(self, module: str) -> list[LayerStructure]:
+        """The layers of a module, or of the next one around it that has any."""
         while module:
             layers = [layer for layer in self.layers.values() if layer.name.startswith(f'{module}.')]
             if layers:
-                return not any(layer.integer for layer in layers)
+                return layers
             module = module.rpartition('.')[0]
-        return False
+        return []
+
+    def product_bits(self, op: Operation) -> int:
+        """The bits of a product's factors: the most that a layer beside it reads, at least 8."""
+        names = {name for layer in self._layers_around(op.place[0]) if layer.integer for name in layer.inputs}
+        return max([BITS, *(self.entries[name].spec['bits'] for name in names)])
 
     def is_positive(self, key: Key) -> bool:
         """Whether no value of a tensor is below zero, as the operation tells that computes it."""
         maker = self.producer.get(key)
-        while maker is not None and maker.kind == MOVEMENT and not maker.joins and maker.inputs:
-            maker = self.producer.get(maker.inputs[0])
-        return maker is not None and maker.positive
+        if maker is None or maker.kind != MOVEMENT:
+            return maker is not None and maker.positive
+        return bool(maker.inputs) and all(self.is_positive(source) for source in set(maker.inputs) - {key})
 
     def read_in_float(self, key: Key) -> bool:
         """Whether nothing reads a tensor as it would be quantized where it is computed, be it through movements."""

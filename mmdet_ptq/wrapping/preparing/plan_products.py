@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from mmengine.logging import print_log
 
 from mmdet_ptq.config import PTQConfig
@@ -11,8 +13,6 @@ from mmdet_ptq.wrapping.names import factor_name
 from mmdet_ptq.wrapping.preparing.dataflow_graph import DataflowGraph
 from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS
-from mmdet_ptq.wrapping.watching.probe import PRODUCT_OF_ACTIVATIONS
-from mmdet_ptq.wrapping.watching.recorder import Operation
 
 # of the right factor
 SAFE_BITS = 7
@@ -38,24 +38,30 @@ def plan_products(structure: Structure, graph: DataflowGraph, cfg: PTQConfig, ca
         told = call if calls[module] > 1 else None
         names = [factor_name(module, function, index, side, told) for side in ('left', 'right')]
         unsigned = graph.is_positive(op.inputs[0]) and not policy.quantizer.get('symmetric', False)
-        bits = max(policy.bits, BITS)
+        bits = graph.product_bits(op)
         for name, symmetric in zip(names, (not unsigned, True), strict=True):
             spec = dict(
                 type='mmdet_ptq.AffineQuantizer',
                 bits=SAFE_BITS if cfg.saturation == 'safe' and name == names[1] and bits == BITS else bits,
                 symmetric=symmetric,
-                narrow_range=bool(policy.quantizer.get('narrow_range', False)),
+                # without a sign it would move the zero point
+                narrow_range=symmetric and bool(policy.quantizer.get('narrow_range', False)),
             )
             structure.activations[name] = ActivationStructure(build_quantizer(spec).spec(), 1, policy.observer)
         structure.products.append(Product(*op.place, names, op.macs).to_dict())
-        _take_from_uncovered(structure, op)
+    _take_from_uncovered(structure, graph)
     if structure.products:
         print_log(f'{len(structure.products)} products of two activations are quantized', 'current')
 
 
-def _take_from_uncovered(structure: Structure, op: Operation) -> None:
-    for place, uncovered in enumerate(structure.uncovered):
-        told = tuple(uncovered[key] for key in ('module', 'operation', 'macs', 'reason'))
-        if told == (op.place[0], op.name, op.macs, PRODUCT_OF_ACTIVATIONS):
-            del structure.uncovered[place]
-            return
+def _take_from_uncovered(structure: Structure, graph: DataflowGraph) -> None:
+    """What is quantized is no longer told as float: both passes saw the same calls of a function in a module."""
+    quantized: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for op in graph.operations:
+        if op.macs:
+            quantized[op.place[0], op.name].append(op in graph.products)
+    structure.uncovered = [
+        uncovered
+        for uncovered in structure.uncovered
+        if not (calls := quantized[uncovered['module'], uncovered['operation']]) or not calls.pop(0)
+    ]

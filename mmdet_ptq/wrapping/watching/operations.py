@@ -90,7 +90,7 @@ CLIPS = {
 _SUMS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', 'sub_', '__sub__', '__rsub__', '__isub__'}
 PRODUCTS = {'mul', 'mul_', '__mul__', '__rmul__', '__imul__', 'multiply'}
 # of matrices
-MATRIX_PRODUCTS = frozenset({'matmul', '__matmul__', '__rmatmul__', 'bmm', 'einsum'})
+MATRIX_PRODUCTS = frozenset({'matmul', 'bmm'})
 _QUOTIENTS = {'div', 'div_', '__truediv__', '__itruediv__', 'divide', 'true_divide'}
 GATES = {'sigmoid': 'sigmoid', 'sigmoid_': 'sigmoid', 'hardsigmoid': 'hardsigmoid'}
 # of activations, which no weight could take over

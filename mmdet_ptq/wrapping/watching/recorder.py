@@ -51,7 +51,8 @@ class Operation:
         in_place: It overwrites its first input; who goes on with the result takes what it returns.
         overwrites: It changes a tensor in place that is read under its old name later.
         positive: None of its values is below zero.
-        macs: Multiply-accumulates of a product of two matrices; 0 of anything else.
+        macs: Multiply-accumulates of a product of matrices; 0 of anything else.
+        pair: It has two tensors of numbers, one behind the other.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Operation:
     overwrites: bool = False
     positive: bool = False
     macs: int = 0
+    pair: bool = False
 
     @property
     def joins(self) -> bool:
@@ -111,7 +113,7 @@ class Recorder:
         kind = classify(func, name, args, kwargs)
         place = frame.next(name)
         macs = 0
-        if name in MATRIX_PRODUCTS and len(matrices(args)) == 2:
+        if name in MATRIX_PRODUCTS:
             with FlopCounterMode(display=False) as counter:
                 out = func(*args, **kwargs)
             macs = counter.get_total_flops() // 2
@@ -140,6 +142,7 @@ class Recorder:
             in_place=in_place,
             positive=is_positive(name, args, kwargs),
             macs=macs,
+            pair=len(read) == len(matrices(args)) == 2,
         )
         self.add(operation)
         for tensor in changed:

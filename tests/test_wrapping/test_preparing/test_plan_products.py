@@ -89,12 +89,38 @@ def test_scales_of_factors_learn():
         assert gradient is not None and gradient.isfinite() and gradient != 0
 
 
-@pytest.mark.parametrize(
-    'multiply', [torch.matmul, torch.bmm, torch.Tensor.bmm, lambda a, b: torch.einsum('bij,bjk->bik', a, b)]
-)
+@pytest.mark.parametrize('multiply', [torch.matmul, torch.bmm, torch.Tensor.bmm])
 def test_however_a_product_is_written(multiply):
     _, structure, _ = attending(multiply=multiply)
     assert len(structure.products) == 2 and not structure.uncovered
+
+
+@pytest.mark.parametrize(
+    'multiply',
+    [
+        lambda a, b: torch.einsum('bij,bjk->bik', a, b),  # exporters keep it as it is
+        lambda a, b: torch.matmul(input=a, other=b),
+        lambda a, b: torch.baddbmm(torch.zeros(()), a, b),
+    ],
+)
+def test_what_is_written_otherwise_is_told_as_float(multiply):
+    _, structure, _ = attending(multiply=multiply)
+    assert not structure.products
+    assert [op['reason'] for op in structure.uncovered] == ['activation x activation product'] * 2
+
+
+def test_some_of_a_modules_products_are_quantized():
+    class Both(Attention):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return super().forward((x.transpose(1, 3) @ self.matrix).transpose(1, 3))
+
+    _, structure, _ = toy(lambda self, a, b: self.attention(a + b), attention=Both())
+    assert [product['index'] for product in structure.products] == [1, 2]
+    assert [op['reason'] for op in structure.uncovered] == ['a parameter of a module that is no layer']
 
 
 def test_what_is_no_product_of_two_activations_for_layers_stays_as_it_is():
@@ -138,6 +164,27 @@ def test_where_the_right_factor_is_never_negative_a_product_is_float():
     assert [op['reason'] for op in structure.uncovered] == ['activation x activation product']
 
 
+def test_joined_tensors_are_never_negative_where_none_of_them_is():
+    class Levels(nn.Module):  # as TOOD weighs the layers of its tower
+        def __init__(self, act):
+            super().__init__()
+            self.weigh, self.end, self.act = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1), act
+
+        def forward(self, x):
+            kept = torch.cat([x.relu(), self.act(-x)], 1)
+            weights = self.weigh(x).mean((2, 3))[:, None] * self.weigh.weight[:, :1, 0, 0]
+            return self.end((weights @ kept.flatten(2)).view_as(kept))
+
+    assert not toy(lambda self, a, b: self.levels(a + b), levels=Levels(nn.ReLU()))[1].products
+    assert toy(lambda self, a, b: self.levels(a + b), levels=Levels(nn.Tanh()))[1].products
+
+
+def test_factors_have_the_bits_of_the_layers_beside_them():
+    wide = dict(activations=dict(bits=16))
+    _, structure, _ = attending(dict(overrides={'attention': wide}))
+    assert {structure.activations[name].spec['bits'] for name in (LEFT, RIGHT, WEIGHTS, VALUES)} == {16}
+
+
 def test_among_float_layers_a_product_is_float():
     for override in ({'attention': 'float'}, {'attention.*': 'float'}):
         _, structure, _ = attending(dict(overrides=override))
@@ -155,6 +202,9 @@ def test_formats_without_codes_without_sign_have_none_here():
         dict(activations=dict(quantizer=dict(symmetric=True), observer=dict(type='mmdet_ptq.MinMaxObserver')))
     )
     assert all(detector.ptq.activations[name].symmetric for name in (LEFT, RIGHT, WEIGHTS, VALUES))
+    narrow = dict(quantizer=dict(narrow_range=True), observer=dict(type='mmdet_ptq.MinMaxObserver'))
+    detector, _, _ = attending(dict(activations=narrow))
+    assert detector.ptq.activations[WEIGHTS].zero_point == 0 and detector.ptq.activations[LEFT].code_range[0] == -127
 
 
 def test_a_structure_with_products_is_built_again():
