@@ -2,7 +2,7 @@
 # them shifted and masked.
 _base_ = './atss.py'
 
-max_epochs = 20
+max_epochs = 60
 model = dict(
     backbone=dict(
         _delete_=True,
