@@ -41,9 +41,12 @@ MODES = ('float', 'observe', 'quantize')
 
 def mixed(x: Tensor, other: Tensor, share: float) -> Tensor:
     """Takes each value from ``other`` with probability ``share``, to 1/256, else from ``x``."""
+    limit = round(256 * share)
+    if limit > 255:  # no byte is below it, as torch compares
+        return other.clone()
     words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
     # random bytes and lerp: five times as fast on a CPU as random floats and where
-    chosen = words.view(torch.uint8)[: x.numel()].view(x.shape) < round(256 * share)
+    chosen = words.view(torch.uint8)[: x.numel()].view(x.shape) < limit
     return torch.lerp(x, other, chosen.to(x.dtype))
 
 

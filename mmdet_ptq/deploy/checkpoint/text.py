@@ -60,6 +60,9 @@ def unpack_state(packed: dict) -> dict:
     check_form(described, dict, 'its text')
     index = described.pop('index', None)
     check_form(index, Fields(dict.fromkeys(GROUPS, list)), 'the index')
+    twice = described.keys() & {*PLAIN, *GROUPS}
+    if twice:
+        raise Malformed(f'its text has the key {min(twice)!r}, which stands beside it')
     groups = {group: dict(index=index[group], data=packed[group]) for group in GROUPS}
     return dict({key: packed[key] for key in PLAIN}, **described, **groups)
 

@@ -38,7 +38,10 @@ def check_seal(told: str | None, path: Path, *others: Path) -> None:
     if told is None:
         return
     main = path.read_bytes()
-    if _digest(main.replace(told.encode(), BLANK.encode()), *(other.read_bytes() for other in others)) != told:
+    if (
+        len(told) != len(BLANK)
+        or _digest(main.replace(told.encode(), BLANK.encode()), *(other.read_bytes() for other in others)) != told
+    ):
         names = ' and '.join(repr(str(file)) for file in (path, *others))
         raise PTQError(
             f'{names} changed since the export, or do not belong together: the checksum is another; export again.'
