@@ -60,7 +60,7 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
         if isinstance(recipe[section], dict):
             recipe[section] = {k: v for k, v in recipe[section].items() if k not in added or v != added[k]}
     # older versions knew no products: where the block says nothing else, what they began is finished as it began
-    if recipe.get('products') == needed_products(recipe['export']):
+    if recipe.get('products') == needed_products(recipe.get('export', [])):
         recipe = {key: value for key, value in recipe.items() if key != 'products'}
     # what the preset and the runtimes stand for is in the other keys
     skipped = ('preset', 'export', 'export_size', *_OWN_KEYS.values())

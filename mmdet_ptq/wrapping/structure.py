@@ -146,7 +146,7 @@ class Structure:
             raise Malformed(f'the structure names the activation {min(unknown)[:100]}, which it does not have')
         for name, entry in self.activations.items():
             if entry.readers != read[name]:
-                told = f'{entry.readers} readers, and {read[name]} layers and products read it'
+                told = f'{entry.readers} readers, and {read[name]} layers read it'
                 raise Malformed(f'the activation {name[:100]} tells of {told}')
             if entry.range is not None and len(entry.range) != 2:
                 raise Malformed(f'the range of the activation {name[:100]} has not two ends')

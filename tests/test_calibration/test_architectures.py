@@ -92,7 +92,8 @@ def test_images_lying_and_standing_are_not_mixed_in_one_call(tmp_path, monkeypat
         return UnitResult(self.data.unit.name, 1.0, 1.0)
 
     monkeypatch.setattr(UnitTrainer, 'run', look)
-    detector, _ = tiny_quantized('swin', EIGHT_BIT)
+    # products in float: with right factors of 7 bits the last block alone costs more than 1 %
+    detector, _ = tiny_quantized('swin', dict(EIGHT_BIT, products='float'))
     run(detector, mixed_sizes(), [], tmp_path, granularity='block', fisher=0, batch_size=8)
     blocks = {name: error for name, error in errors.items() if name.startswith('backbone.stages')}
     # 8 bits cost little; windows cut by the sizes of other images cost 4 % in the first block already

@@ -16,7 +16,7 @@ from mmdet_ptq.wrapping import freeze_weights
 from mmdet_ptq.wrapping.state import only_read_tensors
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
-RUNTIMES = ('onnxruntime', 'openvino', pytest.param('tensorrt', marks=pytest.mark.thorough))
+RUNTIMES = ('onnxruntime', *(pytest.param(name, marks=pytest.mark.thorough) for name in ('openvino', 'tensorrt')))
 
 
 @pytest.fixture(scope='module', params=RUNTIMES)

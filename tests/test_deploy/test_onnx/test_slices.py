@@ -25,7 +25,7 @@ class Writes(nn.Module):
         return x, y
 
 
-@pytest.mark.parametrize('open_rows', [False, True])
+@pytest.mark.parametrize('open_rows', [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_they_compute_the_same_and_are_concats_where_the_size_is_known(open_rows):
     given = tuple(torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
     shapes = ({1: torch.export.Dim('rows', min=4)},) * 2 if open_rows else None
