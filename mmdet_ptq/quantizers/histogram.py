@@ -106,14 +106,14 @@ class StreamingHistogram:
         """Counts samples of shape (C, n) that lie within [low, high] of shape (C,), and adds up their weights."""
         self._grow(low, high)
         # the width is a power of two: the quotient is exact in the samples' own type
-        index = torch.floor(samples / self.width.to(samples)[:, None]).long() - self.first[:, None]
-        index = index.clamp_(0, NUM_BINS - 1) + torch.arange(len(index), device=index.device)[:, None] * NUM_BINS
+        index = (samples / self.width.to(samples)[:, None]).floor_().long().sub_(self.first[:, None])
+        index.clamp_(0, NUM_BINS - 1).add_(torch.arange(len(index), device=index.device)[:, None] * NUM_BINS)
         index, zero = index.flatten(), samples == 0
-        self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts)
+        # a table of sums as large as the counts would cost more than the samples, where channels are many
+        self.counts.view(-1).scatter_add_(0, index, torch.ones_like(index, dtype=torch.float64))
         self.zeros += zero.sum(1, dtype=torch.float64)
         if weights is not None:
-            sums = torch.bincount(index, weights.double().flatten(), minlength=self.counts.numel())
-            self.weights += sums.view_as(self.weights)
+            self.weights.view(-1).scatter_add_(0, index, weights.double().flatten())
             self.zero_weights += torch.where(zero, weights, 0).sum(1, dtype=torch.float64)
 
     def magnitudes(self) -> Tensor:

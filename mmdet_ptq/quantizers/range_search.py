@@ -15,8 +15,8 @@ _COARSE = 0.9 ** torch.arange(45, dtype=torch.float64)
 _FINE = torch.linspace(1.06, 0.94, 13)
 # of many channels, so many bins are joined: the error is integrated over bins, and channels spread less than tensors
 _JOINED = 4
-# rows of a histogram evaluated at once: 2^22 elements
-_ROWS = 2**22 // NUM_BINS
+# rows of a histogram evaluated at once: 2^19 elements, which stay in a processor's cache
+_ROWS = 2**19 // NUM_BINS
 
 
 def quantile_range(
@@ -108,7 +108,15 @@ def kl_threshold(histogram: StreamingHistogram, signed_levels: int, unsigned_lev
     return threshold
 
 
-def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+def _squared_error(
+    edges: Tensor,
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    symmetric: bool,
+    within: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Squared error of each row of a histogram, quantized with each pair of ends of shape (R, C).
 
     Values are spread evenly within their bin, and the error is integrated over it: steps may be narrower than bins,
@@ -117,11 +125,12 @@ def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bit
 
     Args:
         edges: Bin edges, float64 of shape (C, B + 1).
-        counts: Counts divided by the bin width, of shape (C, B) or (R, C, B).
+        counts: Counts divided by the bin width, of shape (C, B).
         low: Lower ends.
         high: Upper ends.
         bits: Bits of the codes.
         symmetric: Whether codes are signed.
+        within: The edges, of shape (R, C), beyond which bins count nothing. Defaults to None: all count.
     """
     if symmetric:
         last = 2 ** (bits - 1) - 1
@@ -133,6 +142,9 @@ def _squared_error(edges: Tensor, counts: Tensor, low: Tensor, high: Tensor, bit
         zero = (-low / scale.clamp_min(1e-30)).round()
     scale, zero = scale.clamp_min(1e-30)[..., None], zero[..., None]
     steps = edges / scale
+    if within is not None:
+        # a bin between equal edges has no error
+        steps.clamp_(*(end[..., None] / scale for end in within))
     level = steps.round().add_(zero).clamp_(first, last).sub_(zero)
     rest = steps.sub_(level)
     integral = rest.pow_(3).div_(3).add_(level.div_(12))
@@ -153,8 +165,7 @@ class _Clipping:
     """
 
     def __init__(self, weights: Tensor, counts: Tensor, edges: Tensor) -> None:
-        self.centers = (edges[:, 1:] + edges[:, :-1]) / 2
-        self.counts = counts
+        self.edges, self.centers = edges, (edges[:, 1:] + edges[:, :-1]) / 2
         slope = torch.where(counts > 0, (weights / counts.clamp_min(1e-30)).sqrt(), 0)
         # values are moved through empty bins, too, to which they are as sensitive as they were where they were
         last = counts.shape[1] - 1
@@ -163,19 +174,31 @@ class _Clipping:
         above = torch.where(counts > 0, index, last).flip(1).cummin(1).values.flip(1)
         slope = slope.gather(1, torch.where(self.centers < 0, below, above))
         self.effect = (slope * edges.diff(dim=1)).cumsum(1)
+        # sums over all bins up to one, and from one on: of the counts, and times the first two powers of the effect
+        powers = torch.stack([counts, counts * self.effect, counts * self.effect.square()])
+        self.below, self.above = powers.cumsum(2), powers.flip(2).cumsum(2).flip(2)
 
     def loss(self, low: Tensor, high: Tensor) -> Tensor:
         """Expected squared change by the values outside of the ends of shape (R, C)."""
         total = torch.zeros_like(low)
-        for end, beyond in ((low, self.centers < low[..., None]), (high, self.centers > high[..., None])):
-            place = torch.searchsorted(self.centers, end.T.contiguous()).clamp_max(self.centers.shape[1] - 1)
-            moved = self.effect - self.effect.gather(1, place).T[..., None]
-            total += torch.where(beyond, self.counts * moved.square(), 0).sum(-1)
+        for end, sums in ((low, self.below), (high, self.above)):
+            place = self._first(end)
+            effect = self.effect.gather(1, place)
+            count, first, second = (power.gather(1, place) for power in sums)
+            total += (second - 2 * effect * first + effect.square() * count).clamp_(min=0).T
         return total
 
-    def inside(self, low: Tensor, high: Tensor) -> Tensor:
-        """Which bins lie between the ends, of shape (R, C, B)."""
-        return (self.centers >= low[..., None]) & (self.centers <= high[..., None])
+    def within(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges of the bins whose centers lie between the ends, of shape (R, C) each."""
+        return self.edges.gather(1, self._first(low)).T, self.edges.gather(1, self._last(high) + 1).T
+
+    def _first(self, end: Tensor) -> Tensor:
+        """The first bin whose center is not below the end, of shape (C, R)."""
+        return torch.searchsorted(self.centers, end.T.contiguous()).clamp_max(self.centers.shape[1] - 1)
+
+    def _last(self, end: Tensor) -> Tensor:
+        """The last bin whose center is not above the end, of shape (C, R)."""
+        return torch.searchsorted(self.centers, end.T.contiguous(), right=True).sub_(1).clamp_(min=0)
 
 
 def mse_range(
@@ -226,7 +249,7 @@ def mse_range(
         def error_of(trial: Tensor, edges=edges, counts=counts, clipping=clipping) -> Tensor:
             if clipping is None:
                 return _squared_error(edges, counts, *trial, bits, symmetric)
-            inside = _squared_error(edges, counts * clipping.inside(*trial), *trial, bits, symmetric)
+            inside = _squared_error(edges, counts, *trial, bits, symmetric, clipping.within(*trial))
             return inside + together * clipping.loss(*trial)
 
         full = torch.stack([low[rows], high[rows]])
