@@ -11,6 +11,7 @@ from mmdet_ptq.deploy.checkpoint.state import (
 )
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.integers.biases import settle_biases
+from mmdet_ptq.deploy.integers.first_images import EXACT_IMAGES, first_images_exact
 from mmdet_ptq.deploy.integers.weights import IntegerWeight, integer_weight
 from mmdet_ptq.deploy.network.build import build_detector
 from mmdet_ptq.deploy.network.raw_outputs import check_exportable
@@ -20,12 +21,14 @@ from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, get_runtime, mode
 from mmdet_ptq.registry import runtime_names
 
 __all__ = [
+    'EXACT_IMAGES',
     'IntegerCoverage',
     'IntegerWeight',
     'Runtime',
     'build_detector',
     'check_exportable',
     'export_onnx',
+    'first_images_exact',
     'get_runtime',
     'integer_arithmetic',
     'integer_weight',

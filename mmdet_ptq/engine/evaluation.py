@@ -35,7 +35,7 @@ from mmdet_ptq.calibration.images import (
     check_pipeline,
     loader_sources,
 )
-from mmdet_ptq.deploy import integer_arithmetic
+from mmdet_ptq.deploy import first_images_exact
 from mmdet_ptq.engine.stage_store import fingerprint
 from mmdet_ptq.errors import PTQError, building, one_line
 from mmdet_ptq.files import check_space, file_hash
@@ -52,7 +52,7 @@ LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor',
 
 
 def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
-    """Runs mmdet's test loop; a quantized detector computes as integer kernels do.
+    """Runs mmdet's test loop; a quantized detector computes as integer kernels do, on the first 1,000 images.
 
     Args:
         cfg: The config whose ``test_dataloader`` and ``test_evaluator`` are used; ``work_dir`` must be set.
@@ -73,7 +73,7 @@ def evaluate(cfg: Config, detector: nn.Module) -> dict[str, float]:
     loop = build_evaluation(cfg, lambda: runner.test_loop)
     check_evaluation(loop, detector)
     runner.logger.info(f'{len(loop.dataloader.dataset)} evaluation images')
-    with integer_arithmetic(detector) if is_quantized(detector) else nullcontext(), naming_images(loop):
+    with first_images_exact(detector) if is_quantized(detector) else nullcontext(), naming_images(loop):
         return figures(runner.test())
 
 

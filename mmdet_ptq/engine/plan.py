@@ -14,6 +14,7 @@ from torch import nn
 
 from mmdet_ptq.calibration import WEIGHED_IMAGES
 from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.deploy import EXACT_IMAGES
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.progress import clock
 from mmdet_ptq.wrapping import check_finite, planned_layers
@@ -112,7 +113,8 @@ def _seconds(run: Run, once: float, layers: int) -> Iterator[tuple[str, float]]:
             yield part + stage, (PREPARATION[0] if stage == 'prepare' else 0) + passes * once
         if run.canvas is not None and block is run.ptq:
             yield 'evaluate_float_padded', of(EVALUATION, evaluated)
-        yield f'{part}evaluate_simulated', of(SIMULATION, evaluated)
+        exact = min(evaluated, EXACT_IMAGES)
+        yield f'{part}evaluate_simulated', of(SIMULATION, exact) + of((0, SIMULATION[1] / 2), evaluated - exact)
         for name in block.export:
             yield f'{part}export_{name}', of(EXPORT) + of(EVALUATION, evaluated)
     yield 'report', REPORT

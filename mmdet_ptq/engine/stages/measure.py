@@ -25,7 +25,7 @@ from mmdet_ptq.analysis import (
 from mmdet_ptq.analysis.detected.comparison import compare
 from mmdet_ptq.analysis.detected.detections import DetectionPair, shown_image
 from mmdet_ptq.analysis.verdict import shipped_row
-from mmdet_ptq.deploy import get_runtime, integer_arithmetic
+from mmdet_ptq.deploy import EXACT_IMAGES, first_images_exact, get_runtime
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.program import PROGRAM
 from mmdet_ptq.deploy.runtime import model_files
@@ -79,7 +79,15 @@ def evaluate(run: Run) -> None:
         run.calibration.ids,
         run.calibration.skipped,
     )
-    run.results['evaluation'] = dict(num_images=len(run.evaluation_dataset()))
+    images = len(run.evaluation_dataset())
+    run.results['evaluation'] = dict(num_images=images)
+    if run.ptq.dataflow is not None:
+        run.results['evaluation']['exact_images'] = min(images, EXACT_IMAGES)
+    if run.ptq.dataflow is not None and images > EXACT_IMAGES:
+        print_log(
+            f'simulated: the first {EXACT_IMAGES} of {images} images in exact integers, the others by float32 sums',
+            'current',
+        )
     if run.protection is not None:
         run.results['protection'] = run.protection.to_dict()
     if run.units:
@@ -97,7 +105,7 @@ def evaluate_part(run: Run) -> None:
 
 def _simulated(run: Run, name: str) -> None:
     def work() -> dict:
-        with integer_arithmetic(run.detector):
+        with first_images_exact(run.detector):
             return run.evaluate_detector(run.detector, name if name == SIMULATED else None)
 
     row, _ = run.stages.run('evaluate_simulated', run.quantized_inputs(), work)
