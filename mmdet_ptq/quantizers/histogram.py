@@ -80,6 +80,8 @@ class StreamingHistogram:
 
     def _grow(self, low: Tensor, high: Tensor) -> None:
         """Makes the bins cover [low, high] of shape (C,) as well."""
+        if bool(((low >= self.low) & (high <= self.high)).all()):
+            return
         self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
         width = self.width
         if bool(((self.low >= self.first * width) & (self.high < (self.first + NUM_BINS) * width)).all()):
@@ -108,13 +110,16 @@ class StreamingHistogram:
         # the width is a power of two: the quotient is exact in the samples' own type
         index = (samples / self.width.to(samples)[:, None]).floor_().long().sub_(self.first[:, None])
         index.clamp_(0, NUM_BINS - 1).add_(torch.arange(len(index), device=index.device)[:, None] * NUM_BINS)
-        index, zero = index.flatten(), samples == 0
+        index = index.flatten()
         # a table of sums as large as the counts would cost more than the samples, where channels are many
-        self.counts.view(-1).scatter_add_(0, index, torch.ones_like(index, dtype=torch.float64))
-        self.zeros += zero.sum(1, dtype=torch.float64)
+        self.counts.view(-1).scatter_add_(0, index, self.counts.new_ones(()).expand_as(index))
         if weights is not None:
             self.weights.view(-1).scatter_add_(0, index, weights.double().flatten())
-            self.zero_weights += torch.where(zero, weights, 0).sum(1, dtype=torch.float64)
+        zero = samples == 0
+        if bool(zero.any()):
+            self.zeros += zero.sum(1)
+            if weights is not None:
+                self.zero_weights += torch.where(zero, weights, 0).sum(1, dtype=torch.float64)
 
     def magnitudes(self) -> Tensor:
         """Counts of |x| in NUM_BINS bins from zero, float64 of shape (C, NUM_BINS)."""

@@ -58,7 +58,7 @@ class ChannelCost:
         rows = x.detach().movedim(axis, 0).flatten(1)
         if weight is None:
             power = rows.double().square().mean(1, keepdim=True)
-            weights = torch.where(power > 0, 1 / power, 0).expand(rows.shape)
+            weights = torch.where(power > 0, 1 / power, 0).to(rows.dtype).expand(rows.shape)
         else:
             weights = weight.detach().movedim(axis, 0).flatten(1)
         self.low = torch.minimum(self.low, rows.amin(1).double().cpu())
@@ -66,9 +66,9 @@ class ChannelCost:
         self.elements += rows.numel()
         # an odd stride does not fall in step with the even sizes of feature maps
         stride = -(-rows.numel() // MAX_SAMPLES) | 1
-        rows, weights = rows[:, ::stride].double(), weights[:, ::stride].double() * stride
-        self.weight += weights.sum(1).cpu()
-        self.energy += (weights * rows.square()).sum(1).cpu()
+        rows, weights = rows[:, ::stride].float(), weights[:, ::stride].float() * stride
+        self.weight += weights.sum(1, dtype=torch.float64).cpu()
+        self.energy += (weights * rows.square()).sum(1, dtype=torch.float64).cpu()
         self._observer.update(rows)
         self._observer.weigh(rows, weights)
 
