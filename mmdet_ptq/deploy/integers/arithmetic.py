@@ -42,7 +42,7 @@ from mmdet_ptq.wrapping.flow import Dataflow, carried
 from mmdet_ptq.wrapping.inputs import QuantizedInput
 from mmdet_ptq.wrapping.names import product_of
 from mmdet_ptq.wrapping.state import STATE, QuantizationState
-from mmdet_ptq.wrapping.watching.layers import out_channels
+from mmdet_ptq.wrapping.watching.layers import is_pointwise, out_channels
 from mmdet_ptq.wrapping.watching.operations import PRODUCTS, clip_bounds, clips_at_zero, is_mean_of_images
 from mmdet_ptq.wrapping.watching.tensors import matrices
 
@@ -183,7 +183,7 @@ class _Layer:
         source = self.state.activations[name]
         total = self.kernel.sum(call, source)
         if not isinstance(self.module, nn.Linear):
-            result = ConvolutionSum(self.kernel, total, source)
+            result = (GemmSum if is_pointwise(self.module) else ConvolutionSum)(self.kernel, total, source)
         elif call.x.dim() == 2 and call.bias is not None:
             result = GemmSum(self.kernel, total, source)
             if not result.has_integer_bias():  # in float, unless its output has few bits: then the runtime rounds it

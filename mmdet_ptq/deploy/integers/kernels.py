@@ -37,6 +37,8 @@ _DENOMINATOR = (
     1.16817656904453e-01,
     9.93151921023180e-01,
 )
+# elements of it that are computed at once
+_PART = 2**15
 # clip(a x + b, 0, 1)
 HARD_SIGMOID = (1 / 6, 0.5)
 # float32 holds every integer up to here, so sums that never leave the range are exact in any order
@@ -213,16 +215,23 @@ def by_table(function: Callable[[Tensor], Tensor], x: Tensor, quantizer: AffineQ
 
 def sigmoid(x: Tensor) -> Tensor:
     """ONNX Runtime's: 1/2 + x P(x^2) / Q(x^2) for x within +-18, each step a float32 fused multiply-add."""
+    # parts that stay in a processor's cache
+    parts = [_sigmoid(part) for part in x.flatten().split(_PART)]
+    return torch.cat(parts).view(x.shape)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
     x = x.clamp(-18, 18)
-    square = x * x
+    square = (x * x).double()
 
     def polynomial(coefficients: tuple[float, ...]) -> Tensor:
-        first, *others = (torch.full_like(x, value) for value in coefficients)
+        first, *others = (x.new_tensor(value) for value in coefficients)
         for value in others:
-            first = _fma(first, square, value)
+            # the product is exact in float64
+            first = (first.double() * square).add_(value.double()).float()
         return first
 
-    return (polynomial(_NUMERATOR) * x / polynomial(_DENOMINATOR) + 0.5).clamp(0, 1)
+    return (polynomial(_NUMERATOR) * x / polynomial(_DENOMINATOR) + 0.5).clamp_(0, 1)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -376,22 +385,28 @@ class ConvolutionSum(Result):
 
 @dataclass
 class GemmSum(ConvolutionSum):
-    """QGemm, a linear layer over rows: its bias is an integer in float, too."""
+    """QGemm, a linear layer over rows or a pointwise convolution: its bias is an integer in float, too."""
 
     def has_integer_bias(self) -> bool:
         """Whether export finds the bias on the grid of the sums; of calls of several scales it may be on one alone."""
-        exact = self._exact_bias()
+        exact = self._exact(self.kernel.module.bias)
         return bool((exact - exact.round()).abs().max() <= ON_GRID * exact.round().abs().max())
 
     def float_value(self, bias: Tensor | None = None) -> Tensor:
         """See :meth:`ConvolutionSum.float_value`."""
-        return (self.total.double() + self._exact_bias().round()).float() * self._step()
+        bias, total = self.kernel.module.bias if bias is None else bias, self.total
+        if bias is not None:
+            codes = self._exact(bias).round()
+            if codes.abs().max() > _INT32:
+                return super().float_value(bias)
+            total = total.double() + self._by_channel(codes)
+        return total.float() * self._by_channel(self._step())
 
     def _step(self) -> Tensor:
         return self.kernel.scale * self.source.positive_scale().detach()
 
-    def _exact_bias(self) -> Tensor:
-        return self.kernel.module.bias.detach().double() / self._step().double()
+    def _exact(self, bias: Tensor) -> Tensor:
+        return bias.detach().double() / self._step().double()
 
 
 def _byte(codes: Tensor, quantizer: AffineQuantizer) -> Tensor:

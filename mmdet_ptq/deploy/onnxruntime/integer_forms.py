@@ -113,6 +113,9 @@ def norms_by_channel(graph: ir.Graph) -> int:
 def products_by_pixel(graph: ir.Graph) -> int:
     """Writes pointwise convolutions that end in float as matrix products: a convolution's kernel writes codes only.
 
+    A Gemm of pixels adds its bias among the integers, and hands the sums on as floats. A bias that is none of them is
+    added behind a MatMul.
+
     Args:
         graph: Changed in place, its biases rounded already.
 
@@ -125,7 +128,7 @@ def products_by_pixel(graph: ir.Graph) -> int:
         node = layer.node
         if node.op_type != 'Conv' or not layer.integer or not _is_pointwise(node) or _is_quantized(node.outputs[0]):
             continue
-        codes, scale = constant(layer.weight.inputs[0]), constant(layer.source.inputs[1])
+        codes, scale, shape = constant(layer.weight.inputs[0]), constant(layer.source.inputs[1]), node.outputs[0].shape
         bias = _number(layer.bias)
         if codes is None or codes.dtype != np.int8 or scale.ndim or (layer.bias is not None and bias is None):
             continue
@@ -133,25 +136,42 @@ def products_by_pixel(graph: ir.Graph) -> int:
         if weight not in weights:
             weights[weight] = _as_matrix(graph, layer.weight, codes)
         # the codes are moved, so that nothing stands between their DequantizeLinear and the product
+        byte = dict(dtype=layer.source.inputs[0].dtype)
         moved = add_node(
-            node,
-            'Transpose',
-            layer.source.inputs[:1],
-            f'{name}_codes_last',
-            dict(perm=_CHANNELS_LAST),
-            dtype=layer.source.inputs[0].dtype,
+            node, 'Transpose', layer.source.inputs[:1], f'{name}_codes_last', dict(perm=_CHANNELS_LAST), **byte
         )
-        pixels = add_node(node, 'DequantizeLinear', [moved, *layer.source.inputs[1:]], f'{name}_channels_last')
-        out = add_node(node, 'MatMul', [pixels, weights[weight]], f'{name}_product')
-        product = out.producer()
-        if bias is not None:
-            # a flat one would make a Gemm of it, in float
-            wide = add_constant(graph, f'{name}.bias_wide', bias.reshape(1, 1, 1, -1))
-            out = add_node(node, 'Add', [out, wide], f'{name}_with_bias')
+        rows = shape is not None and (layer.bias is None or produced_by(layer.bias, 'DequantizeLinear') is not None)
+        if rows:
+            flat = add_constant(graph, f'{name}_rows', np.array([-1, codes.shape[1]]))
+            pixels = add_node(node, 'Reshape', [moved, flat], f'{name}_codes_by_pixel', **byte)
+            pixels = add_node(node, 'DequantizeLinear', [pixels, *layer.source.inputs[1:]], f'{name}_by_pixel')
+            bias_input = [] if layer.bias is None else [layer.bias]
+            out = add_node(node, 'Gemm', [pixels, weights[weight], *bias_input], f'{name}_product')
+            product = out.producer()
+            out = add_node(node, 'Reshape', [out, _image_shape(graph, node, moved, len(codes))], f'{name}_image')
+        else:
+            pixels = add_node(node, 'DequantizeLinear', [moved, *layer.source.inputs[1:]], f'{name}_channels_last')
+            out = add_node(node, 'MatMul', [pixels, weights[weight]], f'{name}_product')
+            product = out.producer()
+            if bias is not None:
+                # a flat one would make a Gemm of it, in float
+                wide = add_constant(graph, f'{name}.bias_wide', bias.reshape(1, 1, 1, -1))
+                out = add_node(node, 'Add', [out, wide], f'{name}_with_bias')
         take_place(node, 'Transpose', [out], dict(perm=_CHANNELS_FIRST)).name = f'{name}_channels_first'
         product.name = name
         changed += 1
     return changed
+
+
+def _image_shape(graph: ir.Graph, node: ir.Node, moved: ir.Value, channels: int) -> ir.Value:
+    """What rows of pixels are shaped to: number, height and width of the image, and channels, (4,)."""
+    name, sides = f'{node.name}_image_shape', list(node.outputs[0].shape)[2:]
+    if all(isinstance(side, int) for side in sides):
+        return add_constant(graph, name, np.array([-1, *sides, channels]))
+    size = dict(dtype=ir.DataType.INT64)
+    image = add_node(node, 'Shape', [moved], f'{name}_pixels', dict(start=0, end=3), **size)
+    last = add_constant(graph, f'{name}_channels', np.array([channels]))
+    return add_node(node, 'Concat', [image, last], name, dict(axis=0), **size)
 
 
 def _is_pointwise(node: ir.Node) -> bool:
@@ -187,10 +207,13 @@ def _number(bias: ir.Value | None) -> np.ndarray | None:
 
 def _as_matrix(graph: ir.Graph, weight: ir.Node, codes: np.ndarray) -> ir.Value:
     """A pointwise convolution's weight as the right side of a product, (in, out)."""
-    name = f'{weight.outputs[0].name}_matrix'
+    name, scale = f'{weight.outputs[0].name}_matrix', constant(weight.inputs[1])
     stored = add_constant(graph, f'{name}_codes', np.ascontiguousarray(codes[:, :, 0, 0].T))
-    axes = dict(axis=1) if constant(weight.inputs[1]).ndim else {}
-    return add_node(graph[0], 'DequantizeLinear', [stored, *weight.inputs[1:]], name, axes)
+    # without one ONNX Runtime leaves some products in float
+    zero = add_constant(graph, f'{name}_zero_point', np.zeros(scale.shape, np.int8))
+    return add_node(
+        graph[0], 'DequantizeLinear', [stored, weight.inputs[1], zero], name, dict(axis=1) if scale.ndim else {}
+    )
 
 
 def _comes_from_integers(value: ir.Value) -> bool:

@@ -1,10 +1,11 @@
 """Which tensors keep a scale per channel: those where one scale costs the detections most for what it saves.
 
 In integers between the layers a tensor has one scale. Three kinds of tensors may have better, and are slower then: the
-output of a convolution in front of SiLU or HardSwish, which computes in float then; the input of a depthwise
-convolution, which is computed in float then, unless a convolution writes it and takes the scales over; a tensor that a
-depthwise convolution and others read, which stays float where it is computed, so that each reader has a quantizer of
-its own. A zero point for each channel is slower still: the tensor is shifted and padded in float, too.
+output of a convolution in front of SiLU or HardSwish, which computes in float then (a pointwise convolution, a matrix
+product, hands it floats, and nothing is rounded there); the input of a depthwise convolution, which is computed in
+float then, unless a convolution writes it and takes the scales over; a tensor that a depthwise convolution and others
+read, which stays float where it is computed, so that each reader has a quantizer of its own. A zero point for each
+channel is slower still: the tensor is shifted and padded in float, too.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import nn
 from mmdet_ptq.quantizers import build_quantizer
 from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS, ChannelCost, Weigh, channel_costs
-from mmdet_ptq.wrapping.watching.layers import channel_axis
+from mmdet_ptq.wrapping.watching.layers import channel_axis, is_pointwise
 
 # What tensors with one scale may add to the expected loss of all layer inputs, as a share of it. Chosen on calibration
 # images, see docs/experiments.md.
 SHARE = 0.25
 # what one scale saves for each element, by kind of tensor, in units of the first: float operations of ONNX Runtime,
 # see docs/experiments.md
-SAVED = dict(gated=1.0, channels=2.4, own=2.4)
+SAVED = dict(gated=1.0, product=0.8, channels=2.4, own=2.4)
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Scales:
     """What was chosen.
 
     Attributes:
-        gated: Layers whose output keeps a scale per channel in front of a SiLU or HardSwish.
+        gated: Layers whose output keeps a scale per channel in front of a SiLU or HardSwish, or stays float there.
         own: Activations, inputs of depthwise convolutions, whose tensor stays float where it is computed.
     """
 
@@ -71,7 +72,10 @@ def choose_scales(
     layers = [layer.name for layer in structure.layers if layer.integer]
     inputs, outputs = channel_costs(detector, layers, gated, weigh, channel_axis)
     budget = SHARE * sum(_present(structure, name, cost) for name, cost in inputs.items())
-    choices: list[tuple[str, str, ChannelCost]] = [('gated', name, cost) for name, cost in outputs.items()]
+    choices: list[tuple[str, str, ChannelCost]] = [
+        ('product' if is_pointwise(detector.get_submodule(name)) else 'gated', name, cost)
+        for name, cost in outputs.items()
+    ]
     for name, entry in structure.activations.items():
         readers = [inputs[x.name] for x in structure.layers if name in x.inputs and x.name in inputs]
         if readers and name in own | alone and _may_have_one_scale(entry):
@@ -102,17 +106,17 @@ def _spend(structure: Structure, choices: list[tuple[str, str, ChannelCost]], bu
                 give_one_scale(structure.activations[name])
         else:
             kept.append((kind, name, cost))
-    inputs = [choice for choice in kept if choice[0] != 'gated']
+    inputs = [choice for choice in kept if choice[0] in ('channels', 'own')]
     for extra, _, name, _ in _by_cost(inputs, ChannelCost.one_zero_point):
         if extra <= left:
             left -= extra
             shared += give_one_zero_point(structure.activations[name])
     for kind, name, _ in kept:
         if kind != 'channels':
-            (found.gated if kind == 'gated' else found.own).add(name)
+            (found.own if kind == 'own' else found.gated).add(name)
     spent = (budget - left) / budget * SHARE if budget else 0
     print_log(
-        f'{one} of {len(choices)} tensors between the layers that could have a scale per channel have one for all, '
+        f'{one} of {len(choices)} tensors between the layers that could have more have one scale for all channels, '
         f'{shared} one zero point; it adds {spent:.0%} to what layer inputs are expected to lose',
         'current',
     )
@@ -122,11 +126,14 @@ def _spend(structure: Structure, choices: list[tuple[str, str, ChannelCost]], bu
 def _by_cost(
     choices: list[tuple[str, str, ChannelCost]], worse: Callable[[ChannelCost], float]
 ) -> list[tuple[float, str, str, ChannelCost]]:
-    """Choices with what they would lose more than with scales and zero points per channel.
+    """Choices with what they would lose more than with scales and zero points per channel, or as floats.
 
     Those that lose least for the time that they save come first.
     """
-    told = [(max(worse(cost) - cost.apart(), 0.0), kind, name, cost) for kind, name, cost in choices]
+    told = [
+        (max(worse(cost) - (0.0 if kind == 'product' else cost.apart()), 0.0), kind, name, cost)
+        for kind, name, cost in choices
+    ]
     return sorted(told, key=lambda choice: choice[0] / (SAVED[choice[1]] * max(choice[3].elements, 1)))
 
 

@@ -22,7 +22,7 @@ from mmdet_ptq.wrapping.preparing.dataflow_graph import DataflowGraph
 from mmdet_ptq.wrapping.preparing.plan_products import plan_products
 from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS, Weigh
-from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, out_channels
+from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_pointwise, out_channels
 from mmdet_ptq.wrapping.watching.operations import GATED, GATES, LAYER, MOVEMENT, NORMS, UNKNOWN, keeps_channels
 from mmdet_ptq.wrapping.watching.recorder import Key, Operation, record_operations
 
@@ -65,7 +65,11 @@ class _Planner:
         found = [
             op
             for op in graph.operations
-            if graph.between(op) and not graph.fused(op) and not self._is_float_gate(op) and op not in self.left_float
+            if graph.between(op)
+            and not graph.fused(op)
+            and not self._is_float_gate(op)
+            and not self._ends_in_float(op)
+            and op not in self.left_float
         ]
         self._one_zero_point_where_layers_write(found)
         for op in found:
@@ -177,13 +181,15 @@ class _Planner:
 
     def float_gates(self) -> list[dict]:
         """The gated activations that compute in float, as islands are told."""
-        reason = 'its input has a scale per channel'
         own = 'its readers have quantizers of their own'
-        return [
-            dict(module=op.place[0], operation=op.name, reason=reason)
-            for op in self.graph.operations
-            if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0])
-        ] + [dict(module=op.place[0], operation=op.name, reason=own) for op in self.left_float if op.kind != LAYER]
+        found = []
+        for op in self.graph.operations:
+            if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0]):
+                summed = self._ends_in_float(self.graph.producer[op.inputs[0]])
+                reason = 'a matrix product hands it floats' if summed else 'its input has a scale per channel'
+                found.append(dict(module=op.place[0], operation=op.name, reason=reason))
+        left = [op for op in self.left_float if op.kind != LAYER]
+        return found + [dict(module=op.place[0], operation=op.name, reason=own) for op in left]
 
     def _entry(self, name: str) -> ActivationStructure:
         return self.structure.activations[name]
@@ -210,6 +216,10 @@ class _Planner:
             and self.graph.between(maker)
             and self.graph.only_gated(key)
         )
+
+    def _ends_in_float(self, op: Operation) -> bool:
+        """Whether a matrix product hands its sums on as floats, for a SiLU or HardSwish that computes in float."""
+        return op.kind == LAYER and self._float_gate(op.outputs[0]) and is_pointwise(self.graph.modules[op.name])
 
     def _only_normed(self, key: Key) -> bool:
         """Whether nothing but normalisations read a tensor: they compute in float, and give each channel its gain."""

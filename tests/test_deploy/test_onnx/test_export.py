@@ -106,7 +106,8 @@ def test_weights_are_stored_as_their_codes(exported):
         if value in constants:
             stored = numpy_helper.to_array(constants[value])
             assert stored.dtype == np.int8
-            stored = stored.T if node.op_type == 'MatMul' else stored
+            rows = node.op_type == 'Conv' or any(a.name == 'transB' and a.i for a in node.attribute)
+            stored = stored if rows else stored.T
             np.testing.assert_array_equal(stored.reshape(len(weight.codes), -1), weight.integers().numpy())
         else:
             assert producers[value].op_type in ('Gather', 'Cast')

@@ -15,6 +15,7 @@ import onnx  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from mmdet_ptq.deploy.integers import kernels  # noqa: E402
+from mmdet_ptq.deploy.onnx.graph import add_constant  # noqa: E402
 from mmdet_ptq.deploy.onnxruntime.integer_forms import add_to_clip, average_images, norms_by_channel, products_by_pixel  # noqa: E402
 from mmdet_ptq.quantizers import AffineQuantizer  # noqa: E402
 
@@ -189,14 +190,43 @@ def test_a_pointwise_convolution_that_ends_in_float_is_a_product_of_integers(tmp
         assert 'Conv' in dict(operations)  # in float
         assert products_by_pixel(model.graph) == 1
         after, operations = run(model, codes, tmp_path)
-        assert ('MatMulIntegerToFloat', 'layer') in operations and 'Conv' not in dict(operations)
+        assert ('QGemm', 'layer') in [(kind, name[:5]) for kind, name in operations] and 'Conv' not in dict(operations)
         np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
-        # exactly what is simulated: the sum of integers, times one factor, plus the bias
+        # exactly what is simulated: the sum of integers and the bias, times one factor
         total = np.einsum('nchw,oc->nohw', codes.numpy() - int(numbers['z']), numbers['w'][:, :, 0, 0].astype(int))
-        expected = total.astype(np.float32) * (numbers['s'] * numbers['ws']).reshape(-1, 1, 1)
         if bias:
-            expected += (numbers['b'].astype(np.float32) * numbers['bs']).reshape(-1, 1, 1)
+            total += numbers['b'].reshape(-1, 1, 1)
+        expected = total.astype(np.float32) * (numbers['s'] * numbers['ws']).reshape(-1, 1, 1)
         np.testing.assert_array_equal(after, expected)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_images_of_every_size_are_rows_of_pixels(tmp_path, bias):
+    source, codes = uniform(0.1, 3), random_codes(0)
+    model, _ = pointwise(source, bias)
+    fixed = pointwise(source, bias)[0]
+    last = model.graph.node('layer').outputs[0]
+    for value in (model.graph.inputs[0], last):
+        value.shape = ir.Shape(['images', value.shape[1], 'height', 'width'])
+    assert products_by_pixel(model.graph) == products_by_pixel(fixed.graph) == 1
+    for part in (codes, codes[:1], codes[..., 1:, 1:]):
+        found, operations = run(model, part, tmp_path)
+        assert any(kind == 'QGemm' for kind, _ in operations)
+        expected, _ = run(fixed, codes, tmp_path)
+        top, left = (whole - size for whole, size in zip(codes.shape[2:], part.shape[2:], strict=True))
+        np.testing.assert_array_equal(found, expected[: len(part), :, top:, left:])
+
+
+def test_a_bias_in_float_is_added_behind_the_product(tmp_path):
+    source, codes = uniform(0.1, 3), random_codes(0)
+    model, numbers = pointwise(source, True)
+    bias = np.linspace(-1, 1, len(numbers['b'])).astype(np.float32)
+    model.graph.node('layer').replace_input_with(2, add_constant(model.graph, 'float_bias', bias))
+    before, _ = run(model, codes, tmp_path)
+    assert products_by_pixel(model.graph) == 1
+    after, operations = run(model, codes, tmp_path)
+    assert ('MatMulIntegerToFloat', 'layer') in operations
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
 def test_other_convolutions_stay_what_they_are():

@@ -14,10 +14,11 @@ BALANCED = dict(dataflow='balanced')
 class Scaled(nn.Module):
     """Channels of very different ranges."""
 
-    def __init__(self, factors):
+    def __init__(self, factors, kernel=3):
         super().__init__()
-        self.conv = nn.Conv2d(4, 4, 1, bias=False)
-        self.conv.weight.data = torch.diag(torch.tensor(factors)).reshape(4, 4, 1, 1)
+        self.conv = nn.Conv2d(4, 4, kernel, padding=kernel // 2, bias=False)
+        self.conv.weight.data.zero_()
+        self.conv.weight.data[:, :, kernel // 2, kernel // 2] = torch.diag(torch.tensor(factors))
 
     def forward(self, x):
         return self.conv(x)
@@ -33,6 +34,30 @@ def test_balanced_keeps_scales_per_channel_where_channels_differ(factors, uneven
     assert {(i['operation'], i['reason']) for i in structure.islands} == (
         {('silu', 'its input has a scale per channel')} if uneven else set()
     )
+
+
+@pytest.mark.parametrize('share, ends_in_float', [(0, True), (1e3, False)])
+@pytest.mark.parametrize('act', [F.silu, F.hardswish])
+def test_balanced_keeps_sums_of_pointwise_convolutions_float_where_one_scale_costs_too_much(
+    monkeypatch, act, share, ends_in_float
+):
+    monkeypatch.setattr(choose_scales, 'SHARE', share)
+    _, structure, _ = toy(
+        lambda self, a, b: act(self.scaled(a.sigmoid())) + b, BALANCED, scaled=Scaled((40.0, 1.0, 1.0, 1.0), kernel=1)
+    )
+    assert (not outputs_of(structure)['scaled.conv']) == ends_in_float
+    reasons = {(i['operation'], i['reason']) for i in structure.islands}
+    assert reasons == ({(act.__name__, 'a matrix product hands it floats')} if ends_in_float else set())
+
+
+@pytest.mark.parametrize('dataflow, outputs', [('accuracy', 0), ('speed', 1)])
+def test_sums_of_pointwise_convolutions_stay_float_for_accuracy_alone(dataflow, outputs):
+    _, structure, _ = toy(
+        lambda self, a, b: F.silu(self.scaled(a.sigmoid())) + b,
+        dict(dataflow=dataflow),
+        scaled=Scaled((1.0, 1.0, 1.0, 1.0), kernel=1),
+    )
+    assert len(outputs_of(structure)['scaled.conv']) == outputs
 
 
 @pytest.mark.parametrize(
@@ -82,11 +107,11 @@ def test_balanced_gives_one_zero_point_where_one_scale_costs_too_much(monkeypatc
 
 def test_balanced_spends_where_one_scale_saves_most_time(monkeypatch):
     # enough for either of two tensors, and not for both
-    monkeypatch.setattr(choose_scales, 'SHARE', 0.45)
+    monkeypatch.setattr(choose_scales, 'SHARE', 0.15)
 
     def per_channel(saved):
         torch.manual_seed(0)
-        monkeypatch.setattr(choose_scales, 'SAVED', dict(gated=1.0, channels=saved, own=1.0))
+        monkeypatch.setattr(choose_scales, 'SAVED', dict(gated=1.0, product=1.0, channels=saved, own=1.0))
         _, structure, _ = toy(
             lambda self, a, b: self.depthwise(F.silu(self.scaled(a.sigmoid()))),
             BALANCED,
