@@ -60,6 +60,11 @@ def one_line(error: Exception) -> str:
     return f'{type(error).__name__}: {message}'.rstrip('.')
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another program's error; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def building(config: Mapping, *keys: str) -> Iterator[None]:
     """Turns what fails while mmengine builds parts of a config into one sentence.

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from mmdet_ptq.deploy.integers.biases import SharedBias
 from mmdet_ptq.deploy.integers.weights import integer_weight
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, first_line
 from mmdet_ptq.quantizers import Quantizer
 from mmdet_ptq.wrapping import float_weight, quantized_weights
 from mmdet_ptq.wrapping.inputs import QuantizedInput
@@ -135,6 +135,7 @@ class StridedSlices(TorchFunctionMode):
                 place = index.index(Ellipsis)
                 missing = 5 - len(index)
                 index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
+            index += (slice(None),) * (4 - len(index))
             if len(index) == 4 and all(isinstance(part, slice) for part in index):
                 steps = [part.step or 1 for part in index]
                 if steps[:2] == [1, 1] and max(steps) > 1:
@@ -248,7 +249,7 @@ def trace(twin: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
             return torch.jit.trace(RawOutputs(twin).eval(), example, check_trace=False)
     except Exception as error:
         raise PTQError(
-            f'the detector cannot be traced on images of {tuple(example.shape)}: {str(error).strip().splitlines()[0]}'
+            f'the detector cannot be traced on images of {tuple(example.shape)}: {first_line(error)}'
         ) from error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmdet_ptq.deploy.network.parts import FIRST, Part, has_regions, parts_of
 from mmdet_ptq.deploy.network.queries import has_queries
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, first_line
 from mmdet_ptq.predictions.prototypes import has_prototypes
 from mmdet_ptq.predictions.stock import runs_as
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
@@ -59,7 +59,7 @@ def first_outputs(detector: nn.Module, input_shape: tuple[int, int, int, int]) -
     try:
         return FIRST.run(detector, torch.zeros(input_shape, device=next(detector.parameters()).device))
     except RuntimeError as error:
-        told = str(error).strip().splitlines()[0].rstrip('.')
+        told = first_line(error).rstrip('.')
         fix = 'choose another --input-shape, multiples of 32 suit most detectors'
         if ' channels' in told:  # which --input-shape does not choose
             fix = 'give the config of the detector that it was made from'

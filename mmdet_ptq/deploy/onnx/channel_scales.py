@@ -79,7 +79,7 @@ def fold_divisions(graph: ir.Graph) -> int:
             continue
         channels = constant(convolution.inputs[1].producer().inputs[0]).shape[0]
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(channels, np.float32)
-        if bias is None or factor.size != channels or factor.shape[-2:] != (1, 1):
+        if bias is None or factor.size != channels or factor.shape[-3:] != (channels, 1, 1):
             continue
         _divide_output(graph, convolution, bias, factor.reshape(-1))
         node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)

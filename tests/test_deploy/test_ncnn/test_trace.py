@@ -125,6 +125,7 @@ INDICES = [
     np.s_[:, :, 1:7:3, :],
     np.s_[:, 1:, ::2, ::3],
     np.s_[:, ..., ::4],
+    np.s_[:, :, ::2],
     np.s_[:, :, :, 2:-1:2],
 ]
 
@@ -221,3 +222,14 @@ def test_what_cannot_be_traced_is_refused_in_one_line(detector):
     with pytest.raises(PTQError, match=told) as error:
         trace(twin, torch.zeros(1, 3, 8, 8))
     assert '\n' not in str(error.value)
+
+
+def test_an_error_that_says_nothing_is_told_by_its_type(detector):
+    twin, _ = traceable(detector)
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError
+
+    twin.forward = refuse
+    with pytest.raises(PTQError, match='cannot be traced on images of .*: NotImplementedError$'):
+        trace(twin, torch.zeros(1, 3, 8, 8))

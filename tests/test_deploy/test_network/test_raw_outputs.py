@@ -99,6 +99,15 @@ def test_sizes_that_the_detector_does_not_take_are_told_from_channels():
     assert 'choose another' not in str(error.value) and '\n' not in str(error.value)
 
 
+def test_an_error_that_says_nothing_is_told_by_its_type(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Nested, 'forward', refuse)
+    with pytest.raises(PTQError, match='cannot take images of 8x8 .*: NotImplementedError; choose another'):
+        first_outputs(Nested(), (1, 3, 8, 8))
+
+
 def test_regions_have_shapes_of_their_own(retinanet):
     image = torch.zeros(1, 3, 64, 64)
     assert region_shapes(retinanet, image) == []

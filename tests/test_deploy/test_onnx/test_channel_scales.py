@@ -231,6 +231,11 @@ def test_other_divisions_stay(nodes, outputs, constants):
     assert count == 0 and 'Div' in kinds(model)
 
 
+def test_divisions_of_as_many_images_as_channels_stay():
+    model = model_of(behind(DIVISION), factor=np.float32([1, 2, 3, 4]).reshape(4, 1, 1, 1))
+    assert fold_divisions(model.graph) == 0 and 'Div' in kinds(model)
+
+
 NORM = dict(
     gamma=np.float32([1, -2, 0.5, 3]),
     beta=np.float32([0, 1, 2, 3]),
