@@ -169,7 +169,7 @@ def _draw_weights(ax: Axes, grid: WeightGrid) -> None:
         ylim=(floor / band, top),
         xticks=[tick for tick in (-2, -1, -0.5, 0, 0.5, 1, 2) if abs(tick) <= reach],
     )
-    thinned = f', every {grid.step}th value' if grid.step > 1 else ''
+    thinned = f', 1 value in {grid.step}' if grid.step > 1 else ''
     ax.vlines(grid.levels, floor / band, floor / band**0.2, color=QUANTIZED, linewidth=0.9)
     ax.set_yticks([tick for tick in (1e-4, 1e-3, 1e-2, 1e-1) if floor <= tick <= top])
     ax.minorticks_off()
@@ -269,13 +269,13 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 
 def shorten(name: str, length: int) -> str:
-    """Drops leading components of a layer's path until it fits."""
+    """Drops leading components of a layer's path until it fits, and leading letters of a last one that does not."""
     if len(name) <= length:
         return name
     parts = name.split('.')
     while len(parts) > 1 and len('.'.join(parts)) > length - 2:
         del parts[0]
-    return '… ' + '.'.join(parts)
+    return '… ' + '.'.join(parts)[2 - length :]
 
 
 def file_of(figure: Figure, kind: str = 'png') -> bytes:

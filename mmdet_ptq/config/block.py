@@ -85,8 +85,8 @@ class PTQConfig:
             where they are pointwise, and the activation function computes in float, and what depthwise convolutions
             and others read stays float where it is computed; ``'speed'`` gives one scale to all but what depthwise
             convolutions alone read; ``'balanced'`` gives it where it costs the detections least, measured on
-            calibration images, and is the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but layer inputs. The
-            earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
+            calibration images, and is the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but
+            layer inputs. The earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
         products: Products of two activations inside attention, windows and dynamic layers. ``'integer'`` quantizes both
             factors where the product reads them, each with one scale and no zero point, as runtimes multiply them in
             integers; ``'float'`` leaves them. Defaults to ``'integer'``, with ``'ncnn'`` first in ``export`` to

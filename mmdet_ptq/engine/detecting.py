@@ -53,6 +53,9 @@ def export_detecting(
         trouble = str(error).rstrip('.')
     except Exception as error:  # of an exporter, or of the detector's own code: the run has its model
         trouble = one_line(error).rstrip('.')
+    if trouble:
+        for path in detecting_files(folder):  # of what failed later
+            remove(path)
     told = (
         f'no end-to-end model and no {PROGRAM}: {trouble}' if trouble else f'{folder / PROGRAM} detects without mmdet'
     )

@@ -265,7 +265,7 @@ def align_rois(
         return aligned
     # one box per proposal: the one of the class that the float detector sees there
     scores = (aligned if reference is None else reference).cls_logits.detach()
-    deltas = bbox_pred.reshape(len(rois), -1, box_head.bbox_coder.encode_size)
+    deltas = bbox_pred.unflatten(1, (-1, box_head.bbox_coder.encode_size))
     label = scores[image, position, :-1].argmax(-1) if deltas.shape[1] > 1 else torch.zeros_like(image)
     chosen = deltas[torch.arange(len(rois), device=rois.device), label]
     boxes = get_box_tensor(box_head.bbox_coder.decode(rois[:, 1:], chosen)).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""Model configs of the tiny detectors: stock mmdet modules, a few thousand weights, 64 x 64 images."""
+"""Model configs of the tiny detectors: stock mmdet modules, a few hundred thousand weights at most, 64 x 64 images."""
 
 from __future__ import annotations
 

@@ -141,6 +141,28 @@ def test_an_exporter_that_fails_breaks_no_run(detector, cfg, said, tmp_path, mon
     assert said[0].startswith(f'toy: no end-to-end model and no {PROGRAM}: {told}') and not said[0].endswith('.')
 
 
+@pytest.mark.parametrize('part', ['export', 'write_text'])
+def test_what_a_failure_leaves_is_removed(detector, cfg, said, tmp_path, monkeypatch, part):
+    def leave(detector, folder, *args, **kwargs):
+        folder.mkdir()
+        for name in ('model.toy', 'model.bin'):
+            (folder / name).write_text('half a model')
+        raise RuntimeError('the runtime cannot open it')
+
+    def fail(*args):
+        assert (tmp_path / END2END / 'model.toy').is_file()
+        raise PTQError('cannot write it.')
+
+    (tmp_path / 'model.toy').write_text("the run's model")
+    if part == 'export':
+        monkeypatch.setattr(Toy, 'export', leave)
+    else:
+        monkeypatch.setattr('mmdet_ptq.engine.detecting.write_text', fail)
+    export_detecting(detector, Toy, tmp_path, SHAPE, cfg)
+    assert detecting_files(tmp_path) == [] and names(tmp_path) == ['model.toy']
+    assert said[0].startswith(f'toy: no end-to-end model and no {PROGRAM}: ')
+
+
 def test_an_interruption_is_none_of_its_failures(detector, cfg, said, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -153,6 +153,12 @@ def test_a_roi_has_the_box_of_its_best_class(classes):
     assert (aligned.confidence()[~filled] < 1e-12).all() and not aligned.boxes[~filled].any()
 
 
+@pytest.mark.parametrize('classes', [1, 3])
+def test_no_rois_have_no_boxes(classes):
+    aligned = align_rois(coder(), torch.empty(0, 4), torch.empty(0, 4 * classes), torch.empty(0, 5), 2, None)
+    assert aligned.cls_logits.shape == (2, 0, 4) and aligned.boxes.shape == (2, 0, 4) and aligned.level_sizes == (0,)
+
+
 def test_the_class_is_the_references():
     scores, deltas = torch.randn(5, 4), torch.randn(5, 12)
     teacher = align_rois(coder(), scores, deltas, ROIS, 3, None)

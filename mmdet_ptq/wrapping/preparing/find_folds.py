@@ -13,10 +13,11 @@ from mmdet_ptq.wrapping.watching.probe import Probe
 def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Chooses which normalisations can be folded.
 
-    A pair is folded when the convolution feeds this normalisation in every call, nothing else reads it, both do no more
-    than their base classes in torch, and the convolution computes with its own weight as it is stored. A convolution
-    shared by several normalisations (RTMDet's SepBN head, NAS-FPN, FPG) keeps them: folding would need one weight per
-    normalisation. So does one that standardises its weight (DetectoRS): the folded gain would be normalised away.
+    A pair is folded when the convolution feeds this normalisation in every call, nothing else reads it or what the two
+    hold, both do no more than their base classes in torch, and the convolution computes with its own weight as it is
+    stored. A convolution shared by several normalisations (RTMDet's SepBN head, NAS-FPN, FPG) keeps them: folding would
+    need one weight per normalisation. So does one that standardises its weight (DetectoRS): the folded gain would be
+    normalised away.
 
     Args:
         detector: The float detector, in eval mode.
@@ -38,7 +39,14 @@ def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]]
             kept[name] = 'no single convolution feeds it, and nothing else'
             continue
         conv = next(iter(convs_of[name]))
-        weight = modules[conv]._parameters.get('weight')
+        parameters = modules[conv]._parameters
+        weight = parameters.get('weight')
+        # a weight changes in place, for all who hold it; a bias is replaced
+        shared = [
+            part
+            for part, tensor in parameters.items()
+            if id(tensor) in probe.borrowed or (tensor is weight and owners[id(tensor)] > 1)
+        ]
         odd = next((part for part in (conv, name) if not is_plain(modules[part])), None)
         if len(norms_of[conv]) != 1:
             kept[name] = f'its convolution {conv} is shared by several normalisations'
@@ -46,8 +54,10 @@ def find_folds(detector: nn.Module, probe: Probe) -> tuple[list[tuple[str, str]]
             kept[name] = 'it has no running statistics'
         elif conv not in probe.direct or weight is None:
             kept[name] = f'its convolution {conv} transforms its weight in the forward pass'
-        elif owners[id(weight)] > 1 or id(weight) in probe.borrowed:
-            kept[name] = f'something else reads the weight of its convolution {conv}'
+        elif shared:
+            kept[name] = f'something else reads the {shared[0]} of its convolution {conv}'
+        elif any(id(tensor) in probe.borrowed for tensor in (*module._parameters.values(), *module._buffers.values())):
+            kept[name] = 'something else reads its parameters or statistics'
         elif odd is not None:
             kept[name] = f'{odd} ({type(modules[odd]).__name__}) has a forward or hooks of its own'
         else:

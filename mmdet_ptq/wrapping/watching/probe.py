@@ -22,7 +22,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet_ptq.wrapping.watching.layers import QUANTIZABLE
-from mmdet_ptq.wrapping.watching.tensors import WEIGHTED_FUNCTIONS, gradients_everywhere, key_of, tensors_in, walk_back
+from mmdet_ptq.wrapping.watching.tensors import (
+    METADATA,
+    WEIGHTED_FUNCTIONS,
+    gradients_everywhere,
+    key_of,
+    tensors_in,
+    walk_back,
+)
 
 PRODUCT_OF_ACTIVATIONS = 'activation x activation product'  # why it stays float
 _PRODUCTS = {
@@ -75,7 +82,7 @@ class Probe:
         outputs: Names of the layers that write the heads' outputs (no other layer comes after them).
         norms: (layer, normalisation) name pairs, one per call, of normalisations that only ever normalise the output
             channels of a layer that nothing else reads.
-        borrowed: Ids of parameters that an operation outside their own layer took as its weight.
+        borrowed: Ids of tensors, parameters and buffers among them, that an operation outside their own module read.
         uncovered: Weighted operations outside quantizable layers.
         image_macs: Multiply-accumulates of the whole pass.
     """
@@ -125,19 +132,25 @@ def is_head(name: str, module: nn.Module) -> bool:
 
 
 class _Operations(TorchFunctionMode):
-    """Counts multiply-accumulates of functional calls and sees which tensors they take as weights."""
+    """Counts multiply-accumulates of functional calls and sees which tensors they read, and take as weights."""
 
     def __init__(self, prober: _Prober) -> None:
         super().__init__()
         self.prober = prober
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        read = {id(t): t.grad_fn for t in tensors_in([args, kwargs])}  # an in-place function changes the node
+        out = self.call(func, args, kwargs or {})
+        self.prober.read(func, read, out)
+        return out
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func in _PRODUCTS:
             with FlopCounterMode(display=False) as counter:
-                out = func(*args, **(kwargs or {}))
+                out = func(*args, **kwargs)
             self.prober.product(func, args, counter.get_total_flops() // 2)
             return out
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         if func in WEIGHTED_FUNCTIONS:
             weight = args[1] if len(args) > 1 else kwargs['weight']
             source = args[0] if args else kwargs['input']
@@ -162,6 +175,9 @@ class _Prober:
         self.head_outputs: list[Tensor] = []
         self.module_outputs: list[Tensor] = []
         self.norm_inputs: list[tuple[str, str, Any]] = []
+        self.reads: Counter[Any] = Counter()  # of layers' outputs, by their nodes
+        norms = [m for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.of_norms = {key for norm in norms for key in _own(norm)}
         self.heads = set(head_names(detector))
         self.handles = []
         self.handles.append(detector.register_forward_pre_hook(self.mark_image, with_kwargs=True))
@@ -210,6 +226,8 @@ class _Prober:
                 pass
             outputs = [t for t in tensors_in(output) if t.grad_fn is not None]
             self.module_outputs += outputs
+            if not name:  # the caller's
+                self.reads.update({t.grad_fn for t in outputs} & self.nodes.keys())
             if isinstance(module, QUANTIZABLE) and isinstance(output, Tensor):
                 self.alive.append(output)
                 self.open.pop()
@@ -232,12 +250,27 @@ class _Prober:
 
         return hook
 
+    def read(self, func: Callable, read: dict[int, Any], out: Any) -> None:
+        """Notes which layers' outputs a call read, and which tensors of another module than the one that runs.
+
+        Args:
+            func: The function.
+            read: Ids and autograd nodes of the tensors that it was given.
+            out: What it returned.
+        """
+        name = getattr(func, '__name__', '')
+        others = read.keys() - (_own(self.stack[-1][1]) if self.stack else set())
+        if name in METADATA or (name == '__get__' and not isinstance(out, Tensor)):
+            self.probe.borrowed |= others & self.of_norms  # once folded, a norm has not even a shape
+            return
+        self.probe.borrowed |= others
+        # what a call hands on as it is, as `contiguous` may, is left to those who read it then
+        self.reads.update(set(read.values()) & self.nodes.keys() - {t.grad_fn for t in tensors_in(out)})
+
     def weighted(self, operation: str, weight: Tensor, macs: int) -> None:
         name, module = self.stack[-1] if self.stack else ('', None)
         if isinstance(module, QUANTIZABLE) and weight is module._parameters.get('weight'):
             self.probe.direct.add(name)
-        else:
-            self.probe.borrowed.add(id(weight))
         if isinstance(module, QUANTIZABLE):
             self.open[-1].macs += macs
         else:
@@ -267,7 +300,8 @@ class _Prober:
             for call in self.probe.calls:
                 call.reads_image = any(call is other for other in self.from_images)
         readers = _reader_counts(self.module_outputs)
-        alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers[node] == 1]
+        # the graph shows readers with a kernel of their own; the calls show those that no gradient passes
+        alone = [(conv, norm) for conv, norm, node in self.norm_inputs if readers[node] == self.reads[node] == 1]
         normalised = Counter(conv for conv, _ in alone)
         normalising = Counter(norm for _, norm in alone)
         # a convolution that also runs without its normalisation keeps it, and so does one whose normalisation does more
@@ -287,6 +321,11 @@ _CUSTOM_WEIGHTED = {
     'ModulatedDeformConv2dPack',
     'MaskedConv2d',
 }
+
+
+def _own(module: nn.Module) -> set[int]:
+    """Ids of the parameters and buffers that a module itself holds."""
+    return {id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())}
 
 
 def _has_layer(tensor: Tensor, prober: _Prober) -> bool:

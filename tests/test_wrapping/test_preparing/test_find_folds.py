@@ -97,6 +97,56 @@ def test_a_norm_of_something_else_than_an_output_stays(run):
     assert found(net, torch.randn(1, 3, 8, 8)) == ([], {'bn': UNFED})
 
 
+def _without_gradients(m, x):
+    y = m.conv(x)
+    with torch.no_grad():
+        seen = y.relu()
+    return m.bn(y) + seen
+
+
+@pytest.mark.parametrize(
+    'run',
+    [
+        lambda m, x: (lambda y: m.bn(y) * (y > 0))(m.conv(x)),
+        lambda m, x: (lambda y: m.bn(y) + y.data)(m.conv(x)),
+        lambda m, x: (lambda y: m.bn(y) + y.detach().sigmoid())(m.conv(x)),
+        lambda m, x: (lambda y: m.bn(y) + y.argmax(1, keepdim=True))(m.conv(x)),
+        lambda m, x: (lambda y: m.bn(y) * y.max().item())(m.conv(x)),
+        lambda m, x: (lambda y: (m.bn(y), dict(raw=[y])))(m.conv(x)),
+        _without_gradients,
+    ],
+    ids=['compared', 'data', 'detached', 'argmax', 'a number', 'returned', 'without gradients'],
+)
+def test_a_norm_stays_where_the_output_is_read_and_no_gradient_shows_it(run):
+    net = Net(run, conv=nn.Conv2d(3, 3, 1), bn=norm(3))
+    assert found(net, torch.randn(1, 3, 8, 8)) == ([], {'bn': UNFED})
+
+
+def test_to_ask_for_a_shape_reads_nothing():
+    def run(m, x):
+        y = m.conv(x)
+        assert y.shape == x.shape and y.dim() == len(y.size()) and y.dtype == m.conv.weight.dtype
+        return m.bn(y) + torch.zeros_like(y) + y.new_ones(1)
+
+    assert found(Net(run, conv=nn.Conv2d(3, 3, 1), bn=norm(3)), torch.randn(1, 3, 8, 8)) == ([('conv', 'bn')], {})
+
+
+@pytest.mark.parametrize(
+    'run, told',
+    [
+        (lambda m, x: m.bn(m.conv(x)) + m.conv.bias.view(1, -1, 1, 1), 'the bias of its convolution conv'),
+        (lambda m, x: m.bn(m.conv(x)) * m.conv.weight.abs().mean(), 'the weight of its convolution conv'),
+        (lambda m, x: m.bn(m.conv(x)) * m.bn.weight.view(1, -1, 1, 1), 'its parameters or statistics'),
+        (lambda m, x: m.bn(m.conv(x)) - m.bn.running_mean.view(1, -1, 1, 1), 'its parameters or statistics'),
+        (lambda m, x: m.bn(m.conv(x.to(m.bn.bias.dtype))), 'its parameters or statistics'),
+    ],
+    ids=['bias', 'weight', 'gain', 'mean', 'type of a shift'],
+)
+def test_what_a_pair_holds_stays_where_something_else_reads_it(run, told):
+    net = Net(run, conv=nn.Conv2d(3, 3, 1), bn=norm(3))
+    assert found(net, torch.randn(1, 3, 8, 8)) == ([], {'bn': f'something else reads {told}'})
+
+
 def test_a_copy_of_the_memory_alone_does_not_matter():
     net = Net(lambda m, x: m.bn(m.conv(x).contiguous()), conv=nn.Conv2d(3, 3, 1), bn=norm(3))
     assert found(net, torch.randn(1, 3, 8, 8)) == ([('conv', 'bn')], {})
@@ -143,6 +193,7 @@ def test_a_bias_that_two_convolutions_have_stays_the_other_ones():
     net = Net(lambda m, x: m.bn(m.conv(x)) + m.other(x), conv=conv, bn=norm(3), other=other).eval()
     x = torch.randn(1, 3, 8, 8)
     folds, _ = found(net, x)
+    assert folds == [('conv', 'bn')]
     folded = copy.deepcopy(net)
     fold_norms(folded, folds)
     with torch.no_grad():

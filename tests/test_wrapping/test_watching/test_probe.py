@@ -51,6 +51,40 @@ def test_first_and_last_layers(toy, image):
     assert probe.outputs == {'bbox_head.out'}
 
 
+def test_norms_are_of_outputs_that_nothing_else_reads():
+    class Net(nn.Module):
+        def __init__(self, run):
+            super().__init__()
+            self.conv, self.bn, self.run = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), run
+
+        def forward(self, x):
+            return self.run(self.bn, self.conv(x))
+
+    def norms(run):
+        net = Net(run).eval()
+        return probe_detector(net, lambda: net(torch.randn(1, 3, 4, 4))).norms
+
+    assert norms(lambda bn, y: bn(y).relu_()) == [('conv', 'bn')]
+    assert norms(lambda bn, y: bn(y.contiguous().float())) == [('conv', 'bn')]
+    # no gradient passes the other reader
+    assert norms(lambda bn, y: bn(y) * (y > 0)) == norms(lambda bn, y: (bn(y), y.data)) == []
+    # before it is normalised, and when it has changed
+    assert norms(lambda bn, y: y.detach() + bn(y)) == norms(lambda bn, y: (bn(y), y.mul_(2).argmax())) == []
+    assert norms(lambda bn, y: (bn(y), y)) == []
+
+
+def test_what_is_read_outside_its_own_module_is_borrowed():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            conv, bn, other = self
+            return other(bn(conv(x))) * conv.bias.sum() * bn.running_var.sum() + other.weight.shape[0]
+
+    net = Net(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)).eval()
+    borrowed = probe_detector(net, lambda: net(torch.randn(1, 3, 4, 4))).borrowed
+    held = {name for name, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in borrowed}
+    assert held == {'0.bias', '1.running_var'}
+
+
 def test_nothing_is_left_behind(toy, image):
     toy.stem.weight.requires_grad_(False)
     probe_detector(toy, lambda: toy(image))
