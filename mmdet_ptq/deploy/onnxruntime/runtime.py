@@ -23,7 +23,7 @@ from mmdet_ptq.deploy.onnxruntime.compare import compare_codes
 from mmdet_ptq.deploy.onnxruntime.memory import check_onnx_memory
 from mmdet_ptq.deploy.requirements import ONNX
 from mmdet_ptq.deploy.runtime import IntegerCoverage, Runtime, worst_case
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, first_line
 from mmdet_ptq.registry import RUNTIMES
 from mmdet_ptq.wrapping import Structure
 
@@ -73,7 +73,8 @@ class OnnxRuntime(Runtime):
         try:
             return onnxruntime.InferenceSession(self.path, options, providers=[p for p in PROVIDERS if p in present])
         except Exception as error:  # the bindings raise classes of their own
-            raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {str(error).splitlines()[0][:200]}') from error
+            reason = first_line(error).replace(f'Load model from {self.path} failed:', '')
+            raise PTQError(f'ONNX Runtime cannot open {self.path!r}: {reason[:200]}') from error
 
     @staticmethod
     @functools.cache
