@@ -79,6 +79,8 @@ def _next_steps(results: Mapping[str, Any]) -> list[str]:
     if recipe['calibration']['num_images'] <= FEW_CALIBRATION_IMAGES:
         more = 4 * recipe['calibration']['num_images']
         steps.append(f'`--cfg-options ptq.calibration.num_images={more}` calibrates on more images')
+    if recipe.get('reconstruct') is None:
+        steps.append('`--cfg-options ptq.reconstruct=closed_form` solves the weights of each layer, for some minutes')
     if recipe.get('global_loss') is None:
         steps.append('`--preset w8a8` trains scales and biases with the filtered global loss, for some minutes')
     if recipe.get('protect') is None:

@@ -23,6 +23,8 @@ _PLAIN = dict(
 # Published ways to reconstruct, by name: ptq = dict(reconstruct='qdrop'). The settings are those of the public codes;
 # docs/method.md lists what differs.
 RECONSTRUCTION_METHODS = {
+    # the defaults, by a name that a command line takes
+    'closed_form': dict(),
     # Nagel et al., ICML 2020: layer by layer, scales fixed.
     'adaround': dict(_PLAIN, granularity='layer', activation_lr=0),
     # Li et al., ICLR 2021: block by block, squared errors weighted by the Fisher information.

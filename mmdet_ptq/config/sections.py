@@ -254,7 +254,8 @@ class ReconstructConfig:
     ``reconstruct='qdrop'`` (or ``dict(method='qdrop', ...)``) starts from a published recipe instead.
 
     Args:
-        method: ``'adaround'``, ``'brecq'`` or ``'qdrop'``: where the settings below start from. Defaults to None.
+        method: ``'closed_form'``, ``'adaround'``, ``'brecq'`` or ``'qdrop'``: where the settings below start from.
+            Defaults to None, the same as ``'closed_form'``.
         iters: Iterations of training per unit. Defaults to 0.
         batch_size: Images per iteration. Defaults to 8.
         max_positions: Fewer images are taken where they have more positions (of all levels) than this together; one

@@ -74,17 +74,18 @@ def test_few_images_and_float_layers_are_told(quiet):
 
 
 def test_a_loss_comes_with_what_to_try_in_order(quiet):
-    recipe = dict(dataflow='balanced', calibration=dict(num_images=128), global_loss=None, protect=None)
+    recipe = dict(
+        dataflow='balanced', calibration=dict(num_images=128), reconstruct=None, global_loss=None, protect=None
+    )
     given = losing(dict(quiet, recipe=recipe), simulated=-2.64, onnxruntime=-2.6, openvino=-0.3)
     first, *steps = closing_lines(given)
     assert first.startswith('integers cost more than 0.5 points: simulated -2.6, onnxruntime -2.6. To try next')
     assert 'keep `ptq.export`' in first
-    assert [step.split(' ')[2] for step in steps] == ['1.', '2.', '3.', '4.', '5.']
-    for step, told in zip(
-        steps, ('dataflow=accuracy', 'num_images=512', 'w8a8', 'protect.max_tensors', 'troubleshoot'), strict=True
-    ):
+    assert [step.split(' ')[2] for step in steps] == ['1.', '2.', '3.', '4.', '5.', '6.']
+    wanted = ('dataflow=accuracy', 'num_images=512', 'closed_form', 'w8a8', 'protect.max_tensors', 'troubleshoot')
+    for step, told in zip(steps, wanted, strict=True):
         assert told in step
-    settled = dict(dataflow='accuracy', calibration=dict(num_images=512), global_loss={}, protect={})
+    settled = dict(dataflow='accuracy', calibration=dict(num_images=512), reconstruct={}, global_loss={}, protect={})
     given['recipe'] = settled
     assert len(closing_lines(given)) == 2
     assert closing_lines(losing(dict(quiet, recipe=settled), simulated=-0.4)) == []
