@@ -101,6 +101,7 @@ def codes(model):
     return sorted(onnx.TensorProto.DataType.Name(types[name]) for name in names)
 
 
+@pytest.mark.thorough
 def test_by_default_every_quantizer_is_written_as_it_is_simulated(detector, written):
     model, image = written(), torch.randn(SHAPE)
     assert codes(model) == ['UINT16', 'UINT8', 'UINT8', 'UINT8']
@@ -124,6 +125,7 @@ def test_quantizers_are_left_out_and_bounded_as_the_runtime_wants(written):
     assert [count(model, kind) for kind in ('Max', 'Min', 'Clip')] == [1, 1, 1]
 
 
+@pytest.mark.thorough
 def test_changes_are_made_in_their_order_and_packings_behind_them_unless_refused(written):
     seen = []
 

@@ -200,6 +200,7 @@ class Small(nn.Module):
         return self.conv(x) + self.ptq.activations['conv'](x[:, :1] + 1)
 
 
+@pytest.mark.thorough
 def test_quantizers_write_nodes_while_they_are_exported():
     detector = Small().eval().requires_grad_(False)
     before = detector(X)

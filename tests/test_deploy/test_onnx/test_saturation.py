@@ -308,7 +308,7 @@ def test_what_is_ignored_is_named_and_wrong(on_processor, tmp_path):
         assert any(not np.array_equal(ours, other) for ours, other in zip(here(path, image()), outputs, strict=True))
 
 
-@pytest.mark.parametrize('processor', PROCESSORS)
+@pytest.mark.parametrize('processor', ['avx2', pytest.param('avx512', marks=pytest.mark.thorough)])
 def test_runtimes_are_found_to_saturate(on_processor, processor):
     for runtime in PROGRAMS:
         need(runtime)
