@@ -23,6 +23,8 @@ from mmdet_ptq.wrapping.watching.tensors import tensors_in
 # Seconds of a stage whatever the detector, and passes of the float detector over one image that an image costs more.
 # Measured on SSDLite, YOLOX-nano and RetinaNet-R18, on a processor.
 EVALUATION, SIMULATION, EXPORT = (3, 1.2), (3, 2.0), (10, 40.0)
+# of images that the simulation computes without exact integers
+PLAIN_SIMULATION = (0, 1.5)
 PREPARATION, OBSERVING, WEIGHING, TRAINING = (4, 100.0), 3.0, 8.0, 8.0
 # a layer or a tensor, in passes over every image
 RECONSTRUCTION, PROTECTION = 4.0, 2.0
@@ -114,7 +116,7 @@ def _seconds(run: Run, once: float, layers: int) -> Iterator[tuple[str, float]]:
         if run.canvas is not None and block is run.ptq:
             yield 'evaluate_float_padded', of(EVALUATION, evaluated)
         exact = min(evaluated, EXACT_IMAGES)
-        yield f'{part}evaluate_simulated', of(SIMULATION, exact) + of((0, SIMULATION[1] / 2), evaluated - exact)
+        yield f'{part}evaluate_simulated', of(SIMULATION, exact) + of(PLAIN_SIMULATION, evaluated - exact)
         for name in block.export:
             yield f'{part}export_{name}', of(EXPORT) + of(EVALUATION, evaluated)
     yield 'report', REPORT

@@ -36,7 +36,7 @@ from mmdet_ptq.deploy.onnx.slices import slice_translations
 from mmdet_ptq.deploy.onnx.trouble import failing_place
 from mmdet_ptq.deploy.requirements import ONNX, require
 from mmdet_ptq.deploy.runtime import file_digest, fixed_size, get_runtime, remove_parts, runtime_of
-from mmdet_ptq.errors import PTQError
+from mmdet_ptq.errors import PTQError, first_line
 from mmdet_ptq.files import write_atomic
 from mmdet_ptq.version import __version__
 from mmdet_ptq.wrapping import is_quantized, quantization_mode
@@ -252,10 +252,9 @@ def _cause(error: BaseException) -> str:
     """The first line of what lies at the root of an exporter's error, and where it happened."""
     while error.__cause__ is not None:
         error = error.__cause__
-    said = str(error).strip()
-    if 'data is not allocated yet' in said:
+    if 'data is not allocated yet' in str(error):
         return "an operation that is compiled, and none of torch's own, has no ONNX form"
-    return said.splitlines()[0][:300] if said else type(error).__name__
+    return first_line(error)[:300]
 
 
 @contextmanager
@@ -292,7 +291,7 @@ def _write(model, meta: dict, path: str | os.PathLike, dialect: Dialect) -> None
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise PTQError(
             f'the detector cannot be exported: PyTorch wrote a graph that ONNX refuses '
-            f'({str(error).strip().splitlines()[0][:200]}); leave out the export, and report it.'
+            f'({first_line(error)[:200]}); leave out the export, and report it.'
         ) from error
     if dialect.check is not None:
         dialect.check(proto)

@@ -58,7 +58,8 @@ class ChannelCost:
         rows = x.detach().movedim(axis, 0).flatten(1)
         if weight is None:
             power = rows.double().square().mean(1, keepdim=True)
-            weights = torch.where(power > 0, 1 / power, 0).to(rows.dtype).expand(rows.shape)
+            # within float32, of channels that are all but zero, too
+            weights = torch.where(power > 0, 1 / power, 0).clamp_max(1e30).to(rows.dtype).expand(rows.shape)
         else:
             weights = weight.detach().movedim(axis, 0).flatten(1)
         self.low = torch.minimum(self.low, rows.amin(1).double().cpu())

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -83,3 +85,9 @@ def test_what_is_written_to_in_place_is_measured_as_it_was():
     net[0].bias.data.zero_()
     _, outputs = channel_costs(net, [], ['0'], not_weighed(lambda: net(torch.ones(1, 1, 2, 2))), lambda module: 1)
     assert outputs['0'].low.tolist() == [-1]
+
+
+def test_channels_that_are_all_but_zero_count_a_finite_amount():
+    cost = ChannelCost(2)
+    cost.see(torch.tensor([[1.0, 2.0, 3.0], [1e-25, -1e-25, 2e-25]]), None, 0)
+    assert all(map(math.isfinite, (cost.together(), cost.apart(), cost.one_zero_point())))
