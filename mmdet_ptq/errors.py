@@ -60,7 +60,7 @@ def one_line(error: Exception) -> str:
     return f'{type(error).__name__}: {message}'.rstrip('.')
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another program's error; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

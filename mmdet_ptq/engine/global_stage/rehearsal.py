@@ -15,7 +15,7 @@ from torch import nn
 from mmdet_ptq.config import GlobalLossConfig
 from mmdet_ptq.engine.global_stage.optim import build_wrapper, by_iterations
 from mmdet_ptq.engine.run import num_held_out
-from mmdet_ptq.errors import PTQError, did_you_mean
+from mmdet_ptq.errors import PTQError, did_you_mean, first_line
 
 KEY = 'ptq.global_loss'
 
@@ -106,5 +106,4 @@ def _built(key: str, build: Callable):
     try:
         return build()
     except Exception as error:  # whatever a class of the user's raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise PTQError(f'`{key}` cannot be built: {reason[0]}') from error
+        raise PTQError(f'`{key}` cannot be built: {first_line(error)}') from error
