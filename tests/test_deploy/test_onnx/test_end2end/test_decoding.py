@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
+from tiny_heads import POINTS, common, one_stage_heads
 
 from mmdet_ptq.deploy.onnx.end2end.decoding import (
     GflDecoding,
@@ -16,32 +17,18 @@ from mmdet_ptq.deploy.onnx.end2end.decoding import (
     YoloxDecoding,
     decoding_of,
 )
-from mmdet_ptq.testing import NUM_CLASSES, tiny_model_cfg
+from mmdet_ptq.testing import NUM_CLASSES
 
 # more and fewer places on the second level than the limit takes, and an odd one
 GRIDS = [(8, 6), (4, 3), (1, 2)]
 IMAGES = [(64, 48), (50, 41)]
 CONFIG = dict(nms_pre=40, min_bbox_size=0, score_thr=0.5, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10)
-COMMON = dict(num_classes=NUM_CLASSES, in_channels=8, feat_channels=8, stacked_convs=1)
+COMMON = common(8)
 DELTA = dict(type='DeltaXYWHBBoxCoder', target_means=[0.1, 0, 0, 0.2], target_stds=[0.1, 0.1, 0.2, 0.3])
-POINTS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16, 32])
 SQUARES = dict(POINTS, ratios=[0.5, 1.0, 2.0])
 SOFTMAX = dict(type='CrossEntropyLoss', use_sigmoid=False)
 HEADS = dict(
-    ssd=dict(
-        type='SSDHead',
-        num_classes=NUM_CLASSES,
-        in_channels=(8, 8, 8),
-        bbox_coder=DELTA,
-        anchor_generator=dict(
-            type='SSDAnchorGenerator',
-            scale_major=False,
-            strides=[8, 16, 32],
-            ratios=[[2], [2, 3], [2, 3]],
-            min_sizes=[12, 20, 32],
-            max_sizes=[20, 32, 48],
-        ),
-    ),
+    one_stage_heads(8, DELTA),
     retinanet=dict(COMMON, type='RetinaHead', anchor_generator=SQUARES, bbox_coder=DELTA),
     softmax=dict(COMMON, type='RetinaHead', anchor_generator=SQUARES, bbox_coder=DELTA, loss_cls=SOFTMAX),
     unclipped=dict(
@@ -50,21 +37,6 @@ HEADS = dict(
         anchor_generator=SQUARES,
         bbox_coder=dict(DELTA, clip_border=False, add_ctr_clamp=True),
     ),
-    atss=dict(COMMON, type='ATSSHead', anchor_generator=POINTS, bbox_coder=DELTA, norm_cfg=None),
-    fcos=dict(COMMON, type='FCOSHead', strides=[8, 16, 32], norm_cfg=None),
-    gfl=dict(
-        COMMON,
-        type='GFLHead',
-        anchor_generator=POINTS,
-        norm_cfg=None,
-        reg_max=4,
-        loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True),
-    ),
-    rtmdet=dict(
-        tiny_model_cfg('rtmdet')['bbox_head'],
-        anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[8, 16, 32]),
-    ),
-    yolox=dict(COMMON, type='YOLOXHead', strides=(8, 16, 32), norm_cfg=dict(type='BN')),
     rpn=dict(
         type='RPNHead',
         in_channels=8,

@@ -11,6 +11,7 @@ from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+from tiny_heads import one_stage_heads
 from torch import nn
 
 from mmdet_ptq import cli
@@ -22,7 +23,7 @@ from mmdet_ptq.deploy.onnx.end2end.one_stage import OneStage
 from mmdet_ptq.deploy.onnx.end2end.suppression import MAX_DETECTIONS, Suppression
 from mmdet_ptq.deploy.onnx.export import model_meta
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import NUM_CLASSES, SIZE, predict, tiny_batch, tiny_model_cfg
+from mmdet_ptq.testing import SIZE, predict, tiny_batch, tiny_model_cfg
 from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping import prepare_detector
 
@@ -31,41 +32,8 @@ pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxrunt
 # 192 priors on the first level, 48 on the second, 12 on the third of the anchor heads: the limit of 100 for each level
 # chooses among priors, among pairs of prior and class, and not at all
 TEST = dict(nms_pre=100, min_bbox_size=0, score_thr=0.3, nms=dict(type='nms', iou_threshold=0.5), max_per_img=40)
-POINTS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16, 32])
 DELTA = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2])
-COMMON = dict(num_classes=NUM_CLASSES, in_channels=16, feat_channels=16, stacked_convs=1)
-HEADS = dict(
-    ssd=dict(
-        type='SSDHead',
-        num_classes=NUM_CLASSES,
-        in_channels=(16, 16, 16),
-        bbox_coder=DELTA,
-        anchor_generator=dict(
-            type='SSDAnchorGenerator',
-            scale_major=False,
-            strides=[8, 16, 32],
-            ratios=[[2], [2, 3], [2, 3]],
-            min_sizes=[12, 20, 32],
-            max_sizes=[20, 32, 48],
-        ),
-    ),
-    retinanet=tiny_model_cfg('retinanet')['bbox_head'],
-    atss=dict(COMMON, type='ATSSHead', anchor_generator=POINTS, bbox_coder=DELTA, norm_cfg=None),
-    fcos=dict(COMMON, type='FCOSHead', strides=[8, 16, 32], norm_cfg=None),
-    gfl=dict(
-        COMMON,
-        type='GFLHead',
-        anchor_generator=POINTS,
-        norm_cfg=None,
-        reg_max=4,
-        loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True),
-    ),
-    rtmdet=dict(
-        tiny_model_cfg('rtmdet')['bbox_head'],
-        anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[8, 16, 32]),
-    ),
-    yolox=dict(COMMON, type='YOLOXHead', strides=(8, 16, 32), norm_cfg=dict(type='BN')),
-)
+HEADS = dict(one_stage_heads(16, DELTA), retinanet=tiny_model_cfg('retinanet')['bbox_head'])
 CONFIGS = dict(
     # more places than candidates; boxes of some size only
     retinanet=dict(TEST, max_per_img=300, min_bbox_size=12),
