@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -266,14 +267,30 @@ DETECTORS = {
 OF_RUNTIME = {'onnxruntime': list(DETECTORS), 'openvino': ['retinanet', 'yolox', 'symmetric']}
 
 
+class Exported(Mapping):
+    """Name to a detector and its model, made when it is asked for."""
+
+    def __init__(self, runtime, folder):
+        self.runtime, self.folder, self.known = runtime, folder, {}
+
+    def __getitem__(self, name):
+        if name not in self.known:
+            kind = name if name in ('yolox', 'ssd') else 'retinanet'
+            folder = self.folder / name.replace(' ', '_')
+            self.known[name] = made(kind, folder, self.runtime, **DETECTORS[name])
+        return self.known[name]
+
+    def __iter__(self):
+        return iter(OF_RUNTIME[self.runtime])
+
+    def __len__(self):
+        return len(OF_RUNTIME[self.runtime])
+
+
 @pytest.fixture(scope='module', params=PROGRAMS)
 def exported(request, tmp_path_factory):
     need(request.param)
-    folder, found = tmp_path_factory.mktemp(request.param), {}
-    for name in OF_RUNTIME[request.param]:
-        kind = name if name in ('yolox', 'ssd') else 'retinanet'
-        found[name] = made(kind, folder / name.replace(' ', '_'), request.param, **DETECTORS[name])
-    return request.param, found
+    return request.param, Exported(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.thorough
