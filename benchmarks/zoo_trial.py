@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, SAConv2d
-from mmdet.models import ResNet, TwoStageDetector
+from mmdet.models import MobileNetV2, ResNet, TwoStageDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -151,13 +151,15 @@ def smallest(config: Config) -> tuple[Config, nn.Module, tuple[int, int]]:
 
 
 def shallow_stages() -> None:
-    """Few blocks in each stage of ResNet and its kin, for this process; the first stage has two of them."""
+    """Few blocks in each stage of ResNet and its kin, and of MobileNetV2, for this process."""
     for name in list(MODELS.module_dict):
         settings = getattr(MODELS.module_dict[name], 'arch_settings', None)
         if isinstance(settings, dict):
             for depth, (block, *stages) in [(d, s) for d, s in settings.items() if isinstance(s, tuple)]:
                 if stages and isinstance(stages[0], tuple) and all(isinstance(n, int) for n in stages[0]):
                     settings[depth] = (block, tuple(min(most, n) for most, n in zip(_BLOCKS, stages[0], strict=False)))
+    # rows of expansion, channels, blocks and stride
+    MobileNetV2.arch_settings = [[*row[:2], min(2, row[2]), *row[3:]] for row in MobileNetV2.arch_settings]
 
 
 def damp_refinements(detector: nn.Module) -> None:

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from hostile import trap  # noqa: F401
+from processes import look_through_less, one_thread
 
 from mmdet_ptq.analysis import versions
 from mmdet_ptq.testing.processors import cannot_emulate, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# tiny detectors are slower on several threads, and many times as slow while others compute; so are the programs that
-# tests start
-torch.set_num_threads(1)
+one_thread()
+# the programs that tests start, too
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 # mmengine keeps the logger of every run, and with it a stream that pytest has closed by the next test
 logging.raiseExceptions = False
@@ -39,6 +39,11 @@ def seeded():
 def pytest_report_header() -> str:
     """The processor: figures and kernels differ with it."""
     return f'processor: {versions()["processor"]}'
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported by then."""
+    look_through_less()
 
 
 @pytest.fixture(scope='session')

@@ -81,7 +81,9 @@ def test_the_architecture_is_the_published_one(kind):
     assert count / 1e6 == pytest.approx(PARAMETERS[kind], rel=0.02)
 
 
-@pytest.mark.parametrize('prefix', ['', 'model.', 'avg_model.', 'module.'])
+@pytest.mark.parametrize(
+    'prefix', ['', 'avg_model.', *(pytest.param(prefix, marks=pytest.mark.thorough) for prefix in ('model.', 'module.'))]
+)
 @pytest.mark.parametrize('kind', PUBLISHED)
 def test_a_published_checkpoint_loads_as_it_is(kind, prefix, tmp_path):
     there, here = detector(kind, 1), detector(kind, 2)

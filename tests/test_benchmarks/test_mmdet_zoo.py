@@ -11,6 +11,7 @@ import torch
 import zoo_architectures
 import zoo_trial
 from mmengine.config import Config
+from processes import set_up
 
 LINE = dict.fromkeys(mmdet_zoo.FIELDS, '') | dict(
     config='retinanet/retinanet_r18_fpn_1x_coco.py',
@@ -127,7 +128,7 @@ def test_configs_that_build_alike_are_one_architecture(monkeypatch):
 @pytest.fixture(scope='module')
 def elsewhere():
     """A process for all of them: a trial changes mmdet's classes."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), set_up) as pool:
         yield pool
 
 

@@ -27,14 +27,20 @@ def detector():
 
 
 @pytest.fixture(scope='module')
-def pair(detector, tmp_path_factory):
+def compact(detector, tmp_path_factory):
+    path = tmp_path_factory.mktemp('onnx') / 'compact.onnx'
+    export_onnx(detector, path, SHAPE)
+    return path
+
+
+@pytest.fixture(scope='module')
+def pair(detector, compact):
     """The same model with every name and constant, and compact."""
-    folder = tmp_path_factory.mktemp('onnx')
+    plain = compact.with_name('plain.onnx')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_names, 'compact', lambda model, calls, share=True: None)
-        export_onnx(detector, folder / 'plain.onnx', SHAPE)
-    export_onnx(detector, folder / 'compact.onnx', SHAPE)
-    return folder / 'plain.onnx', folder / 'compact.onnx'
+        export_onnx(detector, plain, SHAPE)
+    return plain, compact
 
 
 def image(detector):
@@ -63,8 +69,8 @@ def test_what_somebody_reads_keeps_its_name(pair):
     assert {node.name for node in compact.node} == {*calls, ''}
 
 
-def test_equal_constants_and_products_are_not_stored(pair):
-    graph = onnx.load(pair[1]).graph
+def test_equal_constants_and_products_are_not_stored(compact):
+    graph = onnx.load(compact).graph
     stored = [(entry.data_type, tuple(entry.dims), entry.raw_data) for entry in graph.initializer]
     assert len(set(stored)) == len(stored)
     constants, producers = {e.name for e in graph.initializer}, {n.output[0]: n for n in graph.node}
@@ -110,7 +116,7 @@ def test_meta_survives_and_older_ones_are_read():
     assert read_meta('{"layers": {"a.b#1": "a.b"}}') == {'layers': {'a.b#1': 'a.b'}}
 
 
-def test_weight_bytes_of_a_float_and_an_integer_model(pair, tmp_path):
+def test_weight_bytes_of_a_float_and_an_integer_model(compact, tmp_path):
     detector = tiny_detector('retinanet').eval()
     export_onnx(detector, tmp_path / 'float.onnx', SHAPE)
     biases = sum(
@@ -120,7 +126,7 @@ def test_weight_bytes_of_a_float_and_an_integer_model(pair, tmp_path):
     )
     weights = sum(m.weight.numel() for m in detector.modules() if hasattr(m, 'kernel_size') and hasattr(m, 'weight'))
     assert 4 * weights <= weight_bytes(tmp_path / 'float.onnx') <= 4 * (weights + biases)
-    assert weights < weight_bytes(pair[1]) < 0.5 * weight_bytes(tmp_path / 'float.onnx')
+    assert weights < weight_bytes(compact) < 0.5 * weight_bytes(tmp_path / 'float.onnx')
 
 
 @pytest.mark.slow
