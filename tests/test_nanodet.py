@@ -82,7 +82,8 @@ def test_the_architecture_is_the_published_one(kind):
 
 
 @pytest.mark.parametrize(
-    'prefix', ['', 'avg_model.', *(pytest.param(prefix, marks=pytest.mark.thorough) for prefix in ('model.', 'module.'))]
+    'prefix',
+    ['', 'avg_model.', *(pytest.param(prefix, marks=pytest.mark.thorough) for prefix in ('model.', 'module.'))],
 )
 @pytest.mark.parametrize('kind', PUBLISHED)
 def test_a_published_checkpoint_loads_as_it_is(kind, prefix, tmp_path):

@@ -14,8 +14,9 @@ from mmdet_ptq.testing.detectors import tiny_detector
 from mmdet_ptq.wrapping import Structure, prepare_detector
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
+MIN_MAX = dict(observer=dict(type='mmdet_ptq.MinMaxObserver'))
 # 8 bits; min-max, because searching ranges takes most of the time of a tiny detector
-OBSERVE = dict(preset='w8a8_observe', activations=dict(observer=dict(type='mmdet_ptq.MinMaxObserver')))
+OBSERVE = dict(preset='w8a8_observe', weights=MIN_MAX, activations=MIN_MAX)
 
 
 def tiny_quantized(kind: str, ptq: dict | None = None, seed: int = 0) -> tuple[nn.Module, Structure]:
@@ -23,14 +24,15 @@ def tiny_quantized(kind: str, ptq: dict | None = None, seed: int = 0) -> tuple[n
 
     Args:
         kind: See :func:`mmdet_ptq.testing.tiny_model_cfg`.
-        ptq: The ``ptq`` block. Defaults to :data:`OBSERVE`, 8 bits from min-max ranges.
+        ptq: The ``ptq`` block; where it says nothing of weights, their ranges are min-max, too. Defaults to
+            :data:`OBSERVE`, 8 bits from min-max ranges.
         seed: Seed of the weights. Defaults to 0.
 
     Returns:
         The quantized detector in eval mode, and its structure.
     """
     detector = tiny_detector(kind, seed)
-    cfg = PTQConfig.from_dict(ptq or OBSERVE)
+    cfg = PTQConfig.from_dict(dict(weights=MIN_MAX) | (ptq or OBSERVE))
     structure = prepare_detector(detector, cfg, lambda: predict(detector, tiny_batch(1)))
     observe_activations(detector, [tiny_batch(2, seed=1)], structure)
     return detector, structure

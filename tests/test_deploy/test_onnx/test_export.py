@@ -309,9 +309,9 @@ def test_a_deep_copy_is_not_touched():
 @pytest.mark.parametrize(
     ('kind', 'runtime'),
     [
-        ('yolox', 'onnxruntime'),
+        ('retinanet', 'onnxruntime'),
         pytest.param('faster_rcnn', 'openvino', marks=pytest.mark.thorough),
-        pytest.param('retinanet', 'onnxruntime', marks=pytest.mark.thorough),
+        pytest.param('yolox', 'onnxruntime', marks=pytest.mark.thorough),
     ],
 )
 def test_sizes_stay_open(kind, runtime, tmp_path):

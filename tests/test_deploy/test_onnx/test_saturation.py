@@ -357,7 +357,11 @@ def test_models_that_this_processor_computes_wrongly_say_so(exported, tmp_path, 
 
 @pytest.mark.parametrize(
     'name',
-    ['retinanet', pytest.param('ssd', marks=pytest.mark.thorough), pytest.param('symmetric', marks=pytest.mark.thorough)],
+    [
+        'retinanet',
+        pytest.param('ssd', marks=pytest.mark.thorough),
+        pytest.param('symmetric', marks=pytest.mark.thorough),
+    ],
 )
 def test_every_code_is_the_simulations(exported, name):
     runtime, found = exported
