@@ -18,6 +18,7 @@ from mmdet_ptq.calibration.reconstruction.least_squares import (
     NearestLevel,
     NeighbourSums,
     by_group,
+    levels_of,
     patches,
 )
 from mmdet_ptq.calibration.reconstruction.streams import FLOAT, CallInputs
@@ -29,6 +30,8 @@ from mmdet_ptq.wrapping.weights import QuantizedWeight, float_weight
 
 # grids tried around the scale of least error without compensation
 SCALE_FACTORS = (1.0, 0.7, 0.8, 0.9, 1.1)
+# weights, times grids that are tried at once: small layers take the time of as many operations, large ones memory
+MOST_AT_ONCE = 2**22
 # damping of the rounding, as a share of that of the least squares: rounding errors are known, not estimated
 ROUNDING_SHARE = 0.01
 
@@ -186,27 +189,26 @@ def seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tu
 def _round_at_best_scale(equations: LayerEquations, weight: Tensor, damping: float, quantizer: Quantizer) -> Tensor:
     """Tries finer and coarser grids; every output channel keeps the scale with the least error."""
     best, best_error, best_factor, before = weight, None, None, 1.0
-    round_on_grid = equations.rounding(weight, damping)
-    for factor in SCALE_FACTORS:
-        quantizer.rescale(torch.tensor(factor / before))
-        before = factor
-        rounded, error = round_on_grid(
-            NearestLevel(quantizer, weight.shape[0] * weight.shape[1]), _sums(quantizer, weight.shape[:2])
-        )
-        if best_error is None:
-            best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
-            continue
-        better = error < best_error
-        best = torch.where(better[..., None], rounded, best)
-        best_error, best_factor = torch.where(better, error, best_error), best_factor.masked_fill(better, factor)
+    round_on_grid, neighbours = equations.rounding(weight, damping), getattr(quantizer, 'neighbours', None)
+    groups, rows, _ = weight.shape
+    at_once = max(1, MOST_AT_ONCE // weight.numel())
+    for start in range(0, len(SCALE_FACTORS), at_once):
+        factors, levels, scales = SCALE_FACTORS[start : start + at_once], [], []
+        for factor in factors:
+            quantizer.rescale(torch.tensor(factor / before))
+            before = factor
+            levels.append(levels_of(quantizer, groups * rows).view(groups, rows, -1))
+            if neighbours is not None:
+                scales.append(quantizer.positive_scale().detach().expand(groups * rows).view(groups, rows))
+        sums = NeighbourSums(neighbours, torch.cat(scales, 1)) if scales else None
+        found = round_on_grid(NearestLevel(torch.cat(levels, 1).flatten(0, 1)), sums, len(factors))
+        for factor, rounded, error in zip(factors, *(part.chunk(len(factors), 1) for part in found), strict=True):
+            if best_error is None:
+                best, best_error, best_factor = rounded, error, torch.full_like(error, factor)
+                continue
+            better = error < best_error
+            best = torch.where(better[..., None], rounded, best)
+            best_error, best_factor = torch.where(better, error, best_error), best_factor.masked_fill(better, factor)
     quantizer.rescale(best_factor.flatten().to(weight.dtype) / before)
     # the same values on the final grid
     return quantizer(best.reshape(best_factor.numel(), -1)).view(best.shape)
-
-
-def _sums(quantizer: Quantizer, rows: torch.Size) -> NeighbourSums | None:
-    """What bounds a weight beside its neighbours, if the quantizer does; ``rows`` are groups and rows of a group."""
-    neighbours = getattr(quantizer, 'neighbours', None)
-    if neighbours is None:
-        return None
-    return NeighbourSums(neighbours, quantizer.positive_scale().detach().expand(rows.numel()).view(rows))

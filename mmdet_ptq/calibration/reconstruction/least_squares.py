@@ -154,32 +154,44 @@ class LayerEquations:
         return self.inputs + torch.diag_embed(pull.expand_as(diagonal)), pull
 
 
-class NearestLevel:
-    """Rounds columns of a weight to the nearest value of its grid.
+def levels_of(quantizer: Quantizer, rows: int) -> Tensor:
+    """The values of a weight's grid, rising, (rows, levels).
 
-    The bins of a log-affine grid meet elsewhere than half-way between its values, and an error is least at the nearest
-    value. Values that the quantizer itself rounds to others are left out: the weight could not be stored.
+    Values that the quantizer itself rounds to others are left out, for the weight could not be stored: another stands
+    in their place.
 
     Args:
         quantizer: The weight's quantizer, its parameters set.
         rows: Output channels of all groups.
     """
+    low, high = quantizer.code_range
+    codes = torch.arange(low, high + 1, dtype=torch.int32, device=quantizer.any_param().device)
+    levels = quantizer.decode(codes.expand(rows, -1)).sort(1).values
+    kept = quantizer.nearest(levels) == levels
+    if not kept.any(1).all():
+        raise PTQError(
+            f'{type(quantizer).__name__} rounds none of its values to itself; choose another weight '
+            'quantizer, or `ptq.reconstruct=None`.'
+        )
+    # one that is left out repeats the one below, or at the start the first that is kept
+    place = torch.arange(len(codes), device=codes.device).expand_as(kept)
+    place = torch.where(kept, place, kept.int().argmax(1, keepdim=True)).cummax(1).values
+    return levels.gather(1, place)
 
-    def __init__(self, quantizer: Quantizer, rows: int) -> None:
-        low, high = quantizer.code_range
-        codes = torch.arange(low, high + 1, dtype=torch.int32, device=quantizer.any_param().device)
-        levels = quantizer.decode(codes.expand(rows, -1)).sort(1).values
-        kept = quantizer.nearest(levels) == levels
-        if not kept.any(1).all():
-            raise PTQError(
-                f'{type(quantizer).__name__} rounds none of its values to itself; choose another weight '
-                'quantizer, or `ptq.reconstruct=None`.'
-            )
-        # one that is left out repeats the one below, or at the start the first that is kept
-        place = torch.arange(len(codes), device=codes.device).expand_as(kept)
-        place = torch.where(kept, place, kept.int().argmax(1, keepdim=True)).cummax(1).values
-        self._levels = levels.gather(1, place)
-        self._middles = ((self._levels[:, 1:] + self._levels[:, :-1]) / 2).contiguous()
+
+class NearestLevel:
+    """Rounds columns of a weight to the nearest value of its grid.
+
+    The bins of a log-affine grid meet elsewhere than half-way between its values, and an error is least at the nearest
+    value.
+
+    Args:
+        levels: The values, see :func:`levels_of`.
+    """
+
+    def __init__(self, levels: Tensor) -> None:
+        self._levels = levels
+        self._middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
 
     def __call__(self, column: Tensor) -> Tensor:
         """Rounds a column, (G, R)."""
@@ -267,34 +279,37 @@ class CompensatedRounding:
     def __init__(self, hessian: Tensor, weight: Tensor) -> None:
         order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
         take = torch.arange(len(order), device=order.device)[:, None]
-        self._order = order[:, None, :].expand_as(weight)
+        self._order = order[:, None, :]
         self._dtype = weight.dtype
         self._hessian = hessian[take[..., None], order[:, :, None], order[:, None, :]]
-        self._target = weight.double().gather(2, self._order)
+        self._target = weight.double().gather(2, self._order.expand_as(weight))
         self._upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(self._hessian)), upper=True)
 
     def __call__(
-        self, quantize: Callable[[Tensor], Tensor], sums: NeighbourSums | None = None
+        self, quantize: Callable[[Tensor], Tensor], sums: NeighbourSums | None = None, times: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Rounds.
 
         Args:
-            quantize: Rounds a column, (G, R).
+            quantize: Rounds a column, (G, times * R).
             sums: Bounds that the weights beside a column leave it. Defaults to None: none.
+            times: How often the rows of a group are rounded, side by side, each time on a grid of its own. Defaults
+                to 1.
 
         Returns:
-            The rounded weight, (G, R, K), and the squared error of each row, (G, R), with the best bias.
+            The rounded weight, (G, times * R, K), and the squared error of each row with the best bias.
         """
-        beside = None if sums is None else sums.of(self._order[:, 0], self._target)
-        found = self._compensate(quantize, beside)
+        target = self._target.repeat(1, times, 1)
+        beside = None if sums is None else sums.of(self._order[:, 0], target)
+        found = self._compensate(target, quantize, beside)
         if beside is not None:
             beside.complete()
         for _ in range(SWEEPS):
-            self._descend(found, quantize, beside)
-        change = found - self._target
+            self._descend(found, target, quantize, beside)
+        change = found - target
         error = ((change @ self._hessian) * change).sum(2)
         result = torch.empty_like(found)
-        result.scatter_(2, self._order, found)
+        result.scatter_(2, self._order.expand_as(found), found)
         return result.to(self._dtype), error
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
@@ -302,9 +317,9 @@ class CompensatedRounding:
         fan_in = self._target.shape[2]
         return ((start, min(start + BLOCK, fan_in)) for start in range(0, fan_in, BLOCK))
 
-    def _compensate(self, quantize: Callable[[Tensor], Tensor], beside: ColumnBounds | None) -> Tensor:
+    def _compensate(self, target: Tensor, quantize: Callable[[Tensor], Tensor], beside: ColumnBounds | None) -> Tensor:
         """One pass of optimal brain quantization."""
-        upper, rest, found = self._upper, self._target.clone(), torch.empty_like(self._target)
+        upper, rest, found = self._upper, target.clone(), torch.empty_like(target)
         for start, end in self._blocks():
             left = _columns(rest[..., start:end])
             rounded, errors = torch.empty_like(left), torch.empty_like(left)
@@ -320,9 +335,11 @@ class CompensatedRounding:
             rest[..., end:] -= _columns(errors) @ upper[:, start:end, end:]
         return found
 
-    def _descend(self, found: Tensor, quantize: Callable[[Tensor], Tensor], beside: ColumnBounds | None) -> None:
+    def _descend(
+        self, found: Tensor, target: Tensor, quantize: Callable[[Tensor], Tensor], beside: ColumnBounds | None
+    ) -> None:
         """One sweep of coordinate descent, in place: each column takes its best values given all others."""
-        hessian, gradient = self._hessian, (found - self._target) @ self._hessian
+        hessian, gradient = self._hessian, (found - target) @ self._hessian
         for start, end in self._blocks():
             slopes, values = _columns(gradient[..., start:end]), _columns(found[..., start:end])
             changes = torch.empty_like(slopes)

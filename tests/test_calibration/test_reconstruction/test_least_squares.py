@@ -7,6 +7,7 @@ from mmdet_ptq.calibration.reconstruction.least_squares import (
     NearestLevel,
     NeighbourSums,
     by_group,
+    levels_of,
     patches,
 )
 from mmdet_ptq.errors import PTQError
@@ -167,7 +168,7 @@ def test_the_nearest_level_is_the_nearest_value_that_is_rounded_to_itself(quanti
     levels = quantizer.decode(torch.arange(low, high + 1, dtype=torch.int32).expand(6, -1)).detach()
     stored = (quantizer(levels) == levels).detach()
     distance = (weight[..., None] - levels[:, None]).abs().masked_fill(~stored[:, None], torch.inf).amin(2)
-    nearest = NearestLevel(quantizer, 6)
+    nearest = NearestLevel(levels_of(quantizer, 6))
     for column in range(50):
         value = nearest(weight[:, column].view(2, 3))
         assert torch.equal(quantizer(value.reshape(6, 1)).view(2, 3), value)
@@ -182,7 +183,7 @@ def test_a_grid_whose_values_cannot_be_stored_is_refused():
     quantizer = Moving(3, True, 6, 0)
     quantizer.fit_weight(torch.randn(6, 5))
     with pytest.raises(PTQError, match='rounds none of its values to itself'):
-        NearestLevel(quantizer, 6)
+        levels_of(quantizer, 6)
 
 
 @pytest.mark.parametrize('channels,kernel,groups', [(6, (3, 3), 2), (3, (3, 3), 1), (8, (), 1), (1, (3, 3), 2)])
@@ -196,7 +197,7 @@ def test_compensated_rounding_keeps_neighbours_within_their_sum(channels, kernel
     # so narrow that rounding alone would exceed the sum everywhere
     with torch.no_grad():
         quantizer.scale.copy_(flat.amax(1) / 127)
-    round_on_grid, nearest = equations.rounding(weight, 0.01), NearestLevel(quantizer, groups * rows)
+    round_on_grid, nearest = equations.rounding(weight, 0.01), NearestLevel(levels_of(quantizer, groups * rows))
     sums = NeighbourSums(neighbours, quantizer.scale.detach().view(groups, rows))
     free, free_error = round_on_grid(nearest)
     bound, error = round_on_grid(nearest, sums)
