@@ -79,6 +79,11 @@ def _next_steps(results: Mapping[str, Any]) -> list[str]:
     if recipe['calibration']['num_images'] <= FEW_CALIBRATION_IMAGES:
         more = 4 * recipe['calibration']['num_images']
         steps.append(f'`--cfg-options ptq.calibration.num_images={more}` calibrates on more images')
+    if recipe.get('reconstruct') is None and recipe.get('rounding') != 'compensated':
+        steps.append(
+            '`--cfg-options ptq.rounding=compensated` makes up for the rounding errors of weights, for half as much '
+            'calibration more'
+        )
     if recipe.get('reconstruct') is None:
         steps.append('`--cfg-options ptq.reconstruct=closed_form` solves the weights of each layer, for some minutes')
     if recipe.get('global_loss') is None:

@@ -6,9 +6,12 @@ from mmdet_ptq.calibration.images import CalibrationDataset, LoadedSamples, chec
 from mmdet_ptq.calibration.observe import observe_activations
 from mmdet_ptq.calibration.protection.protect import Protection, protect_detector
 from mmdet_ptq.calibration.protection.sensitivity import Sensitivities, measure_sensitivity
+from mmdet_ptq.calibration.reconstruction.compensated import JUDGES, ROUNDING_IMAGES, compensate_rounding
 from mmdet_ptq.calibration.reconstruction.method import BlockReconstruction
 
 __all__ = [
+    'JUDGES',
+    'ROUNDING_IMAGES',
     'WEIGHED_IMAGES',
     'BlockReconstruction',
     'CalibrationDataset',
@@ -17,6 +20,7 @@ __all__ = [
     'Protection',
     'Sensitivities',
     'check_no_overlap',
+    'compensate_rounding',
     'measure_sensitivity',
     'observe_activations',
     'protect_detector',

@@ -30,6 +30,7 @@ KEYS = (
     'calibration',
     'weights',
     'activations',
+    'rounding',
     'saturation',
     'dataflow',
     'products',
@@ -49,6 +50,7 @@ DATAFLOWS = ('accuracy', 'balanced', 'speed')
 # as they were called before
 # of two activations
 PRODUCTS = ('integer', 'float')
+ROUNDINGS = ('nearest', 'compensated')
 _DATAFLOWS = {'per_channel': 'accuracy', 'auto': 'balanced', 'full': 'speed'}
 # keys of earlier versions, why they are no more and what replaces them; where they were off, nothing is said
 GONE = {
@@ -73,6 +75,10 @@ class PTQConfig:
         calibration: Calibration images.
         weights: Format of all weights.
         activations: Format of all layer inputs.
+        rounding: ``'nearest'`` rounds each weight to the nearest value of its grid. ``'compensated'`` makes up for each
+            rounding error with the weights of the output channel that follow, and with its bias, on what the layer
+            reads of 16 calibration images; scales stay as they are. Not together with ``reconstruct``, which solves
+            the weights itself.
         saturation: x86 processors without VNNI add two products of bytes in 16 bits. With ``'safe'`` no sum exceeds
             them: 8-bit weights of an output channel that are multiplied side by side, have the same sign and exceed 128
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
@@ -117,6 +123,7 @@ class PTQConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     weights: TensorConfig = field(default_factory=TensorConfig)
     activations: TensorConfig = field(default_factory=ActivationConfig)
+    rounding: str = ROUNDINGS[0]
     saturation: str = SATURATIONS[0]
     dataflow: str | None = None
     products: str = PRODUCTS[0]
@@ -173,6 +180,10 @@ class PTQConfig:
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         saturation = merged.get('saturation', _needed_saturation(merged.get('export', [])))
         check_choice('ptq.saturation', saturation, SATURATIONS)
+        if merged['reconstruct'] is not None and 'rounding' not in block:
+            merged['rounding'] = ROUNDINGS[0]
+        rounding = merged.get('rounding', ROUNDINGS[0])
+        check_choice('ptq.rounding', rounding, ROUNDINGS)
         products = merged.get('products', needed_products(merged.get('export', [])))
         check_choice('ptq.products', products, PRODUCTS)
         dataflow = merged.get('dataflow', _needed_dataflow(merged.get('export', [])))
@@ -180,6 +191,7 @@ class PTQConfig:
             preset=name,
             calibration=build(CalibrationConfig, 'ptq.calibration', merged.get('calibration', {})),
             weights=apply_policy(TensorConfig(saturation=saturation), merged.get('weights', {}), 'ptq.weights'),
+            rounding=rounding,
             saturation=saturation,
             activations=apply_policy(ActivationConfig(), merged.get('activations', {}), 'ptq.activations'),
             head=_policy('ptq.head', merged.get('head', {})),
@@ -207,6 +219,11 @@ class PTQConfig:
                 setattr(cfg, name, build(section, f'ptq.{name}', merged[name]))
         if cfg.dataflow is not None:
             check_choice('ptq.dataflow', cfg.dataflow, DATAFLOWS)
+        if cfg.rounding == 'compensated' and cfg.reconstruct is not None:
+            raise PTQError(
+                "`ptq.rounding='compensated'` and `ptq.reconstruct` both choose the codes of weights; remove one of "
+                'them, or say `ptq.reconstruct=None`.'
+            )
         if not all(isinstance(name, str) for name in cfg.export) or len(set(cfg.export)) < len(cfg.export):
             raise PTQError(f'`ptq.export` must be a list of different runtime names, got {cfg.export!r}.')
         if 'last' in cfg.head:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdet_ptq.calibration import WEIGHED_IMAGES
+from mmdet_ptq.calibration import ROUNDING_IMAGES, WEIGHED_IMAGES
 from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import EXACT_IMAGES
 from mmdet_ptq.engine.run import Run
@@ -25,7 +25,7 @@ from mmdet_ptq.wrapping.watching.tensors import tensors_in
 EVALUATION, SIMULATION, EXPORT = (3, 1.2), (3, 2.0), (10, 40.0)
 # of images that the simulation computes without exact integers
 PLAIN_SIMULATION = (0, 1.5)
-PREPARATION, OBSERVING, WEIGHING, TRAINING = (4, 100.0), 3.0, 8.0, 8.0
+PREPARATION, OBSERVING, WEIGHING, ROUNDING, TRAINING = (4, 100.0), 3.0, 8.0, 20.0, 8.0
 # a layer or a tensor, in passes over every image
 RECONSTRUCTION, PROTECTION = 4.0, 2.0
 REPORT = 5.0
@@ -124,7 +124,8 @@ def _seconds(run: Run, once: float, layers: int) -> Iterator[tuple[str, float]]:
 
 def _calibration(ptq: PTQConfig, images: int, layers: int) -> Iterator[tuple[str, float]]:
     yield 'prepare', PREPARATION[1]
-    yield 'observe', OBSERVING * images + WEIGHING * min(images, WEIGHED_IMAGES)
+    rounding = ROUNDING * min(images, ROUNDING_IMAGES) if ptq.rounding == 'compensated' else 0
+    yield 'observe', OBSERVING * images + WEIGHING * min(images, WEIGHED_IMAGES) + rounding
     if ptq.protect is not None:
         yield 'protect', PROTECTION * layers * min(images, ptq.protect.images)
     if ptq.reconstruct is not None:

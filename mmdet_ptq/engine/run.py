@@ -278,9 +278,9 @@ class Run(LoggedRunner):
         for batch in self.first_images(CHANNEL_IMAGES):
             self.detector(**self.detector.data_preprocessor(batch, False), mode='predict')
 
-    def first_images(self, count: int) -> DataLoader:
+    def first_images(self, count: int, batch_size: int | None = None) -> DataLoader:
         """Batches of the first calibration images, the same ones on every rank."""
-        return self.whole_loader(self.calibration.part(range(min(count, len(self.calibration)))))
+        return self.whole_loader(self.calibration.part(range(min(count, len(self.calibration)))), batch_size)
 
     def whole_loader(self, dataset: Dataset, batch_size: int | None = None) -> DataLoader:
         """Batches of a data set, all of it on every rank, by default of ``ptq.calibration.batch_size``."""

@@ -62,6 +62,8 @@ def stage_inputs(recipe: dict[str, Any], *others: Any) -> dict[str, str]:
     # older versions knew no products: where the block says nothing else, what they began is finished as it began
     if recipe.get('products') == needed_products(recipe.get('export', [])):
         recipe = {key: value for key, value in recipe.items() if key != 'products'}
+    if recipe.get('rounding') == 'nearest':  # as it always was before there was a key
+        recipe = {key: value for key, value in recipe.items() if key != 'rounding'}
     # what the preset and the runtimes stand for is in the other keys
     skipped = ('preset', 'export', 'export_size', *_OWN_KEYS.values())
     first = {key: value for key, value in recipe.items() if key not in skipped}

@@ -156,7 +156,7 @@ def _counts(data: UnitData, call: int, batch: int, picked: Tensor, rows: int, co
     return (1 - data.cfg.fisher) + data.cfg.fisher * positions.flatten()[picked]
 
 
-class _Convolved(TorchFunctionMode):
+class Convolved(TorchFunctionMode):
     """Keeps what the last convolution read: layers may pad their input themselves (mmcv's adaptive padding)."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class _Convolved(TorchFunctionMode):
 
 def seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
     """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
-    seen, convolved = [], _Convolved()
+    seen, convolved = [], Convolved()
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x = convolved.read if isinstance(module, nn.Conv2d) else args[0] if args else kwargs['input']

@@ -148,6 +148,16 @@ class LayerEquations:
             (self.targets[..., -1] - (weight.double() @ self.inputs[:, :-1, -1:])[..., 0]) / max(self.count, 1e-12)
         ).to(weight.dtype)
 
+    def mean_change(self, change: Tensor) -> Tensor:
+        """What a change of the weights, (G, R, K), adds to the mean of the outputs, (G, R)."""
+        mean = self.inputs[:, :-1, -1:] / max(self.count, 1e-12)
+        return (change.double() @ mean)[..., 0].to(change.dtype)
+
+    def error(self, change: Tensor, bias: Tensor) -> Tensor:
+        """Mean squared change of the outputs, (G, R), for one of the weights, (G, R, K), and of the biases, (G, R)."""
+        whole = torch.cat([change, bias[..., None]], 2).double()
+        return ((whole @ self.inputs) * whole).sum(2) / max(self.count, 1e-12)
+
     def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
         diagonal = self.inputs.diagonal(dim1=1, dim2=2)
         pull = damping * diagonal.mean(1, keepdim=True) + 1e-8 * max(self.count, 1e-12)

@@ -11,9 +11,12 @@ from mmengine.logging import print_log
 
 from mmdet_ptq.analysis import REPORT
 from mmdet_ptq.calibration import (
+    JUDGES,
+    ROUNDING_IMAGES,
     WEIGHED_IMAGES,
     BlockReconstruction,
     Protection,
+    compensate_rounding,
     observe_activations,
     protect_detector,
     weigh_tensors,
@@ -41,15 +44,25 @@ def prepare(run: Run) -> None:
 
 
 def observe(run: Run) -> None:
-    """Sets activation ranges from the calibration images."""
+    """Sets activation ranges from the calibration images, and chooses the codes of weights where that is asked for."""
 
     def work() -> dict:
         loader, first = run.calibration_loader(), run.first_images(WEIGHED_IMAGES)
         observe_activations(run.detector, loader, run.structure, first, run.observers if run.other_blocks else None)
+        if run.ptq.protect is None:
+            _round(run)
         return run.detector.state_dict()
 
     state, _ = run.stages.run('observe', run.inputs['observe'], work)
     run.go_on_from(state)
+
+
+def _round(run: Run) -> None:
+    """Chooses the codes of weights, once their formats are known."""
+    if run.ptq.rounding == 'compensated':
+        # small batches: some of them judge what the others say
+        batch_size = min(run.ptq.calibration.batch_size, ROUNDING_IMAGES // JUDGES)
+        compensate_rounding(run.detector, run.first_images(ROUNDING_IMAGES, batch_size))
 
 
 def protect(run: Run) -> None:
@@ -69,6 +82,7 @@ def protect(run: Run) -> None:
             measurements,
             run.first_images(WEIGHED_IMAGES),
         )
+        _round(run)
         return dict(**run.detector_state(), protection=protection.to_dict())
 
     state, _ = run.stages.run('protect', run.inputs['protect'], work)

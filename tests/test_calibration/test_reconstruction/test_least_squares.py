@@ -234,3 +234,29 @@ def test_columns_hear_of_their_neighbours_in_any_order():
     beside.put(3, torch.tensor([[-3.0]]))
     beside.complete()
     assert clip(0, 60.0) == 54 and clip(1, -64.0) == -61
+
+
+@pytest.mark.parametrize('bound', [False, True])
+def test_grids_side_by_side_are_those_one_after_another(bound):
+    groups, rows, neighbours = 2, 5, Neighbours(3, (3, 3))
+    equations, weight, *_ = make_equations(True, groups, rows, neighbours.size)
+    flat, scales = weight.reshape(groups * rows, -1), []
+    round_on_grid, levels, alone = equations.rounding(weight, 0.01), [], []
+    for factor in (1.0, 0.4, 1.3):
+        quantizer = AffineQuantizer(4, True, groups * rows, 0)
+        with torch.no_grad():
+            quantizer.scale.copy_(factor * flat.abs().amax(1) / 7)
+        # so that the sums are bounded at 4 bits, too
+        scales.append((quantizer.scale.detach() / 16).view(groups, rows))
+        levels.append(levels_of(quantizer, groups * rows).detach())
+        sums = NeighbourSums(neighbours, scales[-1]) if bound else None
+        alone.append(round_on_grid(NearestLevel(levels[-1]), sums))
+    stacked = torch.cat([grid.view(groups, rows, -1) for grid in levels], 1).flatten(0, 1)
+    sums = NeighbourSums(neighbours, torch.cat(scales, 1)) if bound else None
+    found = round_on_grid(NearestLevel(stacked), sums, 3)
+    for (rounded, error), one, of_one in zip(alone, *(part.chunk(3, 1) for part in found), strict=True):
+        assert torch.equal(one, rounded)
+        torch.testing.assert_close(of_one, error)
+    if bound:
+        free = round_on_grid(NearestLevel(stacked), None, 3)[0]
+        assert not torch.equal(found[0], free)
