@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -49,5 +51,7 @@ def runner_arguments(cfg: Config) -> dict[str, Any]:
         load_from=cfg['load_from'],
         resume=cfg.get('resume', False),
         randomness=cfg.get('randomness'),
-        experiment_name=cfg.get('experiment_name'),
+        # mmengine's own name has the second: the logs of two runs of one second would go to the first one's file
+        experiment_name=cfg.get('experiment_name')
+        or f'{Path(getattr(cfg, "filename", None) or "ptq").stem}_{uuid4().hex[:8]}',
     )

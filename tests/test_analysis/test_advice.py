@@ -81,10 +81,20 @@ def test_a_loss_comes_with_what_to_try_in_order(quiet):
     first, *steps = closing_lines(given)
     assert first.startswith('integers cost more than 0.5 points: simulated -2.6, onnxruntime -2.6. To try next')
     assert 'keep `ptq.export`' in first
-    assert [step.split(' ')[2] for step in steps] == ['1.', '2.', '3.', '4.', '5.', '6.']
-    wanted = ('dataflow=accuracy', 'num_images=512', 'closed_form', 'w8a8', 'protect.max_tensors', 'troubleshoot')
+    assert [step.split(' ')[2] for step in steps] == [f'{place}.' for place in range(1, 8)]
+    wanted = (
+        'dataflow=accuracy',
+        'num_images=512',
+        'rounding=compensated',
+        'closed_form',
+        'w8a8',
+        'protect.max_tensors',
+        'troubleshoot',
+    )
     for step, told in zip(steps, wanted, strict=True):
         assert told in step
+    told = closing_lines(dict(given, recipe={**recipe, 'rounding': 'compensated'}))
+    assert len(told) == 7 and not any('rounding' in line for line in told)
     settled = dict(dataflow='accuracy', calibration=dict(num_images=512), reconstruct={}, global_loss={}, protect={})
     given['recipe'] = settled
     assert len(closing_lines(given)) == 2

@@ -43,9 +43,9 @@ def test_fewer_activation_levels_are_trained_longer(name):
     assert activations.scale_migration == (1 if few and not name.startswith('paper') else 0)
 
 
-def test_what_is_only_observed_differs_by_its_training_alone():
-    trained = dict(PRESETS['w8a8'])
-    assert trained.pop('global_loss') == {} and trained == PRESETS['w8a8_observe']
+def test_what_is_only_observed_differs_by_its_training_and_rounding_alone():
+    trained, observed = dict(PRESETS['w8a8']), dict(PRESETS['w8a8_observe'])
+    assert trained.pop('global_loss') == {} and observed.pop('rounding') == 'compensated' and trained == observed
     assert all('global_loss' in preset for name, preset in PRESETS.items() if name != 'w8a8_observe')
 
 

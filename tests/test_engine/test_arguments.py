@@ -55,11 +55,13 @@ def test_what_the_runner_needs_is_handed_on():
 
 def test_what_a_config_does_not_say_has_a_default():
     found = runner_arguments(config())
-    assert (
-        found['resume'] is False
-        and found['data_preprocessor'] is found['randomness'] is found['experiment_name'] is None
-    )
+    assert found['resume'] is False and found['data_preprocessor'] is found['randomness'] is None
     assert (found['launcher'], found['default_scope']) == ('none', 'mmdet')
+
+
+def test_two_runs_of_one_second_have_names_of_their_own():
+    names = [runner_arguments(config())['experiment_name'] for _ in range(2)]
+    assert names[0] != names[1] and all(name.startswith('ptq_') for name in names)
 
 
 def test_the_config_stays_as_it_was():

@@ -22,7 +22,7 @@ def noise(detector, reference, batch) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('kind', ['retinanet', 'ssd', pytest.param('rtmdet', marks=pytest.mark.thorough)])
+@pytest.mark.parametrize('kind', ['retinanet', 'yolox', pytest.param('rtmdet', marks=pytest.mark.thorough)])
 def test_outputs_come_nearer_to_those_with_float_weights(kind):
     detector, _ = tiny_quantized(kind, dict(preset='w8a8_observe', dataflow=None))
     reference, _ = tiny_quantized(kind, dict(preset='w8a8_observe', dataflow=None))
@@ -32,7 +32,7 @@ def test_outputs_come_nearer_to_those_with_float_weights(kind):
     before = sum(noise(detector, reference, batch) for batch in others)
     assert compensate_rounding(detector, BATCHES) == {}
     after = sum(noise(detector, reference, batch) for batch in others)
-    assert after < 0.9 * before
+    assert after < 0.7 * before
 
 
 @torch.no_grad()
@@ -45,7 +45,9 @@ def test_weights_are_values_of_their_grid_within_the_bound():
     for name, weight in quantized_weights(detector).items():
         assert torch.equal(weight.quantizer.scale, scales[name])
         rows = weight.layout.to_rows(float_weight(detector.get_submodule(name)))
-        assert torch.equal(weight.quantizer(rows), rows)
+        # channels that are left alone are as they were
+        changed = (rows != weight.layout.to_rows(before[name])).any(1)
+        assert torch.equal(weight.quantizer(rows)[changed], rows[changed])
         codes = weight.quantizer.encode(rows).float()
         assert weight.quantizer.neighbours.largest_sum(codes).max() <= SUM_LIMIT
         nearest = weight.quantizer.encode(weight.layout.to_rows(before[name])).float()
@@ -57,9 +59,7 @@ def test_weights_are_values_of_their_grid_within_the_bound():
 @torch.no_grad()
 def test_the_mean_of_what_a_layer_returns_stays():
     detector, _ = tiny_quantized('retinanet', dict(preset='w8a8_observe', weights=dict(bits=3), dataflow=None))
-    name = next(
-        name for name in quantized_weights(detector) if detector.get_submodule(name).bias is not None
-    )
+    name = next(name for name in quantized_weights(detector) if detector.get_submodule(name).bias is not None)
     layer, seen = detector.get_submodule(name), []
     layer.register_forward_hook(lambda module, args, output: seen.append(output.mean((0, 2, 3))))
     weight = quantized_weights(detector)[name]
@@ -127,22 +127,19 @@ def test_forwards_of_their_own_are_seen():
 
 
 def test_layers_that_do_not_fit_in_memory_go_round_again(monkeypatch):
+    passes = []
     whole, _ = tiny_quantized('retinanet')
     compensate_rounding(whole, BATCHES[:1])
-    passes = []
-    read = compensated._read
     monkeypatch.setattr(compensated, 'MEMORY', 2**20)
-    monkeypatch.setattr(
-        compensated,
-        '_read',
-        lambda detector, batches, layers: (passes.append(len(layers)), read(detector, batches, layers)),
-    )
     parts, _ = tiny_quantized('retinanet')
-    compensate_rounding(parts, BATCHES[:1])
-    assert len(passes) > 1 and sum(passes) == len(quantized_weights(parts))
+    parts.register_forward_pre_hook(lambda module, args: passes.append(1))
+    assert compensate_rounding(parts, BATCHES[:1]) == {} and len(passes) > 1
     # later passes read what the layers before return with their new codes
-    first = list(quantized_weights(parts))[: passes[0]]
-    assert all(torch.equal(float_weight(parts.get_submodule(n)), float_weight(whole.get_submodule(n))) for n in first)
+    same = [
+        torch.equal(float_weight(parts.get_submodule(name)), float_weight(whole.get_submodule(name)))
+        for name in quantized_weights(parts)
+    ]
+    assert same[0] and not all(same)
 
 
 def test_layers_that_do_not_run_are_named():
