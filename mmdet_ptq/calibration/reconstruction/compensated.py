@@ -123,7 +123,10 @@ def compensate_rounding(detector: nn.Module, batches: Iterable[Any]) -> dict[str
     Returns:
         Layers that keep the codes of rounding to the nearest, with why.
     """
-    weights = quantized_weights(detector)
+    # with 16 bits there is nothing to make up for
+    weights = {name: weight for name, weight in quantized_weights(detector).items() if weight.quantizer.bits <= 8}
+    if not weights:
+        return {}
     layers = [_Layer(name, detector.get_submodule(name), weight) for name, weight in weights.items()]
     owners = Counter(
         id(value) for layer in layers for value in (layer.original, layer.module.bias) if value is not None

@@ -126,6 +126,13 @@ def test_forwards_of_their_own_are_seen():
     assert compensate_rounding(detector, BATCHES[:1]) == {name: 'its forward does more than its weight tells'}
 
 
+@pytest.mark.parametrize('weights', [dict(float=True), dict(bits=16)])
+def test_with_float_weights_and_with_16_bits_nothing_runs(weights):
+    detector, _ = tiny_quantized('retinanet', dict(preset='w8a8_observe', weights=weights, dataflow=None))
+    detector.register_forward_pre_hook(lambda module, args: pytest.fail('it runs'))
+    assert compensate_rounding(detector, BATCHES[:1]) == {}
+
+
 def test_layers_that_do_not_fit_in_memory_go_round_again(monkeypatch):
     passes = []
     whole, _ = tiny_quantized('retinanet')
