@@ -78,7 +78,8 @@ class PTQConfig:
         rounding: ``'nearest'`` rounds each weight to the nearest value of its grid. ``'compensated'`` makes up for each
             rounding error with the weights of the output channel that follow, and with its bias, on what the layer
             reads of 16 calibration images; scales stay as they are. Not together with ``reconstruct``, which solves
-            the weights itself.
+            the weights itself. Defaults to ``'compensated'`` in the preset ``'w8a8_observe'`` as long as neither
+            ``reconstruct`` nor ``global_loss`` is added to it, to ``'nearest'`` elsewhere.
         saturation: x86 processors without VNNI add two products of bytes in 16 bits. With ``'safe'`` no sum exceeds
             them: 8-bit weights of an output channel that are multiplied side by side, have the same sign and exceed 128
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported
@@ -180,7 +181,8 @@ class PTQConfig:
         merged['reconstruct'] = _with_method(merged.get('reconstruct'))
         saturation = merged.get('saturation', _needed_saturation(merged.get('export', [])))
         check_choice('ptq.saturation', saturation, SATURATIONS)
-        if merged['reconstruct'] is not None and 'rounding' not in block:
+        trained = merged['reconstruct'] is not None or merged.get('global_loss') is not None
+        if trained and 'rounding' not in block:  # what trains or solves weights and scales rounds anew
             merged['rounding'] = ROUNDINGS[0]
         rounding = merged.get('rounding', ROUNDINGS[0])
         check_choice('ptq.rounding', rounding, ROUNDINGS)

@@ -7,6 +7,7 @@ import torch
 
 from mmdet_ptq import PTQError, load_quantized, quantize
 from mmdet_ptq.analysis.verdict import running_program
+from mmdet_ptq.deploy import read_quantized
 from mmdet_ptq.testing import tiny_batch, tiny_config, tiny_detector
 from mmdet_ptq.wrapping.state import is_quantized
 
@@ -67,6 +68,17 @@ def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path, capsys):
     program = running_program(tmp_path / 'onnxruntime' / 'model.onnx', True, str(tmp_path / 'tiny.py'), image)
     exec('\n'.join(program), {})
     assert 'bboxes' in capsys.readouterr().out
+
+
+def test_the_preset_without_training_makes_up_for_rounding_errors(model, tmp_path):
+    codes = []
+    for rounding in ('compensated', 'nearest', None):
+        ptq = {} if rounding is None else dict(rounding=rounding)
+        quantize(model, [tiny_batch(2, 0)], 'w8a8_observe', ptq=ptq, work_dir=str(tmp_path / str(rounding)))
+        codes.append(read_quantized(tmp_path / str(rounding) / 'quantized.pth')['codes'])
+    assert all(torch.equal(codes[0][name], codes[2][name]) for name in codes[0])
+    differ = [name for name in codes[0] if not torch.equal(codes[0][name], codes[1][name])]
+    assert len(differ) > len(codes[0]) / 2
 
 
 def test_models_without_a_place_are_refused(model):

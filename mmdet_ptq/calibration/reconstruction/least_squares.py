@@ -296,7 +296,11 @@ class CompensatedRounding:
         self._upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(self._hessian)), upper=True)
 
     def __call__(
-        self, quantize: Callable[[Tensor], Tensor], sums: NeighbourSums | None = None, times: int = 1
+        self,
+        quantize: Callable[[Tensor], Tensor],
+        sums: NeighbourSums | None = None,
+        times: int = 1,
+        sweeps: int = SWEEPS,
     ) -> tuple[Tensor, Tensor]:
         """Rounds.
 
@@ -305,6 +309,7 @@ class CompensatedRounding:
             sums: Bounds that the weights beside a column leave it. Defaults to None: none.
             times: How often the rows of a group are rounded, side by side, each time on a grid of its own. Defaults
                 to 1.
+            sweeps: Passes of coordinate descent after the first one. Defaults to 2.
 
         Returns:
             The rounded weight, (G, times * R, K), and the squared error of each row with the best bias.
@@ -314,7 +319,7 @@ class CompensatedRounding:
         found = self._compensate(target, quantize, beside)
         if beside is not None:
             beside.complete()
-        for _ in range(SWEEPS):
+        for _ in range(sweeps):
             self._descend(found, target, quantize, beside)
         change = found - target
         error = ((change @ self._hessian) * change).sum(2)

@@ -10,6 +10,7 @@ from mmdet_ptq.engine.stage_store import stage_inputs
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import SUM_LIMIT
 from mmdet_ptq.testing import predict, raw_outputs, tiny_batch, tiny_quantized
+from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping import float_weight, quantized_weights
 
 BATCHES = [tiny_batch(2, seed=seed) for seed in (1, 2, 3, 4)]
@@ -33,6 +34,12 @@ def test_outputs_come_nearer_to_those_with_float_weights(kind):
     assert compensate_rounding(detector, BATCHES) == {}
     after = sum(noise(detector, reference, batch) for batch in others)
     assert after < 0.7 * before
+
+
+@pytest.mark.parametrize('dataflow', ['speed', 'balanced', 'accuracy'])
+def test_layers_whose_outputs_are_rounded_take_part(dataflow):
+    detector, _ = tiny_quantized('retinanet', dict(OBSERVE, dataflow=dataflow))
+    assert compensate_rounding(detector, BATCHES[:1]) == {}
 
 
 @torch.no_grad()
@@ -176,8 +183,11 @@ def test_the_key():
         PTQConfig.from_dict(dict(preset='w4a4', rounding='compensated'))
 
 
-def test_a_reconstruction_takes_its_place():
-    assert PTQConfig.from_dict(dict(preset='w8a8_observe', reconstruct='closed_form')).rounding == 'nearest'
+def test_later_stages_take_its_place():
+    for stage in (dict(reconstruct='closed_form'), dict(global_loss=dict())):
+        assert PTQConfig.from_dict(dict(preset='w8a8_observe', **stage)).rounding == 'nearest'
+    asked = PTQConfig.from_dict(dict(preset='w8a8', rounding='compensated'))
+    assert asked.rounding == 'compensated' and asked.global_loss is not None
     with pytest.raises(PTQError, match='both choose the codes of weights'):
         PTQConfig.from_dict(dict(preset='w8a8_observe', reconstruct='closed_form', rounding='compensated'))
 
