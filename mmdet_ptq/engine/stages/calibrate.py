@@ -63,6 +63,8 @@ def _round(run: Run) -> None:
         # small batches: some of them judge what the others say
         batch_size = min(run.ptq.calibration.batch_size, ROUNDING_IMAGES // JUDGES)
         compensate_rounding(run.detector, run.first_images(ROUNDING_IMAGES, batch_size))
+        for value in run.detector.state_dict().values():
+            broadcast(value)
 
 
 def protect(run: Run) -> None:

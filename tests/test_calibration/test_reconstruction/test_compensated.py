@@ -165,6 +165,16 @@ def test_layers_that_do_not_run_are_named():
     assert set(kept.values()) == {'it does not run'} and all('convs.0' in name for name in kept)
 
 
+def test_calls_without_positions_count_for_nothing():
+    """As of a head behind regions, where an image has none."""
+    detector, _ = tiny_quantized('retinanet')
+    layer, seen = detector.bbox_head.retina_cls, []
+    detector.register_forward_pre_hook(
+        lambda module, args: seen.append(len(layer(torch.zeros(0, layer.in_channels, 4, 4))))
+    )
+    assert compensate_rounding(detector, BATCHES[:1]) == {} and seen == [0]
+
+
 def test_inputs_that_are_not_finite_leave_a_layer(monkeypatch):
     detector, _ = tiny_quantized('retinanet')
     layer = detector.bbox_head.retina_cls
