@@ -64,9 +64,9 @@ class _Layer:
 
     def see(self, read: Tensor, output: Tensor, judges: bool) -> None:
         """Adds what one call read."""
-        y = by_group(self.module, output)
-        if not y.shape[2]:  # of no region
+        if not output.numel():  # of no region
             return
+        y = by_group(self.module, output)
         picked = torch.randperm(y.shape[2], device=y.device)[:POSITIONS]
         x = patches(self.module, read, picked)
         if not self.equations and not self.reason:
