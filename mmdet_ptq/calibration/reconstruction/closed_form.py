@@ -113,7 +113,7 @@ def _rows_that_explain(layer: nn.Module, weight: QuantizedWeight, x: Tensor, y: 
     """The weight as (G, R, K), if the layer's output is that times its patches; else why not."""
     reads, y = patches(layer, x), by_group(layer, y)
     if reads is None:
-        return None, f'a {type(layer).__name__} of this kind is not covered'
+        return None, f'a {type(layer).__name__.removeprefix("Parametrized")} of this kind is not covered'
     rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
     again = rows @ reads
     if layer.bias is not None:

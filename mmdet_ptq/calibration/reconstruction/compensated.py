@@ -71,7 +71,7 @@ class _Layer:
         x = patches(self.module, read, picked)
         if not self.equations and not self.reason:
             if x is None:
-                self.reason = f'a {type(self.module).__name__} of this kind is not covered'
+                self.reason = f'a {type(self.module).__name__.removeprefix("Parametrized")} of this kind is not covered'
             elif not self._explains(x, y[..., picked]):
                 self.reason = 'its forward does more than its weight tells'
             else:

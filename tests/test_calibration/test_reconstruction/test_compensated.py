@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import register
 
 from mmdet_ptq.calibration.reconstruction import compensated
 from mmdet_ptq.calibration.reconstruction.compensated import compensate_rounding
@@ -154,6 +155,17 @@ def test_layers_that_do_not_fit_in_memory_go_round_again(monkeypatch):
         for name in quantized_weights(parts)
     ]
     assert same[0] and not all(same)
+
+
+@pytest.mark.parametrize(
+    'kind',
+    ['mask_rcnn', *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ('swin', 'deformable_detr', 'htc'))],
+)
+def test_regions_windows_and_queries_take_part(kind, monkeypatch):
+    register(monkeypatch)
+    detector, _ = tiny_quantized(kind, dict(OBSERVE, dataflow='balanced'))
+    kept = compensate_rounding(detector, BATCHES[:1])
+    assert set(kept.values()) <= {'a ConvTranspose2d of this kind is not covered'} and len(kept) <= 2
 
 
 def test_layers_that_do_not_run_are_named():
