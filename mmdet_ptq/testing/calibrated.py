@@ -24,15 +24,14 @@ def tiny_quantized(kind: str, ptq: dict | None = None, seed: int = 0) -> tuple[n
 
     Args:
         kind: See :func:`mmdet_ptq.testing.tiny_model_cfg`.
-        ptq: The ``ptq`` block; where it says nothing of weights, their ranges are min-max, too. Defaults to
-            :data:`OBSERVE`, 8 bits from min-max ranges.
+        ptq: The ``ptq`` block. Defaults to :data:`OBSERVE`, 8 bits from min-max ranges.
         seed: Seed of the weights. Defaults to 0.
 
     Returns:
         The quantized detector in eval mode, and its structure.
     """
     detector = tiny_detector(kind, seed)
-    cfg = PTQConfig.from_dict(dict(weights=MIN_MAX) | (ptq or OBSERVE))
+    cfg = PTQConfig.from_dict(ptq or OBSERVE)
     structure = prepare_detector(detector, cfg, lambda: predict(detector, tiny_batch(1)))
     observe_activations(detector, [tiny_batch(2, seed=1)], structure)
     return detector, structure

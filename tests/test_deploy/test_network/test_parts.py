@@ -182,7 +182,8 @@ def test_an_extractor_that_boxes_and_masks_share_changes_no_output(image, monkey
 @pytest.mark.thorough
 def test_masks_without_boxes_are_found_around_a_runtime(tmp_path, monkeypatch):
     architectures.register(monkeypatch)
-    detector, structure = tiny_quantized('solo', dict(OBSERVE, dataflow='balanced'))
+    # with min-max weights two scores are so near that their order is chance
+    detector, structure = tiny_quantized('solo', dict(OBSERVE, weights={}, dataflow='balanced'))
     settle_biases(detector, structure)
     model = open_model(get_runtime('onnxruntime').export(detector, tmp_path, (1, 3, 64, 64)), threads=1)
     integer = {name.partition('#')[0] for name in model.coverage().integer}
