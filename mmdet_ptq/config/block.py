@@ -78,8 +78,8 @@ class PTQConfig:
         rounding: ``'nearest'`` rounds each weight to the nearest value of its grid. ``'compensated'`` makes up for each
             rounding error with the weights of the output channel that follow, and with its bias, on what the layer
             reads of 16 calibration images; scales stay as they are. Not together with ``reconstruct``, which solves
-            the weights itself. Defaults to ``'compensated'`` in the preset ``'w8a8_observe'`` as long as neither
-            ``reconstruct`` nor ``global_loss`` is added to it, to ``'nearest'`` elsewhere.
+            the weights itself. What the preset ``'w8a8_observe'`` says of it does not hold once ``reconstruct`` or
+            ``global_loss`` is added.
         saturation: x86 processors without VNNI add two products of bytes in 16 bits. With ``'safe'`` no sum exceeds
             them: 8-bit weights of an output channel that are multiplied side by side, have the same sign and exceed 128
             together get a larger scale, as much as they need, and log-affine tables end at 64 instead of 127; exported

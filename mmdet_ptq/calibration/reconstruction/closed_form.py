@@ -20,13 +20,15 @@ from mmdet_ptq.calibration.reconstruction.least_squares import (
     by_group,
     levels_of,
     patches,
+    why_astray,
+    why_unexplained,
 )
 from mmdet_ptq.calibration.reconstruction.streams import FLOAT, CallInputs
 from mmdet_ptq.calibration.reconstruction.unit_data import UnitData
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.quantizers import Quantizer
 from mmdet_ptq.wrapping import quantization_mode
-from mmdet_ptq.wrapping.weights import QuantizedWeight, float_weight
+from mmdet_ptq.wrapping.weights import float_weight
 
 # grids tried around the scale of least error without compensation
 SCALE_FACTORS = (1.0, 0.7, 0.8, 0.9, 1.1)
@@ -88,17 +90,19 @@ def _equations(
 ) -> tuple[LayerEquations | None, str]:
     """The normal equations of a layer from the training samples, or why there are none."""
     layer, weight = data.layers[name], data.weights[name]
-    if getattr(weight.quantizer, 'mode', '') == 'shift':
-        return None, "values of the published grid are not rounded to themselves (mode 'shift')"
+    if reason := why_astray(weight.quantizer):
+        return None, reason
     equations, batches = None, sorted({batch for batch, _ in data.train_samples})
     for call, batch in itertools.product(range(data.unit.calls), batches):
         with quantization_mode(data.streams.detector, FLOAT), _with_values(float_values):
             targets = seen_by(data, name, call, data.float_inputs[call][batch])
             if equations is None:
-                rows, reason = _rows_that_explain(layer, weight, *targets[0])
-                if rows is None:
+                (x, output), rows = targets[0], weight.layout.to_rows(float_weight(layer))
+                reads = patches(layer, x)
+                if reason := why_unexplained(layer, rows, reads, by_group(layer, output)):
                     return None, reason
-                equations = LayerEquations(*rows.shape, layer.bias is not None, rows.device)
+                groups, fan_in, _ = reads.shape
+                equations = LayerEquations(groups, len(rows) // groups, fan_in, layer.bias is not None, rows.device)
         for (_, output), (x, _) in zip(targets, seen_by(data, name, call, data.inputs[call][batch]), strict=True):
             y = by_group(layer, output)
             picked = torch.randperm(y.shape[2], device=y.device)[: data.cfg.max_positions]
@@ -107,20 +111,6 @@ def _equations(
     if not (torch.isfinite(equations.inputs).all() and torch.isfinite(equations.targets).all()):
         return None, 'what it reads or returns holds NaN or infinity'
     return equations, ''
-
-
-def _rows_that_explain(layer: nn.Module, weight: QuantizedWeight, x: Tensor, y: Tensor) -> tuple[Tensor | None, str]:
-    """The weight as (G, R, K), if the layer's output is that times its patches; else why not."""
-    reads, y = patches(layer, x), by_group(layer, y)
-    if reads is None:
-        return None, f'a {type(layer).__name__.removeprefix("Parametrized")} of this kind is not covered'
-    rows = weight.layout.to_rows(float_weight(layer)).view(len(reads), -1, reads.shape[1])
-    again = rows @ reads
-    if layer.bias is not None:
-        again += layer.bias.view(len(reads), -1, 1)
-    if again.shape != y.shape or (again - y).abs().max() > 1e-3 * y.abs().max():
-        return None, 'its forward does more than its weight tells'
-    return rows, ''
 
 
 @contextmanager
@@ -168,14 +158,17 @@ class Convolved(TorchFunctionMode):
             self.read = args[0]
         return func(*args, **(kwargs or {}))
 
+    def read_by(self, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """What a layer read that has just run, and was called with these arguments."""
+        return self.read if isinstance(layer, nn.Conv2d) else args[0] if args else kwargs['input']
+
 
 def seen_by(data: UnitData, name: str, call: int, inputs: CallInputs) -> list[tuple[Tensor, Tensor]]:
     """Inputs, after their quantization, and outputs of a layer in one call of the unit."""
     seen, convolved = [], Convolved()
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        x = convolved.read if isinstance(module, nn.Conv2d) else args[0] if args else kwargs['input']
-        seen.append((x.clone(), output.clone()))
+        seen.append((convolved.read_by(module, args, kwargs).clone(), output.clone()))
 
     handle = data.layers[name].register_forward_hook(see, with_kwargs=True)
     try:

@@ -74,6 +74,31 @@ def by_group(layer: nn.Module, y: Tensor) -> Tensor:
     return channels.view(groups, -1, channels.shape[1])
 
 
+def why_unexplained(layer: nn.Module, rows: Tensor, reads: Tensor | None, outputs: Tensor) -> str:
+    """Why what a layer returned is not its weight times what it read; '' where it is.
+
+    Args:
+        layer: The layer, for its bias.
+        rows: The weight, (output channels, K).
+        reads: What positions read, see :func:`patches`.
+        outputs: What they returned, see :func:`by_group`.
+    """
+    if reads is None:
+        return f'a {type(layer).__name__.removeprefix("Parametrized")} of this kind is not covered'
+    again = rows.view(len(reads), -1, reads.shape[1]) @ reads
+    if layer.bias is not None:
+        again = again + layer.bias.detach().view(len(reads), -1, 1)
+    if again.shape != outputs.shape or (again - outputs).abs().max() > 1e-3 * outputs.abs().max():
+        return 'its forward does more than its weight tells'
+    return ''
+
+
+def why_astray(quantizer: Quantizer) -> str:
+    """Why values of a grid cannot be chosen one by one; '' where they can."""
+    shifted = getattr(quantizer, 'mode', '') == 'shift'
+    return "values of the published grid are not rounded to themselves (mode 'shift')" if shifted else ''
+
+
 class LayerEquations:
     """The normal equations of a layer, summed over batches: inputs with a constant 1 for the bias.
 

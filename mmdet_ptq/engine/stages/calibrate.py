@@ -61,8 +61,9 @@ def _round(run: Run) -> None:
     """Chooses the codes of weights, once their formats are known."""
     if run.ptq.rounding == 'compensated':
         # small batches: some of them judge what the others say
-        batch_size = min(run.ptq.calibration.batch_size, ROUNDING_IMAGES // JUDGES)
-        compensate_rounding(run.detector, run.first_images(ROUNDING_IMAGES, batch_size))
+        images = min(ROUNDING_IMAGES, len(run.calibration))
+        batch_size = min(run.ptq.calibration.batch_size, max(1, images // JUDGES))
+        compensate_rounding(run.detector, run.first_images(images, batch_size))
         for value in run.detector.state_dict().values():
             broadcast(value)
 
