@@ -31,6 +31,7 @@ from mmdet_ptq.deploy.network.guard import only_registered
 from mmdet_ptq.deploy.network.stored_config import stored_config
 from mmdet_ptq.engine.detecting import export_detecting
 from mmdet_ptq.engine.runner import PTQRunner
+from mmdet_ptq.engine.stages.export import announce_coverage
 from mmdet_ptq.engine.work_dir import leave_work_dir
 from mmdet_ptq.errors import PTQError
 from mmdet_ptq.limits import MIB, bounded
@@ -124,6 +125,8 @@ def _export_all(runner: PTQRunner, dataset_meta: dict) -> None:
             options = runner.export_options
             path = runtime.export(copy.deepcopy(part.detector).cpu(), folder, runner.input_shape, **options)
             print_log(f'{name}: {path}', 'current')
+            exported = open_model(path)
+            announce_coverage(name, exported.whole_coverage(), exported.evidence)
             export_detecting(part.detector, runtime, folder, runner.input_shape, runner.cfg, options)
 
 

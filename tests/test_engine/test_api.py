@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -48,6 +49,18 @@ def test_quantize_keeps_its_files_only_when_asked(quantized):
 
 
 @pytest.mark.thorough
+def test_quantize_names_what_a_runtime_leaves_in_float(model, tmp_path, capsys):
+    pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
+    other = copy.deepcopy(model)
+    convolution = other.neck.fpn_convs[0].conv
+    convolution.padding_mode, convolution._reversed_padding_repeated_twice = 'reflect', [1] * 4
+    quantize(other, [tiny_batch(2, 0)], 'w8a8_observe', ptq=dict(export=['onnxruntime']), work_dir=str(tmp_path))
+    told = capsys.readouterr().out + ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert (
+        'onnxruntime: neck.fpn_convs.0.conv stays float' in told and '23 of 24 convolutions compute in integers' in told
+    )
+
+
 def test_quantize_writes_the_models_it_is_asked_for(model, tmp_path, capsys):
     pytest.importorskip('onnxruntime', reason="needs pip install 'mmdet-ptq[onnxruntime]'")
     from mmdet_ptq.deploy import open_model

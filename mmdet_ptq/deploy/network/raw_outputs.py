@@ -90,6 +90,11 @@ def output_layout(outputs: Any) -> Any:
             return None
         if isinstance(value, Mapping):
             return {key: layout(item) for key, item in value.items()}
+        if not isinstance(value, Tensor | list | tuple):
+            raise PTQError(
+                f'the head returns {value!r:.60} among its raw outputs, and exported models return tensors; leave it '
+                'out of what `forward` returns, or leave out the export.'
+            )
         return next(count) if isinstance(value, Tensor) else [layout(item) for item in value]
 
     return layout(outputs)

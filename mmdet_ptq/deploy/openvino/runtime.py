@@ -127,7 +127,15 @@ class OpenVino(Runtime):
         import openvino
 
         temporary, meta = onnx.with_suffix(cls.suffix), {**model_meta(onnx), **told}
-        model = openvino.convert_model(onnx, extension=[deformable_extension()])
+        try:
+            model = openvino.convert_model(onnx, extension=[deformable_extension()])
+        except Exception as error:
+            # of several operations the last fails by itself; behind it is a summary
+            told = str(error).partition('\nSummary:')[0].strip() or type(error).__name__
+            raise PTQError(
+                f'OpenVINO cannot convert the detector: {told.splitlines()[-1].rstrip(".")}; replace that operation, '
+                "or remove 'openvino' from `ptq.export`."
+            ) from error
         compact(model, meta['layers'])
         model.set_rt_info(write_meta(meta), [META])
         openvino.save_model(model, temporary, compress_to_fp16=False)
@@ -141,6 +149,7 @@ class OpenVino(Runtime):
     def dialect(cls) -> Dialect:
         from mmdet_ptq.deploy.onnx import passes
         from mmdet_ptq.deploy.onnx.channel_scales import fold_affine, fold_divisions
+        from mmdet_ptq.deploy.openvino.maxima import sort_for_maxima
 
         # between layers it computes in what fuses best; more quantizers make it slower
         return Dialect(
@@ -152,6 +161,7 @@ class OpenVino(Runtime):
                 fold_divisions,
                 fold_affine,
                 partial(passes.integer_biases, stored=False),
+                sort_for_maxima,
             ),
         )
 

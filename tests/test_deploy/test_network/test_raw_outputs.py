@@ -135,3 +135,10 @@ def test_detectors_with_a_forward_of_their_own_are_refused(retinanet, monkeypatc
     for detector, name in ((Nested(), 'Nested'), (retinanet, 'OwnForward')):
         with pytest.raises(PTQError, match=f'^{name} cannot be exported: runtimes take .*; remove `ptq.export`'):
             check_exportable(detector)
+
+
+def test_what_is_no_tensor_among_them_is_named():
+    x = torch.zeros(1)
+    for value in ('retina', 3, 0.5):
+        with pytest.raises(PTQError, match=f'the head returns {value!r} among its raw outputs'):
+            output_layout(dict(cls=[x], kind=value))

@@ -18,6 +18,17 @@ def folder(tmp_path_factory):
     return found
 
 
+def test_an_operation_that_it_does_not_convert_is_one_sentence(tmp_path):
+    detector = tiny_detector('retinanet')
+    convolution = detector.neck.fpn_convs[0].conv
+    convolution.padding_mode, convolution._reversed_padding_repeated_twice = 'circular', [1] * 4
+    with pytest.raises(
+        PTQError, match=r'cannot convert the detector: .*padding mode: \[wrap\]; replace that'
+    ) as caught:
+        get_runtime('openvino').export(detector, tmp_path, SHAPE)
+    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.thorough
 def test_an_export_that_is_killed_leaves_no_mixture(folder, tmp_path, monkeypatch):
     for name in ('model.xml', 'model.bin'):
