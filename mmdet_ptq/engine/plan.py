@@ -17,7 +17,7 @@ from mmdet_ptq.config import PTQConfig
 from mmdet_ptq.deploy import EXACT_IMAGES
 from mmdet_ptq.engine.run import Run
 from mmdet_ptq.progress import clock
-from mmdet_ptq.wrapping import check_finite, planned_layers
+from mmdet_ptq.wrapping import check_detector, planned_layers
 from mmdet_ptq.wrapping.watching.tensors import tensors_in
 
 # Seconds of a stage whatever the detector, and passes of the float detector over one image that an image costs more.
@@ -57,7 +57,7 @@ def make_plan(run: Run) -> Plan:
     Raises:
         PTQError: A weight is not finite, or an override matches no layer.
     """
-    check_finite(run.detector)
+    check_detector(run.detector)
     one = run.one_image()
     layers = planned_layers(run.detector, run.ptq, one)
     with torch.no_grad():

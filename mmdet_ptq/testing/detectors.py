@@ -65,13 +65,16 @@ def randomise(detector: nn.Module, run: Callable[[], object]) -> None:
         if parameter.numel() == 1 and not parameter.any():
             parameter.fill_(0.5)  # what it multiplies would be nothing
     norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+    followed = [norm for norm in norms if norm.track_running_stats]
     for norm in norms:
+        if norm.affine:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+    for norm in followed:
         norm.train()
         norm.momentum = 1.0  # the statistics of this one batch
-        norm.weight.uniform_(0.5, 1.5)
-        norm.bias.normal_(0, 0.3)
     run()
-    for norm in norms:
+    for norm in followed:
         norm.eval()
         norm.momentum = 0.1
         norm.num_batches_tracked.zero_()

@@ -77,7 +77,7 @@ def prepare_detector(
     Raises:
         PTQError: A weight is not finite, or an override matches no layer.
     """
-    check_finite(detector)
+    check_detector(detector)
     disable_checkpointing(detector)
     before = FloatOutputs(detector, run)
     attentions = closed_attentions(detector)
@@ -107,12 +107,23 @@ def prepare_detector(
     return structure
 
 
-def check_finite(detector: nn.Module) -> None:
-    """Refuses weights that are NaN or infinite, naming the first one."""
+def check_detector(detector: nn.Module) -> None:
+    """Refuses what cannot be quantized, naming the first: weights that are not finite, layers nobody can replace."""
     for name, tensor in detector.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise PTQError(
                 f'the weight {name} holds NaN or infinity; the checkpoint is damaged, train or load it again.'
+            )
+    for name, module in detector.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PTQError(
+                f'{name or "the detector"} is a TorchScript module, whose layers cannot be replaced; '
+                'build it as a Python module.'
+            )
+        if '_orig_mod' in module._modules or module._compiled_call_impl is not None:
+            raise PTQError(
+                f'{name or "the detector"} is compiled (`torch.compile`), so its layers cannot be watched; '
+                'compile after quantization, not before.'
             )
 
 

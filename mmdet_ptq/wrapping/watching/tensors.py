@@ -62,7 +62,7 @@ def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), _ConstantsIntoViews():
+        with torch.enable_grad(), _AsWithoutGradients():
             yield
     finally:
         for parameter in frozen:
@@ -70,17 +70,38 @@ def gradients_everywhere(detector: nn.Module) -> Iterator[None]:
         detach_computed(detector)
 
 
-class _ConstantsIntoViews(TorchFunctionMode):
-    """Lets code that knows no gradients write a constant into one of several views, as into a chunk of regions."""
+class _AsWithoutGradients(TorchFunctionMode):
+    """Lets code that was written for passes without gradients do what autograd forbids."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _TO_NUMPY:
+            return func(args[0].detach(), *args[1:], **kwargs)
+        out = kwargs.get('out')
+        if out is not None and any(tensor.requires_grad for tensor in tensors_in([args, kwargs])):
+            return _write(out, func(*args, **{key: value for key, value in kwargs.items() if key != 'out'}))
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         except RuntimeError as error:
+            # a constant into one of several views, as into a chunk of regions
             constant = func is Tensor.__setitem__ and not getattr(args[2], 'requires_grad', False)
             if not constant or 'multiple views' not in str(error):
                 raise
             return func(args[0].data, *args[1:])  # of which autograd counts no versions
+
+
+_TO_NUMPY = {Tensor.numpy, Tensor.__array__}
+
+
+def _write(out: Tensor | tuple[Tensor, ...], result: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """What ``out=`` does, in a way that autograd follows."""
+    if not isinstance(result, Tensor):
+        for place, values in zip(out, result, strict=True):
+            _write(place, values)
+        return result
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
 
 
 def detach_computed(detector: nn.Module) -> None:

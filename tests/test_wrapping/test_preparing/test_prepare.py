@@ -389,3 +389,23 @@ def test_the_output_layers_of_nested_heads_are_found():
         'teacher.bbox_head.retina_cls',
         'teacher.bbox_head.retina_reg',
     }
+
+
+def _compiled(conv):
+    conv.compile()
+    return conv
+
+
+@pytest.mark.parametrize(
+    ('changed', 'message'),
+    [
+        (torch.jit.script, 'is a TorchScript module.*build it as a Python module'),
+        (torch.compile, 'is compiled.*compile after quantization'),
+        (_compiled, 'is compiled.*compile after quantization'),
+    ],
+)
+def test_layers_that_nobody_can_replace_are_refused(changed, message):
+    detector = tiny_detector('retinanet')
+    detector.bbox_head.retina_cls = changed(detector.bbox_head.retina_cls)
+    with pytest.raises(PTQError, match=f'bbox_head.retina_cls {message}'):
+        prepare_detector(detector, PTQConfig.from_dict({}), lambda: predict(detector, tiny_batch(1)))

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -33,3 +34,26 @@ def test_code_that_knows_no_gradients_writes_constants_into_views():
         assert rows[:, 0].tolist()[:2] == [7, 7] and first.grad_fn is not None
         with pytest.raises(RuntimeError, match='multiple views'):
             second[:, 0] = net.bias[0]
+
+
+def test_code_that_knows_no_gradients_reads_arrays():
+    net = nn.Linear(4, 5)
+    with gradients_everywhere(net):
+        out = net(torch.ones(2, 4))
+        assert np.asarray(out).shape == out.numpy().shape == (2, 5)
+        assert np.asarray(out, dtype=np.float64).dtype == np.float64
+        assert out.grad_fn is not None
+
+
+@pytest.mark.parametrize('size', [(2, 5), (0,)])
+def test_code_that_knows_no_gradients_writes_into_tensors(size):
+    net = nn.Linear(4, 5)
+    place = torch.empty(size)
+    with gradients_everywhere(net):
+        out = net(torch.ones(2, 4))
+        result = torch.mul(out, 2, out=place)
+        assert result is place and torch.equal(place, out * 2) and place.grad_fn is not None
+        values, indices = torch.empty(2), torch.empty(2, dtype=torch.long)
+        largest = torch.max(out, dim=1, out=(values, indices))
+    assert torch.equal(values, out.max(1).values) and torch.equal(indices, out.max(1).indices)
+    assert torch.equal(largest.indices, indices)
