@@ -56,38 +56,6 @@ def absorb_channel_scales(graph: ir.Graph, outputs: bool = True) -> None:
             _absorb_in_producer(graph, quantize, scale, one, point)
 
 
-def fold_divisions(graph: ir.Graph) -> int:
-    """Moves divisions of the channels of what a convolution writes into its weight and bias.
-
-    OpenVINO does the same, but its convolution then has lost its name.
-
-    Args:
-        graph: Changed in place.
-
-    Returns:
-        How many were moved.
-    """
-    moved = 0
-    for node in list(graph):
-        convolution = produced_by(node.inputs[0], 'Conv') if node.op_type == 'Div' else None
-        factor = constant(node.inputs[1]) if convolution is not None else None
-        if (
-            factor is None
-            or only_consumer(convolution.outputs[0]) is not node
-            or produced_by(convolution.inputs[1], 'DequantizeLinear') is None
-        ):
-            continue
-        channels = constant(convolution.inputs[1].producer().inputs[0]).shape[0]
-        bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.zeros(channels, np.float32)
-        if bias is None or factor.size != channels or factor.shape[-3:] != (channels, 1, 1):
-            continue
-        _divide_output(graph, convolution, bias, factor.reshape(-1))
-        node.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-        moved += 1
-    return moved
-
-
 def fold_affine(graph: ir.Graph) -> int:
     """Moves normalisations, factors and summands behind one call of a convolution into its weight scale and bias.
 
@@ -110,14 +78,14 @@ def fold_affine(graph: ir.Graph) -> int:
             continue
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else np.float32(0)
         codes = constant(weight.inputs[0])
-        if bias is None or found.gain.size not in (1, len(codes)) or not found.gain.all():
+        if bias is None or found.gain.size not in (1, len(codes)):
             continue
         if (found.gain != 1).any():
             # scales are positive: the codes change their sign
-            turned = codes.astype(np.int64) * np.where(found.gain < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
+            turned = codes.astype(np.int64) * np.sign(found.gain).astype(np.int64).reshape(-1, *[1] * (codes.ndim - 1))
             if turned.max() > np.iinfo(codes.dtype).max:
                 continue
-            own = _scale_weight(graph, convolution, np.abs(found.gain))
+            own = _scale_weight(graph, convolution, np.where(found.gain == 0, 1, np.abs(found.gain)))
             # codes of its own even where no sign changes: OpenVINO makes weights float that have two scales
             own.replace_input_with(0, add_constant(graph, f'{convolution.name}.weight', turned.astype(codes.dtype)))
         shifted = np.broadcast_to(bias * found.gain + found.shift, len(codes)).astype(np.float32)
@@ -147,10 +115,13 @@ def _affine(node: ir.Node) -> _Affine | None:
         epsilon = node.attributes['epsilon'].as_float() if 'epsilon' in node.attributes else 1e-5
         gain = gamma / np.sqrt(variance + epsilon)
         return _Affine(source, gain, beta - mean * gain)
-    if node.op_type not in ('Mul', 'Add', 'Div'):
+    if node.op_type == 'Neg':
+        source = produced_by(node.inputs[0], 'Conv')
+        return None if source is None else _Affine(source, np.array([-1.0]), np.zeros(1))
+    if node.op_type not in ('Mul', 'Add', 'Sub', 'Div'):
         return None
-    for value, other in (node.inputs, reversed(node.inputs))[: 1 if node.op_type == 'Div' else 2]:
-        source, number = produced_by(value, 'Conv'), constant(other)
+    for place, value in enumerate(node.inputs[: 1 if node.op_type == 'Div' else 2]):
+        source, number = produced_by(value, 'Conv'), constant(node.inputs[1 - place])
         # one number, or one for each channel: (C, 1, 1) and (1, C, 1, 1)
         if source is None or number is None or (node.op_type == 'Div' and not number.all()):
             continue
@@ -158,6 +129,8 @@ def _affine(node: ir.Node) -> _Affine | None:
             number = number.astype(np.float64).reshape(-1)
             if node.op_type == 'Add':
                 return _Affine(source, np.ones(1), number)
+            if node.op_type == 'Sub':
+                return _Affine(source, np.ones(1), -number) if place == 0 else _Affine(source, -np.ones(1), number)
             return _Affine(source, number if node.op_type == 'Mul' else 1 / number, np.zeros(1))
     return None
 

@@ -148,7 +148,7 @@ class OpenVino(Runtime):
     @classmethod
     def dialect(cls) -> Dialect:
         from mmdet_ptq.deploy.onnx import passes
-        from mmdet_ptq.deploy.onnx.channel_scales import fold_affine, fold_divisions
+        from mmdet_ptq.deploy.onnx.channel_scales import fold_affine
         from mmdet_ptq.deploy.openvino.maxima import sort_for_maxima
 
         # between layers it computes in what fuses best; more quantizers make it slower
@@ -158,7 +158,6 @@ class OpenVino(Runtime):
             compact=False,  # of its own, after the conversion; names stay for those who look at the model
             passes=(
                 passes.drop_redundant_clips,
-                fold_divisions,
                 fold_affine,
                 partial(passes.integer_biases, stored=False),
                 sort_for_maxima,

@@ -1,10 +1,18 @@
 import pytest
 import torch
+from torch import nn
 
-from mmdet_ptq.deploy import get_runtime, model_bytes, open_model
+from mmdet_ptq.calibration import observe_activations
+from mmdet_ptq.config import PTQConfig
+from mmdet_ptq.deploy import get_runtime, model_bytes, open_model, settle_biases
+from mmdet_ptq.deploy.agreement import compare_layer_inputs
 from mmdet_ptq.deploy.openvino import runtime as module
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_inputs
 from mmdet_ptq.errors import PTQError
-from mmdet_ptq.testing import tiny_detector
+from mmdet_ptq.testing import predict, tiny_batch, tiny_detector
+from mmdet_ptq.testing.calibrated import OBSERVE
+from mmdet_ptq.wrapping import freeze_weights, prepare_detector
+from mmdet_ptq.wrapping.state import only_read_tensors
 
 openvino = pytest.importorskip('openvino', reason="needs pip install 'mmdet-ptq[openvino]'")
 pytest.importorskip('onnxscript', reason="needs pip install 'mmdet-ptq[openvino]'")
@@ -27,6 +35,43 @@ def test_an_operation_that_it_does_not_convert_is_one_sentence(tmp_path):
     ) as caught:
         get_runtime('openvino').export(detector, tmp_path, SHAPE)
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+class _Behind(nn.Module):
+    """A convolution and what is computed of its output."""
+
+    def __init__(self, convolution, function):
+        super().__init__()
+        self.convolution, self.function = convolution, function
+
+    def forward(self, x):
+        return self.function(self.convolution(x))
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda y: torch.relu(-y),
+        lambda y: 1 - y,
+        lambda y: y / torch.linspace(1, 3, y.shape[1]).view(-1, 1, 1),
+        lambda y: y * (torch.arange(y.shape[1]) > 2).view(-1, 1, 1),
+    ],
+    ids=['negative', 'rest', 'divided', 'some channels'],
+)
+def test_arithmetic_behind_a_shared_convolution_leaves_it_in_integers(function, tmp_path):
+    detector = tiny_detector('retinanet')
+    convs = detector.bbox_head.cls_convs
+    convs[0].with_activation = False
+    convs[0] = _Behind(convs[0], function)
+    structure = prepare_detector(detector, PTQConfig.from_dict(OBSERVE), lambda: predict(detector, tiny_batch(1)))
+    observe_activations(detector, [tiny_batch(2, seed=1)], structure)
+    settle_biases(detector, structure)
+    freeze_weights(detector)
+    path = get_runtime('openvino').export(detector, tmp_path, SHAPE)
+    assert not open_model(path).coverage().float
+    image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
+    found = compare_layer_inputs(detector, openvino_inputs(path, image), image, follow=True, within=only_read_tensors)
+    assert min(entry.identical for entry in found) > 0.99
 
 
 @pytest.mark.thorough
