@@ -14,6 +14,8 @@ from mmdet_ptq.registry import OBSERVERS
 
 # elements that enter a histogram per call, at most (extremes always come from all elements)
 MAX_SAMPLES = 2**18
+# values that must speak before they decide what is clipped
+EFFECTIVE = 2000
 
 
 class Observer:
@@ -206,8 +208,10 @@ class FisherObserver(MSEObserver):
     The default for activations. A few values that no detection depends on, far out as those at the border of an image
     often are, decide the plain squared error; here they count next to nothing. Clipping changes many channels of a
     place at once and the same way; such errors add up, where those of rounding cancel out, and count as often as the
-    root of the number of channels. What matters is told by :meth:`weigh`;
-    channels of which nothing is told, or which never mattered, count all their values alike.
+    root of the number of channels. What matters is told by :meth:`weigh`; channels of which nothing is told, or for which
+    too few values speak, count all their values alike: of small maps a channel has few, and ends that suit the images
+    at hand clip others. How many speak is Kish's effective sample size,
+    ``(sum w)^2 / sum w^2``.
     """
 
     weighs = True
@@ -215,6 +219,7 @@ class FisherObserver(MSEObserver):
     def __init__(self, num_channels: int | None = None, channel_axis: int = 1) -> None:
         super().__init__(num_channels, channel_axis)
         self.weighed: StreamingHistogram | None = None
+        self.sums = self.squares = 0.0
         self.together = 1.0
 
     @torch.no_grad()
@@ -228,17 +233,21 @@ class FisherObserver(MSEObserver):
         view = self._view(x.float())
         # between 1, were the channels of a place clipped one by one, and their number, were all clipped at once
         self.together = math.sqrt(x.shape[self.channel_axis]) if x.dim() > 1 else 1.0
+        weights = self._view(weight.float())
         if self.weighed is None:
             self.weighed = StreamingHistogram(view.shape[1], view.device, weighted=True)
-        self.weighed.add(_sample(view), view.amin((0, 2)), view.amax((0, 2)), _sample(self._view(weight.float())))
+        self.weighed.add(_sample(view), view.amin((0, 2)), view.amax((0, 2)), _sample(weights))
+        # squares of gradients of detectors are beyond single precision when squared again
+        self.sums = self.sums + weights.sum((0, 2), dtype=torch.float64)
+        self.squares = self.squares + weights.double().square().sum((0, 2))
 
     def _range(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         if self.weighed is None:
             return super()._range(low, high, bits, symmetric)
         weighted = self.weighed.by_weight()
         ends = mse_range(weighted, low, high, bits, symmetric, self.weighed, self.together)
-        silent = weighted.counts.sum(1) == 0
+        few = self.sums**2 < EFFECTIVE * self.squares.clamp(min=torch.finfo(torch.float64).tiny)
         plain = ends
-        if bool(silent.any()):
+        if bool(few.any()):
             plain = mse_range(self.histogram or self.weighed, low, high, bits, symmetric)
-        return torch.where(silent, plain[0], ends[0]), torch.where(silent, plain[1], ends[1])
+        return torch.where(few, plain[0], ends[0]), torch.where(few, plain[1], ends[1])

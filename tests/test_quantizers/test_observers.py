@@ -216,3 +216,17 @@ def test_fisher_weights_that_are_all_alike_change_nothing_and_silent_channels_co
     weight[:, 0] = 1.0
     fisher.weigh(x, weight)
     torch.testing.assert_close(fisher.range(8, False), plain.range(8, False))
+
+
+def test_few_values_that_matter_do_not_decide_what_is_clipped():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(1, 2, 20000), 40 + torch.rand(1, 2, 20)], dim=2)
+    plain, fisher = MSEObserver(num_channels=2), FisherObserver(num_channels=2)
+    for observer in (plain, fisher):
+        observer.update(x)
+    weight = torch.zeros_like(x)
+    weight[:, 0, :1000] = weight[:, 1, :5000] = 1e-15  # so small that the square of a square is beyond single precision
+    for part in (slice(0, 10000), slice(10000, None)):
+        fisher.weigh(x[..., part], weight[..., part])
+    (_, few), (_, plain_high) = ((side.tolist() for side in observer.range(8, False)) for observer in (fisher, plain))
+    assert few[0] == plain_high[0] > 20 and few[1] < 5
