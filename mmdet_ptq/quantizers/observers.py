@@ -208,9 +208,10 @@ class FisherObserver(MSEObserver):
     The default for activations. A few values that no detection depends on, far out as those at the border of an image
     often are, decide the plain squared error; here they count next to nothing. Clipping changes many channels of a
     place at once and the same way; such errors add up, where those of rounding cancel out, and count as often as the
-    root of the number of channels. What matters is told by :meth:`weigh`; channels of which nothing is told, or for which
-    too few values speak, count all their values alike: of small maps a channel has few, and ends that suit the images
-    at hand clip others. How many speak is Kish's effective sample size,
+    root of the number of channels. What matters is told by :meth:`weigh`.
+
+    Channels of which nothing is told, or for which too few values speak, count all their values alike: of small maps a
+    channel has few, and ends that suit the images at hand clip others. How many speak is Kish's effective sample size,
     ``(sum w)^2 / sum w^2``.
     """
 
