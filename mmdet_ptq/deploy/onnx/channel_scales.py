@@ -80,6 +80,8 @@ def fold_affine(graph: ir.Graph) -> int:
         codes = constant(weight.inputs[0])
         if bias is None or found.gain.size not in (1, len(codes)):
             continue
+        if codes.ndim != 4 and node.op_type != 'BatchNormalization' and found.gain.size + found.shift.size > 2:
+            continue  # three axes from the right are channels, rows and columns only there
         if (found.gain != 1).any():
             # scales are positive: the codes change their sign
             turned = codes.astype(np.int64) * np.sign(found.gain).astype(np.int64).reshape(-1, *[1] * (codes.ndim - 1))

@@ -249,6 +249,23 @@ def test_factors_of_as_many_images_as_channels_stay():
     assert fold_affine(model.graph) == 0 and 'Div' in kinds(model)
 
 
+def test_factors_behind_a_convolution_of_one_dimension_are_no_channels():
+    nodes = behind(AFFINE['factor'])
+    graph = helper.make_graph(
+        nodes,
+        'graph',
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, [1, CHANNELS, 5])],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(value, name)
+            for name, value in {**CONSTANTS, 'w': CONSTANTS['w'][..., 0]}.items()
+            if name in ('w', 'ws', 'bias', 'factor')
+        ],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10))
+    assert fold_affine(model.graph) == 0 and 'Mul' in kinds(model)
+
+
 def test_several_are_folded_one_after_the_other():
     nodes = behind(
         helper.make_node('Mul', ['c', 'factor'], ['m']),
