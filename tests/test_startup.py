@@ -30,6 +30,8 @@ def test_ctrl_c_during_the_imports_ends_a_command_line_of_ours(name, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'},
+        # ignored, where these tests run in the background of a shell
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
