@@ -184,11 +184,15 @@ class OpenVino(Runtime):
         found, integer = IntegerCoverage(), set()
         for op in self.compiled.get_runtime_model().get_ops():
             info = op.get_rt_info()
-            if info['layerType'].astype(str) in _LAYERS and info['runtimePrecision'].astype(str) in ('u8', 'i8'):
+            kind, names = (info[key].astype(str) for key in ('layerType', 'originalLayersNames'))
+            if info['runtimePrecision'].astype(str) not in ('u8', 'i8'):
+                continue
+            if kind in _LAYERS:
                 # a folded convolution is called NAME/WithoutBiases
-                integer.update(
-                    name.strip().split('/')[0] for name in info['originalLayersNames'].astype(str).split(',')
-                )
+                integer.update(name.strip().split('/')[0] for name in names.split(','))
+            elif kind == 'Subgraph':
+                # with AVX512 an attention is one kernel; what is behind a slash only dequantizes
+                integer.update(name.strip() for name in names.split(','))
         for call in called(self.meta):
             (found.integer if call in integer else found.float).append(call)
         return found

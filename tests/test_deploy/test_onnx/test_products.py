@@ -5,7 +5,6 @@ import pytest
 import torch
 from architectures import register
 
-from mmdet_ptq.analysis import versions
 from mmdet_ptq.deploy import get_runtime, open_model, settle_biases
 from mmdet_ptq.deploy.agreement import compare_layer_inputs
 from mmdet_ptq.deploy.onnx.export import model_meta
@@ -43,8 +42,6 @@ def test_they_are_in_integers_and_compute_what_was_simulated(exported):
         assert model_meta(path)['products'] == names
         return
     coverage = open_model(path).coverage()
-    if runtime == 'openvino' and 'AVX512' in versions()['processor'] and not set(names) <= set(coverage.integer):
-        pytest.xfail('OpenVINO with AVX512 computes attention in one kernel, which names no products')
     assert set(names) <= set(coverage.integer) and not coverage.float
     assert len(coverage.integer) == len(set(coverage.integer)) == sum(len(x.inputs) for x in structure.layers) + 12
     if runtime == 'onnxruntime':
