@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import architectures
 import numpy as np
 import pytest
 import torch
 
-from mmdet_ptq.analysis import versions
 from mmdet_ptq.deploy import get_runtime, open_model, settle_biases, with_runtime
 from mmdet_ptq.deploy.integers.arithmetic import integer_arithmetic
 from mmdet_ptq.deploy.network.canvas import pad_to
 from mmdet_ptq.deploy.network.parts import FIRST
 from mmdet_ptq.deploy.network.queries import whole_images
 from mmdet_ptq.deploy.network.raw_outputs import RawOutputs
+from mmdet_ptq.deploy.openvino.layer_inputs import openvino_choices
+from mmdet_ptq.predictions.queries import chooses_queries, chosen_queries
 from mmdet_ptq.testing import predict, tiny_batch, tiny_detector, tiny_quantized
 from mmdet_ptq.testing.calibrated import OBSERVE
 from mmdet_ptq.wrapping.state import only_read_tensors
@@ -68,15 +70,14 @@ def test_a_runtime_computes_what_was_simulated(exported, detector):
     # shapes alone tell what it takes
     assert model.sized
     image = detector.data_preprocessor(tiny_batch(1, seed=3), False)['inputs']
-    with torch.no_grad(), GIVEN[runtime](detector):
+    # of scores that are nearly the same either may be the higher: what is not exact goes on with the runtime's choice
+    given = runtime == 'openvino' and chooses_queries(detector)
+    chosen = chosen_queries(detector, openvino_choices(path, image), []) if given else nullcontext()
+    with torch.no_grad(), GIVEN[runtime](detector), chosen:
         simulated = [out.numpy() for out in RawOutputs(detector, FIRST)(image)]
     for ours, theirs in zip(simulated, model(image.numpy()), strict=True):
         # a code on a boundary may fall to the other side; then queries may be chosen in another order
         difference = np.abs(np.sort(ours, 1) - np.sort(theirs, 1))
-        if runtime == 'openvino' and 'AVX512' in versions()['processor'] and difference.mean() > 0.05 * ours.std():
-            pytest.xfail(
-                'OpenVINO with AVX512 computes attention in another kernel, and is farther from the simulation'
-            )
         assert difference.mean() <= 0.05 * ours.std()
 
 
