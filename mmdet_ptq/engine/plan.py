@@ -55,7 +55,7 @@ def make_plan(run: Run) -> Plan:
         run: Its detector, calibration and evaluation are loaded and checked.
 
     Raises:
-        PTQError: A weight is not finite, or an override matches no layer.
+        PTQError: A weight is not finite, a module is compiled or of TorchScript, or an override matches no layer.
     """
     check_detector(run.detector)
     one = run.one_image()

@@ -75,7 +75,7 @@ def prepare_detector(
         The structure of the quantized detector.
 
     Raises:
-        PTQError: A weight is not finite, or an override matches no layer.
+        PTQError: A weight is not finite, a module is compiled or of TorchScript, or an override matches no layer.
     """
     check_detector(detector)
     disable_checkpointing(detector)
