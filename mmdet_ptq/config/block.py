@@ -88,12 +88,12 @@ class PTQConfig:
         dataflow: What else is quantized between the layers, and where the heads' output layers write unless these
             are pointwise: layer outputs, sums, products, activation functions, poolings, in 8 bits, which ONNX
             Runtime needs to compute every convolution and addition in integers. There a tensor has one scale. With
-            ``'accuracy'`` convolutions in front of SiLU or HardSwish keep a scale per channel, or hand on floats
-            where they are pointwise, and the activation function computes in float, and what depthwise convolutions
-            and others read stays float where it is computed; ``'speed'`` gives one scale to all but what depthwise
-            convolutions alone read; ``'balanced'`` gives it where it costs the detections least, measured on
-            calibration images, and is the default with ``'onnxruntime'`` in ``export``; None quantizes nothing but
-            layer inputs. The earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
+            ``'accuracy'`` convolutions in front of SiLU, HardSwish, LeakyReLU and their like keep a scale per channel,
+            or hand on floats where they are pointwise, and the activation function computes in float, and what
+            depthwise convolutions and others read stays float where it is computed; ``'speed'`` gives one scale to all
+            but what depthwise convolutions alone read; ``'balanced'`` gives it where it costs the detections least,
+            measured on calibration images, and is the default with ``'onnxruntime'`` in ``export``; None quantizes
+            nothing but layer inputs. The earlier names ``'per_channel'``, ``'full'`` and ``'auto'`` mean the same.
         products: Products of two activations inside attention, windows and dynamic layers. ``'integer'`` quantizes both
             factors where the product reads them, each with one scale and no zero point, as runtimes multiply them in
             integers; ``'float'`` leaves them. Defaults to ``'integer'``, with ``'ncnn'`` first in ``export`` to

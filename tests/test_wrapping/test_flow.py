@@ -315,12 +315,15 @@ class Kept(tuple):
         (nn.Hardswish(), 4, 'hardswish'),
         (lambda x: x * x.sigmoid(), 4, 'sigmoid'),
         (nn.Sigmoid(), None, None),
-        (nn.LeakyReLU(), None, None),
+        (nn.LeakyReLU(), 4, 'leaky_relu'),
+        (nn.PReLU(4), 4, 'prelu'),
+        (nn.Tanh(), 4, 'tanh'),
         (lambda x: x.sigmoid() + x, None, None),
         (lambda x: F.silu(x) + x, None, None),
+        (lambda x: F.leaky_relu(x) + x, None, None),
     ],
 )
-def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
+def test_a_scale_per_channel_before_activation_functions(act, channels, gate):
     def between(self, a, b):
         active = self.act(a)
         self.seen = Kept((a, active))
@@ -348,6 +351,13 @@ def test_a_scale_per_channel_before_gated_activations(act, channels, gate):
         quantizer, (before, after) = detector.ptq.activations, detector.seen
         assert torch.equal(quantizer['stem:out'](before), before)
         assert torch.equal(quantizer[site['activation']](act(before)), after)
+
+
+@pytest.mark.parametrize('function', [F.mish, F.gelu, F.elu, F.softplus])
+def test_a_scale_per_channel_before_functions_that_have_no_form_in_8_bits(function):
+    _, structure, _ = toy(lambda self, a, b: function(a) + b, dict(dataflow='per_channel'))
+    assert structure.activations['stem:out'].spec['num_channels'] == 4
+    assert structure.islands[0] == dict(module='', operation=function.__name__, reason='no 8-bit form of it is known')
 
 
 def test_a_float_gate_is_told_once_with_its_first_reason():

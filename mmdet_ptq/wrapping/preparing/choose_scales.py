@@ -1,11 +1,12 @@
 """Which tensors keep a scale per channel: those where one scale costs the detections most for what it saves.
 
 In integers between the layers a tensor has one scale. Three kinds of tensors may have better, and are slower then: the
-output of a convolution in front of SiLU or HardSwish, which computes in float then (a pointwise convolution, a matrix
-product, hands it floats, and nothing is rounded there); the input of a depthwise convolution, which is computed in
-float then, unless a convolution writes it and takes the scales over; a tensor that a depthwise convolution and others
-read, which stays float where it is computed, so that each reader has a quantizer of its own. A zero point for each
-channel is slower still: the tensor is shifted and padded in float, too.
+output of a convolution in front of a function of each value that is not fused with it (SiLU, HardSwish, LeakyReLU),
+which computes in float then (a pointwise convolution, a matrix product, hands it floats, and nothing is rounded
+there); the input of a depthwise convolution, which is computed in float then, unless a convolution writes it and takes
+the scales over; a tensor that a depthwise convolution and others read, which stays float where it is computed, so that
+each reader has a quantizer of its own. A zero point for each channel is slower still: the tensor is shifted and padded
+in float, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Scales:
     """What was chosen.
 
     Attributes:
-        gated: Layers whose output keeps a scale per channel in front of a SiLU or HardSwish, or stays float there.
+        gated: Layers whose output keeps a scale per channel in front of a function, or stays float there.
         own: Activations, inputs of depthwise convolutions, whose tensor stays float where it is computed.
     """
 
@@ -58,7 +59,7 @@ def choose_scales(
         structure: Its structure, with inputs of depthwise convolutions per channel.
         dataflow: ``ptq.dataflow``.
         weigh: Runs the detector and tells what matters.
-        gated: Layers whose output nothing but SiLU or HardSwish reads.
+        gated: Layers whose output nothing but a function of each value reads.
         own: Inputs of depthwise convolutions whose tensor others read, too, and that may stay float.
         alone: Inputs of depthwise convolutions that nobody else reads, and whose scales no layer takes over.
     """

@@ -12,7 +12,7 @@ from mmdet_ptq.wrapping.watching.channel_costs import BITS
 from mmdet_ptq.wrapping.watching.layers import is_depthwise, is_pointwise
 from mmdet_ptq.wrapping.watching.operations import (
     ARITHMETIC,
-    GATED,
+    FUNCTIONS,
     GATES,
     LAYER,
     MOVEMENT,
@@ -222,19 +222,19 @@ class DataflowGraph:
         return len(readers) == 1 and readers[0].clips and self.between(readers[0])
 
     def only_gated(self, key: Key) -> bool:
-        """Whether nothing but SiLU or HardSwish reads a tensor, be it written as a product with its sigmoid."""
+        """Whether only functions of each value read a tensor, SiLU perhaps written as a product with its sigmoid."""
         gates = {out for op in self.readers[key] if op.name in GATES for out in op.outputs}
         return (
             bool(self.readers[key])
             and all(
-                op.name in GATED or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
+                op.name in FUNCTIONS or op.name in GATES or op.name in PRODUCTS and gates.intersection(op.inputs)
                 for op in self.readers[key]
             )
             and (not gates or any(op.name in PRODUCTS for op in self.readers[key]))
         )
 
     def gated_layers(self) -> set[str]:
-        """The layers whose output lies between quantized layers and is read by nothing but SiLU or HardSwish."""
+        """The layers whose output lies between quantized layers and is read by functions of each value alone."""
         return {
             op.name
             for op in self.operations

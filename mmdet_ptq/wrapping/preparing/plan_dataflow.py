@@ -23,7 +23,16 @@ from mmdet_ptq.wrapping.preparing.plan_products import plan_products
 from mmdet_ptq.wrapping.structure import ActivationStructure, Structure
 from mmdet_ptq.wrapping.watching.channel_costs import BITS, Weigh
 from mmdet_ptq.wrapping.watching.layers import channel_axis, channel_format, is_pointwise, out_channels
-from mmdet_ptq.wrapping.watching.operations import GATED, GATES, LAYER, MOVEMENT, NORMS, UNKNOWN, keeps_channels
+from mmdet_ptq.wrapping.watching.operations import (
+    FUNCTIONS,
+    GATED,
+    GATES,
+    LAYER,
+    MOVEMENT,
+    NORMS,
+    UNKNOWN,
+    keeps_channels,
+)
 from mmdet_ptq.wrapping.watching.recorder import Key, Operation, record_operations
 
 
@@ -180,11 +189,11 @@ class _Planner:
         return result_name(module, name, index, call if self.calls[module] > 1 else None)
 
     def float_gates(self) -> list[dict]:
-        """The gated activations that compute in float, as islands are told."""
+        """The activation functions that compute in float, as islands are told."""
         own = 'its readers have quantizers of their own'
         found = []
         for op in self.graph.operations:
-            if (op.name in GATED or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0]):
+            if (op.name in FUNCTIONS or op.name in GATES) and op.inputs and self._float_gate(op.inputs[0]):
                 summed = self._ends_in_float(self.graph.producer[op.inputs[0]])
                 reason = 'a matrix product hands it floats' if summed else 'its input has a scale per channel'
                 found.append(dict(module=op.place[0], operation=op.name, reason=reason))
@@ -207,7 +216,7 @@ class _Planner:
         return op.name in GATES and self._float_gate(op.inputs[0])
 
     def _float_gate(self, key: Key) -> bool:
-        """Whether a tensor keeps a scale per channel until a SiLU or HardSwish, which then computes in float."""
+        """Whether a tensor keeps a scale per channel until a function, which then computes in float."""
         maker = self.graph.producer.get(key)
         return (
             maker is not None
@@ -218,7 +227,7 @@ class _Planner:
         )
 
     def _ends_in_float(self, op: Operation) -> bool:
-        """Whether a matrix product hands its sums on as floats, for a SiLU or HardSwish that computes in float."""
+        """Whether a matrix product hands its sums on as floats, for a function that computes in float."""
         return op.kind == LAYER and self._float_gate(op.outputs[0]) and is_pointwise(self.graph.modules[op.name])
 
     def _only_normed(self, key: Key) -> bool:

@@ -96,19 +96,17 @@ GATES = {'sigmoid': 'sigmoid', 'sigmoid_': 'sigmoid', 'hardsigmoid': 'hardsigmoi
 # of activations, which no weight could take over
 NORMS = {'batch_norm', 'group_norm', 'instance_norm'}
 GATED = {'silu': 'sigmoid', 'hardswish': 'hardsigmoid'}  # x * gate(x)
+_FUNCTIONS_OF_BYTES = {*GATED, 'leaky_relu', 'leaky_relu_', 'prelu', 'tanh', 'tanh_'}
+# of each value alone; runtimes compute them behind a convolution, not with it, the last in float only
+FUNCTIONS = _FUNCTIONS_OF_BYTES | {'mish', 'gelu', 'elu', 'elu_', 'celu', 'celu_', 'selu', 'selu_', 'softplus'}
 _ARITHMETIC = (
     CLIPS
     | _SUMS
     | PRODUCTS
     | _QUOTIENTS
     | set(GATES)
-    | set(GATED)
+    | _FUNCTIONS_OF_BYTES
     | {
-        'leaky_relu',
-        'leaky_relu_',
-        'prelu',
-        'tanh',
-        'tanh_',
         'mean',
         'avg_pool1d',
         'avg_pool2d',
